@@ -1,0 +1,62 @@
+# `make test` and `make bench` are all a user needs: each makes its virtual environment, installs torch, builds fastlm and
+# runs. The machine needs Python >= 3.10 with pip, and a C++17 compiler (GCC or Clang).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help test bench doctor lint format sanitize wheel clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+test: $(VENV)/installed lint ## run the tests (TESTS="tests/test_kl.py -k sign" for some)
+	$(BIN)/pytest $(or $(TESTS),tests)
+
+bench: $(VENV)/installed ## the main job: check, time and train, then write build/bench/report.md
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+doctor: $(VENV)/installed ## what this machine, this torch and this build can do
+	$(BIN)/fastlm doctor
+
+lint: $(VENV)/installed ## check the style of the Python and the C++ code
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+
+format: $(VENV)/installed ## put the code into that style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -type f)
+
+# The sanitized module lives beside the package it belongs to, in a folder of its own. The base interpreter does not see the
+# virtual environment's editable install, only its packages.
+SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SANITIZED := build/sanitize/site
+sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer and UBSan
+	$(BIN)/pip install --quiet --upgrade --no-deps --no-build-isolation --target $(SANITIZED) \
+	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C install.strip=false .
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):$(SITE) $(PYTHON) $(BIN)/pytest $(or $(TESTS),tests -m "not slow_sanitized")
+
+wheel: $(VENV)/installed ## build a wheel into dist/
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) build dist
+
+# ---- the environment: made once; fastlm is built again when its C++ changed (Python files are used where they are) ----------
+
+$(VENV)/tools: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastlm needs Python >= 3.10; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --progress-bar off $(TORCH) numpy "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja clang-format==23.1.5
+	@touch $@
+
+$(VENV)/installed: $(VENV)/tools $(SOURCES)
+	$(BIN)/pip install --progress-bar off --no-build-isolation --editable ".[test,bench]"
+	@touch $@

@@ -1,0 +1,153 @@
+// Elementary functions from additions, multiplications and explicit fused multiply-adds alone, so that they give the same bits
+// on every machine. V is a float or double, or a vector of them; each needs fma, min, max, sqrt, select_less(a, b, x, y) =
+// a < b ? x : y, scale2(x, n) = x * 2^n, and for float vectors the bit casts. min and max return their second argument where
+// one is NaN. The polynomials are minimax, by Remez' algorithm, for the relative error of the function they serve.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+
+namespace fastlm {
+
+// Of scalars; vectors have their own.
+template <int N, class U>
+FASTLM_HD U shift_left(U x) {
+  return x << N;
+}
+template <int N, class U>
+FASTLM_HD U shift_right(U x) {
+  return x >> N;
+}
+
+template <class V, class T, int N>
+FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
+  V p(coefficients[N - 1]);
+#pragma GCC unroll 16
+  for (int k = N - 2; k >= 0; --k) p = fma(p, x, V(coefficients[k]));
+  return p;
+}
+
+// What exp and expm1_minus need to know of a scalar type.
+template <class T>
+struct Exponential;
+
+template <>
+struct Exponential<float> {
+  static constexpr float lowest = -104.0f, highest = 89.0f;  // e^x is 0 below, inf above
+  static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr float to_integer = 0x1.8p+23f;  // adding and taking it away again rounds to the nearest integer
+};
+
+template <>
+struct Exponential<double> {
+  static constexpr double lowest = -746.0, highest = 710.0;
+  static constexpr double log2e = 0x1.71547652b82fep+0, ln2_high = 0x1.62e42fefa0000p-1, ln2_low = 0x1.cf79abc9e3b3ap-40;
+  static constexpr double to_integer = 0x1.8p+52;
+};
+
+// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: to 2^-28 and 2^-57 of e^r.
+template <class V>
+FASTLM_HD V exp_tail(V r, float) {
+  constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f0p-5f, 0x1.1239d4p-7f, 0x1.6a247ep-10f};
+  return horner(r, c);
+}
+template <class V>
+FASTLM_HD V exp_tail(V r, double) {
+  constexpr double c[] = {0x1.000000000000ap-1,  0x1.55555555554fap-3,  0x1.555555555088bp-5,  0x1.1111111127b77p-7,
+                          0x1.6c16c18426874p-10, 0x1.a01a012a73b36p-13, 0x1.a0199a1698f63p-16, 0x1.71df252768968p-19,
+                          0x1.28ad68e98de0dp-22, 0x1.ad7f94af5cccbp-26};
+  return horner(r, c);
+}
+
+// (e^x - 1 - x) / x^2 for -1 <= x <= 1.5: to 2^-29 and 2^-61.
+template <class V>
+FASTLM_HD V expm1_minus_series(V x, float) {
+  constexpr float c[] = {0x1p-1f,         0x1.555556p-3f,  0x1.55554ap-5f,  0x1.111114p-7f, 0x1.6c1d44p-10f,
+                         0x1.a0122cp-13f, 0x1.9dc84ep-16f, 0x1.771502p-19f, 0x1.6e0e6ap-22f};
+  return horner(x, c);
+}
+template <class V>
+FASTLM_HD V expm1_minus_series(V x, double) {
+  constexpr double c[] = {0x1p-1,
+                          0x1.5555555555555p-3,
+                          0x1.5555555555553p-5,
+                          0x1.111111111111bp-7,
+                          0x1.6c16c16c1702bp-10,
+                          0x1.a01a01a0187b7p-13,
+                          0x1.a01a019fc437ap-16,
+                          0x1.71de3a57543a8p-19,
+                          0x1.27e4fbacdedd8p-22,
+                          0x1.ae6453eccde43p-26,
+                          0x1.1eed6dc3ffc66p-29,
+                          0x1.61264025fa9fap-33,
+                          0x1.93a9f89ce9595p-37,
+                          0x1.ad1f31c033bddp-41,
+                          0x1.ac9ef68ce8c1ap-45,
+                          0x1.fcd6cfa25265cp-49};
+  return horner(x, c);
+}
+
+// e^x to about one ulp, gradual underflow included.
+template <class V>
+FASTLM_HD V exp(V x) {
+  using T = typename V::Scalar;
+  using E = Exponential<T>;
+  x = min(V(E::highest), max(V(E::lowest), x));
+  const V n = fma(x, V(E::log2e), V(E::to_integer)) - V(E::to_integer);
+  const V r = fma(n, V(-E::ln2_low), fma(n, V(-E::ln2_high), x));
+  return scale2(fma(r * r, exp_tail(r, T()), r) + V(T(1)), n);
+}
+
+template <class V>
+struct Expm1 {
+  V minus_x;  // e^x - 1 - x, never negative
+  V value;    // e^x - 1
+};
+
+// Both without cancellation: by the series where e^x and 1 + x are close, by exp elsewhere.
+template <class V>
+FASTLM_HD Expm1<V> expm1(V x) {
+  using T = typename V::Scalar;
+  const V near = x * x * expm1_minus_series(x, T());
+  const V e = exp(x);
+  const V far = e - (V(T(1)) + min(V(T(1e30)), x));  // capped, so that x = inf gives inf, not inf - inf
+  const V off_centre = x - V(T(0.25)), distance = max(V(T(0)) - off_centre, off_centre);
+  const V reach(T(1.25));
+  return {select_less(distance, reach, near, far), select_less(distance, reach, x + near, e - V(T(1)))};
+}
+
+// log(u) for 2^-126 <= u <= 1, float only, to about one ulp; log_unit(1) = 0 exactly.
+// With u = 2^e m and m in [sqrt(1/2), sqrt(2)): log(u) = e log(2) + f - f^2/2 + f^3 L(f), f = m - 1 (to 2^-27).
+template <class F>
+FASTLM_HD F log_unit(F u) {
+  constexpr float L[] = {0x1.555554p-2f, -0x1.000228p-2f, 0x1.99a00ap-3f, -0x1.547246p-3f,
+                         0x1.22d9f8p-3f, -0x1.0d8518p-3f, 0x1.055c40p-3f, -0x1.38b852p-4f};
+  using U = typename F::Bits;
+  constexpr uint32_t one = 0x3f800000, sqrt_half = 0x3f3504f3;
+  const U bits = as_bits(u);
+  const U biased = shift_right<23>(bits + U(one - sqrt_half));
+  const F e = to_float(biased) - F(127.0f);
+  const F f = as_float(bits - shift_left<23>(biased) + U(one)) - F(1.0f);
+  const F tail = fma(f * f, fma(f, horner(f, L), F(-0.5f)), e * F(Exponential<float>::ln2_low));
+  return fma(e, F(Exponential<float>::ln2_high), f + tail);
+}
+
+// sin and cos of 2 pi t for 0 <= t <= 1: the nearest quarter turn is taken off exactly, the rest is at most an eighth.
+template <class F>
+FASTLM_HD void sincos_turn(F t, F& sine, F& cosine) {
+  constexpr float S[] = {0x1.921fb6p+0f, -0x1.4abbbap-1f, 0x1.465e92p-4f, -0x1.2d9302p-8f};         // sin(pi f/2) / f
+  constexpr float C[] = {1.0f, -0x1.3bd3ccp+0f, 0x1.03c1dap-2f, -0x1.55c4eap-6f, 0x1.d99f54p-11f};  // cos(pi f/2)
+  using U = typename F::Bits;
+  const F to_integer(Exponential<float>::to_integer);
+  const F shifted = fma(t, F(4.0f), to_integer);
+  const U quarter = as_bits(shifted);  // its low bits count the quarter turns
+  const F f = fma(t, F(4.0f), to_integer - shifted);
+  const F square = f * f;
+  const F s = f * horner(square, S), c = horner(square, C);
+  const U odd = shift_left<31>(quarter);
+  sine = as_float(as_bits(select_negative(odd, c, s)) ^ shift_left<30>(quarter & U(2u)));
+  cosine = as_float(as_bits(select_negative(odd, s, c)) ^ shift_left<30>((quarter + U(1u)) & U(2u)));
+}
+
+}  // namespace fastlm

@@ -1,0 +1,27 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace fastlm {
+
+#define FASTLM_ISA_STRING(isa) #isa,
+const char* const isa_names[isa_count] = {FASTLM_FOR_EACH_ISA(FASTLM_ISA_STRING)};
+#undef FASTLM_ISA_STRING
+
+// What each was compiled for, in CMakeLists.txt; the check covers the operating system's part too.
+bool isa_runs_here(int isa) {
+#if defined(__x86_64__)
+  if (isa == isa_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == isa_avx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == isa_baseline;
+}
+
+static std::atomic<int> current{isa_baseline};
+int current_isa() { return current.load(std::memory_order_relaxed); }
+void set_current_isa(int isa) { current.store(isa, std::memory_order_relaxed); }
+
+}  // namespace fastlm

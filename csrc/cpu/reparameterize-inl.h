@@ -1,0 +1,238 @@
+// The Gaussian latent, forward and backward, a tile at a time: inputs are converted into L1, the noise is drawn there, and
+// each pass over the tile is one of the short loops below. C is what is computed in: float, or double for float64 tensors.
+#pragma once
+
+#include "../common/gaussian.h"
+#include "noise-inl.h"
+#include "reparameterize.h"
+#include "staging-inl.h"
+
+namespace fastlm::FASTLM_ISA {
+
+// The noise of elements [first, first + count) of sample k. Streams that end inside the tile are drawn one after the other.
+static void draw(const Latent& a, int64_t k, int64_t first, int64_t count, float* eps) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t stream = (first + done) / a.stream, position = (first + done) % a.stream;
+    const int64_t left = a.stream - position, run = left < count - done ? left : count - done;
+    normals(uint64_t(a.seeds[stream]), uint64_t(k * a.stream + position), run, eps + done);
+    done += run;
+  }
+}
+
+// The tiles of the inputs, and the KL's terms of 16 elements of them.
+template <class C>
+struct Inputs {
+  using V = Vector<C>;
+  const Latent& a;
+  const C *mu, *logvar, *prior_mu, *prior_logvar;
+  Tile<C> mu_tile, logvar_tile, prior_mu_tile, prior_logvar_tile;
+
+  FASTLM_MEMBER explicit Inputs(const Latent& a) : a(a) {}
+
+  FASTLM_MEMBER void read_all(int64_t first, int64_t count) {
+    mu = read(mu_tile, a.shape, a.mu, first, count);
+    logvar = read(logvar_tile, a.shape, a.logvar, first, count);
+    prior_mu = a.prior_mu.data ? read(prior_mu_tile, a.shape, a.prior_mu, first, count) : nullptr;
+    prior_logvar = a.prior_logvar.data ? read(prior_logvar_tile, a.shape, a.prior_logvar, first, count) : nullptr;
+  }
+
+  FASTLM_MEMBER V clamped_logvar(int64_t i) const { return clamp(V::load(logvar + i), V(C(a.low)), V(C(a.high))); }
+
+  FASTLM_MEMBER V deviation(int64_t i) const { return standard_deviation(clamped_logvar(i), V(C(a.temperature))); }
+
+  template <bool kPrior>
+  FASTLM_MEMBER Kl<V> kl_at(int64_t i) const {
+    V difference = V::load(mu + i), log_ratio = clamped_logvar(i), precision(C(1));
+    if constexpr (kPrior) {
+      if (prior_mu) difference = difference - V::load(prior_mu + i);
+      if (prior_logvar) {
+        const V p = V::load(prior_logvar + i);
+        log_ratio = log_ratio - p;
+        precision = exp(V(C(0)) - p);
+      }
+    }
+    return kl(difference, log_ratio, precision);
+  }
+};
+
+// The sum of `count` values, in an order that depends on count alone.
+template <class C>
+static C sum(const C* values, int64_t count) {
+  if (count == 1) return values[0];
+  using V = Vector<C>;
+  V total(C(0));
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total = total + V::load(values + i);
+  alignas(64) C lanes[kLanes] = {};
+  if (i < count) {
+    __builtin_memcpy(lanes, values + i, (count - i) * sizeof(C));
+    total = total + V::load(lanes);
+  }
+  total.store(lanes);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+// z of a tile, all samples.
+template <class C>
+static void sample(const LatentForward& a, const Inputs<C>& in, int64_t first, int64_t count) {
+  using V = Vector<C>;
+  alignas(64) C z[kTile], deviation[kTile];
+  alignas(64) float eps[kTile];
+  for (int64_t i = 0; i < count; i += kLanes) in.deviation(i).store(deviation + i);
+  for (int64_t k = 0; k < a.samples; ++k) {
+    draw(a, k, first, count, eps);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      fma(V::load(deviation + i), V::load(eps + i), V::load(in.mu + i)).store(z + i);
+    }
+    write(z, a.z, a.mu.dtype, k * a.elements + first, count);
+  }
+}
+
+template <class C, bool kPrior>
+static void kl_of_elements(const Inputs<C>& in, int64_t count, C* out) {
+  using V = Vector<C>;
+  const V free_bits(C(in.a.free_bits));
+  for (int64_t i = 0; i < count; i += kLanes) max(free_bits, in.template kl_at<kPrior>(i).value).store(out + i);
+}
+
+// Elements [begin, end): whole rows, or, where `piece` is given, a piece of one row whose sum goes there.
+// A tile holds whole rows or starts a fixed distance from its row's start, so that no sum depends on what surrounds the row.
+template <class C>
+static void forward_unit(const LatentForward& a, int64_t begin, int64_t end, double* piece) {
+  Inputs<C> in(a);
+  alignas(64) C kl[kTile];
+  const int64_t tile = a.event <= kTile ? kTile / a.event * a.event : kTile;
+  int64_t row = begin / a.event, row_end = (row + 1) * a.event;
+  double total = 0;
+  for (int64_t first = begin; first < end;) {
+    const int64_t limit = a.event <= kTile || row_end > end ? end : row_end;
+    const int64_t count = tile < limit - first ? tile : limit - first;
+    in.read_all(first, count);
+    if (a.z) sample(a, in, first, count);
+    if (a.kl) {
+      const bool prior = in.prior_mu || in.prior_logvar;
+      prior ? kl_of_elements<C, true>(in, count, kl) : kl_of_elements<C, false>(in, count, kl);
+      for (int64_t done = 0; done < count;) {
+        const int64_t left = row_end - first - done, run = left < count - done ? left : count - done;
+        total += sum(kl + done, run);
+        done += run;
+        if (first + done == row_end && !piece) {
+          static_cast<C*>(a.kl)[row++] = C(total);
+          row_end += a.event;
+          total = 0;
+        }
+      }
+    }
+    first += count;
+  }
+  if (piece) *piece = total;
+}
+
+void latent_forward(const LatentForward& a, int64_t unit_begin, int64_t unit_end) {
+  const int64_t pieces = a.pieces ? (a.event + a.unit - 1) / a.unit : 1;  // units per row
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t begin = a.pieces ? unit / pieces * a.event + unit % pieces * a.unit : unit * a.unit;
+    const int64_t limit = a.pieces ? (unit / pieces + 1) * a.event : a.elements;
+    const int64_t end = begin + a.unit < limit ? begin + a.unit : limit;
+    double* piece = a.pieces ? a.pieces + unit : nullptr;
+    a.mu.dtype == kFloat64 ? forward_unit<double>(a, begin, end, piece) : forward_unit<float>(a, begin, end, piece);
+  }
+}
+
+// The gradients of one tile, before logvar's clamp.
+template <class C>
+struct Gradients {
+  alignas(64) C mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
+};
+
+// What comes through z: d mu = sum_k g_k and d logvar = deviation / 2 * sum_k g_k eps_k.
+template <class C>
+static void sample_gradient(const LatentBackward& a, const Inputs<C>& in, int64_t first, int64_t count, Gradients<C>& out) {
+  using V = Vector<C>;
+  Tile<C> tile;
+  alignas(64) float eps[kTile];
+  View grad_z = a.grad_z;
+  int64_t sample_bytes = 0;
+  with_dtype(grad_z.dtype, [&](auto type) FASTLM_LAMBDA { sample_bytes = a.grad_z_sample * int64_t(sizeof(type)); });
+  for (int64_t k = 0; k < a.samples; ++k, grad_z.data += sample_bytes) {
+    draw(a, k, first, count, eps);
+    const C* g = read(tile, a.shape, grad_z, first, count);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const V gradient = V::load(g + i);
+      (V::load(out.mu + i) + gradient).store(out.mu + i);
+      fma(gradient, V::load(eps + i), V::load(out.logvar + i)).store(out.logvar + i);
+    }
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    (V::load(out.logvar + i) * (V(C(0.5)) * in.deviation(i))).store(out.logvar + i);
+  }
+}
+
+template <class C, bool kPrior>
+static void add_kl_gradient(const LatentBackward& a, const Inputs<C>& in, const C* grad_kl, int64_t count, Gradients<C>& out) {
+  using V = Vector<C>;
+  const V free_bits(C(a.free_bits));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const auto gradient = kl_gradient(in.template kl_at<kPrior>(i), free_bits, V::load(grad_kl + i));
+    (V::load(out.mu + i) + gradient.mu).store(out.mu + i);
+    (V::load(out.logvar + i) + gradient.logvar).store(out.logvar + i);
+    if constexpr (kPrior) {
+      gradient.prior_mu.store(out.prior_mu + i);
+      gradient.prior_logvar.store(out.prior_logvar + i);
+    }
+  }
+}
+
+// Each row's gradient, once per element of the row.
+template <class C>
+static void spread(const LatentBackward& a, int64_t first, int64_t count, C* out) {
+  const C* grad_kl = static_cast<const C*>(a.grad_kl);
+  int64_t row = first / a.event, row_end = (row + 1) * a.event;
+  for (int64_t done = 0; done < count; ++row, row_end += a.event) {
+    const int64_t left = row_end - first - done, run = left < count - done ? left : count - done;
+    for (int64_t i = 0; i < run; ++i) out[done + i] = grad_kl[row];
+    done += run;
+  }
+}
+
+template <class C>
+static void backward_tile(const LatentBackward& a, Inputs<C>& in, int64_t first, int64_t count) {
+  using V = Vector<C>;
+  Gradients<C> out;
+  __builtin_memset(out.mu, 0, sizeof(out.mu));
+  __builtin_memset(out.logvar, 0, sizeof(out.logvar));
+  in.read_all(first, count);
+  if (a.grad_z.data) sample_gradient(a, in, first, count, out);
+  if (a.grad_kl) {
+    alignas(64) C grad_kl[kTile];
+    spread(a, first, count, grad_kl);
+    const bool prior = in.prior_mu || in.prior_logvar;
+    prior ? add_kl_gradient<C, true>(a, in, grad_kl, count, out) : add_kl_gradient<C, false>(a, in, grad_kl, count, out);
+  }
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const V gradient = V::load(out.logvar + i), low(C(a.low)), high(C(a.high));
+    clamp_gradient(gradient, V::load(in.logvar + i), low, high).store(out.logvar + i);
+  }
+  write(out.mu, a.grad_mu, a.mu.dtype, first, count);
+  write(out.logvar, a.grad_logvar, a.mu.dtype, first, count);
+  if (a.grad_prior_mu) write(out.prior_mu, a.grad_prior_mu, a.prior_mu_dtype, first, count);
+  if (a.grad_prior_logvar) write(out.prior_logvar, a.grad_prior_logvar, a.prior_logvar_dtype, first, count);
+}
+
+template <class C>
+static void backward_range(const LatentBackward& a, int64_t begin, int64_t end) {
+  Inputs<C> in(a);
+  for (int64_t first = begin; first < end; first += kTile) {
+    backward_tile(a, in, first, end - first < kTile ? end - first : int64_t(kTile));
+  }
+}
+
+void latent_backward(const LatentBackward& a, int64_t unit_begin, int64_t unit_end) {
+  const int64_t begin = unit_begin * a.unit, end = unit_end * a.unit < a.elements ? unit_end * a.unit : a.elements;
+  a.mu.dtype == kFloat64 ? backward_range<double>(a, begin, end) : backward_range<float>(a, begin, end);
+}
+
+}  // namespace fastlm::FASTLM_ISA

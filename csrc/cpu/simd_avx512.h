@@ -1,0 +1,129 @@
+// AVX-512 registers (F, BW, DQ, VL).
+#pragma once
+
+#include <immintrin.h>
+
+namespace fastlm::avx512 {
+
+struct Word {
+  using Scalar = uint32_t;
+  using Bits = Word;
+  static constexpr int lanes = 16;
+  __m512i v;
+  FASTLM_MEMBER Word() = default;
+  FASTLM_MEMBER Word(__m512i v) : v(v) {}
+  FASTLM_MEMBER explicit Word(uint32_t x) : v(_mm512_set1_epi32(int(x))) {}
+};
+FASTLM_SIMD Word operator+(Word a, Word b) { return _mm512_add_epi32(a.v, b.v); }
+FASTLM_SIMD Word operator-(Word a, Word b) { return _mm512_sub_epi32(a.v, b.v); }
+FASTLM_SIMD Word operator&(Word a, Word b) { return _mm512_and_si512(a.v, b.v); }
+FASTLM_SIMD Word operator^(Word a, Word b) { return _mm512_xor_si512(a.v, b.v); }
+template <int N>
+FASTLM_SIMD Word shift_left(Word a) {
+  return _mm512_slli_epi32(a.v, N);
+}
+template <int N>
+FASTLM_SIMD Word shift_right(Word a) {
+  return _mm512_srli_epi32(a.v, N);
+}
+
+struct Float {
+  using Scalar = float;
+  using Bits = Word;
+  static constexpr int lanes = 16;
+  __m512 v;
+  FASTLM_MEMBER Float() = default;
+  FASTLM_MEMBER Float(__m512 v) : v(v) {}
+  FASTLM_MEMBER explicit Float(float x) : v(_mm512_set1_ps(x)) {}
+  static FASTLM_MEMBER Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static FASTLM_MEMBER Float load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static FASTLM_MEMBER Float load(const BFloat16* p) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+  }
+  FASTLM_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
+  FASTLM_MEMBER void store(Float16* p) const {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // To the nearest, ties to even; not vcvtneps2bf16, which takes subnormals for zero.
+  FASTLM_MEMBER void store(BFloat16* p) const {
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+  }
+};
+FASTLM_SIMD Float operator+(Float a, Float b) { return _mm512_add_ps(a.v, b.v); }
+FASTLM_SIMD Float operator-(Float a, Float b) { return _mm512_sub_ps(a.v, b.v); }
+FASTLM_SIMD Float operator*(Float a, Float b) { return _mm512_mul_ps(a.v, b.v); }
+FASTLM_SIMD Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+FASTLM_SIMD Float min(Float a, Float b) { return _mm512_min_ps(a.v, b.v); }
+FASTLM_SIMD Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
+FASTLM_SIMD Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
+FASTLM_SIMD Float scale2(Float a, Float n) { return _mm512_scalef_ps(a.v, n.v); }
+FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v);
+}
+FASTLM_SIMD Float select_negative(Word bits, Float x, Float y) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(bits.v), y.v, x.v);
+}
+FASTLM_SIMD Word as_bits(Float a) { return _mm512_castps_si512(a.v); }
+FASTLM_SIMD Float as_float(Word a) { return _mm512_castsi512_ps(a.v); }
+FASTLM_SIMD Float to_float(Word a) { return _mm512_cvtepu32_ps(a.v); }
+
+struct Double {
+  using Scalar = double;
+  using Bits = Word;  // unused
+  static constexpr int lanes = 8;
+  __m512d v;
+  FASTLM_MEMBER Double() = default;
+  FASTLM_MEMBER Double(__m512d v) : v(v) {}
+  FASTLM_MEMBER explicit Double(double x) : v(_mm512_set1_pd(x)) {}
+  static FASTLM_MEMBER Double load(const double* p) { return _mm512_loadu_pd(p); }
+  static FASTLM_MEMBER Double load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  FASTLM_MEMBER void store(double* p) const { _mm512_storeu_pd(p, v); }
+  FASTLM_MEMBER void store(float* p) const { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+};
+FASTLM_SIMD Double operator+(Double a, Double b) { return _mm512_add_pd(a.v, b.v); }
+FASTLM_SIMD Double operator-(Double a, Double b) { return _mm512_sub_pd(a.v, b.v); }
+FASTLM_SIMD Double operator*(Double a, Double b) { return _mm512_mul_pd(a.v, b.v); }
+FASTLM_SIMD Double fma(Double a, Double b, Double c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
+FASTLM_SIMD Double min(Double a, Double b) { return _mm512_min_pd(a.v, b.v); }
+FASTLM_SIMD Double max(Double a, Double b) { return _mm512_max_pd(a.v, b.v); }
+FASTLM_SIMD Double scale2(Double a, Double n) { return _mm512_scalef_pd(a.v, n.v); }
+FASTLM_SIMD Double select_less(Double a, Double b, Double x, Double y) {
+  return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v);
+}
+
+struct Long {
+  using Scalar = uint64_t;
+  using Bits = Long;
+  static constexpr int lanes = 8;
+  __m512i v;
+  FASTLM_MEMBER Long() = default;
+  FASTLM_MEMBER Long(__m512i v) : v(v) {}
+  FASTLM_MEMBER explicit Long(uint64_t x) : v(_mm512_set1_epi64(int64_t(x))) {}
+  static FASTLM_MEMBER Long load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+};
+FASTLM_SIMD Long operator+(Long a, Long b) { return _mm512_add_epi64(a.v, b.v); }
+FASTLM_SIMD Long operator^(Long a, Long b) { return _mm512_xor_si512(a.v, b.v); }
+FASTLM_SIMD Long mul32(Long a, Long b) { return _mm512_mul_epu32(a.v, b.v); }
+FASTLM_SIMD Long high32(Long a) { return _mm512_srli_epi64(a.v, 32); }
+
+// The low words of two Longs in turn: low[0], high[0], low[1], high[1], ...
+FASTLM_SIMD Word pack(Long low, Long high) { return _mm512_mask_shuffle_epi32(low.v, 0xaaaa, high.v, _MM_PERM_CCAA); }
+
+// Transposes the 4x4 of each quad of lanes and stores all.
+FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* out) {
+  const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v)),
+                ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v));
+  const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c.v, d.v)),
+                cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c.v, d.v));
+  _mm512_storeu_pd((double*)out, _mm512_unpacklo_pd(ab_low, cd_low));
+  _mm512_storeu_pd((double*)(out + 16), _mm512_unpackhi_pd(ab_low, cd_low));
+  _mm512_storeu_pd((double*)(out + 32), _mm512_unpacklo_pd(ab_high, cd_high));
+  _mm512_storeu_pd((double*)(out + 48), _mm512_unpackhi_pd(ab_high, cd_high));
+}
+
+}  // namespace fastlm::avx512

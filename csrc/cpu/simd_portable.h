@@ -1,0 +1,180 @@
+// Registers of 16 bytes in the vector types of GCC and Clang: for every machine that has no header of its own.
+#pragma once
+
+namespace fastlm::FASTLM_ISA {
+
+typedef uint32_t u32x4 __attribute__((vector_size(16)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef double f64x2 __attribute__((vector_size(16)));
+typedef uint64_t u64x2 __attribute__((vector_size(16)));
+
+struct Word {
+  using Scalar = uint32_t;
+  using Bits = Word;
+  static constexpr int lanes = 4;
+  u32x4 v;
+  FASTLM_MEMBER Word() = default;
+  FASTLM_MEMBER Word(u32x4 v) : v(v) {}
+  FASTLM_MEMBER explicit Word(uint32_t x) : v{x, x, x, x} {}
+};
+FASTLM_SIMD Word operator+(Word a, Word b) { return a.v + b.v; }
+FASTLM_SIMD Word operator-(Word a, Word b) { return a.v - b.v; }
+FASTLM_SIMD Word operator&(Word a, Word b) { return a.v & b.v; }
+FASTLM_SIMD Word operator^(Word a, Word b) { return a.v ^ b.v; }
+template <int N>
+FASTLM_SIMD Word shift_left(Word a) {
+  return a.v << N;
+}
+template <int N>
+FASTLM_SIMD Word shift_right(Word a) {
+  return a.v >> N;
+}
+
+FASTLM_SIMD float float_of(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+FASTLM_SIMD uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FASTLM_SIMD float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+FASTLM_SIMD float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+  const bool special = (x.bits & 0x7c00) == 0x7c00;  // infinity or NaN
+  const uint32_t bits = special ? rest | 0x7f800000 : bits_of(float_of(rest) * 0x1p+112f);
+  return float_of(bits | sign);
+}
+
+// To the nearest, ties to even.
+FASTLM_SIMD void narrow_to(BFloat16* p, float x) {
+  const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  p->bits = uint16_t(x != x ? 0x7fc0 : rounded);
+}
+FASTLM_SIMD void narrow_to(Float16* p, float x) {
+  const uint32_t bits = bits_of(x) & 0x7fffffff, sign = bits_of(x) >> 16 & 0x8000;
+  uint32_t half;
+  if (bits >= 0x47800000) {  // 65536 and up
+    half = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+  } else if (bits < 0x38800000) {  // subnormal: adding 1/2 rounds at the last bit of a half
+    half = bits_of(float_of(bits) + 0.5f) - 0x3f000000;
+  } else {
+    half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  }
+  p->bits = uint16_t(half | sign);
+}
+
+struct Float {
+  using Scalar = float;
+  using Bits = Word;
+  static constexpr int lanes = 4;
+  f32x4 v;
+  FASTLM_MEMBER Float() = default;
+  FASTLM_MEMBER Float(f32x4 v) : v(v) {}
+  FASTLM_MEMBER explicit Float(float x) : v{x, x, x, x} {}
+  static FASTLM_MEMBER Float load(const float* p) { return f32x4{p[0], p[1], p[2], p[3]}; }
+  template <class Half>
+  static FASTLM_MEMBER Float load(const Half* p) {
+    return f32x4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+  }
+  FASTLM_MEMBER void store(float* p) const { __builtin_memcpy(p, &v, 16); }
+  template <class Half>
+  FASTLM_MEMBER void store(Half* p) const {
+    for (int i = 0; i < 4; ++i) narrow_to(p + i, v[i]);
+  }
+};
+FASTLM_SIMD Float operator+(Float a, Float b) { return a.v + b.v; }
+FASTLM_SIMD Float operator-(Float a, Float b) { return a.v - b.v; }
+FASTLM_SIMD Float operator*(Float a, Float b) { return a.v * b.v; }
+// Fused, in hardware or (slowly) by the C library: every instruction set gives the same bits.
+FASTLM_SIMD Float fma(Float a, Float b, Float c) {
+  f32x4 r;
+  for (int i = 0; i < 4; ++i) r[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return r;
+}
+FASTLM_SIMD Float min(Float a, Float b) { return a.v < b.v ? a.v : b.v; }
+FASTLM_SIMD Float max(Float a, Float b) { return a.v > b.v ? a.v : b.v; }
+FASTLM_SIMD Float sqrt(Float a) {
+  f32x4 r;
+  for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(a.v[i]);
+  return r;
+}
+FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) { return a.v < b.v ? x.v : y.v; }
+FASTLM_SIMD Float select_negative(Word bits, Float x, Float y) { return (bits.v >> 31) != 0 ? x.v : y.v; }
+FASTLM_SIMD Word as_bits(Float a) { return (u32x4)a.v; }
+FASTLM_SIMD Float as_float(Word a) { return (f32x4)a.v; }
+FASTLM_SIMD Float to_float(Word a) { return __builtin_convertvector(a.v, f32x4); }
+// In two steps of half the exponent, so that neither factor over- or underflows and the last product alone rounds.
+FASTLM_SIMD Float scale2(Float a, Float n) {
+  f32x4 r;
+  for (int i = 0; i < 4; ++i) {
+    const int exponent = n.v[i] == n.v[i] ? int(n.v[i]) : 0, half = exponent >> 1;
+    r[i] = a.v[i] * float_of(uint32_t(half + 127) << 23) * float_of(uint32_t(exponent - half + 127) << 23);
+  }
+  return r;
+}
+
+struct Double {
+  using Scalar = double;
+  using Bits = Word;  // unused
+  static constexpr int lanes = 2;
+  f64x2 v;
+  FASTLM_MEMBER Double() = default;
+  FASTLM_MEMBER Double(f64x2 v) : v(v) {}
+  FASTLM_MEMBER explicit Double(double x) : v{x, x} {}
+  static FASTLM_MEMBER Double load(const double* p) { return f64x2{p[0], p[1]}; }
+  static FASTLM_MEMBER Double load(const float* p) { return f64x2{p[0], p[1]}; }
+  template <class T>
+  FASTLM_MEMBER void store(T* p) const {
+    p[0] = T(v[0]);
+    p[1] = T(v[1]);
+  }
+};
+FASTLM_SIMD Double operator+(Double a, Double b) { return a.v + b.v; }
+FASTLM_SIMD Double operator-(Double a, Double b) { return a.v - b.v; }
+FASTLM_SIMD Double operator*(Double a, Double b) { return a.v * b.v; }
+FASTLM_SIMD Double fma(Double a, Double b, Double c) {
+  return f64x2{__builtin_fma(a.v[0], b.v[0], c.v[0]), __builtin_fma(a.v[1], b.v[1], c.v[1])};
+}
+FASTLM_SIMD Double min(Double a, Double b) { return a.v < b.v ? a.v : b.v; }
+FASTLM_SIMD Double max(Double a, Double b) { return a.v > b.v ? a.v : b.v; }
+FASTLM_SIMD Double select_less(Double a, Double b, Double x, Double y) { return a.v < b.v ? x.v : y.v; }
+FASTLM_SIMD double scale2(double a, double n) {
+  const int64_t exponent = n == n ? int64_t(n) : 0, half = exponent >> 1;
+  const uint64_t first = uint64_t(half + 1023) << 52, second = uint64_t(exponent - half + 1023) << 52;
+  double f, g;
+  __builtin_memcpy(&f, &first, 8);
+  __builtin_memcpy(&g, &second, 8);
+  return a * f * g;
+}
+FASTLM_SIMD Double scale2(Double a, Double n) { return f64x2{scale2(a.v[0], n.v[0]), scale2(a.v[1], n.v[1])}; }
+
+struct Long {
+  using Scalar = uint64_t;
+  using Bits = Long;
+  static constexpr int lanes = 2;
+  u64x2 v;
+  FASTLM_MEMBER Long() = default;
+  FASTLM_MEMBER Long(u64x2 v) : v(v) {}
+  FASTLM_MEMBER explicit Long(uint64_t x) : v{x, x} {}
+  static FASTLM_MEMBER Long load(const uint64_t* p) { return u64x2{p[0], p[1]}; }
+};
+FASTLM_SIMD Long operator+(Long a, Long b) { return a.v + b.v; }
+FASTLM_SIMD Long operator^(Long a, Long b) { return a.v ^ b.v; }
+FASTLM_SIMD Long mul32(Long a, Long b) { return (a.v & 0xffffffffu) * b.v; }
+FASTLM_SIMD Long high32(Long a) { return a.v >> 32; }
+
+// The low words of two Longs in turn.
+FASTLM_SIMD Word pack(Long low, Long high) {
+  return u32x4{uint32_t(low.v[0]), uint32_t(high.v[0]), uint32_t(low.v[1]), uint32_t(high.v[1])};
+}
+
+// Transposes a 4x4 and stores it.
+FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* out) {
+  for (int i = 0; i < 4; ++i) Float(f32x4{a.v[i], b.v[i], c.v[i], d.v[i]}).store(out + 4 * i);
+}
+
+}  // namespace fastlm::FASTLM_ISA

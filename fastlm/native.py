@@ -1,0 +1,48 @@
+"""The C++ module ``fastlm._C``: loaded if it was built, given torch's own thread pool, and told which instruction set to use.
+
+Nothing here raises: what fails is kept as the reason that ``fastlm.backends()`` shows.
+"""
+
+import ctypes
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+# Codes of the dtypes in csrc/cpu/view.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _use_torch_threads(module: ModuleType) -> None:
+    """Hand over torch's parallel_for. A thread pool of our own beside torch's would fight it for the cores."""
+    libraries = Path(torch.__file__).parent / "lib"
+    found = [path for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (path := libraries / name).exists()]
+    if not found:
+        raise ImportError(f"no libtorch_cpu in {libraries}")
+    torch_cpu = ctypes.CDLL(str(found[0]))  # already loaded by torch: this only finds it
+    try:
+        module.use_thread_pool(ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value)
+    except AttributeError:
+        raise ImportError(f"torch {torch.__version__} has no torch_parallel_for: fastlm needs torch 2.10 or later") from None
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        module = importlib.import_module("fastlm._C")
+        _use_torch_threads(module)
+        module.set_isa(os.environ.get("FASTLM_CPU_ISA") or module.isas()[-1])
+    except ImportError as error:
+        return None, f"the C++ module fastlm._C cannot be loaded: {error}"
+    except ValueError as error:
+        return None, f"FASTLM_CPU_ISA: {error}"
+    return module, None
+
+
+C, why_not = _load()
+
+
+def view(tensor: torch.Tensor | None) -> tuple | None:
+    """What the C++ code is told of a tensor: (address, dtype code, strides in elements)."""
+    return None if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride())

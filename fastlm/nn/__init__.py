@@ -1,0 +1,5 @@
+"""Modules on fastlm's ops."""
+
+from .gaussian_latent import GaussianLatent
+
+__all__ = ["GaussianLatent"]

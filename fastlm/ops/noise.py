@@ -1,0 +1,91 @@
+"""The noise that every op draws: standard normals that are a pure function of a seed and a position."""
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..backend import Implementation, cpu_why_not, select
+from ..reference import noise as reference
+from .spec import Spec, Workload
+
+SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
+
+
+def as_seed(seed: int | Tensor | None, like: Tensor) -> Tensor:
+    """The seed as an int64 tensor on the device of ``like``: 0-d, or (B,) with B = ``like.shape[0]``.
+
+    None draws one from torch's default generator, so that torch.manual_seed and checkpointing work as ever. Integers from
+    2**63 up stand for the same 64 bits as their negative twins.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=like.device)
+    if isinstance(seed, Tensor):
+        return _checked(seed, like)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
+    if seed not in SEED_RANGE:
+        raise ValueError(f"seed must lie in [-2**63, 2**64); got {seed}")
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64, device=like.device)
+
+
+def _checked(seed: Tensor, like: Tensor) -> Tensor:
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64; got {seed.dtype}")
+    if seed.dim() != 0 and tuple(seed.shape) != tuple(like.shape[:1]):
+        expected = f"0-d or of shape ({like.shape[0]},)" if like.dim() else "0-d"
+        raise ValueError(f"seed must be {expected}, one per example; got shape {tuple(seed.shape)}")
+    if seed.device != like.device:
+        raise ValueError(f"seed must be on {like.device}, like the other tensors; got {seed.device}")
+    return seed
+
+
+def _normal_cpu(out: Tensor, seed: Tensor, position: int) -> Tensor:
+    native.C.normal(seed.item(), position, out.data_ptr(), out.numel())
+    return out
+
+
+def _normal_reference(out: Tensor, seed: Tensor, position: int) -> Tensor:
+    element = torch.arange(position, position + out.numel(), device=out.device)
+    return out.copy_(reference.normal(seed, element).reshape(out.shape))
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpu", _normal_cpu, cpu_why_not),
+    Implementation("reference", _normal_reference, lambda tensor: None),
+)
+
+
+def normal(
+    shape: tuple[int, ...], *, seed: int | Tensor | None = None, position: int = 0, backend: str | None = None
+) -> Tensor:
+    """float32 standard normals of ``shape``: elements ``position``, ``position + 1``, … of the stream of ``seed``.
+
+    The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
+    """
+    if position < 0:
+        raise ValueError(f"position must not be negative; got {position}")
+    out = torch.empty(shape)
+    scalar = out.new_empty(())  # no leading dimension, so that as_seed takes one seed only
+    return select("normal", IMPLEMENTATIONS, out, backend)(out, as_seed(seed, scalar), position)
+
+
+def _workload(count: int, quick: bool) -> Workload:
+    return Workload(f"{count:,}", lambda dtype: {"shape": (count,), "seed": 1}, count, 1, quick)
+
+
+SPECS = (
+    Spec(
+        name="normal",
+        function=normal,
+        dtypes=(torch.float32,),
+        backends=("cpu",),
+        differentiable=(),
+        cases={
+            "small": lambda dtype: {"shape": (3, 5), "seed": 7},
+            "inside a block": lambda dtype: {"shape": (201,), "seed": -3, "position": 2**40 + 3},
+            "empty": lambda dtype: {"shape": (0, 4), "seed": 0},
+        },
+        workloads=(_workload(1 << 16, True), _workload(1 << 20, True), _workload(1 << 24, False)),
+        peers={"torch.randn": lambda shape, seed: torch.randn(shape)},
+    ),
+)

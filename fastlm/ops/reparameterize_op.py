@@ -1,0 +1,230 @@
+"""The pair of torch ops behind the Gaussian latent: schema, CPU implementation, fake tensors, vmap and autograd.
+
+fastlm::reparameterize returns (z, kl) and fastlm::reparameterize_backward the gradients of the four tensors; an output that is
+not wanted is an empty tensor, as an op returns no None. The seed may have the shape of any leading dimensions of mu: one
+stream per entry.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import native
+from ..native import view
+from ..reference.reparameterize import accumulation_dtype
+
+MAX_DIMS = 12  # of csrc/cpu/view.h; tensors with more dimensions are copied
+
+# ---- the torch ops --------------------------------------------------------------------------------------------------------
+
+_OPTIONS = "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature"
+_INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed"
+_library = torch.library.Library("fastlm", "FRAGMENT")
+_library.define(f"reparameterize({_INPUTS}, {_OPTIONS}) -> (Tensor z, Tensor kl)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, {_INPUTS}, bool need_prior_mu, bool need_prior_logvar, "
+    f"{_OPTIONS}) -> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_forward_op = torch.ops.fastlm.reparameterize.default
+_backward_op = torch.ops.fastlm.reparameterize_backward.default
+
+
+def _empty_outputs(mu, seed, with_kl, event_dims, num_samples) -> tuple[Tensor, Tensor]:
+    """Room for (z, kl); one that is not wanted is an empty tensor, as an op returns no None."""
+    shape = mu.shape
+    kl_dtype = accumulation_dtype(mu.dtype)
+    z = mu.new_empty(0 if seed is None else shape if num_samples is None else (num_samples, *shape))
+    return z, mu.new_empty(shape[: len(shape) - event_dims] if with_kl else 0, dtype=kl_dtype)
+
+
+def _forward_fake(
+    mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature
+):
+    return _empty_outputs(mu, seed, with_kl, event_dims, num_samples)
+
+
+def _broadcast_view(prior: Tensor | None, mu: Tensor) -> tuple | None:
+    return view(None if prior is None else prior.expand(mu.shape))
+
+
+def _few_dims(tensor: Tensor | None, mu: Tensor) -> Tensor | None:
+    """The tensor itself, or a contiguous copy in mu's shape where it has more dimensions than the kernels' loops."""
+    if tensor is None or mu.dim() < MAX_DIMS:
+        return tensor
+    return tensor.expand(mu.shape).contiguous() if tensor.dim() <= mu.dim() else tensor.contiguous()
+
+
+def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature):
+    z, kl = _empty_outputs(mu, seed, with_kl, event_dims, num_samples)
+    if mu.numel() == 0:  # a sum over nothing is zero
+        return z, kl.zero_()
+    mu, logvar, prior_mu, prior_logvar = (_few_dims(t, mu) for t in (mu, logvar, prior_mu, prior_logvar))
+    native.C.reparameterize_forward(
+        tuple(mu.shape),
+        (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
+        view(z) if seed is not None else None,
+        view(kl) if with_kl else None,
+        seed.contiguous().data_ptr() if seed is not None else 0,
+        seed.numel() if seed is not None else 1,
+        event_dims,
+        num_samples or 1,
+        (free_bits, low, high, temperature),
+    )
+    return z, kl
+
+
+def _backward_fake(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, need_prior_mu, need_prior_logvar, *options):
+    def like(tensor, needed):
+        return tensor.new_empty(tensor.shape) if needed else mu.new_empty(0)
+
+    return like(mu, True), like(logvar, True), like(prior_mu, need_prior_mu), like(prior_logvar, need_prior_logvar)
+
+
+def _backward_cpu(
+    grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, need_prior_mu, need_prior_logvar,
+    with_kl, event_dims, free_bits, low, high, num_samples, temperature,
+):  # fmt: skip
+    priors, needed = (prior_mu, prior_logvar), (need_prior_mu, need_prior_logvar)
+    grad_mu, grad_logvar = mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+    grad_priors = [_prior_gradient_buffer(prior, mu) if need else None for prior, need in zip(priors, needed)]
+    mu, logvar, prior_mu, prior_logvar, grad_z = (_few_dims(t, mu) for t in (mu, logvar, prior_mu, prior_logvar, grad_z))
+    if grad_z is not None and num_samples is None:
+        grad_z = grad_z.unsqueeze(0)
+    native.C.reparameterize_backward(
+        tuple(mu.shape),
+        (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
+        view(grad_z),
+        view(None if grad_kl is None else grad_kl.contiguous()),
+        (view(grad_mu), view(grad_logvar), *map(view, grad_priors)),
+        seed.contiguous().data_ptr() if grad_z is not None else 0,
+        seed.numel() if grad_z is not None else 1,
+        event_dims,
+        num_samples or 1,
+        (free_bits, low, high, temperature),
+    )
+    reduced = (_sum_to(g, prior) if g is not None else mu.new_empty(0) for g, prior in zip(grad_priors, priors))
+    return grad_mu, grad_logvar, *reduced
+
+
+def _prior_gradient_buffer(prior: Tensor, mu: Tensor) -> Tensor:
+    """A prior that was broadcast gets its gradient at mu's shape first, to be summed at full precision."""
+    if prior.shape == mu.shape:
+        return prior.new_empty(prior.shape)
+    return mu.new_empty(mu.shape, dtype=accumulation_dtype(mu.dtype))
+
+
+def _sum_to(gradient: Tensor, prior: Tensor) -> Tensor:
+    """Sum over the dimensions that ``prior`` was broadcast along, in an order that no thread count changes (torch's does)."""
+    if gradient.shape == prior.shape:
+        return gradient
+    shape = (1,) * (gradient.dim() - prior.dim()) + tuple(prior.shape)
+    summed = [d for d, (g, p) in enumerate(zip(gradient.shape, shape)) if p == 1 and g != 1]
+    kept = [d for d in range(gradient.dim()) if d not in summed]
+    if gradient.numel() == 0:
+        return prior.new_zeros(prior.shape)
+    rows = gradient.permute(*summed, *kept).reshape(-1, prior.numel()).contiguous()
+    total = gradient.new_empty(prior.shape)
+    native.C.sum_rows(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.shape[0], rows.shape[1], total.data_ptr())
+    return total.to(prior.dtype)
+
+
+_library.impl("reparameterize", _forward_cpu, "CPU")
+_library.impl("reparameterize_backward", _backward_cpu, "CPU")
+torch.library.register_fake("fastlm::reparameterize", _forward_fake, lib=_library)
+torch.library.register_fake("fastlm::reparameterize_backward", _backward_fake, lib=_library)
+
+# ---- vmap: a batch of calls is one call with a leading dimension, each entry with a stream of its own -----------------------
+
+
+def _batched(tensor: Tensor | None, dim: int | None, size: int, rank: int | None = None) -> Tensor | None:
+    """The tensor with the vmapped dimension first, padded with ones behind it up to ``rank`` dimensions per call."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    missing = 0 if rank is None else rank - (tensor.dim() - 1)
+    return tensor.reshape(size, *(1,) * missing, *tensor.shape[1:]) if missing else tensor
+
+
+def _batched_inputs(size: int, in_dims: tuple, inputs: tuple) -> tuple:
+    mu, logvar, prior_mu, prior_logvar, seed = inputs
+    rank = mu.dim() - (in_dims[0] is not None)
+    ranks = (None, None, rank, rank, None)
+    return tuple(_batched(t, d, size, r) for t, d, r in zip(inputs, in_dims, ranks))
+
+
+def _forward_vmap(info, in_dims, *args):
+    inputs, options = args[:5], args[5:]
+    with_kl, num_samples, seed = options[0], options[5], inputs[4]
+    outputs = _forward_op(*_batched_inputs(info.batch_size, in_dims[:5], inputs), *options)
+    z_dim = None if seed is None else 0 if num_samples is None else 1
+    return outputs, (z_dim, 0 if with_kl else None)
+
+
+def _backward_vmap(info, in_dims, grad_z, grad_kl, *args):
+    inputs, needed, options = args[:5], args[5:7], args[7:]
+    num_samples = options[5]
+    grad_z = _batched(grad_z, in_dims[0], info.batch_size)
+    if grad_z is not None and num_samples is not None:
+        grad_z = grad_z.movedim(0, 1)
+    grad_kl = _batched(grad_kl, in_dims[1], info.batch_size)
+    grads = list(_backward_op(grad_z, grad_kl, *_batched_inputs(info.batch_size, in_dims[2:7], inputs), *needed, *options))
+    for i, (prior, dim) in enumerate(zip(inputs[2:4], in_dims[4:6])):
+        if needed[i]:  # without the ones that _batched put in
+            shape = prior.shape if dim is None else prior.movedim(dim, 0).shape[1:]
+            grads[2 + i] = grads[2 + i].reshape(info.batch_size, *shape)
+    return tuple(grads), (0, 0, *(0 if need else None for need in needed))
+
+
+torch.library.register_vmap("fastlm::reparameterize", _forward_vmap, lib=_library)
+torch.library.register_vmap("fastlm::reparameterize_backward", _backward_vmap, lib=_library)
+
+# ---- autograd -------------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx, args) -> None:
+    ctx.save_for_backward(*args[:5])
+    ctx.options = args[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad_z, grad_kl) -> tuple:
+    needed = ctx.needs_input_grad[:4]
+    grads = _backward_op(grad_z, grad_kl, *ctx.saved_tensors, *needed[2:], *ctx.options)
+    return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
+
+
+class _Reparameterize(torch.autograd.Function):
+    """The op with its gradient. A forward that takes ctx costs the least per call."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        _save(ctx, args)
+        return _forward_op(*args)
+
+    backward = staticmethod(once_differentiable(_gradients))
+
+
+class _ReparameterizeForFunctorch(torch.autograd.Function):
+    """The same for torch.func's transforms, which ask for the two halves of forward apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return _forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, output):
+        _save(ctx, args)
+
+    backward = staticmethod(once_differentiable(_gradients))
+
+
+def latent(tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
+    """(z, kl) by the op, with gradients where an input asks for them. Tensors and options in the order of the schema."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
+        under_functorch = torch._C._are_functorch_transforms_active()
+        function = _ReparameterizeForFunctorch if under_functorch else _Reparameterize
+        return function.apply(*tensors, *options)
+    return _forward_op(*tensors, *options)

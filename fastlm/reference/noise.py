@@ -1,0 +1,66 @@
+"""The noise of fastlm in plain PyTorch: Philox4x32-10 and Box-Muller.
+
+Philox is counter-based (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11): block ``c`` of the
+stream of a seed is a pure function of the two, so any element can be drawn at any time by anyone, and the backward draws the
+forward's noise again instead of storing it. The layout is that of ``torch.func._random.normal`` with key ``[seed, 0]``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1
+LOW = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words of ``block`` in the stream of ``seed``.
+
+    Both are int64, read as 64-bit patterns, and broadcast against each other. The words come back as int64 in [0, 2**32).
+    """
+    k0, k1 = seed & LOW, (seed >> 32) & LOW
+    c0, c1 = block & LOW, (block >> 32) & LOW
+    c2 = c3 = torch.zeros_like(block)
+    for _ in range(10):
+        # A product of two 32-bit words may wrap past 2**63; its bits are right all the same.
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & LOW) ^ c1 ^ k0, p1 & LOW, ((p0 >> 32) & LOW) ^ c3 ^ k1, p0 & LOW
+        k0, k1 = (k0 + KEY_STEPS[0]) & LOW, (k1 + KEY_STEPS[1]) & LOW
+    return c0, c1, c2, c3
+
+
+def uniform(word: Tensor) -> Tensor:
+    """u = (word + 1/2) / 2**32, rounded to float32: in (0, 1], never 0, so that its logarithm is finite."""
+    return (word.to(torch.float32) + 0.5) * 2.0**-32
+
+
+def normal(seed: Tensor, position: Tensor) -> Tensor:
+    """Standard normals at ``position`` (int64, any shape) of the streams of ``seed`` (int64, broadcastable), in float32.
+
+    Block c holds elements 4c to 4c + 3. Words 0 and 2 give the radii of two Box-Muller pairs, words 1 and 3 their angles; each
+    pair yields its cosine first, then its sine. The uniforms are float32 by definition; the rest is computed in float64 and
+    rounded once, so that every backend has one right answer to be compared with.
+    """
+    words = philox(seed, position >> 2)
+    second_pair, second_of_pair = (position & 2).bool(), (position & 1).bool()
+    u = uniform(torch.where(second_pair, words[2], words[0])).double()
+    turn = uniform(torch.where(second_pair, words[3], words[1])).double()
+    radius = torch.sqrt(-2.0 * torch.log(u))
+    angle = 2.0 * math.pi * turn
+    return (radius * torch.where(second_of_pair, torch.sin(angle), torch.cos(angle))).float()
+
+
+def normal_like(x: Tensor, seed: Tensor, num_samples: int = 1) -> Tensor:
+    """The noise of ``num_samples`` draws for a tensor shaped like ``x``: float32 (num_samples, *x.shape).
+
+    ``seed`` is 0-d, or has the shape of leading dimensions of ``x``: (B,) gives each example a stream of its own. Sample k of
+    element e of a stream (counted in row-major order) sits at position k * (elements of x in the stream) + e.
+    """
+    streams = seed.numel()
+    length = x.numel() // max(1, streams)
+    element = torch.arange(length, device=x.device)
+    sample = torch.arange(num_samples, device=x.device)
+    position = sample[:, None, None] * length + element  # (K, 1, length)
+    return normal(seed.reshape(1, -1, 1), position.expand(-1, streams, -1)).reshape(num_samples, *x.shape)
