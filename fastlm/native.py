@@ -6,6 +6,7 @@ Nothing here raises: what fails is kept as the reason that ``fastlm.backends()``
 import ctypes
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -46,3 +47,14 @@ C, why_not = _load()
 def view(tensor: torch.Tensor | None) -> tuple | None:
     """What the C++ code is told of a tensor: (address, dtype code, strides in elements)."""
     return None if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride())
+
+
+HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that the process has already touched
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` for a kernel's output. A large one is asked to live in huge pages, as NumPy asks for its arrays."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= HUGE_PAGES_FROM:
+        C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor

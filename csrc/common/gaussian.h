@@ -22,8 +22,8 @@ FASTLM_HD V clamp_gradient(V gradient, V x, V low, V high) {
 }
 
 template <class V>
-FASTLM_HD V standard_deviation(V logvar, V temperature) {
-  return temperature * exp(V(typename V::Scalar(0.5)) * logvar);
+FASTLM_HD V standard_deviation(V logvar) {
+  return exp(V(typename V::Scalar(0.5)) * logvar);
 }
 
 template <class V>
@@ -34,9 +34,10 @@ struct Kl {
   V squared;  // d^2 w
 };
 
+// Given e^x, x = log_ratio. Without a prior that is the variance, which sampling has at hand.
 template <class V>
-FASTLM_HD Kl<V> kl(V difference, V log_ratio, V precision) {
-  const auto e = expm1(log_ratio);
+FASTLM_HD Kl<V> kl(V difference, V log_ratio, V ratio, V precision) {
+  const auto e = expm1(log_ratio, ratio);
   const V scaled = difference * precision, squared = difference * scaled;
   return {V(typename V::Scalar(0.5)) * (squared + e.minus_x), e.value, scaled, squared};
 }

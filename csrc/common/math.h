@@ -23,7 +23,7 @@ FASTLM_HD U shift_right(U x) {
 template <class V, class T, int N>
 FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
   V p(coefficients[N - 1]);
-#pragma GCC unroll 16
+#pragma GCC unroll 18
   for (int k = N - 2; k >= 0; --k) p = fma(p, x, V(coefficients[k]));
   return p;
 }
@@ -60,31 +60,33 @@ FASTLM_HD V exp_tail(V r, double) {
   return horner(r, c);
 }
 
-// (e^x - 1 - x) / x^2 for -1 <= x <= 1.5: to 2^-29 and 2^-61.
+// (e^x - 1 - x) / x^2 for -1 <= x <= 2.5: to 2^-28 and 2^-62.
 template <class V>
 FASTLM_HD V expm1_minus_series(V x, float) {
-  constexpr float c[] = {0x1p-1f,         0x1.555556p-3f,  0x1.55554ap-5f,  0x1.111114p-7f, 0x1.6c1d44p-10f,
-                         0x1.a0122cp-13f, 0x1.9dc84ep-16f, 0x1.771502p-19f, 0x1.6e0e6ap-22f};
+  constexpr float c[] = {0x1p-1f,         0x1.555554p-3f,  0x1.555560p-5f,  0x1.111180p-7f,  0x1.6c117ap-10f,
+                         0x1.9ff35ep-13f, 0x1.a2096ep-16f, 0x1.72ab18p-19f, 0x1.da3dbap-23f, 0x1.97a49cp-25f};
   return horner(x, c);
 }
 template <class V>
 FASTLM_HD V expm1_minus_series(V x, double) {
   constexpr double c[] = {0x1p-1,
                           0x1.5555555555555p-3,
-                          0x1.5555555555553p-5,
-                          0x1.111111111111bp-7,
-                          0x1.6c16c16c1702bp-10,
-                          0x1.a01a01a0187b7p-13,
-                          0x1.a01a019fc437ap-16,
-                          0x1.71de3a57543a8p-19,
-                          0x1.27e4fbacdedd8p-22,
-                          0x1.ae6453eccde43p-26,
-                          0x1.1eed6dc3ffc66p-29,
-                          0x1.61264025fa9fap-33,
-                          0x1.93a9f89ce9595p-37,
-                          0x1.ad1f31c033bddp-41,
-                          0x1.ac9ef68ce8c1ap-45,
-                          0x1.fcd6cfa25265cp-49};
+                          0x1.5555555555555p-5,
+                          0x1.1111111111102p-7,
+                          0x1.6c16c16c16cabp-10,
+                          0x1.a01a01a01b6c8p-13,
+                          0x1.a01a01a00c3ebp-16,
+                          0x1.71de3a5490b93p-19,
+                          0x1.27e4fb819caa2p-22,
+                          0x1.ae6456e234036p-26,
+                          0x1.1eed87b31bfb9p-29,
+                          0x1.61246c4eb89d6p-33,
+                          0x1.939befa5c3f89p-37,
+                          0x1.ae54e4375e376p-41,
+                          0x1.adfd0cc7947b5p-45,
+                          0x1.a5a9ffa62daeap-49,
+                          0x1.f91c0d6671bb8p-54,
+                          0x1.2c6ebf051125ap-56};
   return horner(x, c);
 }
 
@@ -105,15 +107,15 @@ struct Expm1 {
   V value;    // e^x - 1
 };
 
-// Both without cancellation: by the series where e^x and 1 + x are close, by exp elsewhere.
+// Both without cancellation, given e = e^x: by the series where e^x and 1 + x are close, from e elsewhere, where an error of a
+// few ulps in e is no more than that in the result.
 template <class V>
-FASTLM_HD Expm1<V> expm1(V x) {
+FASTLM_HD Expm1<V> expm1(V x, V e) {
   using T = typename V::Scalar;
   const V near = x * x * expm1_minus_series(x, T());
-  const V e = exp(x);
   const V far = e - (V(T(1)) + min(V(T(1e30)), x));  // capped, so that x = inf gives inf, not inf - inf
-  const V off_centre = x - V(T(0.25)), distance = max(V(T(0)) - off_centre, off_centre);
-  const V reach(T(1.25));
+  const V off_centre = x - V(T(0.75)), distance = max(V(T(0)) - off_centre, off_centre);
+  const V reach(T(1.75));
   return {select_less(distance, reach, near, far), select_less(distance, reach, x + near, e - V(T(1)))};
 }
 

@@ -1,6 +1,9 @@
 // fastlm._C: the CPU kernels for Python. It knows nothing of torch: tensors come as (address, dtype code, strides) or None,
 // checked by fastlm/ops, which also owns every output.
 #include <pybind11/pybind11.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <initializer_list>
@@ -18,14 +21,15 @@ namespace fastlm {
 namespace {
 
 // View of a tensor; `skip` leading strides are not part of the shape.
-View view_of(py::handle tensor, size_t skip = 0) {
+View view_of(py::handle tensor, py::ssize_t skip = 0) {
   View view;
   if (tensor.is_none()) return view;
-  const auto fields = py::reinterpret_borrow<py::tuple>(tensor);
-  const auto strides = py::reinterpret_borrow<py::tuple>(fields[2]);
-  view.data = reinterpret_cast<char*>(fields[0].cast<intptr_t>());
-  view.dtype = fields[1].cast<int>();
-  for (size_t d = skip; d < strides.size(); ++d) view.stride[d - skip] = strides[d].cast<int64_t>();
+  PyObject* const strides = PyTuple_GET_ITEM(tensor.ptr(), 2);
+  view.data = reinterpret_cast<char*>(PyLong_AsLongLong(PyTuple_GET_ITEM(tensor.ptr(), 0)));
+  view.dtype = int(PyLong_AsLong(PyTuple_GET_ITEM(tensor.ptr(), 1)));
+  for (py::ssize_t d = skip; d < PyTuple_GET_SIZE(strides); ++d) {
+    view.stride[d - skip] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
+  }
   return view;
 }
 
@@ -137,6 +141,15 @@ void set_isa(const std::string& name) {
   throw py::value_error("this machine runs " + py::str(isas()).cast<std::string>() + "; got '" + name + "'");
 }
 
+// Asks for huge pages under a large output before it is written: at 4 KiB a page, faults would take longer than the kernels.
+void advise_huge_pages(intptr_t data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr intptr_t page = 1 << 21;
+  const intptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);  // only advice: may fail
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -145,6 +158,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isas", &isas, "The instruction sets that this machine runs, slowest first.");
   m.def("isa", [] { return isa_names[current_isa()]; }, "The instruction set in use.");
   m.def("set_isa", &set_isa);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("normal", [](int64_t seed, int64_t position, intptr_t out, int64_t count) {
     py::gil_scoped_release nogil;
     normal(uint64_t(seed), uint64_t(position), count, reinterpret_cast<float*>(out));

@@ -1,6 +1,5 @@
 // Normals, 64 at a time: 16 lanes draw a block of four each.
 //
-// The ladder, in cycles per normal of one AVX-512 core: see BENCH below.
 #pragma once
 
 #include "../common/philox.h"

@@ -38,21 +38,24 @@ struct Inputs {
 
   FASTLM_MEMBER V clamped_logvar(int64_t i) const { return clamp(V::load(logvar + i), V(C(a.low)), V(C(a.high))); }
 
-  FASTLM_MEMBER V deviation(int64_t i) const { return standard_deviation(clamped_logvar(i), V(C(a.temperature))); }
+  FASTLM_MEMBER V deviation(int64_t i) const { return standard_deviation(clamped_logvar(i)); }
 
   template <bool kPrior>
-  FASTLM_MEMBER Kl<V> kl_at(int64_t i) const {
-    V difference = V::load(mu + i), log_ratio = clamped_logvar(i), precision(C(1));
+  FASTLM_MEMBER Kl<V> kl_at(int64_t i, V deviation) const {
+    V difference = V::load(mu + i), log_ratio = clamped_logvar(i), ratio = deviation * deviation, precision(C(1));
     if constexpr (kPrior) {
       if (prior_mu) difference = difference - V::load(prior_mu + i);
       if (prior_logvar) {
         const V p = V::load(prior_logvar + i);
         log_ratio = log_ratio - p;
+        ratio = exp(log_ratio);
         precision = exp(V(C(0)) - p);
       }
     }
-    return kl(difference, log_ratio, precision);
+    return kl(difference, log_ratio, ratio, precision);
   }
+
+  FASTLM_MEMBER bool has_prior() const { return prior_mu || prior_logvar; }
 };
 
 // The sum of `count` values, in an order that depends on count alone.
@@ -75,27 +78,33 @@ static C sum(const C* values, int64_t count) {
   return lanes[0];
 }
 
-// z of a tile, all samples.
-template <class C>
-static void sample(const LatentForward& a, const Inputs<C>& in, int64_t first, int64_t count) {
+// One pass over a tile: z from eps, where z is wanted, and the terms of the KL, where they are.
+template <class C, bool kPrior>
+static void forward_elements(const Inputs<C>& in, int64_t count, const float* eps, C* z, C* kl) {
   using V = Vector<C>;
-  alignas(64) C z[kTile], deviation[kTile];
-  alignas(64) float eps[kTile];
-  for (int64_t i = 0; i < count; i += kLanes) in.deviation(i).store(deviation + i);
-  for (int64_t k = 0; k < a.samples; ++k) {
-    draw(a, k, first, count, eps);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      fma(V::load(deviation + i), V::load(eps + i), V::load(in.mu + i)).store(z + i);
-    }
-    write(z, a.z, a.mu.dtype, k * a.elements + first, count);
+  const V free_bits(C(in.a.free_bits)), temperature(C(in.a.temperature));
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const V deviation = in.deviation(i);
+    if (z) fma(temperature * deviation, V::load(eps + i), V::load(in.mu + i)).store(z + i);
+    if (kl) max(free_bits, in.template kl_at<kPrior>(i, deviation).value).store(kl + i);
   }
 }
 
-template <class C, bool kPrior>
-static void kl_of_elements(const Inputs<C>& in, int64_t count, C* out) {
-  using V = Vector<C>;
-  const V free_bits(C(in.a.free_bits));
-  for (int64_t i = 0; i < count; i += kLanes) max(free_bits, in.template kl_at<kPrior>(i).value).store(out + i);
+// The tile's samples, all of them, and with the first one the terms of its KL.
+template <class C>
+static void forward_tile(const LatentForward& a, Inputs<C>& in, int64_t first, int64_t count, C* kl) {
+  in.read_all(first, count);
+  const auto elements = in.has_prior() ? forward_elements<C, true> : forward_elements<C, false>;
+  if (!a.z) return elements(in, count, nullptr, nullptr, kl);
+  Output<C> z;
+  alignas(64) float eps[kTile];
+  for (int64_t k = 0; k < a.samples; ++k) {
+    const int64_t to = k * a.elements + first;
+    draw(a, k, first, count, eps);
+    z.open(a.z, a.mu.dtype, to, count);
+    elements(in, count, eps, z.values, k == 0 ? kl : nullptr);
+    commit(z, a.z, a.mu.dtype, to, count);
+  }
 }
 
 // Elements [begin, end): whole rows, or, where `piece` is given, a piece of one row whose sum goes there.
@@ -110,11 +119,8 @@ static void forward_unit(const LatentForward& a, int64_t begin, int64_t end, dou
   for (int64_t first = begin; first < end;) {
     const int64_t limit = a.event <= kTile || row_end > end ? end : row_end;
     const int64_t count = tile < limit - first ? tile : limit - first;
-    in.read_all(first, count);
-    if (a.z) sample(a, in, first, count);
+    forward_tile(a, in, first, count, a.kl ? kl : nullptr);
     if (a.kl) {
-      const bool prior = in.prior_mu || in.prior_logvar;
-      prior ? kl_of_elements<C, true>(in, count, kl) : kl_of_elements<C, false>(in, count, kl);
       for (int64_t done = 0; done < count;) {
         const int64_t left = row_end - first - done, run = left < count - done ? left : count - done;
         total += sum(kl + done, run);
@@ -142,48 +148,32 @@ void latent_forward(const LatentForward& a, int64_t unit_begin, int64_t unit_end
   }
 }
 
-// The gradients of one tile, before logvar's clamp.
+// What comes through z: sum_k g_k, which is mu's gradient, and sum_k g_k eps_k.
 template <class C>
-struct Gradients {
-  alignas(64) C mu[kTile], logvar[kTile], prior_mu[kTile], prior_logvar[kTile];
+struct SampleGradient {
+  const C *sum = nullptr, *noisy_sum = nullptr;
+  Tile<C> tile;
+  alignas(64) C sums[kTile], noisy_sums[kTile];
 };
 
-// What comes through z: d mu = sum_k g_k and d logvar = deviation / 2 * sum_k g_k eps_k.
 template <class C>
-static void sample_gradient(const LatentBackward& a, const Inputs<C>& in, int64_t first, int64_t count, Gradients<C>& out) {
+static void sum_samples(const LatentBackward& a, int64_t first, int64_t count, SampleGradient<C>& out) {
   using V = Vector<C>;
-  Tile<C> tile;
   alignas(64) float eps[kTile];
   View grad_z = a.grad_z;
   int64_t sample_bytes = 0;
   with_dtype(grad_z.dtype, [&](auto type) FASTLM_LAMBDA { sample_bytes = a.grad_z_sample * int64_t(sizeof(type)); });
   for (int64_t k = 0; k < a.samples; ++k, grad_z.data += sample_bytes) {
     draw(a, k, first, count, eps);
-    const C* g = read(tile, a.shape, grad_z, first, count);
+    const C* g = read(out.tile, a.shape, grad_z, first, count);
     for (int64_t i = 0; i < count; i += kLanes) {
-      const V gradient = V::load(g + i);
-      (V::load(out.mu + i) + gradient).store(out.mu + i);
-      fma(gradient, V::load(eps + i), V::load(out.logvar + i)).store(out.logvar + i);
+      const V noisy = V::load(g + i) * V::load(eps + i);
+      (k == 0 ? noisy : V::load(out.noisy_sums + i) + noisy).store(out.noisy_sums + i);
+      if (a.samples > 1) (k == 0 ? V::load(g + i) : V::load(out.sums + i) + V::load(g + i)).store(out.sums + i);
     }
+    out.sum = a.samples > 1 ? out.sums : g;
   }
-  for (int64_t i = 0; i < count; i += kLanes) {
-    (V::load(out.logvar + i) * (V(C(0.5)) * in.deviation(i))).store(out.logvar + i);
-  }
-}
-
-template <class C, bool kPrior>
-static void add_kl_gradient(const LatentBackward& a, const Inputs<C>& in, const C* grad_kl, int64_t count, Gradients<C>& out) {
-  using V = Vector<C>;
-  const V free_bits(C(a.free_bits));
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const auto gradient = kl_gradient(in.template kl_at<kPrior>(i), free_bits, V::load(grad_kl + i));
-    (V::load(out.mu + i) + gradient.mu).store(out.mu + i);
-    (V::load(out.logvar + i) + gradient.logvar).store(out.logvar + i);
-    if constexpr (kPrior) {
-      gradient.prior_mu.store(out.prior_mu + i);
-      gradient.prior_logvar.store(out.prior_logvar + i);
-    }
-  }
+  out.noisy_sum = out.noisy_sums;
 }
 
 // Each row's gradient, once per element of the row.
@@ -199,34 +189,58 @@ static void spread(const LatentBackward& a, int64_t first, int64_t count, C* out
 }
 
 template <class C>
-static void backward_tile(const LatentBackward& a, Inputs<C>& in, int64_t first, int64_t count) {
+struct BackwardTile {
+  Inputs<C> in;
+  SampleGradient<C> z;
+  Output<C> mu, logvar, prior_mu, prior_logvar;
+  alignas(64) C grad_kl[kTile];
+  FASTLM_MEMBER explicit BackwardTile(const Latent& a) : in(a) {}
+};
+
+// All gradients of the tile in one loop: d z / d logvar = temperature deviation eps / 2, and the KL's own.
+template <class C, bool kPrior>
+static void gradients(const LatentBackward& a, BackwardTile<C>& t, int64_t count) {
   using V = Vector<C>;
-  Gradients<C> out;
-  __builtin_memset(out.mu, 0, sizeof(out.mu));
-  __builtin_memset(out.logvar, 0, sizeof(out.logvar));
-  in.read_all(first, count);
-  if (a.grad_z.data) sample_gradient(a, in, first, count, out);
-  if (a.grad_kl) {
-    alignas(64) C grad_kl[kTile];
-    spread(a, first, count, grad_kl);
-    const bool prior = in.prior_mu || in.prior_logvar;
-    prior ? add_kl_gradient<C, true>(a, in, grad_kl, count, out) : add_kl_gradient<C, false>(a, in, grad_kl, count, out);
-  }
+  const V free_bits(C(a.free_bits)), low(C(a.low)), high(C(a.high)), half_temperature(C(0.5 * a.temperature));
   for (int64_t i = 0; i < count; i += kLanes) {
-    const V gradient = V::load(out.logvar + i), low(C(a.low)), high(C(a.high));
-    clamp_gradient(gradient, V::load(in.logvar + i), low, high).store(out.logvar + i);
+    const V deviation = t.in.deviation(i);
+    V mu(C(0)), logvar(C(0));
+    KlGradient<V> kl{mu, mu, mu, mu};
+    if (a.grad_z.data) {
+      mu = V::load(t.z.sum + i);
+      logvar = V::load(t.z.noisy_sum + i) * (half_temperature * deviation);
+    }
+    if (a.grad_kl) kl = kl_gradient(t.in.template kl_at<kPrior>(i, deviation), free_bits, V::load(t.grad_kl + i));
+    (mu + kl.mu).store(t.mu.values + i);
+    clamp_gradient(logvar + kl.logvar, V::load(t.in.logvar + i), low, high).store(t.logvar.values + i);
+    if constexpr (kPrior) {
+      kl.prior_mu.store(t.prior_mu.values + i);
+      kl.prior_logvar.store(t.prior_logvar.values + i);
+    }
   }
-  write(out.mu, a.grad_mu, a.mu.dtype, first, count);
-  write(out.logvar, a.grad_logvar, a.mu.dtype, first, count);
-  if (a.grad_prior_mu) write(out.prior_mu, a.grad_prior_mu, a.prior_mu_dtype, first, count);
-  if (a.grad_prior_logvar) write(out.prior_logvar, a.grad_prior_logvar, a.prior_logvar_dtype, first, count);
+}
+
+template <class C>
+static void backward_tile(const LatentBackward& a, BackwardTile<C>& t, int64_t first, int64_t count) {
+  t.in.read_all(first, count);
+  if (a.grad_z.data) sum_samples(a, first, count, t.z);
+  if (a.grad_kl) spread(a, first, count, t.grad_kl);
+  t.mu.open(a.grad_mu, a.mu.dtype, first, count);
+  t.logvar.open(a.grad_logvar, a.mu.dtype, first, count);
+  t.prior_mu.values = t.prior_mu.tile;
+  t.prior_logvar.values = t.prior_logvar.tile;
+  t.in.has_prior() ? gradients<C, true>(a, t, count) : gradients<C, false>(a, t, count);
+  commit(t.mu, a.grad_mu, a.mu.dtype, first, count);
+  commit(t.logvar, a.grad_logvar, a.mu.dtype, first, count);
+  if (a.grad_prior_mu) commit(t.prior_mu, a.grad_prior_mu, a.prior_mu_dtype, first, count);
+  if (a.grad_prior_logvar) commit(t.prior_logvar, a.grad_prior_logvar, a.prior_logvar_dtype, first, count);
 }
 
 template <class C>
 static void backward_range(const LatentBackward& a, int64_t begin, int64_t end) {
-  Inputs<C> in(a);
+  BackwardTile<C> tile(a);
   for (int64_t first = begin; first < end; first += kTile) {
-    backward_tile(a, in, first, end - first < kTile ? end - first : int64_t(kTile));
+    backward_tile(a, tile, first, end - first < kTile ? end - first : int64_t(kTile));
   }
 }
 

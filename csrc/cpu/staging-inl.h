@@ -130,17 +130,30 @@ static const C* read(Tile<C>& tile, const Shape& shape, const View& view, int64_
   return values;
 }
 
-// `count` values, in an array padded to whole vectors, into the contiguous tensor `out` of that dtype, from element `first` on.
+// Elements [first, first + count) of a contiguous output, to be filled with C in whole vectors: in place where the tensor has
+// that very form, else in a tile here that commit() converts.
 template <class C>
-static void write(const C* values, void* out, int dtype, int64_t first, int64_t count) {
+struct Output {
+  C* values;
+  alignas(64) C tile[kTile];
+
+  FASTLM_MEMBER void open(void* out, int dtype, int64_t first, int64_t count) {
+    const bool in_place = dtype == (same<C, float> ? kFloat32 : kFloat64) && count % kLanes == 0;
+    values = in_place ? static_cast<C*>(out) + first : tile;
+  }
+};
+
+template <class C>
+static void commit(const Output<C>& output, void* out, int dtype, int64_t first, int64_t count) {
+  if (output.values != output.tile) return;
   with_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
     using T = decltype(type);
     T* target = static_cast<T*>(out) + first;
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store<C>(Vector<C>::load(values + i), target + i);
+    for (; i + kLanes <= count; i += kLanes) store<C>(Vector<C>::load(output.tile + i), target + i);
     if (i < count) {
       T rest[kLanes];
-      store<C>(Vector<C>::load(values + i), rest);
+      store<C>(Vector<C>::load(output.tile + i), rest);
       __builtin_memcpy(target + i, rest, (count - i) * sizeof(T));
     }
   });

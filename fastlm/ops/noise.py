@@ -25,7 +25,7 @@ def as_seed(seed: int | Tensor | None, like: Tensor) -> Tensor:
         raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
     if seed not in SEED_RANGE:
         raise ValueError(f"seed must lie in [-2**63, 2**64); got {seed}")
-    return torch.tensor(seed if seed < 2**63 else seed - 2**64, device=like.device)
+    return torch.scalar_tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=like.device)
 
 
 def _checked(seed: Tensor, like: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def normal(
     """
     if position < 0:
         raise ValueError(f"position must not be negative; got {position}")
-    out = torch.empty(shape)
+    out = native.empty(shape, torch.float32) if native.C else torch.empty(shape)
     scalar = out.new_empty(())  # no leading dimension, so that as_seed takes one seed only
     return select("normal", IMPLEMENTATIONS, out, backend)(out, as_seed(seed, scalar), position)
 

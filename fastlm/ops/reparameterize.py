@@ -4,9 +4,10 @@
     kl = sum over the event of max(free_bits, (d^2 e^-prior_logvar + e^x - 1 - x) / 2)
     with d = mu - prior_mu and x = logvar - prior_logvar
 
-`reparameterize`, `reparameterize_with_kl` and `gaussian_kl` are three views of one op (reparameterize_op.py). Its backward draws
-the noise again: nothing but the inputs and the seed is saved. Sources: Kingma & Welling, "Auto-Encoding Variational Bayes"
-(2013); free bits: Kingma et al., "Improved variational inference with inverse autoregressive flow" (2016), appendix C.8.
+`reparameterize`, `reparameterize_with_kl` and `gaussian_kl` are three views of one op (reparameterize_op.py). Its backward
+draws the noise again: nothing but the inputs and the seed is saved.
+Sources: Kingma & Welling, "Auto-Encoding Variational Bayes" (2013); free bits: Kingma et al., "Improved variational inference
+with inverse autoregressive flow" (2016), appendix C.8.
 """
 
 import math

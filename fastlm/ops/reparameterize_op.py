@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import native
-from ..native import view
+from ..native import empty, view
 from ..reference.reparameterize import accumulation_dtype
-
-MAX_DIMS = 12  # of csrc/cpu/view.h; tensors with more dimensions are copied
 
 # ---- the torch ops --------------------------------------------------------------------------------------------------------
 
@@ -30,36 +28,28 @@ _forward_op = torch.ops.fastlm.reparameterize.default
 _backward_op = torch.ops.fastlm.reparameterize_backward.default
 
 
-def _empty_outputs(mu, seed, with_kl, event_dims, num_samples) -> tuple[Tensor, Tensor]:
-    """Room for (z, kl); one that is not wanted is an empty tensor, as an op returns no None."""
-    shape = mu.shape
-    kl_dtype = accumulation_dtype(mu.dtype)
-    z = mu.new_empty(0 if seed is None else shape if num_samples is None else (num_samples, *shape))
-    return z, mu.new_empty(shape[: len(shape) - event_dims] if with_kl else 0, dtype=kl_dtype)
+def _output_shapes(mu, seed, with_kl, event_dims, num_samples) -> tuple[tuple, tuple]:
+    """The shapes of (z, kl)."""
+    shape = tuple(mu.shape)
+    z = (0,) if seed is None else shape if num_samples is None else (num_samples, *shape)
+    return z, shape[: len(shape) - event_dims] if with_kl else (0,)
 
 
-def _forward_fake(
-    mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature
-):
-    return _empty_outputs(mu, seed, with_kl, event_dims, num_samples)
+def _forward_fake(mu, logvar, prior_mu, prior_logvar, seed, *options):
+    with_kl, event_dims, *_, num_samples, _ = options
+    z, kl = _output_shapes(mu, seed, with_kl, event_dims, num_samples)
+    return mu.new_empty(z), mu.new_empty(kl, dtype=accumulation_dtype(mu.dtype))
 
 
 def _broadcast_view(prior: Tensor | None, mu: Tensor) -> tuple | None:
     return view(None if prior is None else prior.expand(mu.shape))
 
 
-def _few_dims(tensor: Tensor | None, mu: Tensor) -> Tensor | None:
-    """The tensor itself, or a contiguous copy in mu's shape where it has more dimensions than the kernels' loops."""
-    if tensor is None or mu.dim() < MAX_DIMS:
-        return tensor
-    return tensor.expand(mu.shape).contiguous() if tensor.dim() <= mu.dim() else tensor.contiguous()
-
-
 def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature):
-    z, kl = _empty_outputs(mu, seed, with_kl, event_dims, num_samples)
+    z_shape, kl_shape = _output_shapes(mu, seed, with_kl, event_dims, num_samples)
+    z, kl = empty(z_shape, mu.dtype), empty(kl_shape, accumulation_dtype(mu.dtype))
     if mu.numel() == 0:  # a sum over nothing is zero
         return z, kl.zero_()
-    mu, logvar, prior_mu, prior_logvar = (_few_dims(t, mu) for t in (mu, logvar, prior_mu, prior_logvar))
     native.C.reparameterize_forward(
         tuple(mu.shape),
         (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
@@ -86,9 +76,8 @@ def _backward_cpu(
     with_kl, event_dims, free_bits, low, high, num_samples, temperature,
 ):  # fmt: skip
     priors, needed = (prior_mu, prior_logvar), (need_prior_mu, need_prior_logvar)
-    grad_mu, grad_logvar = mu.new_empty(mu.shape), mu.new_empty(mu.shape)
+    grad_mu, grad_logvar = empty(mu.shape, mu.dtype), empty(mu.shape, mu.dtype)
     grad_priors = [_prior_gradient_buffer(prior, mu) if need else None for prior, need in zip(priors, needed)]
-    mu, logvar, prior_mu, prior_logvar, grad_z = (_few_dims(t, mu) for t in (mu, logvar, prior_mu, prior_logvar, grad_z))
     if grad_z is not None and num_samples is None:
         grad_z = grad_z.unsqueeze(0)
     native.C.reparameterize_backward(
@@ -109,9 +98,7 @@ def _backward_cpu(
 
 def _prior_gradient_buffer(prior: Tensor, mu: Tensor) -> Tensor:
     """A prior that was broadcast gets its gradient at mu's shape first, to be summed at full precision."""
-    if prior.shape == mu.shape:
-        return prior.new_empty(prior.shape)
-    return mu.new_empty(mu.shape, dtype=accumulation_dtype(mu.dtype))
+    return empty(mu.shape, prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype))
 
 
 def _sum_to(gradient: Tensor, prior: Tensor) -> Tensor:
