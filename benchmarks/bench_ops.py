@@ -1,0 +1,66 @@
+"""Times every op that has a spec, on pytest-benchmark: fastlm's backends beside what a user would write or pick instead.
+
+    pytest benchmarks/bench_ops.py              # `--full` adds the long sizes and every dtype
+    make bench                                  # the same, and memory, the digits VAE and a report
+
+Each fastlm row is first checked against the reference. The implementations of one setting (op, size, dtype) take turns, so
+that what else the machine is doing hits all alike; a row's median is taken over the rounds of all its turns.
+"""
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+
+import pytest
+from op_check import errors, worst
+from op_rows import FASTLM, Unavailable, arguments_of, find, implementations, settings, step_of
+
+TURNS = 3
+ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
+
+
+def pytest_generate_tests(metafunc):
+    rows = [
+        (*setting, turn, implementation)
+        for setting in settings(metafunc.config.getoption("--full"))
+        for turn in range(TURNS)
+        for implementation in implementations(setting[0])
+    ]
+    metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
+
+
+class Contest:
+    """The implementations of one setting, ready to run on the same inputs."""
+
+    def __init__(self, op: str, workload: str, dtype: str):
+        self.spec, _ = find(op, workload)
+        self.arguments = arguments_of(op, workload, dtype)
+        self.step, self.errors = cache(self._step), cache(self._errors)
+
+    def _step(self, implementation: str) -> Callable | Unavailable:
+        try:
+            return step_of(self.spec, implementation, self.arguments)
+        except Unavailable as reason:
+            return reason  # kept, so that each turn need not fail anew
+
+    def _errors(self, implementation: str) -> dict:
+        return errors(self.spec, self.arguments, implementation.removeprefix(FASTLM))
+
+
+@lru_cache(maxsize=1)  # the tensors of one setting at a time
+def contest(op: str, workload: str, dtype: str) -> Contest:
+    return Contest(op, workload, dtype)
+
+
+@pytest.mark.benchmark(min_rounds=ROUNDS, max_time=SECONDS, disable_gc=True)
+def test_op(benchmark, op, workload, dtype, turn, implementation):
+    setting = contest(op, workload, dtype)
+    step = setting.step(implementation)
+    if isinstance(step, Unavailable):
+        pytest.skip(str(step))
+    benchmark.group = f"{op} {workload} {dtype}"
+    if implementation.startswith(FASTLM):
+        judged = setting.errors(implementation)
+        benchmark.extra_info |= {"errors": judged, **worst(judged)}
+        wrong = {name: j for name, j in judged.items() if not j["error"] <= j["allowed"]}
+        assert not wrong, f"wrong answer, not timed: {wrong}"
+    benchmark(step)

@@ -1,0 +1,85 @@
+"""The report of a run, from its JSON files: report.md with its pictures, and the tables that the terminal shows.
+
+python benchmarks/report.py [build/bench]      # write it again without measuring again
+"""
+
+import argparse
+from itertools import groupby
+from pathlib import Path
+
+import report_plots
+from bench_results import Result, load, results_of
+from report_digits import digits_section
+from report_tables import full_table, goals_table, machine_table, memory_table, missing_list, terminal_table
+from rich.console import Console
+from rich.table import Table
+
+DEFAULT_OUT = Path(__file__).parents[1] / "build" / "bench"
+DISTURBED = 0.03  # share of the CPU time that went to others, from which the report warns
+METHOD = """\
+## How it was measured
+
+- **Answers first.** Each fastlm row was checked against the reference in float64 before it was timed. *error* is its largest
+  error over the largest value, of the result (output or gradient) that comes closest to what it is allowed; the allowance is
+  twice what plain PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers draw noise of their own.
+- **Time** is the median of a forward and backward where there are gradients, of the forward alone elsewhere; beside it the 20th
+  and the 80th percentile. The implementations of one setting take turns, three each. Allocating the results counts.
+- **GB/s** counts what must cross the memory bus: each input read once and each result written once, per pass. What an
+  implementation moves beyond that does not count for it. More than 100 % of the bandwidth means that data stayed in caches.
+- **Bandwidth** is the better of torch's multi-threaded `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB.
+- **Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being there: all
+  that is allocated during the call, results and gradients included. Each in a process of its own, after warm-up, float32 only.
+- *compile* is `torch.compile` of the first peer, compiled for each size anew; compile time does not count.
+- Speed-ups and ratios compare with the first peer, in the same run on the same threads.
+"""
+
+
+def write_report(out: Path) -> list[Table]:
+    """Write report.md and its pictures into ``out``; the ops as tables for the terminal, if they were measured."""
+    machine, ops, digits = load(out, "machine"), load(out, "ops"), load(out, "digits")
+    sections = ["# fastlm: benchmark report", _summary(machine)]
+    results = results_of(ops, load(out, "memory") or []) if ops else []
+    by_op = [(op, list(rows)) for op, rows in groupby(results, key=lambda r: r.op)]
+    if results:
+        sections += ["## Goals", goals_table(results, machine["bandwidth_gb_s"])]
+        sections += [_op_section(op, rows, machine["bandwidth_gb_s"], out) for op, rows in by_op]
+    if any(r.peak_bytes for r in results):
+        report_plots.memory(results, out / "memory.png")
+        sections += ["## Memory", "![peak extra memory](memory.png)", memory_table(results)]
+    if digits:
+        sections += [digits_section(digits, out)]
+    sections += [METHOD, "## The machine", machine_table(machine)]
+    out.joinpath("report.md").write_text("\n\n".join(section.strip() for section in sections if section) + "\n")
+    return [terminal_table(op, rows, machine["bandwidth_gb_s"]) for op, rows in by_op]
+
+
+def _summary(machine: dict) -> str:
+    text = (
+        f"Measured {machine['date']}: {machine['cpu']}, {machine['threads']} threads, memory bandwidth "
+        f"{machine['bandwidth_gb_s']} GB/s. torch {machine['torch']}; fastlm {machine['fastlm']} ({machine['commit']}), "
+        f"its C++ kernels {machine['backends']['cpu']}."
+    )
+    if (machine.get("others_share") or 0.0) > DISTURBED:
+        text += (
+            f"\n\n**Do not trust these times.** Other programs, or other guests of the machine's host, had "
+            f"{machine['others_share']:.0%} of its CPU time while the ops were timed."
+        )
+    return text
+
+
+def _op_section(op: str, results: list[Result], bandwidth: float, out: Path) -> str:
+    picture = ""
+    if any(r.seconds for r in results):
+        report_plots.throughput(results, bandwidth, out / f"throughput_{op}.png")
+        picture = f"![throughput of {op}](throughput_{op}.png)"
+    return "\n\n".join([f"## {op}", picture, full_table(results, bandwidth), missing_list(results)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, nargs="?", default=DEFAULT_OUT, help=f"the run's folder; default: {DEFAULT_OUT}")
+    Console().print(*write_report(parser.parse_args().out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The main job, `make bench`: check, time and measure each op, train the digits VAE, and write a report.
+
+    python benchmarks/run.py [--only ops|digits] [--full] [--out DIR]
+
+Leaves in DIR (build/bench): report.md and its pictures, and machine.json, ops.json (pytest-benchmark's format), memory.json and
+digits.json, from which `report.py` can write it again. The exit code is 1 where an answer was wrong.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import machine
+from bench_digits import run_digits
+from bench_results import size
+from memory import peak_extra_bytes
+from op_rows import LARGE, all_rows, cost
+from ops_progress import bar, run_ops
+from report import DEFAULT_OUT, write_report
+from rich.console import Console
+
+LOG_WIDTH = 128  # where the output is no terminal
+
+
+def main() -> None:
+    options = parse_options()
+    out, console = options.out.resolve(), Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    out.mkdir(parents=True, exist_ok=True)
+    right = True
+    console.rule("The machine")
+    description = machine.describe()
+    console.print(f"  {description['cpu']}, {description['threads']} threads, {description['bandwidth_gb_s']} GB/s")
+    if options.only != "digits":
+        console.rule("Ops: is the answer right, and how fast is it? (medians)")
+        with machine.OthersShare() as others:
+            right &= run_ops(out / "ops.json", options.full) == 0
+        description["others_share"] = others.share
+        console.rule("Ops: peak extra memory")
+        _save(out, "memory", measure_memory(console, options.full))
+    if options.only != "ops":
+        console.rule("Digits VAE: fused and eager")
+        right &= run_digits(console, out)
+    console.rule("Report")
+    _save(out, "machine", description)
+    tables = write_report(out)
+    console.print(f"  {out / 'report.md'}", soft_wrap=True)
+    console.print(*tables)
+    if not right:
+        sys.exit("fastlm's benchmark: a check of the answers failed, see above")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=("ops", "digits"), help="one part; the report keeps the other of an earlier run")
+    parser.add_argument("--full", action="store_true", help="the long sizes and every dtype too")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
+    return parser.parse_args()
+
+
+def measure_memory(console: Console, full: bool) -> list[dict]:
+    """Peak extra memory of the large float32 rows, each in a process of its own."""
+    names = ("op", "workload", "dtype", "implementation")
+    rows = [dict(zip(names, row)) for row in all_rows(full) if row[2] == "float32" and cost(*row[:3])[0] >= LARGE]
+    with bar(console) as progress:
+        task = progress.add_task("", total=len(rows))
+        for row in rows:
+            name = " ".join(row.values())
+            progress.update(task, description=name)
+            row |= peak_extra_bytes("op_rows:fresh_step", **row)
+            progress.advance(task)
+            console.print(
+                f"  {name}: {size(row['bytes']) if 'bytes' in row else row['why_not']}", highlight=False, soft_wrap=True
+            )
+    return rows
+
+
+def _save(out: Path, name: str, content):
+    out.joinpath(f"{name}.json").write_text(json.dumps(content, indent=1))
+    return content
+
+
+if __name__ == "__main__":
+    main()

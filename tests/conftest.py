@@ -1,0 +1,61 @@
+"""What every test shares: poisoned memory, every instruction set of the machine, and the same examples each run."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from oracle import ISAS
+
+from fastlm import native
+
+settings.register_profile(
+    "fastlm",
+    deadline=None,  # a first call compiles, warms up or waits for a busy core
+    derandomize=True,  # the same examples in every run: what fails here fails in CI
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("fastlm")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow_sanitized: left out of `make sanitize`, which is for the C++ code")
+
+
+def _use(isa: str):
+    """Run what follows on one instruction set. Without the C++ module the test fails: a build problem must show."""
+    if native.C is None:
+        pytest.fail(native.why_not)
+    before = native.C.isa()
+    native.C.set_isa(isa)
+    assert native.C.isa() == isa
+    yield isa
+    native.C.set_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set that this machine can run, in turn."""
+    yield from _use(request.param)
+
+
+@pytest.fixture
+def widest_isa():
+    """The instruction set that this machine runs fastest."""
+    yield from _use(ISAS[-1])
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fresh memory is filled with NaN, so that an element which a kernel forgot to write shows."""
+    torch.use_deterministic_algorithms(True)  # what makes torch fill torch.empty and new_empty
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test: ``threads(3)``."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
