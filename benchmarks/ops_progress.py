@@ -34,15 +34,16 @@ class _Display:
         # A copy of the standard output: pytest captures the original while a row runs.
         self.console = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
         self.progress = bar(self.console)
-        self.setting, self.lines = None, {}
+        self.setting, self.lines, self.failures = None, {}, set()
 
     def pytest_collection_finish(self, session):
         self.task = self.progress.add_task("", total=len(session.items))
         self.progress.start()
 
     def pytest_runtest_logreport(self, report):
-        if report.failed:
-            self.console.print(f"[red]{report.nodeid}[/red]\n{report.longreprtext}", highlight=False)
+        if report.failed and (message := report.longrepr.reprcrash.message) not in self.failures:  # each turn fails alike
+            self.failures.add(message)
+            self.console.print(f"{report.nodeid}\n{report.longreprtext}", style="red", markup=False, highlight=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_pyfunc_call(self, pyfuncitem):

@@ -74,6 +74,14 @@ def test_a_gradient_that_is_not_finite_reaches_its_own_element_only(value, isa):
         assert (~result.isfinite()).nonzero().tolist() == [[ROW, COLUMN]]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_infinite_kl_that_the_loss_does_not_use_spoils_no_gradient(backend, isa):
+    mu, logvar = torch.tensor([math.inf, 1.0], requires_grad=True), torch.zeros(2, requires_grad=True)
+    z, _ = fastlm.reparameterize_with_kl(mu, logvar, seed=1, backend=backend)
+    z.sum().backward()
+    assert mu.grad.tolist() == [1.0, 1.0] and logvar.grad.isfinite().all()
+
+
 @DTYPES
 @pytest.mark.parametrize("logvar", [math.inf, -math.inf])
 def test_an_infinite_logvar_gives_an_infinite_kl_and_no_nan(dtype, logvar, isa):

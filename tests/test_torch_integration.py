@@ -152,7 +152,7 @@ def same(results, expected):
 expected = compute()  # starts the parent's threads
 child = os.fork()
 if child == 0:
-    signal.alarm(60)  # a hang ends the child
+    signal.alarm(30)  # a hang ends the child
     os._exit(0 if same(compute(), expected) else 1)
 assert os.waitpid(child, 0)[1] == 0, "the forked child failed or hung"
 assert same(compute(), expected)

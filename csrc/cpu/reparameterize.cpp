@@ -29,7 +29,7 @@ constexpr int64_t kUnit = 8192;
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void latent_forward(LatentForward a) {
+void latent_forward(LatentForward& a) {
   const auto kernel = forward_kernels[current_isa()];
   const bool long_rows = a.kl && a.event > kUnit;
   a.unit = a.kl && !long_rows ? kUnit / a.event * a.event : kUnit;
@@ -37,7 +37,7 @@ void latent_forward(LatentForward a) {
   const int64_t units = long_rows ? rows * pieces_per_row : ceil_div(a.elements, a.unit);
   std::vector<double> pieces(long_rows ? units : 0);
   a.pieces = long_rows ? pieces.data() : nullptr;
-  parallel_for(units, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel_for(units, [&, kernel](int64_t begin, int64_t end) { kernel(a, begin, end); });
   if (!long_rows) return;
   for (int64_t row = 0; row < rows; ++row) {
     double total = 0;
@@ -47,10 +47,10 @@ void latent_forward(LatentForward a) {
   }
 }
 
-void latent_backward(LatentBackward a) {
+void latent_backward(LatentBackward& a) {
   const auto kernel = backward_kernels[current_isa()];
   a.unit = kUnit;
-  parallel_for(ceil_div(a.elements, kUnit), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel_for(ceil_div(a.elements, kUnit), [&, kernel](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
 }  // namespace fastlm

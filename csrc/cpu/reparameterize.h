@@ -39,7 +39,8 @@ struct LatentBackward : Latent {
 using LatentForwardKernel = void(const LatentForward&, int64_t unit_begin, int64_t unit_end);
 using LatentBackwardKernel = void(const LatentBackward&, int64_t unit_begin, int64_t unit_end);
 
-void latent_forward(LatentForward);
-void latent_backward(LatentBackward);
+// Run on all threads; they fill in the unit and the pieces.
+void latent_forward(LatentForward&);
+void latent_backward(LatentBackward&);
 
 }  // namespace fastlm
