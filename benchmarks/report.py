@@ -21,7 +21,7 @@ METHOD = """\
 
 - **Answers first.** Each fastlm row was checked against the reference in float64 before it was timed. *error* is that of
   its worst result (output or gradient): the largest error over the largest value. Each result is allowed twice what plain
-  PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not checked: they draw noise of their own.
+  PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not checked: their noise is their own.
 - **Time** is the median of a forward and backward where there are gradients, of the forward alone elsewhere; beside it the 20th
   and the 80th percentile. The implementations of one setting take turns, three each. Allocating the results counts.
 - **GB/s** counts what must cross the memory bus: each input read once and each result written once, per pass. What an
