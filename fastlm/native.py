@@ -27,6 +27,8 @@ def _use_torch_threads(module: ModuleType) -> None:
         module.use_thread_pool(ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value)
     except AttributeError:
         raise ImportError(f"torch {torch.__version__} has no torch_parallel_for: fastlm needs torch 2.10 or later") from None
+    # A forked child has none of its parent's threads, and OpenMP would wait for them for ever: there, loops run serially.
+    os.register_at_fork(after_in_child=lambda: module.use_thread_pool(0))
 
 
 def _load() -> tuple[ModuleType | None, str | None]:

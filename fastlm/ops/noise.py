@@ -6,29 +6,22 @@ from torch import Tensor
 from .. import native
 from ..backend import Implementation, cpu_why_not, select
 from ..reference import noise as reference
+from .checks import check_integer
 from .spec import Spec, Workload
 
 SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
 
-def as_seed(seed: int | Tensor | None, like: Tensor) -> Tensor:
-    """The seed as an int64 tensor on the device of ``like``: 0-d, or (B,) with B = ``like.shape[0]``.
-
-    None draws one from torch's default generator, so that torch.manual_seed and checkpointing work as ever. Integers from
-    2**63 up stand for the same 64 bits as their negative twins.
-    """
+def check_seed(seed: int | Tensor | None, like: Tensor) -> None:
+    """A seed is None, an int, or an int64 tensor on the device of ``like``: 0-d, or (B,) with B = ``like.shape[0]``."""
     if seed is None:
-        return torch.randint(2**63 - 1, (), device=like.device)
-    if isinstance(seed, Tensor):
-        return _checked(seed, like)
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
-    if seed not in SEED_RANGE:
-        raise ValueError(f"seed must lie in [-2**63, 2**64); got {seed}")
-    return torch.scalar_tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=like.device)
-
-
-def _checked(seed: Tensor, like: Tensor) -> Tensor:
+        return
+    if not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
+        if seed not in SEED_RANGE:
+            raise ValueError(f"seed must lie in [-2**63, 2**64); got {seed}")
+        return
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be int64; got {seed.dtype}")
     if seed.dim() != 0 and tuple(seed.shape) != tuple(like.shape[:1]):
@@ -36,7 +29,19 @@ def _checked(seed: Tensor, like: Tensor) -> Tensor:
         raise ValueError(f"seed must be {expected}, one per example; got shape {tuple(seed.shape)}")
     if seed.device != like.device:
         raise ValueError(f"seed must be on {like.device}, like the other tensors; got {seed.device}")
-    return seed
+
+
+def seed_tensor(seed: int | Tensor | None, like: Tensor) -> Tensor:
+    """A checked seed as an int64 tensor on the device of ``like``.
+
+    None draws one from torch's default generator, so that torch.manual_seed and checkpointing work as ever. Integers from
+    2**63 up stand for the same 64 bits as their negative twins.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=like.device)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.scalar_tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=like.device)
 
 
 def _normal_cpu(out: Tensor, seed: Tensor, position: int) -> Tensor:
@@ -62,11 +67,11 @@ def normal(
 
     The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
     """
-    if position < 0:
-        raise ValueError(f"position must not be negative; got {position}")
+    check_integer("position", position, 0, 2**63 - 1)
     out = native.empty(shape, torch.float32) if native.C else torch.empty(shape)
-    scalar = out.new_empty(())  # no leading dimension, so that as_seed takes one seed only
-    return select("normal", IMPLEMENTATIONS, out, backend)(out, as_seed(seed, scalar), position)
+    scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
+    check_seed(seed, scalar)
+    return select("normal", IMPLEMENTATIONS, out, backend)(out, seed_tensor(seed, scalar), position)
 
 
 def _workload(count: int, quick: bool) -> Workload:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backend import Implementation, cpu_why_not, select
 from ..reference import reparameterize as reference
 from .checks import check_integer, check_number, check_tensor
-from .noise import as_seed
+from .noise import check_seed, seed_tensor
 from .reparameterize_op import latent
 from .spec import FLOATS, Spec, Workload, seeded_normal
 
@@ -53,6 +53,8 @@ def _clamp(logvar_clamp: tuple[float, float] | None) -> tuple[float, float]:
     if not isinstance(logvar_clamp, (tuple, list)) or len(logvar_clamp) != 2:
         raise TypeError(f"logvar_clamp must be a pair (low, high); got {logvar_clamp!r}")
     low, high = logvar_clamp
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        raise TypeError(f"logvar_clamp must be a pair of numbers (low, high); got {logvar_clamp!r}")
     if not low <= high:  # also where one is NaN
         raise ValueError(f"logvar_clamp must be (low, high) with low <= high; got {logvar_clamp!r}")
     return float(low), float(high)
@@ -83,7 +85,8 @@ def reparameterize(
     """
     _check_posterior(mu, logvar)
     options = (False, 0, 0.0, -math.inf, math.inf, None, check_number("temperature", temperature, 0.0))
-    return _run("reparameterize", (mu, logvar, None, None, as_seed(seed, mu)), options, backend)[0]
+    check_seed(seed, mu)
+    return _run("reparameterize", (mu, logvar, None, None), options, backend, seed)[0]
 
 
 def reparameterize_with_kl(
@@ -121,8 +124,8 @@ def reparameterize_with_kl(
     if num_samples is not None:
         check_integer("num_samples", num_samples, 1, 2**31 - 1)
     options = _kl_options(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
-    tensors = (mu, logvar, prior_mu, prior_logvar, as_seed(seed, mu))
-    return _run("reparameterize_with_kl", tensors, (*options, num_samples, 1.0), backend)
+    check_seed(seed, mu)
+    return _run("reparameterize_with_kl", (mu, logvar, prior_mu, prior_logvar), (*options, num_samples, 1.0), backend, seed)
 
 
 def gaussian_kl(
@@ -141,7 +144,7 @@ def gaussian_kl(
     Arguments, result and errors are those of `reparameterize_with_kl`, without the sampling.
     """
     options = _kl_options(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
-    return _run("gaussian_kl", (mu, logvar, prior_mu, prior_logvar, None), (*options, None, 1.0), backend)[1]
+    return _run("gaussian_kl", (mu, logvar, prior_mu, prior_logvar), (*options, None, 1.0), backend, _NO_SAMPLE)[1]
 
 
 def _kl_options(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp) -> tuple:
@@ -175,8 +178,14 @@ IMPLEMENTATIONS = (
 )
 
 
-def _run(op: str, tensors: tuple, options: tuple, backend: str | None) -> tuple:
-    return select(op, IMPLEMENTATIONS, tensors[0], backend)(tensors, options)
+_NO_SAMPLE = object()  # in place of a seed: only the KL is wanted
+
+
+def _run(op: str, tensors: tuple, options: tuple, backend: str | None, seed) -> tuple:
+    """Choose the backend, then draw the seed, so that explain() leaves torch's generator alone; then run."""
+    mu = tensors[0]
+    run = select(op, IMPLEMENTATIONS, mu, backend)
+    return run((*tensors, None if seed is _NO_SAMPLE else seed_tensor(seed, mu)), options)
 
 
 # ---- the specs ------------------------------------------------------------------------------------------------------------

@@ -50,12 +50,13 @@ def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
     z, kl = empty(z_shape, mu.dtype), empty(kl_shape, accumulation_dtype(mu.dtype))
     if mu.numel() == 0:  # a sum over nothing is zero
         return z, kl.zero_()
+    seed = None if seed is None else seed.contiguous()
     native.C.reparameterize_forward(
         tuple(mu.shape),
         (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
         view(z) if seed is not None else None,
         view(kl) if with_kl else None,
-        seed.contiguous().data_ptr() if seed is not None else 0,
+        seed.data_ptr() if seed is not None else 0,
         seed.numel() if seed is not None else 1,
         event_dims,
         num_samples or 1,
@@ -78,16 +79,18 @@ def _backward_cpu(
     priors, needed = (prior_mu, prior_logvar), (need_prior_mu, need_prior_logvar)
     grad_mu, grad_logvar = empty(mu.shape, mu.dtype), empty(mu.shape, mu.dtype)
     grad_priors = [_prior_gradient_buffer(prior, mu) if need else None for prior, need in zip(priors, needed)]
-    if grad_z is not None and num_samples is None:
-        grad_z = grad_z.unsqueeze(0)
+    # What has its address taken below must live until the call returns: no temporaries there.
+    seed = None if seed is None else seed.contiguous()
+    grad_kl = grad_kl.contiguous() if with_kl and grad_kl is not None else None
+    grad_z = None if seed is None or grad_z is None else grad_z.unsqueeze(0) if num_samples is None else grad_z
     native.C.reparameterize_backward(
         tuple(mu.shape),
         (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
         view(grad_z),
-        view(None if grad_kl is None else grad_kl.contiguous()),
+        view(grad_kl),
         (view(grad_mu), view(grad_logvar), *map(view, grad_priors)),
-        seed.contiguous().data_ptr() if grad_z is not None else 0,
-        seed.numel() if grad_z is not None else 1,
+        seed.data_ptr() if seed is not None else 0,
+        seed.numel() if seed is not None else 1,
         event_dims,
         num_samples or 1,
         (free_bits, low, high, temperature),

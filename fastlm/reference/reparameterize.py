@@ -27,6 +27,11 @@ def expm1_minus(x: Tensor) -> Tensor:
     return torch.where(near, small * small * series, torch.expm1(large) - large.clamp(max=1e30))
 
 
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """x held to [low, high], with no gradient outside. NaN stays, and so does its gradient, which torch.clamp would hide."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the arithmetic is done in, and the KL returned in: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -60,7 +65,7 @@ def kl_divergence(
         scaled = scaled * torch.exp(-prior_logvar.to(dtype))
     kl = 0.5 * (scaled + expm1_minus(log_ratio))
     if free_bits > 0.0:
-        kl = kl.clamp(min=free_bits)
+        kl = torch.where(kl < free_bits, free_bits, kl)
     return kl.sum(dim=tuple(range(-event_dims, 0))) if event_dims else kl
 
 
@@ -83,7 +88,7 @@ def reparameterize(
     Takes what ``fastlm.reparameterize_with_kl`` takes, checked, with the seed as an int64 tensor, 0-d or (B,).
     """
     if logvar_clamp is not None:
-        logvar = logvar.clamp(*logvar_clamp)  # no gradient outside
+        logvar = clamp(logvar.to(accumulation_dtype(mu.dtype)), *logvar_clamp)
     z = kl = None
     if seed is not None:
         z = sample(mu, logvar, seed, temperature=temperature, num_samples=num_samples)
