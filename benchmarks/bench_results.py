@@ -21,7 +21,6 @@ class Result:
     seconds: float | None = None  # median of all rounds
     fast: float | None = None  # the 20th and 80th percentiles: how much the machine was at rest
     slow: float | None = None
-    rounds: int = 0
     error: float | None = None  # share of the largest golden value
     allowed: float | None = None
     peak_bytes: int | None = None  # peak extra memory, results included
@@ -69,7 +68,7 @@ def results_of(ops: dict, memory: list[dict]) -> list[Result]:
 def _result(key: tuple, times: list[float] | None, check: dict, why_not: str | None, peak: dict) -> Result:
     result = Result(*key, *cost(*key[:3]), why_not=why_not, why_no_peak=peak.get("why_not"), **check)
     if times:
-        result.seconds, result.rounds = statistics.median(times), len(times)
+        result.seconds = statistics.median(times)
         result.fast, *_, result.slow = statistics.quantiles(times, n=5)
     result.peak_bytes, result.result_bytes = peak.get("bytes"), peak.get("result_bytes")
     return result

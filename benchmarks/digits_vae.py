@@ -116,15 +116,20 @@ def optimizer_of(model: VAE) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
 
 
-def train(model: VAE, images: Tensor, epochs: int, seed: int) -> History:
-    """Train on ``images`` (N, pixels) with Adam. ``seed`` fixes the order of the images and the noise of every step."""
+def train(model: VAE, images: Tensor, epochs: int, seed: int, same_noise: bool = False) -> History:
+    """Train on ``images`` (N, pixels) with Adam. ``seed`` fixes their order.
+
+    With ``same_noise`` it also gives each step's noise a seed, so that every kind of latent is trained with the same.
+    """
     history, optimizer = History(), optimizer_of(model)
     generator = torch.Generator().manual_seed(seed)
     with Progress(*COLUMNS) as progress:
         task = progress.add_task("", total=epochs)
         for _ in range(epochs):
             for batch in torch.randperm(len(images), generator=generator).split(BATCH):
-                x, noise_seed = images[batch], torch.randint(2**63 - 1, (), generator=generator).item()
+                x, noise_seed = images[batch], None
+                if same_noise:
+                    noise_seed = torch.randint(2**63 - 1, (), generator=generator).item()
                 start = time.perf_counter()
                 history.losses.append(train_step(model, optimizer, x, noise_seed))
                 history.seconds.append(time.perf_counter() - start)
@@ -133,7 +138,7 @@ def train(model: VAE, images: Tensor, epochs: int, seed: int) -> History:
 
 
 @torch.no_grad()
-def test_loss(model: VAE, images: Tensor, seed: int = 0) -> float:
+def evaluate(model: VAE, images: Tensor, seed: int = 0) -> float:
     """The loss on ``images`` (N, pixels) with one draw of noise each, in nats per image."""
     logits, kl = model(images, seed)
     return loss_of(logits, images, kl).item()
@@ -167,7 +172,7 @@ def main() -> None:
 
     weights, image = options.out / "digits_vae.safetensors", options.out / "digits.png"
     loaded = save_and_load(model, digits.train.shape[1], weights)
-    print(f"  {weights}: loaded again, loss {test_loss(loaded, digits.test):.2f} nats on {len(digits.test):,} test digits")
+    print(f"  {weights}: loaded again, loss {evaluate(loaded, digits.test):.2f} nats on {len(digits.test):,} test digits")
     picture(loaded, digits, image)
     print(f"  {image}")
 

@@ -111,7 +111,7 @@ def step_of(spec: Spec, implementation: str, arguments: dict) -> Callable[[], tu
     except Exception as error:
         if implementation.startswith(FASTLM) and not isinstance(error, NotImplementedError):
             raise  # a bug of ours, not something missing
-        raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+        raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
     return step
 
 

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 DEFAULT_OUT = Path(__file__).parents[1] / "build" / "bench"
-DISTURBED = 0.03  # share of the CPU time that went to others, from which the report warns
+DISTURBED = 0.05  # share of the CPU time that went to others, from which the report warns
 METHOD = """\
 ## How it was measured
 
 - **Answers first.** Each fastlm row was checked against the reference in float64 before it was timed. *error* is that of
   its worst result (output or gradient): the largest error over the largest value. Each result is allowed twice what plain
-  PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not checked: their noise is their own.
+  PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers, whose noise is their own, are not checked.
 - **Time** is the median of a forward and backward where there are gradients, of the forward alone elsewhere; beside it the 20th
   and the 80th percentile. The implementations of one setting take turns, three each. Allocating the results counts.
 - **GB/s** counts what must cross the memory bus: each input read once and each result written once, per pass. What an
@@ -37,7 +37,7 @@ METHOD = """\
 def write_report(out: Path) -> list[Table]:
     """Write report.md and its pictures into ``out``; the ops as tables for the terminal, if they were measured."""
     machine, ops, digits = load(out, "machine"), load(out, "ops"), load(out, "digits")
-    sections = ["# fastlm: benchmark report", _summary(machine)]
+    sections = ["# fastlm: benchmark report", _summary(machine), _bold(warning(machine))]
     results = results_of(ops, load(out, "memory") or []) if ops else []
     by_op = [(op, list(rows)) for op, rows in groupby(results, key=lambda r: r.op)]
     if results:
@@ -50,21 +50,27 @@ def write_report(out: Path) -> list[Table]:
         sections += [digits_section(digits, out)]
     sections += [METHOD, "## The machine", machine_table(machine)]
     out.joinpath("report.md").write_text("\n\n".join(section.strip() for section in sections if section) + "\n")
-    return [terminal_table(op, rows, machine["bandwidth_gb_s"]) for op, rows in by_op]
+    return [terminal_table(op, rows) for op, rows in by_op]
 
 
 def _summary(machine: dict) -> str:
-    text = (
+    return (
         f"Measured {machine['date']}: {machine['cpu']}, {machine['threads']} threads, memory bandwidth "
         f"{machine['bandwidth_gb_s']} GB/s. torch {machine['torch']}; fastlm {machine['fastlm']} ({machine['commit']}), "
         f"its C++ kernels {machine['backends']['cpu']}."
     )
-    if (machine.get("others_share") or 0.0) > DISTURBED:
-        text += (
-            f"\n\n**Do not trust these times.** Other programs, or other guests of the machine's host, had "
-            f"{machine['others_share']:.0%} of its CPU time while the ops were timed."
-        )
-    return text
+
+
+def _bold(text: str) -> str:
+    return f"**{text}**" if text else ""
+
+
+def warning(machine: dict) -> str:
+    """What to say of a run that was not alone on the machine; empty where it was."""
+    share = machine.get("others_share") or 0.0
+    if share <= DISTURBED:
+        return ""
+    return f"Do not trust these times: while the ops were timed, other programs or guests had {share:.0%} of the CPU time."
 
 
 def _op_section(op: str, results: list[Result], bandwidth: float, out: Path) -> str:

@@ -13,8 +13,9 @@ def digits_section(digits: dict, out: Path) -> str:
 
 A VAE trained on the handwritten digits of scikit-learn, with `fastlm.nn.GaussianLatent` and with the same layer in plain
 PyTorch: the same first weights, the same order of the images, the same noise. Steps per second are those of whole training
-steps of {digits["batch"]} images, each latent drawing noise in its own usual way. Peak memory is that of one step on all
-{digits["memory_batch"]:,} training images at once, beyond the model, its optimizer and the images.
+steps of {digits["batch"]} images on one thread (a network this small gains nothing from more), each latent drawing noise in
+its own usual way. Peak memory is that of one step on all {digits["memory_batch"]:,} training images at once, beyond the model,
+its optimizer and the images.
 
 {_table(digits)}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from bench_results import Result, size
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 from op_rows import implementations
 from plot_style import BLUE, COLOURS, GREY, ORANGE, new_figure, save
 
@@ -18,21 +18,26 @@ def throughput(results: list[Result], bandwidth: float, path: Path) -> None:
     timed = [r for r in results if r.seconds]
     dtypes = list(dict.fromkeys(r.dtype for r in timed))
     colours = colours_of(results[0].op)
-    figure = new_figure(1.2 + 5.4 * len(dtypes), 4.6)
-    panels = figure.subplots(1, len(dtypes), sharex=True, sharey=True, squeeze=False)[0]
+    columns = min(2, len(dtypes))
+    lines = -(-len(dtypes) // columns)
+    figure = new_figure(1.2 + 5.4 * columns, 0.4 + 4.2 * lines)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     ends = [_throughput_lines(axis, [r for r in timed if r.dtype == d], colours) for axis, d in zip(panels, dtypes)]
+    for axis in panels[len(dtypes) :]:
+        axis.axis("off")
     for axis, dtype, labels in zip(panels, dtypes, ends):
         limit = next(bandwidth * r.elements / r.bytes_moved for r in timed if r.dtype == dtype)
         axis.axhline(limit, color=GREY, linestyle=(0, (5, 4)), linewidth=1.5)
         axis.set_title(f"{results[0].op}, {dtype}")
         labels["memory limit"] = limit
-    panels[0].set_ylabel("throughput (Gelem/s)")
+    figure.supxlabel("elements", fontsize=12)
+    figure.supylabel("throughput (Gelem/s)", fontsize=12)
     ticks = sorted({r.elements for r in timed})
     panels[0].set_xticks(ticks, [_count(n) for n in ticks])
-    panels[0].xaxis.set_minor_formatter(NullFormatter())
+    panels[0].xaxis.set_minor_locator(NullLocator())
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].yaxis.set_minor_formatter(NullFormatter())
+    panels[0].yaxis.set_minor_locator(NullLocator())
     for axis, labels in zip(panels, ends):  # only now that every line has widened the shared axis
         _label_ends(axis, labels, colours)
     save(figure, path)
@@ -46,7 +51,7 @@ def _throughput_lines(axis: Axes, rows: list[Result], colours: dict[str, str]) -
         if line:
             axis.plot(*zip(*line), "o-", color=colour, markersize=7)
             ends[name] = line[-1][1]
-    axis.set(xscale="log", yscale="log", xlabel="elements")
+    axis.set(xscale="log", yscale="log")
     axis.margins(x=0.08, y=0.12)
     return ends
 

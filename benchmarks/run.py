@@ -17,9 +17,10 @@ from bench_results import size
 from memory import peak_extra_bytes
 from op_rows import LARGE, all_rows, cost
 from ops_progress import bar, run_ops
-from report import DEFAULT_OUT, write_report
+from report import DEFAULT_OUT, warning, write_report
 from rich.console import Console
 
+STEPS = "machine", "ops", "memory", "digits"
 LOG_WIDTH = 128  # where the output is no terminal
 
 
@@ -27,6 +28,8 @@ def main() -> None:
     options = parse_options()
     out, console = options.out.resolve(), Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     out.mkdir(parents=True, exist_ok=True)
+    for name in STEPS:
+        out.joinpath(f"{name}.json").unlink(missing_ok=True)  # a report is of one run
     right = True
     console.rule("The machine")
     description = machine.describe()
@@ -46,13 +49,14 @@ def main() -> None:
     tables = write_report(out)
     console.print(f"  {out / 'report.md'}", soft_wrap=True)
     console.print(*tables)
+    console.print(warning(description), style="bold red")
     if not right:
         sys.exit("fastlm's benchmark: a check of the answers failed, see above")
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("ops", "digits"), help="one part; the report keeps the other of an earlier run")
+    parser.add_argument("--only", choices=("ops", "digits"), help="one part; the report has that part alone")
     parser.add_argument("--full", action="store_true", help="the long sizes and every dtype too")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     return parser.parse_args()
