@@ -1,9 +1,16 @@
 // What host compilers, their ISA-specific units and nvcc are told of a function.
 #pragma once
 
+// Without sanitizers all is inlined into a few kernels; with them that would take ten minutes to compile.
+#if defined(FASTLM_SANITIZE)
+#define FASTLM_FORCE_INLINE
+#else
+#define FASTLM_FORCE_INLINE __attribute__((always_inline))
+#endif
+
 #if defined(__CUDACC__)
 #define FASTLM_HD static __host__ __device__ __forceinline__
 #else
-// static and always inlined: a copy compiled for one instruction set must never be picked by the linker for another.
-#define FASTLM_HD static inline __attribute__((always_inline))
+// static: a copy compiled for one instruction set must never be picked by the linker for another.
+#define FASTLM_HD static inline FASTLM_FORCE_INLINE
 #endif
