@@ -101,8 +101,10 @@ void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, co
   LatentBackward a;
   fill(a, shape, inputs, seeds, streams, samples, numbers);
   if (a.elements == 0) return;
-  a.grad_z = view_of(grad_z, 1);
-  a.grad_z_sample = grad_z.is_none() ? 0 : py::tuple(py::tuple(grad_z)[2])[0].cast<int64_t>();
+  const int leading = samples > 0 ? 1 : 0;  // 0 samples: one, without a leading dimension
+  a.samples = std::max<int64_t>(samples, 1);
+  a.grad_z = view_of(grad_z, leading);
+  a.grad_z_sample = leading && !grad_z.is_none() ? view_of(grad_z).stride[0] : 0;
   a.grad_kl = data_of(grad_kl);
   a.event = product(a.shape, a.shape.dims - event_dims);
   a.grad_mu = data_of(outputs[0]);

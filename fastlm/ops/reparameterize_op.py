@@ -50,7 +50,7 @@ def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
     z, kl = empty(z_shape, mu.dtype), empty(kl_shape, accumulation_dtype(mu.dtype))
     if mu.numel() == 0:  # a sum over nothing is zero
         return z, kl.zero_()
-    seed = None if seed is None else seed.contiguous()
+    seed = _contiguous(seed)
     native.C.reparameterize_forward(
         tuple(mu.shape),
         (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
@@ -67,7 +67,7 @@ def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
 
 def _backward_fake(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, need_prior_mu, need_prior_logvar, *options):
     def like(tensor, needed):
-        return tensor.new_empty(tensor.shape) if needed else mu.new_empty(0)
+        return tensor.new_empty(tensor.shape) if needed else torch.empty(0, device=mu.device)
 
     return like(mu, True), like(logvar, True), like(prior_mu, need_prior_mu), like(prior_logvar, need_prior_logvar)
 
@@ -80,9 +80,9 @@ def _backward_cpu(
     grad_mu, grad_logvar = empty(mu.shape, mu.dtype), empty(mu.shape, mu.dtype)
     grad_priors = [_prior_gradient_buffer(prior, mu) if need else None for prior, need in zip(priors, needed)]
     # What has its address taken below must live until the call returns: no temporaries there.
-    seed = None if seed is None else seed.contiguous()
-    grad_kl = grad_kl.contiguous() if with_kl and grad_kl is not None else None
-    grad_z = None if seed is None or grad_z is None else grad_z.unsqueeze(0) if num_samples is None else grad_z
+    seed = _contiguous(seed)
+    grad_kl = _contiguous(grad_kl) if with_kl else None
+    grad_z = grad_z if seed is not None else None
     native.C.reparameterize_backward(
         tuple(mu.shape),
         (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
@@ -92,11 +92,15 @@ def _backward_cpu(
         seed.data_ptr() if seed is not None else 0,
         seed.numel() if seed is not None else 1,
         event_dims,
-        num_samples or 1,
+        num_samples or 0,
         (free_bits, low, high, temperature),
     )
-    reduced = (_sum_to(g, prior) if g is not None else mu.new_empty(0) for g, prior in zip(grad_priors, priors))
+    reduced = (_sum_to(g, prior) if g is not None else torch.empty(0) for g, prior in zip(grad_priors, priors))
     return grad_mu, grad_logvar, *reduced
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _prior_gradient_buffer(prior: Tensor, mu: Tensor) -> Tensor:
