@@ -1,5 +1,12 @@
 // The Gaussian latent, forward and backward, a tile at a time: inputs are converted into L1, the noise is drawn there, and
 // each pass over the tile is one of the short loops below. C is what is computed in: float, or double for float64 tensors.
+//
+// The ladder, forward + backward in ns per float32 element on one core of a Zen 4 (AVX-512), data in L1:
+//   1.7 + 3.9  a loop per idea (deviation, z, kl, gradients), each with its own buffers
+//   1.8 + 2.3  no buffer for what a register can hold, grad_kl spread by row, outputs written in place
+//   1.6 + 1.9  one loop forward, one backward; e^logvar is the square of the deviation that sampling needs anyway
+// of which the noise, drawn twice, takes 0.8 + 0.8. From memory (1M elements, two cores), asking for the next tile's cache
+// lines while this one is worked on brought forward + backward from 3.2 to 2.3 ms.
 #pragma once
 
 #include "../common/gaussian.h"
