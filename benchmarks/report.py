@@ -16,6 +16,12 @@ from rich.table import Table
 
 DEFAULT_OUT = Path(__file__).parents[1] / "build" / "bench"
 DISTURBED = 0.05  # share of the CPU time that went to others, from which the report warns
+ABOUT_GOALS = """
+Peak extra memory counts the results and gradients, which no implementation can do without; the table under *Memory* tells what
+each takes beyond them. A forward and backward that stores no noise draws it twice: twice the time of `normal` for as many
+elements is a floor under `reparameterize_with_kl`, whatever the memory.
+"""
+
 METHOD = """\
 ## How it was measured
 
@@ -41,7 +47,7 @@ def write_report(out: Path) -> list[Table]:
     results = results_of(ops, load(out, "memory") or []) if ops else []
     by_op = [(op, list(rows)) for op, rows in groupby(results, key=lambda r: r.op)]
     if results:
-        sections += ["## Goals", goals_table(results, machine["bandwidth_gb_s"])]
+        sections += ["## Goals", goals_table(results, machine["bandwidth_gb_s"]), ABOUT_GOALS]
         sections += [_op_section(op, rows, machine["bandwidth_gb_s"], out) for op, rows in by_op]
     if any(r.peak_bytes for r in results):
         report_plots.memory(results, out / "memory.png")
