@@ -102,9 +102,8 @@ def _warn_of_reference(op, implementations, tensor) -> None:
     if deserves and key not in _warned and tensor.device.type != "meta":
         _warned.add(key)
         reasons = "; ".join(f"{i.backend}: {i.why_not(tensor)}" for i in implementations if i.backend != "reference")
-        warnings.warn(
-            f"fastlm: {key} runs on the slow PyTorch reference ({reasons})", stacklevel=5
-        )  # the caller of the public function
+        message = f"fastlm: {key} runs on the slow PyTorch reference ({reasons})"
+        warnings.warn(message, stacklevel=5)  # at the caller of the public function
 
 
 def explain(function: Callable, *args, **kwargs) -> Explanation:

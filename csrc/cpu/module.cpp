@@ -33,6 +33,8 @@ View view_of(py::handle tensor, py::ssize_t skip = 0) {
   return view;
 }
 
+int64_t first_stride_of(py::handle tensor) { return PyLong_AsLongLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(tensor.ptr(), 2), 0)); }
+
 void* data_of(py::handle tensor) { return view_of(tensor).data; }
 
 Shape shape_of(const py::tuple& sizes) {
@@ -79,7 +81,7 @@ void fill(Latent& a, const py::tuple& shape, const py::tuple& inputs, intptr_t s
   a.prior_logvar = view_of(inputs[3]);
   a.seeds = reinterpret_cast<const int64_t*>(seeds);
   a.stream = a.elements / std::max<int64_t>(streams, 1);
-  a.samples = samples;
+  a.samples = std::max<int64_t>(samples, 1);  // 0: one, without a leading dimension
   std::tie(a.free_bits, a.low, a.high, a.temperature) = numbers;
 }
 
@@ -101,10 +103,8 @@ void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, co
   LatentBackward a;
   fill(a, shape, inputs, seeds, streams, samples, numbers);
   if (a.elements == 0) return;
-  const int leading = samples > 0 ? 1 : 0;  // 0 samples: one, without a leading dimension
-  a.samples = std::max<int64_t>(samples, 1);
-  a.grad_z = view_of(grad_z, leading);
-  a.grad_z_sample = leading && !grad_z.is_none() ? view_of(grad_z).stride[0] : 0;
+  a.grad_z = view_of(grad_z, samples > 0 ? 1 : 0);
+  a.grad_z_sample = samples > 0 && a.grad_z.data ? first_stride_of(grad_z) : 0;
   a.grad_kl = data_of(grad_kl);
   a.event = product(a.shape, a.shape.dims - event_dims);
   a.grad_mu = data_of(outputs[0]);

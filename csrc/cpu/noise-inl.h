@@ -1,8 +1,8 @@
 // Normals, 64 at a time: 16 lanes draw a block of four each.
 //
 // On one core of a Zen 4 at 2.5 GHz: 24 ns a normal with a fused multiply-add by the C library (baseline), 1.17 ns with AVX2,
-// 0.78 ns with AVX-512. The last is some 280 vector instructions for 64 normals, 2.2 a cycle: at 512 bits that core issues two
-// multiplications or additions in two cycles, so what is left to gain is fewer instructions, not better use of the core.
+// 0.78 ns with AVX-512. The last is some 290 vector instructions for 64 normals, 2.2 a cycle, which is about what that core
+// issues at 512 bits: what is left to gain is fewer instructions, not better use of the core.
 #pragma once
 
 #include "../common/philox.h"

@@ -59,7 +59,7 @@ def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
         seed.data_ptr() if seed is not None else 0,
         seed.numel() if seed is not None else 1,
         event_dims,
-        num_samples or 1,
+        num_samples or 0,
         (free_bits, low, high, temperature),
     )
     return z, kl
