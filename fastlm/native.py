@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 # Codes of the dtypes in csrc/cpu/view.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 
 
 def _use_torch_threads(module: ModuleType) -> None:

@@ -28,6 +28,15 @@ FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
   return p;
 }
 
+// The same where the same bits everywhere are not asked for: mul_add is fused only where that is one instruction.
+template <class V, class T, int N>
+FASTLM_HD V horner_fast(V x, const T (&coefficients)[N]) {
+  V p(coefficients[N - 1]);
+#pragma GCC unroll 18
+  for (int k = N - 2; k >= 0; --k) p = mul_add(p, x, V(coefficients[k]));
+  return p;
+}
+
 // What exp and expm1_minus need to know of a scalar type.
 template <class T>
 struct Exponential;
@@ -101,6 +110,20 @@ FASTLM_HD V exp(V x) {
   return scale2(fma(r * r, exp_tail(r, T()), r) + V(T(1)), n);
 }
 
+// 2^x for x <= 0 to about one ulp, float only: what softmax takes its exponentials with. Below 2^-126 it is 0, not subnormal.
+// The polynomial is (2^r - 1) / r for |r| <= 1/2 (to 2^-23 of 2^r).
+template <class F>
+FASTLM_HD F exp2_nonpositive(F x) {
+  constexpr float c[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba18p-10f};
+  using U = typename F::Bits;
+  x = max(F(-127.0f), x);
+  const F to_integer(Exponential<float>::to_integer);
+  const F shifted = x + to_integer;  // its low bits are those of the nearest integer n
+  const F r = x - (shifted - to_integer);
+  const F scale = as_float(shift_left<23>(as_bits(shifted)) + U(127u << 23));  // 2^n; for n = -127 the bits of 0
+  return mul_add(horner_fast(r, c), r, F(1.0f)) * scale;
+}
+
 template <class V>
 struct Expm1 {
   V minus_x;  // e^x - 1 - x, never negative
@@ -150,6 +173,14 @@ FASTLM_HD void sincos_turn(F t, F& sine, F& cosine) {
   const U odd = shift_left<31>(quarter);
   sine = as_float(as_bits(select_negative(odd, c, s)) ^ shift_left<30>(quarter & U(2u)));
   cosine = as_float(as_bits(select_negative(odd, s, c)) ^ shift_left<30>((quarter + U(1u)) & U(2u)));
+}
+
+// tanh(x) = e / (e + 2) with e = e^2x - 1, without cancellation near 0; beyond |x| = 10 it is 1 in float.
+template <class F>
+FASTLM_HD F tanh(F x) {
+  const F twice = min(F(20.0f), max(F(-20.0f), x + x));
+  const F e = expm1(twice, exp(twice)).value;
+  return e / (e + F(2.0f));
 }
 
 }  // namespace fastlm

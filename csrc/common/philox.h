@@ -21,11 +21,10 @@ struct Words {
 FASTLM_HD uint64_t mul32(uint64_t word, uint64_t constant) { return (word & 0xffffffffu) * constant; }
 FASTLM_HD uint64_t high32(uint64_t word) { return word >> 32; }
 
-// W: uint64_t, or a vector of 64-bit lanes, one block per lane.
+// W: uint64_t, or a vector of 64-bit lanes, one counter per lane.
 template <class W>
-FASTLM_HD Words<W> philox(uint64_t seed, W block) {
+FASTLM_HD Words<W> philox(uint64_t seed, Words<W> c) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  Words<W> c{block, high32(block), W(uint64_t(0)), W(uint64_t(0))};
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const W p0 = mul32(c.w0, W(uint64_t(0xD2511F53))), p1 = mul32(c.w2, W(uint64_t(0xCD9E8D57)));
@@ -34,6 +33,12 @@ FASTLM_HD Words<W> philox(uint64_t seed, W block) {
     k1 += 0xBB67AE85;  // sqrt(3) - 1
   }
   return c;
+}
+
+// The block of a stream of normals: a counter of 64 bits.
+template <class W>
+FASTLM_HD Words<W> philox(uint64_t seed, W block) {
+  return philox(seed, Words<W>{block, high32(block), W(uint64_t(0)), W(uint64_t(0))});
 }
 
 // Two standard normals from two words. F: float, or a vector of floats; U: the unsigned 32-bit integers that go with it.

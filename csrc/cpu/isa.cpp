@@ -12,10 +12,10 @@ const char* const isa_names[isa_count] = {FASTLM_FOR_EACH_ISA(FASTLM_ISA_STRING)
 bool isa_runs_here(int isa) {
 #if defined(__x86_64__)
   if (isa == isa_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (isa == isa_avx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == isa_avx512) return avx512;
+  if (isa == isa_avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == isa_baseline;
 }

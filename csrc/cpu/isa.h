@@ -5,7 +5,7 @@
 #pragma once
 
 #if defined(__x86_64__)
-#define FASTLM_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
+#define FASTLM_FOR_EACH_ISA(X) X(baseline) X(avx2) X(avx512) X(avx512_bf16)
 #else
 #define FASTLM_FOR_EACH_ISA(X) X(baseline)
 #endif

@@ -1,5 +1,5 @@
-// fastlm._C: the CPU kernels for Python. It knows nothing of torch: tensors come as (address, dtype code, strides) or None,
-// checked by fastlm/ops, which also owns every output.
+// fastlm._C: the CPU kernels for Python. It knows nothing of torch: tensors come as python_views.h says, checked by fastlm/ops,
+// which also owns every output.
 #include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -12,30 +12,27 @@
 #include "isa.h"
 #include "noise.h"
 #include "parallel.h"
+#include "python_views.h"
 #include "reparameterize.h"
 #include "sum_rows.h"
 
 namespace py = pybind11;
 
 namespace fastlm {
+
+void bind_attention(py::module_&);  // bind_attention.cpp
+
 namespace {
 
 // View of a tensor; `skip` leading strides are not part of the shape.
 View view_of(py::handle tensor, py::ssize_t skip = 0) {
   View view;
   if (tensor.is_none()) return view;
-  PyObject* const strides = PyTuple_GET_ITEM(tensor.ptr(), 2);
-  view.data = reinterpret_cast<char*>(PyLong_AsLongLong(PyTuple_GET_ITEM(tensor.ptr(), 0)));
-  view.dtype = int(PyLong_AsLong(PyTuple_GET_ITEM(tensor.ptr(), 1)));
-  for (py::ssize_t d = skip; d < PyTuple_GET_SIZE(strides); ++d) {
-    view.stride[d - skip] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, d));
-  }
+  view.data = address_of(tensor);
+  view.dtype = dtype_of(tensor);
+  for (py::ssize_t d = skip; d < PyTuple_GET_SIZE(item(tensor, 2)); ++d) view.stride[d - skip] = stride_of(tensor, d);
   return view;
 }
-
-int64_t first_stride_of(py::handle tensor) { return PyLong_AsLongLong(PyTuple_GET_ITEM(PyTuple_GET_ITEM(tensor.ptr(), 2), 0)); }
-
-void* data_of(py::handle tensor) { return view_of(tensor).data; }
 
 Shape shape_of(const py::tuple& sizes) {
   if (sizes.size() > kMaxDims) throw py::value_error("too many dimensions");
@@ -89,8 +86,8 @@ void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, con
                             intptr_t seeds, int64_t streams, int event_dims, int64_t samples, const Numbers& numbers) {
   LatentForward a;
   fill(a, shape, inputs, seeds, streams, samples, numbers);
-  a.z = data_of(z);
-  a.kl = data_of(kl);
+  a.z = address_of(z);
+  a.kl = address_of(kl);
   a.event = a.kl ? product(a.shape, a.shape.dims - event_dims) : 1;
   coalesce(a.shape, {&a.mu, &a.logvar, &a.prior_mu, &a.prior_logvar});
   py::gil_scoped_release nogil;
@@ -104,11 +101,11 @@ void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, co
   fill(a, shape, inputs, seeds, streams, samples, numbers);
   if (a.elements == 0) return;
   a.grad_z = view_of(grad_z, samples > 0 ? 1 : 0);
-  a.grad_z_sample = samples > 0 && a.grad_z.data ? first_stride_of(grad_z) : 0;
-  a.grad_kl = data_of(grad_kl);
+  a.grad_z_sample = samples > 0 && a.grad_z.data ? stride_of(grad_z, 0) : 0;
+  a.grad_kl = address_of(grad_kl);
   a.event = product(a.shape, a.shape.dims - event_dims);
-  a.grad_mu = data_of(outputs[0]);
-  a.grad_logvar = data_of(outputs[1]);
+  a.grad_mu = address_of(outputs[0]);
+  a.grad_logvar = address_of(outputs[1]);
   const View grad_prior_mu = view_of(outputs[2]), grad_prior_logvar = view_of(outputs[3]);
   a.grad_prior_mu = grad_prior_mu.data;
   a.prior_mu_dtype = grad_prior_mu.dtype;
@@ -168,6 +165,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("reparameterize_forward", &reparameterize_forward);
   m.def("reparameterize_backward", &reparameterize_backward);
   m.def("sum_rows", &sum_rows_of);
+  bind_attention(m);
 }
 
 }  // namespace fastlm

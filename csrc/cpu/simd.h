@@ -67,6 +67,7 @@ struct Twice {
 FASTLM_TWICE_BINARY(operator+)
 FASTLM_TWICE_BINARY(operator-)
 FASTLM_TWICE_BINARY(operator*)
+FASTLM_TWICE_BINARY(operator/)
 FASTLM_TWICE_BINARY(operator^)
 FASTLM_TWICE_BINARY(operator&)
 FASTLM_TWICE_BINARY(min)
@@ -78,6 +79,18 @@ FASTLM_TWICE_BINARY(mul32)
 template <class H>
 FASTLM_SIMD Twice<H> fma(Twice<H> a, Twice<H> b, Twice<H> c) {
   return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)};
+}
+template <class W, class H>
+FASTLM_SIMD Twice<H> mul_add(Twice<W> a, Twice<W> b, Twice<H> c) {
+  return {mul_add(a.low, b.low, c.low), mul_add(a.high, b.high, c.high)};
+}
+template <class H>
+FASTLM_SIMD float largest(Twice<H> a) {
+  return largest(max(a.low, a.high));
+}
+template <class H>
+FASTLM_SIMD float sum(Twice<H> a) {
+  return sum(a.low + a.high);
 }
 template <class H>
 FASTLM_SIMD Twice<H> sqrt(Twice<H> a) {

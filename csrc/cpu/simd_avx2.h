@@ -3,7 +3,11 @@
 
 #include <immintrin.h>
 
-namespace fastlm::avx2 {
+namespace fastlm::FASTLM_ISA {
+
+// Registers that a matrix product accumulates in: 6 rows of 16 lanes, 12 of the 16 there are.
+constexpr int kProductRows = 6, kProductVectors = 1;
+constexpr bool kBFloat16Pairs = false;
 
 struct Word {
   using Scalar = uint32_t;
@@ -13,6 +17,8 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(__m256i v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v(_mm256_set1_epi32(int(x))) {}
+  static FASTLM_MEMBER Word load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  FASTLM_MEMBER void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
 };
 FASTLM_SIMD Word operator+(Word a, Word b) { return _mm256_add_epi32(a.v, b.v); }
 FASTLM_SIMD Word operator-(Word a, Word b) { return _mm256_sub_epi32(a.v, b.v); }
@@ -41,6 +47,9 @@ struct Float {
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
   }
+  static FASTLM_MEMBER Float load(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
   FASTLM_MEMBER void store(float* p) const { _mm256_storeu_ps(p, v); }
   FASTLM_MEMBER void store(Float16* p) const {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -58,9 +67,21 @@ struct Float {
 FASTLM_SIMD Float operator+(Float a, Float b) { return _mm256_add_ps(a.v, b.v); }
 FASTLM_SIMD Float operator-(Float a, Float b) { return _mm256_sub_ps(a.v, b.v); }
 FASTLM_SIMD Float operator*(Float a, Float b) { return _mm256_mul_ps(a.v, b.v); }
+FASTLM_SIMD Float operator/(Float a, Float b) { return _mm256_div_ps(a.v, b.v); }
 FASTLM_SIMD Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
+FASTLM_SIMD Float mul_add(Float a, Float b, Float c) { return fma(a, b, c); }
 FASTLM_SIMD Float min(Float a, Float b) { return _mm256_min_ps(a.v, b.v); }
 FASTLM_SIMD Float max(Float a, Float b) { return _mm256_max_ps(a.v, b.v); }
+FASTLM_SIMD float largest(Float a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+FASTLM_SIMD float sum(Float a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
 FASTLM_SIMD Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
 FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
   return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
@@ -144,4 +165,26 @@ FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* ou
   _mm256_storeu_pd((double*)(out + 24), _mm256_unpackhi_pd(ab_high, cd_high));
 }
 
-}  // namespace fastlm::avx2
+// out[j * row + i] = r[i][j]: pairs, then quads within 128 bits, then the halves.
+FASTLM_SIMD void store_transposed(const Float (&r)[8], float* out, int64_t row) {
+  __m256 pairs[8], quads[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(out + j * row, _mm256_permute2f128_ps(quads[j], quads[j + 4], 0x20));
+    _mm256_storeu_ps(out + (j + 4) * row, _mm256_permute2f128_ps(quads[j], quads[j + 4], 0x31));
+  }
+}
+
+}  // namespace fastlm::FASTLM_ISA

@@ -1,9 +1,12 @@
-// AVX-512 registers (F, BW, DQ, VL).
+// AVX-512 registers (F, BW, DQ, VL), and what BF16 adds.
 #pragma once
 
 #include <immintrin.h>
 
-namespace fastlm::avx512 {
+namespace fastlm::FASTLM_ISA {
+
+// Registers that a matrix product accumulates in: 6 rows of 4, of the 32 there are.
+constexpr int kProductRows = 6, kProductVectors = 4;
 
 struct Word {
   using Scalar = uint32_t;
@@ -13,6 +16,8 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(__m512i v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v(_mm512_set1_epi32(int(x))) {}
+  static FASTLM_MEMBER Word load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  FASTLM_MEMBER void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
 };
 FASTLM_SIMD Word operator+(Word a, Word b) { return _mm512_add_epi32(a.v, b.v); }
 FASTLM_SIMD Word operator-(Word a, Word b) { return _mm512_sub_epi32(a.v, b.v); }
@@ -41,6 +46,9 @@ struct Float {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   }
+  static FASTLM_MEMBER Float load(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
   FASTLM_MEMBER void store(float* p) const { _mm512_storeu_ps(p, v); }
   FASTLM_MEMBER void store(Float16* p) const {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -57,9 +65,19 @@ struct Float {
 FASTLM_SIMD Float operator+(Float a, Float b) { return _mm512_add_ps(a.v, b.v); }
 FASTLM_SIMD Float operator-(Float a, Float b) { return _mm512_sub_ps(a.v, b.v); }
 FASTLM_SIMD Float operator*(Float a, Float b) { return _mm512_mul_ps(a.v, b.v); }
+FASTLM_SIMD Float operator/(Float a, Float b) { return _mm512_div_ps(a.v, b.v); }
 FASTLM_SIMD Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
+FASTLM_SIMD Float mul_add(Float a, Float b, Float c) { return fma(a, b, c); }
+#if defined(__AVX512BF16__)
+FASTLM_SIMD Float mul_add(Word a, Word b, Float c) { return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
+constexpr bool kBFloat16Pairs = true;
+#else
+constexpr bool kBFloat16Pairs = false;
+#endif
 FASTLM_SIMD Float min(Float a, Float b) { return _mm512_min_ps(a.v, b.v); }
 FASTLM_SIMD Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
+FASTLM_SIMD float largest(Float a) { return _mm512_reduce_max_ps(a.v); }
+FASTLM_SIMD float sum(Float a) { return _mm512_reduce_add_ps(a.v); }
 FASTLM_SIMD Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
 FASTLM_SIMD Float scale2(Float a, Float n) { return _mm512_scalef_ps(a.v, n.v); }
 FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
@@ -126,4 +144,33 @@ FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* ou
   _mm512_storeu_pd((double*)(out + 48), _mm512_unpackhi_pd(ab_high, cd_high));
 }
 
-}  // namespace fastlm::avx512
+// out[j * row + i] = r[i][j]: pairs, then quads within 128 bits, then the 4x4 of those.
+FASTLM_SIMD void store_transposed(const Float (&r)[16], float* out, int64_t row) {
+  __m512 pairs[16], quads[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  // quads[4 i + j] holds, in its 128-bit lane l, column 4 l + j of rows 4 i ... 4 i + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low01 = _mm512_shuffle_f32x4(quads[j], quads[j + 4], 0x44),  // lanes 0, 1 of rows 0-3 and 4-7
+        high01 = _mm512_shuffle_f32x4(quads[j], quads[j + 4], 0xee),          // lanes 2, 3
+        low23 = _mm512_shuffle_f32x4(quads[j + 8], quads[j + 12], 0x44),      // of rows 8-11 and 12-15
+        high23 = _mm512_shuffle_f32x4(quads[j + 8], quads[j + 12], 0xee);
+    _mm512_storeu_ps(out + j * row, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(out + (j + 4) * row, _mm512_shuffle_f32x4(low01, low23, 0xdd));
+    _mm512_storeu_ps(out + (j + 8) * row, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(out + (j + 12) * row, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+  }
+}
+
+}  // namespace fastlm::FASTLM_ISA

@@ -3,6 +3,17 @@
 
 namespace fastlm::FASTLM_ISA {
 
+#if defined(__x86_64__)
+// Registers that a matrix product accumulates in: 2 rows of 16 lanes, 8 of the 16 there are.
+constexpr int kProductRows = 2, kProductVectors = 1;
+// Pairs of bfloat16 are multiplied here too, not for speed (such a machine is older than AVX2) but so that the code around
+// them is tested on every machine.
+constexpr bool kBFloat16Pairs = true;
+#else
+constexpr int kProductRows = 6, kProductVectors = 1;  // 24 of 32 registers
+constexpr bool kBFloat16Pairs = false;
+#endif
+
 typedef uint32_t u32x4 __attribute__((vector_size(16)));
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef double f64x2 __attribute__((vector_size(16)));
@@ -16,6 +27,8 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(u32x4 v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v{x, x, x, x} {}
+  static FASTLM_MEMBER Word load(const uint32_t* p) { return u32x4{p[0], p[1], p[2], p[3]}; }
+  FASTLM_MEMBER void store(uint32_t* p) const { __builtin_memcpy(p, &v, 16); }
 };
 FASTLM_SIMD Word operator+(Word a, Word b) { return a.v + b.v; }
 FASTLM_SIMD Word operator-(Word a, Word b) { return a.v - b.v; }
@@ -42,6 +55,7 @@ FASTLM_SIMD uint32_t bits_of(float x) {
 }
 
 FASTLM_SIMD float widen(BFloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+FASTLM_SIMD float widen(uint8_t x) { return float(x); }
 FASTLM_SIMD float widen(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
   const bool special = (x.bits & 0x7c00) == 0x7c00;  // infinity or NaN
@@ -75,7 +89,11 @@ struct Float {
   FASTLM_MEMBER Float() = default;
   FASTLM_MEMBER Float(f32x4 v) : v(v) {}
   FASTLM_MEMBER explicit Float(float x) : v{x, x, x, x} {}
-  static FASTLM_MEMBER Float load(const float* p) { return f32x4{p[0], p[1], p[2], p[3]}; }
+  static FASTLM_MEMBER Float load(const float* p) {
+    Float x;
+    __builtin_memcpy(&x.v, p, 16);
+    return x;
+  }
   template <class Half>
   static FASTLM_MEMBER Float load(const Half* p) {
     return f32x4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
@@ -95,8 +113,28 @@ FASTLM_SIMD Float fma(Float a, Float b, Float c) {
   for (int i = 0; i < 4; ++i) r[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return r;
 }
+FASTLM_SIMD Float operator/(Float a, Float b) { return a.v / b.v; }
+// Fused where that is one instruction, else rounded twice: where the same bits everywhere are not asked for.
+FASTLM_SIMD Float mul_add(Float a, Float b, Float c) {
+#if defined(__FP_FAST_FMAF)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+// c + a0 b0 + a1 b1, where each word holds two bfloat16, the first in its low half.
+FASTLM_SIMD Float mul_add(Word a, Word b, Float c) {
+  const u32x4 high = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+  const f32x4 low_product = (f32x4)(a.v << 16) * (f32x4)(b.v << 16);
+  return c.v + (low_product + (f32x4)(a.v & high) * (f32x4)(b.v & high));
+}
 FASTLM_SIMD Float min(Float a, Float b) { return a.v < b.v ? a.v : b.v; }
 FASTLM_SIMD Float max(Float a, Float b) { return a.v > b.v ? a.v : b.v; }
+FASTLM_SIMD float largest(Float a) {
+  const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1], y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
+  return x > y ? x : y;
+}
+FASTLM_SIMD float sum(Float a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 FASTLM_SIMD Float sqrt(Float a) {
   f32x4 r;
   for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(a.v[i]);
@@ -175,6 +213,11 @@ FASTLM_SIMD Word pack(Long low, Long high) {
 // Transposes a 4x4 and stores it.
 FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* out) {
   for (int i = 0; i < 4; ++i) Float(f32x4{a.v[i], b.v[i], c.v[i], d.v[i]}).store(out + 4 * i);
+}
+
+// out[j * row + i] = r[i][j].
+FASTLM_SIMD void store_transposed(const Float (&r)[4], float* out, int64_t row) {
+  for (int j = 0; j < 4; ++j) Float(f32x4{r[0].v[j], r[1].v[j], r[2].v[j], r[3].v[j]}).store(out + j * row);
 }
 
 }  // namespace fastlm::FASTLM_ISA

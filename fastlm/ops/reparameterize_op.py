@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import native
 from ..native import empty, view
 from ..reference.reparameterize import accumulation_dtype
+from .sums import sum_to
 
 # ---- the torch ops --------------------------------------------------------------------------------------------------------
 
@@ -95,7 +96,7 @@ def _backward_cpu(
         num_samples or 0,
         (free_bits, low, high, temperature),
     )
-    reduced = (_sum_to(g, prior) if g is not None else torch.empty(0) for g, prior in zip(grad_priors, priors))
+    reduced = (sum_to(g, prior) if g is not None else torch.empty(0) for g, prior in zip(grad_priors, priors))
     return grad_mu, grad_logvar, *reduced
 
 
@@ -106,21 +107,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 def _prior_gradient_buffer(prior: Tensor, mu: Tensor) -> Tensor:
     """A prior that was broadcast gets its gradient at mu's shape first, to be summed at full precision."""
     return empty(mu.shape, prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype))
-
-
-def _sum_to(gradient: Tensor, prior: Tensor) -> Tensor:
-    """Sum over the dimensions that ``prior`` was broadcast along, in an order that no thread count changes (torch's does)."""
-    if gradient.shape == prior.shape:
-        return gradient
-    shape = (1,) * (gradient.dim() - prior.dim()) + tuple(prior.shape)
-    summed = [d for d, (g, p) in enumerate(zip(gradient.shape, shape)) if p == 1 and g != 1]
-    kept = [d for d in range(gradient.dim()) if d not in summed]
-    if gradient.numel() == 0:
-        return prior.new_zeros(prior.shape)
-    rows = gradient.permute(*summed, *kept).reshape(-1, prior.numel()).contiguous()
-    total = gradient.new_empty(prior.shape)
-    native.C.sum_rows(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.shape[0], rows.shape[1], total.data_ptr())
-    return total.to(prior.dtype)
 
 
 _library.impl("reparameterize", _forward_cpu, "CPU")

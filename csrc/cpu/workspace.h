@@ -1,0 +1,27 @@
+// A kernel's memory: one block per thread, cut into arrays.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlm {
+
+// Begun at nullptr, its end tells how much is needed.
+class Workspace {
+ public:
+  explicit Workspace(char* begin) : at_(reinterpret_cast<intptr_t>(begin)) {}
+
+  // Every array starts on a cache line.
+  template <class T>
+  __attribute__((always_inline)) inline T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(at_);
+    at_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return array;
+  }
+
+  __attribute__((always_inline)) inline int64_t bytes() const { return at_; }
+
+ private:
+  intptr_t at_;
+};
+
+}  // namespace fastlm

@@ -1,0 +1,26 @@
+"""Sums for gradients of what was broadcast."""
+
+from torch import Tensor
+
+from .. import native
+
+
+def sum_to(gradient: Tensor, target: Tensor) -> Tensor:
+    """Sum over the dimensions that ``target`` was broadcast along, in an order that no thread count changes (torch's does).
+
+    ``gradient`` is float32 or float64, on the CPU, and may be longer than ``target`` where that is 1. Returns a tensor of
+    target's shape and dtype.
+    """
+    if gradient.shape == target.shape:
+        return gradient.to(target.dtype)
+    shape = (1,) * (gradient.dim() - target.dim()) + tuple(target.shape)
+    summed = [d for d, (g, t) in enumerate(zip(gradient.shape, shape)) if t == 1 and g != 1]
+    kept = [d for d in range(gradient.dim()) if d not in summed]
+    if gradient.numel() == 0:
+        return target.new_zeros(target.shape)
+    if not summed:
+        return gradient.reshape(target.shape).to(target.dtype)
+    rows = gradient.permute(*summed, *kept).reshape(-1, target.numel()).contiguous()
+    total = gradient.new_empty(target.shape)
+    native.C.sum_rows(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.shape[0], rows.shape[1], total.data_ptr())
+    return total.to(target.dtype)
