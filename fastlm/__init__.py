@@ -2,7 +2,23 @@
 
 from . import nn
 from .backend import UnsupportedError, backends, explain
+from .ops.attention import attention
+from .ops.kvcache_attention import kvcache_attention
 from .ops.reparameterize import gaussian_kl, reparameterize, reparameterize_with_kl
+from .ops.scaled_dot_product_attention import scaled_dot_product_attention
+from .ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "backends", "explain", "gaussian_kl", "nn", "reparameterize", "reparameterize_with_kl"]
+__all__ = [
+    "UnsupportedError",
+    "attention",
+    "backends",
+    "explain",
+    "gaussian_kl",
+    "kvcache_attention",
+    "nn",
+    "reparameterize",
+    "reparameterize_with_kl",
+    "scaled_dot_product_attention",
+    "varlen_attention",
+]

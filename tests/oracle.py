@@ -76,7 +76,8 @@ def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Te
 
 def run(function: Callable, arguments: dict, differentiable: tuple, make_gradients=output_gradients, **options) -> Results:
     """The outputs of ``function(**arguments, **options)`` and the gradients of the tensors named in ``differentiable``."""
-    leaves = {name: arguments[name].detach().requires_grad_() for name in differentiable if arguments.get(name) is not None}
+    tensors = {name: arguments[name] for name in differentiable if arguments.get(name) is not None}
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
     outputs = function(**{**arguments, **leaves, **options})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
@@ -88,7 +89,8 @@ def run(function: Callable, arguments: dict, differentiable: tuple, make_gradien
 
 
 def _dtype_of(arguments: dict) -> torch.dtype:
-    return arguments["mu"].dtype if "mu" in arguments else torch.float32
+    leading = next((arguments[name] for name in ("mu", "query") if name in arguments), None)
+    return torch.float32 if leading is None else leading.dtype
 
 
 def _in(dtype: torch.dtype, arguments: dict) -> dict:
@@ -168,4 +170,4 @@ def _off_by(relative: float, value):
 
 def noisy_results(name: str) -> set[str]:
     """Which results of the op of that name hold noise."""
-    return set() if name == "gaussian_kl" else {"output 0", "gradient of logvar"}
+    return {"output 0", "gradient of logvar"} if name in ("normal", "reparameterize", "reparameterize_with_kl") else set()

@@ -45,7 +45,8 @@ def test_the_paper_s_philox_gives_random123_s_published_answers(counter, key, an
 
 
 def reference_philox(seed: int, block: int) -> list[int]:
-    return [int(word) for word in reference.philox(torch.tensor(seed), torch.tensor(block))]
+    counter = (torch.tensor(word) for word in (block & reference.LOW, block >> 32, 0, 0))
+    return [int(word) for word in reference.philox(torch.tensor(seed), *counter)]
 
 
 def test_the_reference_gives_random123_s_answer_for_zeros():

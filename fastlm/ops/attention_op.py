@@ -6,7 +6,6 @@ lie one after the other along the rows of a batch of one.
 """
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import native
 from ..native import empty, view
+from ..reference.attention import drop_below
 from .sums import sum_to
 
 # ---- the torch ops --------------------------------------------------------------------------------------------------------
@@ -90,11 +90,6 @@ def _mask_rows(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     return mask.expand(*query.shape[:3], key.shape[2])
 
 
-def drop_below(dropout_p: float) -> int:
-    """Words of the generator below this one are dropped: those with (word + 1/2) / 2**32 < dropout_p."""
-    return math.ceil(Fraction(dropout_p) * 2**32 - Fraction(1, 2))
-
-
 class Call:
     """A call as the C++ code takes it. It keeps alive what has its address taken."""
 
@@ -103,7 +98,7 @@ class Call:
         self.query, self.key, self.value = rows_of(query), rows_of(key), rows_of(value)
         self.mask = _mask_rows(mask, query, key)
         self.sinks = None if sinks is None else sinks.float().contiguous()
-        self.slopes = None if alibi_slopes is None else alibi_slopes.contiguous()
+        self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         self.seed = None if seed is None else seed.contiguous()
         self.offsets = (None, None) if cu_seqlens_q is None else (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
         batch, heads, q_len, head_dim = query.shape

@@ -28,9 +28,9 @@ def check_integer(name: str, value: int, low: int, high: int) -> int:
 
 
 def check_number(name: str, value: float, low: float) -> float:
-    """A finite number of at least ``low``."""
+    """A finite number of at least ``low``, which may be -inf."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not low <= value < math.inf:  # also where it is NaN
-        raise ValueError(f"{name} must be finite and at least {low:g}; got {value}")
+    if not low <= value < math.inf or value == -math.inf:  # also where it is NaN
+        raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -math.inf else ''}; got {value}")
     return float(value)

@@ -41,9 +41,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def all_specs() -> tuple[Spec, ...]:
     """The specs of every op."""
-    from . import noise, reparameterize  # each imports this module
+    from . import attention_spec, noise, reparameterize  # each imports this module
 
-    return noise.SPECS + reparameterize.SPECS
+    return noise.SPECS + reparameterize.SPECS + attention_spec.SPECS
 
 
 def seeded_normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -15,14 +15,12 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1
 LOW = 0xFFFFFFFF
 
 
-def philox(seed: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words of ``block`` in the stream of ``seed``.
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words that belong to a counter of four, with the key ``seed`` (int64, read as a 64-bit pattern).
 
-    Both are int64, read as 64-bit patterns, and broadcast against each other. The words come back as int64 in [0, 2**32).
+    All are int64 and broadcast against each other; words are in [0, 2**32), as are those that come back.
     """
     k0, k1 = seed & LOW, (seed >> 32) & LOW
-    c0, c1 = block & LOW, (block >> 32) & LOW
-    c2 = c3 = torch.zeros_like(block)
     for _ in range(10):
         # A product of two 32-bit words may wrap past 2**63; its bits are right all the same.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
@@ -43,7 +41,9 @@ def normal(seed: Tensor, position: Tensor) -> Tensor:
     pair yields its cosine first, then its sine. The uniforms are float32 by definition; the rest is computed in float64 and
     rounded once, so that every backend has one right answer to be compared with.
     """
-    words = philox(seed, position >> 2)
+    block = position >> 2
+    zero = torch.zeros_like(block)
+    words = philox(seed, block & LOW, (block >> 32) & LOW, zero, zero)
     second_pair, second_of_pair = (position & 2).bool(), (position & 1).bool()
     u = uniform(torch.where(second_pair, words[2], words[0])).double()
     turn = uniform(torch.where(second_pair, words[3], words[1])).double()

@@ -1,0 +1,155 @@
+"""What the attention functions check of their arguments, and how options become numbers; cheap where nothing is wrong.
+
+The numbers inside index tensors (cu_seqlens, cache_seqlens, block_table) are checked by the backends, which read them anyway.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import check_number, check_tensor
+
+BATCHED = "batch, heads, rows, head_dim"
+VARLEN = "total, heads, head_dim"
+PAGED = "pages, rows of a page, heads, head_dim"
+
+# ---- tensors ----------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(name: str, tensor: Tensor, order: str) -> None:
+    """A tensor with the dimensions that ``order`` names, e.g. "total, heads, head_dim"."""
+    check_tensor(name, tensor)
+    dims = 3 if order is VARLEN else 4
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions ({order}); got shape {tuple(tensor.shape)}")
+    if tensor.shape[-1] == 0:
+        raise ValueError(f"{name} must have a head_dim of at least 1; got shape {tuple(tensor.shape)}")
+
+
+def check_keys(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str] = ("key", "value")) -> None:
+    """Keys and values that belong together and go with a query."""
+    for name, tensor in zip(names, (key, value)):
+        check_like(name, tensor, "query", query)
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{names[0]} must have query's head_dim {query.shape[-1]}; got shape {tuple(key.shape)}")
+    if value.shape[:-1] != key.shape[:-1]:
+        expected = ", ".join(map(str, key.shape[:-1]))
+        raise ValueError(f"{names[1]} must have {names[0]}'s shape ({expected}, any head_dim); got {tuple(value.shape)}")
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Of the dtype and on the device of another tensor."""
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}; got {tensor.dtype}")
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on {other_name}'s device {other.device}; got {tensor.device}")
+
+
+def check_groups(query_heads: int, key_heads: int, name: str = "key") -> None:
+    """Query heads share heads of keys evenly."""
+    if query_heads % key_heads if key_heads else query_heads:
+        raise ValueError(f"{name} must have a number of heads that divides query's {query_heads}; got {key_heads}")
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device, name: str = "mask") -> None:
+    """bool or floating, broadcastable to ``shape``."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor or None; got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise TypeError(f"{name} must be bool (True: attend) or floating (added to the scores); got {mask.dtype}")
+        check_tensor(name, mask)
+    if mask.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {mask.layout}")
+    if mask.dim() > len(shape) or any(m not in (1, n) for m, n in zip(reversed(mask.shape), reversed(shape))):
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}; got shape {tuple(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on query's device {device}; got {mask.device}")
+
+
+def check_per_head(slopes: Tensor | None, sinks: Tensor | None, batch: int, query: Tensor, heads: int) -> None:
+    """alibi_slopes: (heads,) or (batch, heads); sinks: (heads,). Both of any floating dtype."""
+    if slopes is not None:
+        check_tensor("alibi_slopes", slopes)
+        if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+            raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}); got {tuple(slopes.shape)}")
+        if slopes.device != query.device:
+            raise ValueError(f"alibi_slopes must be on query's device {query.device}; got {slopes.device}")
+        if slopes.requires_grad:
+            raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a float mask, which gets one")
+    if sinks is not None:
+        check_tensor("sinks", sinks)
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must have shape ({heads},), one per query head; got {tuple(sinks.shape)}")
+        if sinks.device != query.device:
+            raise ValueError(f"sinks must be on query's device {query.device}; got {sinks.device}")
+
+
+def check_indices(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+    """int32, of a shape with None where any size will do."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be an int32 tensor; got {type(tensor).__name__}")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32; got {tensor.dtype}")
+    if tensor.dim() != len(shape) or any(n is not None and s != n for s, n in zip(tensor.shape, shape)):
+        expected = ", ".join("*" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "")
+        raise ValueError(f"{name} must have shape ({expected}); got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on query's device {device}; got {tensor.device}")
+
+
+# ---- options ----------------------------------------------------------------------------------------------------------------
+
+
+def limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """(left, right): how many keys to each side of its own place a query sees; None is all of them."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool; got {type(causal).__name__}")
+    left = right = None
+    if window is not None:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            raise TypeError(f"window must be a pair (left, right); got {window!r}")
+        left, right = window
+        for side in window:
+            if side is None:
+                continue
+            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+                raise TypeError(f"window must hold integers or None; got {window!r}")
+            if side < 0:
+                raise ValueError(f"window must not be negative; got {window!r}")
+    return left, (0 if causal else right)
+
+
+def score_options(scale: float | None, softcap: float | None, head_dim: int) -> tuple[float, float]:
+    """(scale, softcap) as floats: 1 / sqrt(head_dim) where there is no scale, 0 where there is no softcap."""
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number("scale", scale, -math.inf)
+    if softcap is None:
+        return scale, 0.0
+    softcap = check_number("softcap", softcap, 0.0)
+    if softcap == 0.0:
+        raise ValueError("softcap must be positive, or None for no softcap; got 0.0")
+    return scale, softcap
+
+
+def check_dropout_p(dropout_p: float) -> float:
+    """A probability below 1."""
+    dropout_p = check_number("dropout_p", dropout_p, 0.0)
+    if not dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be below 1; got {dropout_p}")
+    return dropout_p
+
+
+# ---- autocast ---------------------------------------------------------------------------------------------------------------
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as an autocast region wants them: floating ones but float64 in its dtype, as torch treats its attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)

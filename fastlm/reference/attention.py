@@ -1,0 +1,216 @@
+"""Attention in plain PyTorch: the oracle of every backend, and the fallback where there is none.
+
+    s = scale q k^T;  s = softcap tanh(s / softcap);  s += mask - slope |p_i - j|;  masked s = -inf;  out = softmax(s) v
+
+with p_i = i + Lk - Lq, the place of query i among the keys. Scores and softmax are float32 or better; the two products are in
+the tensors' own dtype. Everything here is differentiable by autograd, and holds all Lq x Lk scores.
+Sources: Vaswani et al., "Attention Is All You Need" (2017); ALiBi: Press et al. (2021); softcap: Gemma 2 (2024); sinks: Xiao et
+al., "Efficient Streaming Language Models with Attention Sinks" (2023), as a learned logit per head in GPT-OSS (2025).
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from .noise import philox
+from .reparameterize import accumulation_dtype
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of query (B, Hq, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv).
+
+    With cu_seqlens, B is 1 and the sequences lie one after the other along the rows. Key j is seen by query i where
+    p_i - left <= j <= p_i + right; None is no limit. ``softcap`` 0 is none. ``seed`` is None without dropout.
+    """
+    options = (left, right, scale, softcap, dropout_p)
+    if cu_seqlens_q is None:
+        return _attend(query, key, value, mask, alibi_slopes, sinks, seed, *options)
+    q_offsets = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[2])
+    k_offsets = _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[2])
+    if len(q_offsets) == 1:  # no sequences: as one that is empty
+        return _attend(query, key, value, None, None, sinks, None, *options)
+    outs, lses = [], []
+    for b in range(len(q_offsets) - 1):
+        q = query[:, :, q_offsets[b] : q_offsets[b + 1]]
+        k, v = (t[:, :, k_offsets[b] : k_offsets[b + 1]] for t in (key, value))
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        own_seed = seed if seed is None or seed.dim() == 0 else seed[b : b + 1]
+        out, lse = _attend(q, k, v, None, slopes, sinks, own_seed, *options, first=b)
+        outs.append(out)
+        lses.append(lse)
+    return _in_order_of(query, torch.cat(outs, dim=2)), torch.cat(lses, dim=2)
+
+
+def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{name} must start at 0; got {offsets[0]}")
+    for b, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+        if end < begin:
+            raise ValueError(f"{name} must not fall; got {begin}, then {end} at {b + 1}")
+    if offsets[-1] != total:
+        raise ValueError(f"{name} must end at the number of rows, {total}; got {offsets[-1]}")
+    return offsets
+
+
+def _attend(query, key, value, mask, alibi_slopes, sinks, seed, left, right, scale, softcap, dropout_p, first=0):
+    """One batch of sequences of one length; ``first`` is the index of the first in what dropout counts."""
+    s = _scores(query, key, mask, alibi_slopes, left, right, scale, softcap)
+    keys = s.shape[3]
+    if sinks is not None:  # one more key, with no value
+        s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
+    alive = (s != -math.inf).any(dim=3, keepdim=True)
+    s = torch.where(alive, s, 0.0)  # a row with nothing to attend to stays finite, so that its gradients are clean zeros
+    lse = torch.logsumexp(s, dim=3, keepdim=True)
+    p = torch.where(alive, torch.exp(s - lse), 0.0)[..., :keys]
+    if seed is not None:
+        keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
+        p = torch.where(keep, p / (1.0 - dropout_p), 0.0)
+    group = query.shape[1] // key.shape[1]
+    out = torch.matmul(p.to(value.dtype).unflatten(1, (-1, group)), value.unsqueeze(2)).flatten(1, 2)
+    return _in_order_of(query, out), torch.where(alive, lse, -math.inf).squeeze(3)
+
+
+def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
+    """(B, Hq, Lq, Lk), -inf where a query does not see a key. Heads of a group share their keys without a copy."""
+    group = query.shape[1] // key.shape[1]
+    s = torch.matmul(query.unflatten(1, (-1, group)), key.unsqueeze(2).mT).flatten(1, 2)
+    s = s.to(accumulation_dtype(query.dtype)) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    queries, keys = s.shape[2:]
+    position = torch.arange(queries, device=s.device)[:, None] + keys - queries
+    j = torch.arange(keys, device=s.device)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(s.dtype)[..., None, None] * (position - j).abs()
+    seen = torch.ones_like(position == j)
+    if left is not None:
+        seen = seen & (j >= position - left)
+    if right is not None:
+        seen = seen & (j <= position + right)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        s = s + mask.to(s.dtype)
+    return torch.where(seen, s, -math.inf)
+
+
+def keep_mask(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, queries: int, keys: int, *, first: int = 0, device=None
+) -> Tensor:
+    """Which weights dropout keeps: bool (batch, heads, queries, keys).
+
+    Word j % 4 of counter (j // 4, i, b * heads + h, 0) decides on key j of query i; with a seed per sequence the third word
+    is h. Kept is where (word + 1/2) / 2**32 >= dropout_p. ``first`` is the first sequence's b.
+    """
+    block = torch.arange((keys + 3) // 4, device=device)
+    query = torch.arange(queries, device=device)[:, None]
+    head = torch.arange(heads, device=device)[:, None, None]
+    if seed.dim() == 0:
+        head = head + heads * (first + torch.arange(batch, device=device))[:, None, None, None]
+    seed = seed.reshape(-1, 1, 1, 1)
+    words = torch.broadcast_tensors(*philox(seed, block, query, head, torch.zeros_like(block)))
+    kept = torch.stack(words, dim=-1) >= drop_below(dropout_p)
+    return kept.flatten(-2)[..., :keys].expand(batch, heads, queries, keys)
+
+
+def drop_below(dropout_p: float) -> int:
+    """The smallest word that is kept: the first with (word + 1/2) / 2**32 >= dropout_p, exactly."""
+    return math.ceil(Fraction(dropout_p) * 2**32 - Fraction(1, 2))
+
+
+def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
+    """Contiguous; or, where the query is a (B, L, H, D) tensor transposed, such a transpose too."""
+    if query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2):
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous()
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------------------------
+
+
+def attend_cache(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of query (B, Hq, Lq, D) with the keys of each sequence's cache, to which key and value are appended first.
+
+    Caches are (B, Hkv, Lmax, D), or (n_pages, page, Hkv, D) with a block_table (B, max_pages).
+    """
+    added = 0 if key is None else key.shape[2]
+    lengths = _checked_lengths(cache_seqlens, added, key_cache, block_table)
+    outs, lses = [], []
+    for b, length in enumerate(lengths):
+        if added:
+            for cache, new in ((key_cache, key), (value_cache, value)):
+                _write_rows(cache, block_table, b, length, new[b])
+        rows = [_read_rows(cache, block_table, b, length + added) for cache in (key_cache, value_cache)]
+        slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
+        out, lse = _attend(query[b : b + 1], *rows, None, slopes, sinks, None, left, right, scale, softcap, 0.0)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        shape = query.shape[:3]
+        return query.new_empty(*shape, value_cache.shape[3]), query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
+    return _in_order_of(query, torch.cat(outs)), torch.cat(lses)
+
+
+def _checked_lengths(cache_seqlens: Tensor, added: int, cache: Tensor, block_table: Tensor | None) -> list[int]:
+    lengths = cache_seqlens.tolist()
+    page, pages = (cache.shape[2], 1) if block_table is None else (cache.shape[1], block_table.shape[1])
+    for b, length in enumerate(lengths):
+        if length < 0 or length + added > page * pages:
+            raise ValueError(
+                f"cache_seqlens must lie between 0 and the cache's {page * pages} rows less the {added} appended; "
+                f"got {length} (sequence {b})"
+            )
+        for entry in [] if block_table is None else block_table[b, : -(-(length + added) // page)].tolist():
+            if not 0 <= entry < cache.shape[0]:
+                raise ValueError(f"block_table must hold pages from 0 to {cache.shape[0] - 1}; got {entry} (sequence {b})")
+    return lengths
+
+
+def _write_rows(cache: Tensor, block_table: Tensor | None, b: int, at: int, rows: Tensor) -> None:
+    """rows (Hkv, L, D) into the cache of sequence b, from its row ``at`` on."""
+    if block_table is None:
+        cache[b, :, at : at + rows.shape[1]] = rows
+        return
+    position = torch.arange(at, at + rows.shape[1], device=cache.device)
+    page = cache.shape[1]
+    cache[block_table[b].long()[position // page], position % page] = rows.transpose(0, 1)
+
+
+def _read_rows(cache: Tensor, block_table: Tensor | None, b: int, length: int) -> Tensor:
+    """The first ``length`` rows of sequence b: (1, Hkv, length, D)."""
+    if block_table is None:
+        return cache[b : b + 1, :, :length]
+    pages = block_table[b, : -(-length // cache.shape[1])].long()
+    return cache[pages].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)
