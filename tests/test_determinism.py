@@ -78,8 +78,9 @@ def test_every_instruction_set_gives_the_same_bits(case, dtype, widest_isa):
         assert_same_bits(on(isa, results_of, LARGE_CALLS[case](dtype)), expected)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_every_case_of_every_spec_gives_the_same_bits_on_every_instruction_set(name, widest_isa):
+# Attention adds in the order that its instruction set is fastest in, so its bits are those of one instruction set.
+@pytest.mark.parametrize("name", [name for name in SPECS if not name.endswith("attention")])
+def test_every_case_of_every_latent_spec_gives_the_same_bits_on_every_instruction_set(name, widest_isa):
     spec = SPECS[name]
     for case, make in spec.cases.items():
         for dtype in spec.dtypes:

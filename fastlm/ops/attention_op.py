@@ -179,6 +179,53 @@ _library.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake("fastlm::attention", attention_fake, lib=_library)
 torch.library.register_fake("fastlm::attention_backward", _backward_fake, lib=_library)
 
+# ---- vmap: entries become one batch where the op has a place for that, and calls of their own elsewhere ---------------------
+
+
+def _is_one_batch(in_dims: tuple, inputs: tuple, wanted: tuple = ()) -> bool:
+    """Whether vmapped calls can be one: dropout counts heads by their batch, and masks, slopes and sinks may not go along."""
+    mask, _, slopes, seed, cu_seqlens_q, _ = inputs[3:]
+    shared = mask is None or mask.dim() < 4 or mask.shape[0] == 1
+    shared &= slopes is None or slopes.dim() == 1
+    return shared and seed is None and cu_seqlens_q is None and in_dims[3:] == (None,) * 6 and not any(wanted)
+
+
+def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """(entries * batch, ...)."""
+    if tensor is None:
+        return None
+    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
+    """The stacked results of a call for each entry."""
+    calls = (op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(size))
+    return tuple(map(torch.stack, zip(*calls)))
+
+
+def _forward_vmap(info, in_dims, *args):
+    size, inputs = info.batch_size, args[:_TENSORS]
+    if not _is_one_batch(in_dims[:_TENSORS], inputs):
+        return _one_by_one(_forward_op, size, in_dims, args), (0, 0)
+    folded = (_folded(t, d, size) for t, d in zip(inputs[:3], in_dims))
+    results = _forward_op(*folded, *args[3:])
+    return tuple(result.unflatten(0, (size, -1)) for result in results), (0, 0)
+
+
+def _backward_vmap(info, in_dims, *args):
+    size, first = info.batch_size, 4  # after grad_out, grad_lse, out and lse
+    inputs, wanted = args[first : first + _TENSORS], args[first + _TENSORS : first + _TENSORS + 2]
+    if not _is_one_batch(in_dims[first : first + _TENSORS], inputs, wanted):
+        return _one_by_one(_backward_op, size, in_dims, args), (0,) * 5
+    folded = (_folded(t, d, size) for t, d in zip(args[: first + 3], in_dims))
+    *grads, grad_mask, grad_sinks = _backward_op(*folded, *args[first + 3 :])
+    return (*(grad.unflatten(0, (size, -1)) for grad in grads), grad_mask, grad_sinks), (0, 0, 0, None, None)
+
+
+torch.library.register_vmap("fastlm::attention", _forward_vmap, lib=_library)
+torch.library.register_vmap("fastlm::attention_backward", _backward_vmap, lib=_library)
+
 # ---- autograd -------------------------------------------------------------------------------------------------------------
 
 _DIFFERENTIABLE = 5  # query, key, value, mask, sinks: the first of the tensors
