@@ -14,7 +14,7 @@ from . import native
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 LARGE_CALL = 1 << 16  # elements from which running the reference on a CPU is worth a warning
-_DEFAULT = os.environ.get("FASTLM_BACKEND") or None
+DEFAULT = os.environ.get("FASTLM_BACKEND") or None
 _warned: set[str] = set()
 
 
@@ -55,7 +55,7 @@ def select(op: str, implementations: Sequence[Implementation], tensor: torch.Ten
     """The function that runs this call: the named backend's, or the fastest one's that can."""
     if isinstance(backend, Explanation):
         raise _explained(implementations, tensor, backend)
-    requested = backend or _DEFAULT
+    requested = backend or DEFAULT
     if requested is not None:
         return _named(op, implementations, tensor, requested)
     for implementation in implementations:
@@ -82,7 +82,7 @@ def _named(op: str, implementations: Sequence[Implementation], tensor: torch.Ten
 
 
 def _explained(implementations: Sequence[Implementation], tensor: torch.Tensor, explanation: Explanation) -> Explanation:
-    requested = explanation.requested or _DEFAULT
+    requested = explanation.requested or DEFAULT
     if requested is not None:
         _check_name(requested)
     for implementation in implementations:
@@ -122,7 +122,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
 def cpu_why_not(tensor: torch.Tensor) -> str | None:
     """Why the C++ kernels cannot take a tensor of this device."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"the tensors are on {tensor.device}"
     return native.why_not
 

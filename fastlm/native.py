@@ -12,8 +12,9 @@ from types import ModuleType
 
 import torch
 
-# Codes of the dtypes in csrc/cpu/view.h.
+# Codes of the dtypes in csrc/cpu/view.h; indices have none, as theirs is known.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
+OTHER = 5
 
 
 def _use_torch_threads(module: ModuleType) -> None:
@@ -46,9 +47,21 @@ def _load() -> tuple[ModuleType | None, str | None]:
 C, why_not = _load()
 
 
-def view(tensor: torch.Tensor | None) -> tuple | None:
-    """What the C++ code is told of a tensor: (address, dtype code, strides in elements)."""
-    return None if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride())
+def _itself(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return tensor
+
+
+def _described(tensor: torch.Tensor | None) -> tuple | None:
+    """(address, dtype code, strides, shape), and the tensor, so that it lives as long as the tuple."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), DTYPE_CODES.get(tensor.dtype, OTHER), tensor.stride(), tuple(tensor.shape), tensor
+
+
+# What the C++ code takes for a tensor (csrc/cpu/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
+# tenth of the time that Python takes to describe one.
+_exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+view = _itself if C and _exchange_api and C.use_exchange(_exchange_api) else _described
 
 
 HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that the process has already touched
@@ -56,7 +69,7 @@ HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """`torch.empty` for a kernel's output. A large one is asked to live in huge pages, as NumPy asks for its arrays."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(*shape, dtype=dtype) if shape else torch.empty((), dtype=dtype)  # a tuple would cost 1 us
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

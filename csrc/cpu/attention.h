@@ -96,7 +96,7 @@ struct AttentionUnit {
 
 struct AttentionForward : Attention {
   Rows out;
-  Statistic lse;
+  Statistic lse;  // or none
 };
 
 struct AttentionBackward : Attention {

@@ -27,7 +27,7 @@ struct ForwardArrays {
     out_row = padded(a.value_dim);
     value_row = out_row + kLanes;
     rows = w.take<ScoreRow>(count);
-    pointers = w.take<char*>(count > kBlockKeys ? count : kBlockKeys);
+    pointers = w.take<char*>(count > 3 * kBlockKeys ? count : 3 * kBlockKeys);
     query = w.take<Unit>(count * query_row);
     key = w.take<Unit>(units<Unit>(a.head_dim) * key_row);
     value = w.take<Unit>(units<Unit>(kBlockKeys) * value_row);
@@ -103,16 +103,19 @@ static void forward_tile(const Attention& a, const Sequence& s, ForwardArrays<Un
                 t.out_row);
 }
 
-// The same for a few rows, which are all of the unit: keys and values stay where they are.
+// The same for a few rows, which are all of the unit: keys and values stay where they are. `end` is that of the unit's keys.
 template <class Unit>
 static void thin_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>& t, int64_t kv_head, int64_t count,
-                      int64_t first_key, int64_t keys, Coverage covered) {
-  key_rows(a, s, a.key, kv_head, first_key, keys, t.pointers);
-  thin_scores(a.key.dtype, t.query, t.query_row, count, t.pointers, keys, a.head_dim, t.scores, kTileRow);
+                      int64_t first_key, int64_t keys, int64_t end, Coverage covered) {
+  char **key = t.pointers, **value = key + kBlockKeys, **next_key = value + kBlockKeys;
+  key_rows(a, s, a.key, kv_head, first_key, keys, key);
+  key_rows(a, s, a.value, kv_head, first_key, keys, value);
+  const int64_t next = first_key + 2 * keys <= end ? first_key + keys : first_key;  // no rows past the end to ask for
+  key_rows(a, s, a.key, kv_head, next, keys, next_key);
+  thin_scores(a.key.dtype, t.query, t.query_row, count, key, value, keys, a.head_dim, t.scores, kTileRow);
   const float factor = finish_scores(a, t, 0, count, first_key, keys, covered);
   softmax_tile(a, s, t, 0, count, first_key, keys, factor, t.scores);
-  key_rows(a, s, a.value, kv_head, first_key, keys, t.pointers);
-  thin_values(a.value.dtype, t.scores, kTileRow, count, t.pointers, keys, a.value_dim, t.out, t.out_row);
+  thin_values(a.value.dtype, t.scores, kTileRow, count, value, next_key, keys, a.value_dim, t.out, t.out_row);
 }
 
 template <class Unit>
@@ -141,6 +144,7 @@ static void finish_row(const AttentionForward& a, const Sequence& s, int64_t que
     auto* to = reinterpret_cast<decltype(type)*>(a.out.at(s.batch, head, s.q_first + query));
     narrow_row(out, empty ? 0.0f : factor / total, a.value_dim, to);
   });
+  if (!a.lse.data) return;
   const double lse = (double(maximum) + __builtin_log2(double(total))) * 0.6931471805599453;
   *a.lse.at(s.batch, head, s.q_first + query) = empty ? -kInfinity : float(lse);
 }
@@ -206,7 +210,7 @@ static void forward_unit(const AttentionForward& a, const AttentionUnit& u, char
       const Coverage covered = coverage(a, t.rows + row, rows, key_range(t.rows + row, rows), key, keys);
       if (covered == Coverage::kEmpty) continue;
       if (count <= kThinRows) {
-        thin_tile(a, s, t, u.kv_head, count, key, keys, covered);
+        thin_tile(a, s, t, u.kv_head, count, key, keys, end, covered);
         continue;
       }
       if (!loaded) load_keys(a, s, u.kv_head, t, key, keys);

@@ -25,12 +25,12 @@ void bind_attention(py::module_&);  // bind_attention.cpp
 namespace {
 
 // View of a tensor; `skip` leading strides are not part of the shape.
-View view_of(py::handle tensor, py::ssize_t skip = 0) {
+View view_of(py::handle tensor, int skip = 0) {
+  const TensorView t(tensor);
   View view;
-  if (tensor.is_none()) return view;
-  view.data = address_of(tensor);
-  view.dtype = dtype_of(tensor);
-  for (py::ssize_t d = skip; d < PyTuple_GET_SIZE(item(tensor, 2)); ++d) view.stride[d - skip] = stride_of(tensor, d);
+  view.data = t.data;
+  view.dtype = t.dtype;
+  for (int d = skip; d < t.dims; ++d) view.stride[d - skip] = t.stride[d];
   return view;
 }
 
@@ -86,8 +86,8 @@ void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, con
                             intptr_t seeds, int64_t streams, int event_dims, int64_t samples, const Numbers& numbers) {
   LatentForward a;
   fill(a, shape, inputs, seeds, streams, samples, numbers);
-  a.z = address_of(z);
-  a.kl = address_of(kl);
+  a.z = TensorView(z).data;
+  a.kl = TensorView(kl).data;
   a.event = a.kl ? product(a.shape, a.shape.dims - event_dims) : 1;
   coalesce(a.shape, {&a.mu, &a.logvar, &a.prior_mu, &a.prior_logvar});
   py::gil_scoped_release nogil;
@@ -101,11 +101,11 @@ void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, co
   fill(a, shape, inputs, seeds, streams, samples, numbers);
   if (a.elements == 0) return;
   a.grad_z = view_of(grad_z, samples > 0 ? 1 : 0);
-  a.grad_z_sample = samples > 0 && a.grad_z.data ? stride_of(grad_z, 0) : 0;
-  a.grad_kl = address_of(grad_kl);
+  a.grad_z_sample = samples > 0 && a.grad_z.data ? TensorView(grad_z).stride[0] : 0;
+  a.grad_kl = TensorView(grad_kl).data;
   a.event = product(a.shape, a.shape.dims - event_dims);
-  a.grad_mu = address_of(outputs[0]);
-  a.grad_logvar = address_of(outputs[1]);
+  a.grad_mu = TensorView(outputs[0]).data;
+  a.grad_logvar = TensorView(outputs[1]).data;
   const View grad_prior_mu = view_of(outputs[2]), grad_prior_logvar = view_of(outputs[3]);
   a.grad_prior_mu = grad_prior_mu.data;
   a.prior_mu_dtype = grad_prior_mu.dtype;
@@ -140,6 +140,14 @@ void set_isa(const std::string& name) {
   throw py::value_error("this machine runs " + py::str(isas()).cast<std::string>() + "; got '" + name + "'");
 }
 
+// From now on, tensors may come as they are; returned is whether this torch's API is one that is understood here.
+bool use_exchange(const py::capsule& api) {
+  const auto* offered = static_cast<const DLPackExchangeAPI*>(api.get_pointer());
+  const bool understood = offered->major == 1 && offered->dltensor_from_py_object_no_sync;
+  if (understood) exchange = offered;
+  return understood;
+}
+
 // Asks for huge pages under a large output before it is written: at 4 KiB a page, faults would take longer than the kernels.
 void advise_huge_pages(intptr_t data, int64_t bytes) {
 #if defined(__linux__)
@@ -154,6 +162,7 @@ void advise_huge_pages(intptr_t data, int64_t bytes) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastlm's CPU kernels.";
   m.def("use_thread_pool", [](intptr_t f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
+  m.def("use_exchange", &use_exchange);
   m.def("isas", &isas, "The instruction sets that this machine runs, slowest first.");
   m.def("isa", [] { return isa_names[current_isa()]; }, "The instruction set in use.");
   m.def("set_isa", &set_isa);

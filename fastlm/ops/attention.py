@@ -11,7 +11,7 @@ calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "Flas
 import torch
 from torch import Tensor
 
-from ..backend import Implementation, cpu_why_not, select
+from ..backend import DEFAULT, Implementation, cpu_why_not, select
 from ..reference import attention as reference
 from . import attention_op
 from .attention_checks import (
@@ -75,6 +75,11 @@ def attention(
         TypeError, ValueError: naming the argument that does not fit.
         UnsupportedError: the named ``backend`` cannot do the call.
     """
+    no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
+    if no_option and dropout_p == 0.0 and seed is None and not return_lse and backend is None:
+        out = attend_plainly(query, key, value, scale, causal)
+        if out is not None:
+            return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_rows(name, tensor, BATCHED)
     if key.shape[0] != query.shape[0]:
@@ -89,6 +94,24 @@ def attention(
     tensors = (query, key, value, mask, alibi_slopes, sinks)
     out, lse = run_attention("attention", tensors, seed, (None, None), options, backend)
     return (out, lse) if return_lse else out
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    causal: bool,
+    top_left: bool = False,
+    grouped: bool = True,
+) -> Tensor | None:
+    """The output of a small call without options on the CPU, at the least cost; None where it is not that, or not right.
+
+    ``top_left``: the causal mask is aligned at the first query and key; ``grouped``: query heads may share heads of keys.
+    """
+    if DEFAULT is None and isinstance(causal, bool) and (scale is None or isinstance(scale, float)):
+        return attention_op.attend_plainly(query, key, value, scale, causal, top_left, grouped)
+    return None
 
 
 def run_attention(

@@ -18,7 +18,7 @@ PAGED = "pages, rows of a page, heads, head_dim"
 
 
 def check_rows(name: str, tensor: Tensor, order: str) -> None:
-    """A tensor with the dimensions that ``order`` names, e.g. "total, heads, head_dim"."""
+    """A tensor with the dimensions that ``order`` names, e.g. "total, heads, head_dim", and a head_dim of at least 1."""
     check_tensor(name, tensor)
     dims = 3 if order is VARLEN else 4
     if tensor.dim() != dims:
@@ -29,18 +29,21 @@ def check_rows(name: str, tensor: Tensor, order: str) -> None:
 
 def check_keys(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str] = ("key", "value")) -> None:
     """Keys and values that belong together and go with a query."""
-    for name, tensor in zip(names, (key, value)):
-        check_like(name, tensor, "query", query)
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"{names[0]} must have query's head_dim {query.shape[-1]}; got shape {tuple(key.shape)}")
-    if value.shape[:-1] != key.shape[:-1]:
-        expected = ", ".join(map(str, key.shape[:-1]))
+    check_like(names[0], key, "query", query)
+    check_like(names[1], value, "query", query)
+    head_dim = query.shape[-1]
+    *key_outer, key_dim = key.shape
+    *value_outer, _ = value.shape
+    if key_dim != head_dim:
+        raise ValueError(f"{names[0]} must have query's head_dim {head_dim}; got shape {tuple(key.shape)}")
+    if value_outer != key_outer:
+        expected = ", ".join(map(str, key_outer))
         raise ValueError(f"{names[1]} must have {names[0]}'s shape ({expected}, any head_dim); got {tuple(value.shape)}")
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Of the dtype and on the device of another tensor."""
-    if tensor.dtype != other.dtype:
+    if tensor.dtype is not other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}; got {tensor.dtype}")
     if tensor.device != other.device:
         raise ValueError(f"{name} must be on {other_name}'s device {other.device}; got {tensor.device}")

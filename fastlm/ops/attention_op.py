@@ -48,7 +48,8 @@ def _empty_like(tensor: Tensor, columns: int, make) -> Tensor:
 
 def empty_results(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, to be written."""
-    return _empty_like(query, value_dim, empty), torch.empty(query.shape[:3], dtype=torch.float32)
+    batch, heads, rows, _ = query.shape
+    return _empty_like(query, value_dim, empty), torch.empty(batch, heads, rows, dtype=torch.float32)
 
 
 def attention_fake(query, key, value, *rest):
@@ -75,14 +76,8 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _mask_rows(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Expanded to (B, Hq, Lq, Lk) by strides of 0."""
-    if mask is None:
-        return None
     if mask.dtype == torch.float64:
         mask = mask.float()
     if mask.dim() and mask.shape[-1] > 1 and mask.stride(-1) != 1:
@@ -90,45 +85,35 @@ def _mask_rows(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     return mask.expand(*query.shape[:3], key.shape[2])
 
 
-class Call:
-    """A call as the C++ code takes it. It keeps alive what has its address taken."""
+def arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k) -> tuple:
+    """The tensors as the C++ code reads them, in its order."""
+    return (
+        view(rows_of(query)),
+        view(rows_of(key)),
+        view(rows_of(value)),
+        None if mask is None else view(_mask_rows(mask, query, key)),
+        None if alibi_slopes is None else view(alibi_slopes.float().contiguous()),
+        None if sinks is None else view(sinks.float().contiguous()),
+        None if seed is None else view(seed.contiguous()),
+        None if cu_seqlens_q is None else view(cu_seqlens_q.contiguous()),
+        None if cu_seqlens_k is None else view(cu_seqlens_k.contiguous()),
+    )
 
-    def __init__(self, query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
-        left, right, scale, softcap, dropout_p = options
-        self.query, self.key, self.value = rows_of(query), rows_of(key), rows_of(value)
-        self.mask = _mask_rows(mask, query, key)
-        self.sinks = None if sinks is None else sinks.float().contiguous()
-        self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
-        self.seed = None if seed is None else seed.contiguous()
-        self.offsets = (None, None) if cu_seqlens_q is None else (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
-        batch, heads, q_len, head_dim = query.shape
-        if cu_seqlens_q is not None:
-            batch = cu_seqlens_q.shape[0] - 1
-        self.sizes = (batch, heads, key.shape[1], q_len, key.shape[2], head_dim, value.shape[3])
-        self.inputs = (
-            view(self.query),
-            view(self.key),
-            view(self.value),
-            view(self.mask),
-            _address(self.slopes),
-            heads if self.slopes is not None and self.slopes.dim() == 2 else 0,
-            _address(self.sinks),
-            _address(self.seed),
-            0 if self.seed is None else self.seed.dim(),
-            _address(self.offsets[0]),
-            _address(self.offsets[1]),
-        )
-        dropped = (drop_below(dropout_p), 1.0 / (1.0 - dropout_p)) if dropout_p else (0, 1.0)
-        self.options = (left, right, scale, softcap, *dropped)
+
+def numbers(left, right, scale, softcap, dropout_p) -> tuple:
+    """The options as the C++ code reads them."""
+    if dropout_p:
+        return left, right, scale, softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
+    return left, right, scale, softcap, 0, 1.0
 
 
 # ---- the CPU ----------------------------------------------------------------------------------------------------------------
 
 
-def _forward_cpu(query, key, value, *rest):
+def _forward_cpu(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
     out, lse = empty_results(query, value.shape[3])
-    call = Call(query, key, value, *rest)
-    native.C.attention_forward(call.sizes, call.inputs, call.options, view(out), view(lse), torch.get_num_threads())
+    inputs = arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+    native.C.attention_forward(inputs, numbers(*options), view(out), view(lse), torch.get_num_threads())
     return out, lse
 
 
@@ -154,11 +139,9 @@ def _backward_cpu(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, 
     grad_out = torch.zeros_like(out) if grad_out is None else rows_of(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
-    call = Call(query, key, value, mask, sinks, *rest[:4], *options)
     native.C.attention_backward(
-        call.sizes,
-        call.inputs,
-        call.options,
+        arranged(query, key, value, mask, sinks, *rest[:4]),
+        numbers(*options),
         tuple(map(view, (out, grad_out, lse, grad_lse, delta))),
         (*map(view, grads), view(expanded)),
         need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
@@ -228,6 +211,7 @@ torch.library.register_vmap("fastlm::attention_backward", _backward_vmap, lib=_l
 
 # ---- autograd -------------------------------------------------------------------------------------------------------------
 
+_SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or might be
 _DIFFERENTIABLE = 5  # query, key, value, mask, sinks: the first of the tensors
 
 
@@ -276,7 +260,33 @@ def attend(
     """(out, lse) by the op, with gradients where an input asks for them."""
     args = (query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     args += (left, right, scale, softcap, dropout_p)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_DIFFERENTIABLE]):
+    if torch.is_grad_enabled() and _any_requires_grad(*args[:_DIFFERENTIABLE]):
         under_functorch = torch._C._are_functorch_transforms_active()
         return (_AttentionForFunctorch if under_functorch else _Attention).apply(*args)
-    return _forward_op(*args)
+    return _forward_cpu(*args) if unobserved(query, key, value) else _forward_op(*args)
+
+
+def attend_plainly(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
+    """The output of a small call that has no options and needs no gradient, at the least cost; None where it is not that."""
+    if native.C is None or not unobserved(query, key, value) or query.numel() > _SMALL or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.is_grad_enabled() and _any_requires_grad(query, key, value, None, None):
+        return None
+    out = torch.empty_like(query)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    threads = torch.get_num_threads()
+    return out if native.C.attention_plain(query, key, value, out, scale, causal, top_left, grouped, threads) else None
+
+
+def _any_requires_grad(query, key, value, mask, sinks) -> bool:
+    required = query.requires_grad or key.requires_grad or value.requires_grad
+    return required or (mask is not None and mask.requires_grad) or (sinks is not None and sinks.requires_grad)
+
+
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether nothing watches or replaces calls of ops, so that the way through torch's dispatcher, 8 us, can be saved."""
+    for tensor in tensors:
+        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or tensor.is_neg():
+            return False  # a subclass that wants to be asked; a view that negates
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+    return not (watched or torch._C._are_functorch_transforms_active())

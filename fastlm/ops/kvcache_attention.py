@@ -81,8 +81,7 @@ def kvcache_attention(
     check_per_head(alibi_slopes, sinks, batch, query, heads)
     options = (*limits(causal, window), *score_options(scale, softcap, head_dim))
     attend = select("kvcache_attention", IMPLEMENTATIONS, query, backend)
-    with torch.no_grad():
-        out, lse = attend(query, key_cache, value_cache, cache_seqlens, key, value, block_table, alibi_slopes, sinks, *options)
+    out, lse = attend(query, key_cache, value_cache, cache_seqlens, key, value, block_table, alibi_slopes, sinks, *options)
     return (out, lse) if return_lse else out
 
 
@@ -98,5 +97,5 @@ def _check_appended(query: Tensor, key: Tensor, value: Tensor, outer: tuple[int,
 
 IMPLEMENTATIONS = (
     Implementation("cpu", kvcache_op.attend_cache, attention_cpu_why_not),
-    Implementation("reference", reference.attend_cache, lambda query: None),
+    Implementation("reference", torch.no_grad()(reference.attend_cache), lambda query: None),
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import view
-from .attention_op import Call, attention_fake, empty_results, rows_of
+from .attention_op import arranged, attention_fake, empty_results, numbers, rows_of, unobserved
 
 _library = torch.library.Library("fastlm", "FRAGMENT")
 _library.define(
@@ -22,7 +22,7 @@ def _fake(query, key_cache, value_cache, *rest):
 
 def _paged_as_rows(cache: Tensor, block_table: Tensor | None) -> Tensor:
     """(n_pages, page, Hkv, D) as (n_pages, Hkv, page, D), the order of a contiguous cache."""
-    return cache if block_table is None else cache.transpose(1, 2)
+    return cache if block_table is None else cache.detach().transpose(1, 2)
 
 
 def _check_strides(name: str, cache: Tensor) -> None:
@@ -36,19 +36,13 @@ def _cpu(
     _check_strides("key_cache", key_cache)
     _check_strides("value_cache", value_cache)
     key_rows, value_rows = _paged_as_rows(key_cache, block_table), _paged_as_rows(value_cache, block_table)
-    new_key, new_value = (None if t is None else rows_of(t) for t in (key, value))
-    cache_seqlens = cache_seqlens.contiguous()
-    block_table = None if block_table is None else block_table.contiguous()
-    pages, page = key_rows.shape[0], key_rows.shape[2]
-    row = 1 if block_table is None else block_table.shape[1]
     out, lse = empty_results(query, value_cache.shape[3])
-    call = Call(query, key_rows, value_rows, None, sinks, alibi_slopes, None, None, None, left, right, scale, softcap, 0.0)
     native.C.cached_attention_forward(
-        call.sizes,
-        call.inputs,
-        call.options,
-        (cache_seqlens.data_ptr(), None if block_table is None else block_table.data_ptr(), row, page, pages, row * page),
-        (view(new_key), view(new_value), 0 if key is None else key.shape[2]),
+        arranged(query, key_rows, value_rows, None, sinks, alibi_slopes, None, None, None),
+        numbers(left, right, scale, softcap, 0.0),
+        view(cache_seqlens.contiguous()),
+        None if block_table is None else view(block_table.contiguous()),
+        tuple(None if t is None else view(rows_of(t)) for t in (key, value)),
         view(out),
         view(lse),
         torch.get_num_threads(),
@@ -58,4 +52,12 @@ def _cpu(
 
 _library.impl("kvcache_attention", _cpu, "CPU")
 torch.library.register_fake("fastlm::kvcache_attention", _fake, lib=_library)
-attend_cache = torch.ops.fastlm.kvcache_attention.default
+_op = torch.ops.fastlm.kvcache_attention.default
+
+
+def attend_cache(query, key_cache, value_cache, *rest) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the op; without a gradient, whatever its inputs ask for."""
+    if unobserved(query, key_cache, value_cache):
+        return _cpu(query, key_cache, value_cache, *rest)
+    with torch.no_grad():
+        return _op(query, key_cache, value_cache, *rest)

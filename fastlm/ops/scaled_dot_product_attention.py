@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .attention import run_attention
+from .attention import attend_plainly, run_attention
 from .attention_checks import autocast, check_dropout_p, check_groups, check_keys, check_mask, score_options
 from .checks import check_tensor
 
@@ -40,6 +40,10 @@ def scaled_dot_product_attention(
         TypeError, ValueError: naming the argument that does not fit.
         UnsupportedError: the named ``backend`` cannot do the call.
     """
+    if attn_mask is None and dropout_p == 0.0 and backend is None:
+        out = attend_plainly(query, key, value, scale, is_causal, top_left=True, grouped=enable_gqa)
+        if out is not None:
+            return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
         if tensor.dim() < 2 or tensor.shape[-1] == 0:
