@@ -1,4 +1,4 @@
-"""Times every op that has a spec, on pytest-benchmark: fastlm's backends beside what a user would write or pick instead.
+"""Times every benchmark of the ops, on pytest-benchmark: fastlm's backends beside what a user would write or pick instead.
 
     pytest benchmarks/bench_ops.py              # `--full` adds the long sizes and every dtype
     make bench                                  # the same, and memory, the digits VAE and a report
@@ -33,18 +33,18 @@ class Contest:
     """The implementations of one setting, ready to run on the same inputs."""
 
     def __init__(self, op: str, workload: str, dtype: str):
-        self.spec, _ = find(op, workload)
+        self.benchmark, _ = find(op, workload)
         self.arguments = arguments_of(op, workload, dtype)
         self.step, self.errors = cache(self._step), cache(self._errors)
 
     def _step(self, implementation: str) -> Callable | Unavailable:
         try:
-            return step_of(self.spec, implementation, self.arguments)
+            return step_of(self.benchmark, implementation, self.arguments)
         except Unavailable as reason:
             return reason  # kept, so that each turn need not fail anew
 
     def _errors(self, implementation: str) -> dict:
-        return errors(self.spec, self.arguments, implementation.removeprefix(FASTLM))
+        return errors(self.benchmark, self.arguments, implementation.removeprefix(FASTLM))
 
 
 @lru_cache(maxsize=1)  # the tensors of one setting at a time

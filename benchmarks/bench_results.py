@@ -5,7 +5,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from op_rows import all_rows, baseline, cost
+from op_rows import Cost, all_rows, baseline, cost
 
 
 @dataclass
@@ -16,8 +16,7 @@ class Result:
     workload: str
     dtype: str
     implementation: str
-    elements: int
-    bytes_moved: int  # what must cross the memory bus
+    cost: Cost
     seconds: float | None = None  # median of all rounds
     fast: float | None = None  # the 20th and 80th percentiles: how much the machine was at rest
     slow: float | None = None
@@ -35,13 +34,14 @@ class Result:
         return self.op, self.workload, self.dtype
 
     @property
-    def gelem_s(self) -> float | None:
-        return self.elements / self.seconds / 1e9 if self.seconds else None
+    def throughput(self) -> float | None:
+        """In the unit of its cost."""
+        return self.cost.work / self.seconds / 1e9 if self.seconds else None
 
-    @property
-    def gb_s(self) -> float | None:
-        """Necessary traffic over time: what an implementation moves beyond that does not count for it."""
-        return self.bytes_moved / self.seconds / 1e9 if self.seconds else None
+    def limit(self, machine: dict) -> float:
+        """The throughput that the machine's memory and its arithmetic allow, whichever is less: the roofline."""
+        by_memory = machine["bandwidth_gb_s"] * self.cost.work / max(self.cost.bytes_moved, 1)
+        return min(by_memory, machine["gemm_gflop_s"][self.dtype]) if self.cost.unit == "GFLOP/s" else by_memory
 
 
 def load(folder: Path, name: str):
@@ -51,7 +51,7 @@ def load(folder: Path, name: str):
 
 
 def results_of(ops: dict, memory: list[dict]) -> list[Result]:
-    """A row per op, size, dtype and implementation, in the order of the specs."""
+    """A row per op, size, dtype and implementation, in the order of the benchmarks."""
     times: dict[tuple, list[float]] = {}
     checks: dict[tuple, dict] = {}
     for row in ops["benchmarks"]:
@@ -66,7 +66,7 @@ def results_of(ops: dict, memory: list[dict]) -> list[Result]:
 
 
 def _result(key: tuple, times: list[float] | None, check: dict, why_not: str | None, peak: dict) -> Result:
-    result = Result(*key, *cost(*key[:3]), why_not=why_not, why_no_peak=peak.get("why_not"), **check)
+    result = Result(*key, cost(*key[:3]), why_not=why_not, why_no_peak=peak.get("why_not"), **check)
     if times:
         result.seconds = statistics.median(times)
         result.fast, *_, result.slow = statistics.quantiles(times, n=5)

@@ -1,4 +1,4 @@
-"""The machine a report was measured on, and the memory bandwidth it really has."""
+"""The machine a report was measured on, and the memory bandwidth and arithmetic that it really has."""
 
 import datetime
 import os
@@ -14,6 +14,7 @@ import fastlm
 
 FLOATS = 1 << 26  # 256 MiB of float32: beyond any cache
 ROUNDS = 10
+GEMM = 2048
 
 
 def describe() -> dict:
@@ -31,6 +32,7 @@ def describe() -> dict:
         "backends": fastlm.backends(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         **_bandwidths(),
+        "gemm_gflop_s": _gemm_rates(),
     }
 
 
@@ -85,10 +87,21 @@ def _bandwidths() -> dict[str, float]:
     return {"copy_gb_s": round(copy, 1), "read_gb_s": round(read, 1), "bandwidth_gb_s": round(max(copy, read), 1)}
 
 
-def _least_seconds(work: Callable) -> float:
+def _gemm_rates() -> dict[str, float]:
+    """What each dtype's arithmetic can reach: torch's matrix product, or float32's where that is faster, being converted to."""
+    single, half = _gemm_rate(torch.float32), _gemm_rate(torch.bfloat16)
+    return {"float32": single, "bfloat16": max(single, half), "float16": single, "float64": round(single / 2, 1)}
+
+
+def _gemm_rate(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
+    return round(2 * GEMM**3 / _least_seconds(lambda: a @ b, rounds=3) / 1e9, 1)
+
+
+def _least_seconds(work: Callable, rounds: int = ROUNDS) -> float:
     """The best of some rounds: a limit is what the machine does when nothing disturbs it."""
     work()
-    return min(_seconds(work) for _ in range(ROUNDS))
+    return min(_seconds(work) for _ in range(rounds))
 
 
 def _seconds(work: Callable) -> float:

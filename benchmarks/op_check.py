@@ -4,20 +4,20 @@ import torch
 from op_rows import leaves_of, outputs_of
 from torch import Tensor
 
-from fastlm.ops.spec import Spec, seeded_normal
+from fastlm.ops.spec import Benchmark, seeded_normal
 
 VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
 
 
-def errors(spec: Spec, arguments: dict, backend: str) -> dict[str, dict[str, float]]:
+def errors(benchmark: Benchmark, arguments: dict, backend: str) -> dict[str, dict[str, float]]:
     """How wrong each result of ``backend`` is, and may be: {"output 0": {"error": …, "allowed": …}, "gradient of mu": …}.
 
     Golden is the reference in float64 on the same inputs. The backend's largest error may be twice (for gradients: three times)
     that of the reference in the inputs' own dtype, plus 4 ulps. Both figures are shares of the largest golden value.
     """
-    actual = _results(spec, arguments, backend)
-    plain = _results(spec, arguments, "reference")
-    golden = _results(spec, {name: _double(value) for name, value in arguments.items()}, "reference", like=arguments)
+    actual = _results(benchmark, arguments, backend)
+    plain = _results(benchmark, arguments, "reference")
+    golden = _results(benchmark, {name: _double(value) for name, value in arguments.items()}, "reference", like=arguments)
     return {name: _judge(name, actual[name], plain[name], golden[name]) for name in golden}
 
 
@@ -30,13 +30,13 @@ def _double(value):
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _results(spec: Spec, arguments: dict, backend: str, like: dict | None = None) -> dict[str, Tensor]:
+def _results(benchmark: Benchmark, arguments: dict, backend: str, like: dict | None = None) -> dict[str, Tensor]:
     """Outputs and gradients by name. The gradients of the outputs are rounded to the dtype of the call it is ``like``."""
-    leaves = leaves_of(spec, arguments)
-    outputs = outputs_of(spec.function(**arguments, backend=backend))
+    leaves = leaves_of(benchmark, arguments)
+    outputs = outputs_of(benchmark.function(**arguments, backend=backend))
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     if leaves:
-        dtype = next(iter(leaves_of(spec, like or arguments).values())).dtype
+        dtype = next(iter(leaves_of(benchmark, like or arguments).values())).dtype
         gradients = [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
         grads = torch.autograd.grad(outputs, tuple(leaves.values()), gradients)
         results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads)}

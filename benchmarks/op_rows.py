@@ -1,46 +1,49 @@
-"""What there is to time: each op x size x dtype x implementation, read from the ops' specs alone."""
+"""What there is to time: each benchmark x size x dtype x implementation, read from what the ops say of themselves."""
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from fastlm.ops.spec import Spec, Workload, all_specs, seeded_normal
+from fastlm.ops.spec import Benchmark, Workload, all_benchmarks, seeded_normal
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile starts no workers, to be busy beside what is timed
-LARGE = 1 << 20  # elements from which memory and half precision are worth a row
 COMPILE = "compile"  # torch.compile of the first peer
 FASTLM = "fastlm "  # followed by the backend's name
 
-Setting = tuple[str, str, str]  # op, workload, dtype: what implementations are compared within
+Setting = tuple[str, str, str]  # benchmark, workload, dtype: what implementations are compared within
 
 
 class Unavailable(Exception):
     """An implementation that cannot run here, and why."""
 
 
-def find(op: str, workload: str) -> tuple[Spec, Workload]:
-    spec = next(spec for spec in all_specs() if spec.name == op)
-    return spec, next(w for w in spec.workloads if w.name == workload)
+@cache
+def _benchmarks() -> dict[str, Benchmark]:
+    return {benchmark.name: benchmark for benchmark in all_benchmarks()}
+
+
+def find(op: str, workload: str) -> tuple[Benchmark, Workload]:
+    benchmark = _benchmarks()[op]
+    return benchmark, next(w for w in benchmark.workloads if w.name == workload)
 
 
 def settings(full: bool) -> Iterator[Setting]:
-    """Every size in float32, the large ones in bfloat16 too; with ``full`` also the long sizes, and every dtype."""
-    for spec in all_specs():
-        for workload in spec.workloads:
-            if workload.quick or full:
-                for dtype in spec.dtypes:
-                    if full or dtype == torch.float32 or (dtype == torch.bfloat16 and workload.elements >= LARGE):
-                        yield spec.name, workload.name, str(dtype).removeprefix("torch.")
+    """Every size in the dtypes that it is timed in by default; with ``full``, in every dtype."""
+    for benchmark in _benchmarks().values():
+        for workload in benchmark.workloads:
+            for dtype in benchmark.dtypes if full else workload.quick:
+                yield benchmark.name, workload.name, str(dtype).removeprefix("torch.")
 
 
 def implementations(op: str) -> list[str]:
-    """fastlm's backends, what a user would write or pick instead, and for ops with gradients the first of those compiled."""
-    spec = next(spec for spec in all_specs() if spec.name == op)
-    compiled = [COMPILE] if spec.differentiable and spec.peers else []
-    return [FASTLM + backend for backend in spec.backends] + list(spec.peers) + compiled
+    """fastlm's backends, what a user would write or pick instead, and where asked for the first of those compiled."""
+    benchmark = _benchmarks()[op]
+    own = [FASTLM + backend for backend in benchmark.backends]
+    return own + list(benchmark.peers) + [COMPILE] * benchmark.compiled
 
 
 def all_rows(full: bool) -> Iterator[tuple[str, str, str, str]]:
@@ -50,53 +53,69 @@ def all_rows(full: bool) -> Iterator[tuple[str, str, str, str]]:
             yield *setting, implementation
 
 
-def cost(op: str, workload: str, dtype: str) -> tuple[int, int]:
-    """The elements that throughput counts, and the bytes that must cross the memory bus."""
-    work = find(op, workload)[1]
-    return work.elements, work.elements * work.numbers_moved * getattr(torch, dtype).itemsize
+@dataclass(frozen=True)
+class Cost:
+    """What a call of a workload takes, whoever makes it."""
+
+    unit: str  # of throughput
+    size: int  # on the axis of the plot
+    work: int  # what throughput counts
+    bytes_moved: int  # what must cross the memory bus
 
 
-def baseline(op: str) -> str | None:
+def cost(op: str, workload: str, dtype: str) -> Cost:
+    benchmark, work = find(op, workload)
+    itemsize = getattr(torch, dtype).itemsize
+    counted = work.work * (itemsize if benchmark.unit == "GB/s" else 1)
+    return Cost(benchmark.unit, work.size, counted, work.numbers * itemsize)
+
+
+def baseline(op: str) -> str:
     """The implementation that speed-ups are counted from: the first peer."""
-    spec = next(spec for spec in all_specs() if spec.name == op)
-    return next(iter(spec.peers), None)
+    return next(iter(_benchmarks()[op].peers))
+
+
+def axis_of(op: str) -> str:
+    return _benchmarks()[op].axis
 
 
 def arguments_of(op: str, workload: str, dtype: str) -> dict:
     return find(op, workload)[1].make(getattr(torch, dtype))
 
 
-def function_of(spec: Spec, implementation: str) -> Callable:
+def function_of(benchmark: Benchmark, implementation: str) -> Callable:
     if implementation.startswith(FASTLM):
-        return partial(spec.function, backend=implementation.removeprefix(FASTLM))
+        return partial(benchmark.function, backend=implementation.removeprefix(FASTLM))
     if implementation == COMPILE:
         torch.compiler.reset()  # each size gets code for its own shape, as in a program that has one
-        return torch.compile(next(iter(spec.peers.values())), dynamic=False)
-    return spec.peers[implementation]
+        return torch.compile(next(iter(benchmark.peers.values())), dynamic=False)
+    return benchmark.peers[implementation]
 
 
 def outputs_of(result) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def leaves_of(spec: Spec, arguments: dict) -> dict[str, Tensor]:
+def leaves_of(benchmark: Benchmark, arguments: dict) -> dict[str, Tensor]:
     """The tensors of a call that get gradients, by name."""
-    return {name: arguments[name].requires_grad_() for name in spec.differentiable if isinstance(arguments.get(name), Tensor)}
+    return {
+        name: arguments[name].requires_grad_() for name in benchmark.differentiable if isinstance(arguments.get(name), Tensor)
+    }
 
 
 def output_gradients(outputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [seeded_normal(100 + i, out.shape, out.dtype) for i, out in enumerate(outputs)]
 
 
-def step_of(spec: Spec, implementation: str, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
+def step_of(benchmark: Benchmark, implementation: str, arguments: dict) -> Callable[[], tuple[Tensor, ...]]:
     """What is timed: forward and backward, or the forward alone where nothing gets a gradient. It has run once.
 
     The step returns the outputs, then the gradients.
     Raises Unavailable where a peer fails to import, to compile or to run, or fastlm does not have the backend here.
     """
     try:
-        function = function_of(spec, implementation)
-        leaves = tuple(leaves_of(spec, arguments).values())
+        function = function_of(benchmark, implementation)
+        leaves = tuple(leaves_of(benchmark, arguments).values())
         gradients = output_gradients(outputs_of(function(**arguments))) if leaves else []
 
         def forward():

@@ -4,6 +4,7 @@ python benchmarks/report.py [build/bench]      # write it again without measurin
 """
 
 import argparse
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -30,9 +31,13 @@ METHOD = """\
   PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers, whose noise is their own, are not checked.
 - **Time** is the median of a forward and backward where there are gradients, of the forward alone elsewhere; beside it the 20th
   and the 80th percentile. The implementations of one setting take turns, three each. Allocating the results counts.
-- **GB/s** counts what must cross the memory bus: each input read once and each result written once, per pass. What an
-  implementation moves beyond that does not count for it. More than 100 % of the bandwidth means that data stayed in caches.
-- **Bandwidth** is the better of torch's multi-threaded `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB.
+- **Throughput** of attention counts the floating-point operations of its two products (five more in the backward), half of them
+  where it is causal and the window's share where there is one: work that an implementation does beyond that does not count for
+  it. Decoding counts the bytes of the cache, the VAE's latent its elements.
+- **Limit** is what the machine allows: the rate of torch's own matrix product (2048 x 2048 x 2048, the best of float32's and
+  the dtype's), or the memory bandwidth where each input is read and each result written once per pass, whichever is less.
+  The bandwidth is the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB; more than 100 % of
+  it means that data stayed in caches.
 - **Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being there: all
   that is allocated during the call, results and gradients included. Each in a process of its own, after warm-up, float32 only.
 - *compile* is `torch.compile` of the first peer, compiled for each size anew; compile time does not count.
@@ -47,8 +52,8 @@ def write_report(out: Path) -> list[Table]:
     results = results_of(ops, load(out, "memory") or []) if ops else []
     by_op = [(op, list(rows)) for op, rows in groupby(results, key=lambda r: r.op)]
     if results:
-        sections += ["## Goals", goals_table(results, machine["bandwidth_gb_s"]), ABOUT_GOALS]
-        sections += [_op_section(op, rows, machine["bandwidth_gb_s"], out) for op, rows in by_op]
+        sections += ["## Goals", goals_table(results, machine), ABOUT_GOALS]
+        sections += [_op_section(op, rows, machine, out) for op, rows in by_op]
     if any(r.peak_bytes for r in results):
         report_plots.memory(results, out / "memory.png")
         sections += ["## Memory", "![peak extra memory](memory.png)", memory_table(results)]
@@ -79,12 +84,13 @@ def warning(machine: dict) -> str:
     return f"Do not trust these times: while the ops were timed, other programs or guests had {share:.0%} of the CPU time."
 
 
-def _op_section(op: str, results: list[Result], bandwidth: float, out: Path) -> str:
+def _op_section(op: str, results: list[Result], machine: dict, out: Path) -> str:
     picture = ""
-    if any(r.seconds for r in results):
-        report_plots.throughput(results, bandwidth, out / f"throughput_{op}.png")
-        picture = f"![throughput of {op}](throughput_{op}.png)"
-    return "\n\n".join([f"## {op}", picture, full_table(results, bandwidth), missing_list(results)])
+    if len({r.cost.size for r in results if r.seconds}) > 1:
+        name = "throughput_" + re.sub(r"\W+", "_", op) + ".png"
+        report_plots.throughput(results, machine, out / name)
+        picture = f"![throughput of {op}]({name})"
+    return "\n\n".join([f"## {op}", picture, full_table(results, machine), missing_list(results)])
 
 
 def main() -> None:

@@ -7,14 +7,14 @@ import torch
 from bench_results import Result, size
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
-from op_rows import implementations
+from op_rows import axis_of, implementations
 from plot_style import BLUE, COLOURS, GREY, ORANGE, new_figure, save
 
 LABEL_GAP = 0.06  # between labels, as a share of the axis
 
 
-def throughput(results: list[Result], bandwidth: float, path: Path) -> None:
-    """Gelem/s against size of one op: a panel per dtype, a line per implementation, and what ``bandwidth`` (GB/s) allows."""
+def throughput(results: list[Result], machine: dict, path: Path) -> None:
+    """Throughput against size of one op: a panel per dtype, a line per implementation, and what the machine allows."""
     timed = [r for r in results if r.seconds]
     dtypes = list(dict.fromkeys(r.dtype for r in timed))
     colours = colours_of(results[0].op)
@@ -26,13 +26,13 @@ def throughput(results: list[Result], bandwidth: float, path: Path) -> None:
     for axis in panels[len(dtypes) :]:
         axis.axis("off")
     for axis, dtype, labels in zip(panels, dtypes, ends):
-        limit = next(bandwidth * r.elements / r.bytes_moved for r in timed if r.dtype == dtype)
+        limit = max(r.limit(machine) for r in timed if r.dtype == dtype)
         axis.axhline(limit, color=GREY, linestyle=(0, (5, 4)), linewidth=1.5)
         axis.set_title(f"{results[0].op}, {dtype}")
-        labels["memory limit"] = limit
-    figure.supxlabel("elements", fontsize=12)
-    figure.supylabel("throughput (Gelem/s)", fontsize=12)
-    ticks = sorted({r.elements for r in timed})
+        labels["limit"] = limit
+    figure.supxlabel(axis_of(results[0].op), fontsize=12)
+    figure.supylabel(f"throughput ({results[0].cost.unit})", fontsize=12)
+    ticks = sorted({r.cost.size for r in timed})
     panels[0].set_xticks(ticks, [_count(n) for n in ticks])
     panels[0].xaxis.set_minor_locator(NullLocator())
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -47,7 +47,7 @@ def _throughput_lines(axis: Axes, rows: list[Result], colours: dict[str, str]) -
     """One line per implementation; the height that each ends at."""
     ends = {}
     for name, colour in colours.items():
-        line = sorted((r.elements, r.gelem_s) for r in rows if r.implementation == name)
+        line = sorted((r.cost.size, r.throughput) for r in rows if r.implementation == name)
         if line:
             axis.plot(*zip(*line), "o-", color=colour, markersize=7)
             ends[name] = line[-1][1]

@@ -8,38 +8,41 @@ from rich import box
 from rich.table import Table
 from speed_goals import SPEED_UP, Verdict, judge
 
-FULL = ("size", "dtype", "", "time", "p20 – p80", "Gelem/s", "GB/s", "bandwidth", "speed-up", "peak memory", "ratio", "error")
+FULL = ("size", "dtype", "", "time", "p20 – p80", "{unit}", "of limit", "speed-up", "peak memory", "ratio", "error")
 
 OTHERS = "share of the CPU time that other programs had while the ops were timed"
 
 
-def goals_table(results: list[Result], bandwidth: float) -> str:
-    """Each goal against each row it covers, and where the row stands against the memory bandwidth (GB/s)."""
-    head = ("op, float32", "size", "figure", "goal", "measured", "", "GB/s, of bandwidth")
-    return markdown_table(head, [_goal_cells(verdict, bandwidth) for verdict in judge(results)])
+def goals_table(results: list[Result], machine: dict) -> str:
+    """Each goal against each row it covers, and where the row stands against what the machine allows."""
+    head = ("benchmark", "size", "dtype", "figure", "goal", "measured", "", "throughput, of limit")
+    return markdown_table(head, [_goal_cells(verdict, machine) for verdict in judge(results)])
 
 
-def _goal_cells(v: Verdict, bandwidth: float) -> tuple[str, ...]:
+def _goal_cells(v: Verdict, machine: dict) -> tuple[str, ...]:
     outcome = "not measured" if v.measured is None else "met" if v.met else "**missed**"
-    traffic = f"{v.row.gb_s:.1f}, {v.row.gb_s / bandwidth:.0%}" if v.row.seconds and v.figure.startswith(SPEED_UP) else ""
-    return v.row.op, v.row.workload, v.figure, v.goal, _or_dash(v.measured, "{:.3g}".format), outcome, traffic
+    place = ""
+    if v.row.seconds and v.figure.startswith(SPEED_UP):
+        place = f"{v.row.throughput:.3g} {v.row.cost.unit}, {v.row.throughput / v.row.limit(machine):.0%}"
+    measured = _or_dash(v.measured, "{:.3g}".format)
+    return v.row.op, v.row.workload, v.row.dtype, v.figure, v.goal, measured, outcome, place
 
 
-def full_table(results: list[Result], bandwidth: float) -> str:
+def full_table(results: list[Result], machine: dict) -> str:
     """All there is to say of the rows of one op; what was not measured is a dash."""
-    return markdown_table(FULL, [_full_cells(r, bandwidth) for r in results])
+    head = tuple(column.format(unit=results[0].cost.unit) for column in FULL)
+    return markdown_table(head, [_full_cells(r, machine) for r in results])
 
 
-def _full_cells(r: Result, bandwidth: float) -> tuple[str, ...]:
+def _full_cells(r: Result, machine: dict) -> tuple[str, ...]:
     return (
         r.workload,
         r.dtype,
         f"**{r.implementation}**" if r.implementation.startswith(FASTLM) else r.implementation,
         _or_dash(r.seconds, duration),
         f"{duration(r.fast)} – {duration(r.slow)}" if r.seconds else "–",
-        _or_dash(r.gelem_s, "{:.3f}".format),
-        _or_dash(r.gb_s, "{:.1f}".format),
-        _or_dash(r.gb_s, lambda gb_s: f"{gb_s / bandwidth:.0%}"),
+        _or_dash(r.throughput, "{:.3g}".format),
+        _or_dash(r.throughput, lambda throughput: f"{throughput / r.limit(machine):.0%}"),
         _or_dash(r.speed_up, "{:.2f} ×".format),
         _or_dash(r.peak_bytes, size),
         _or_dash(r.peak_ratio, "{:.2f} ×".format),
@@ -80,8 +83,9 @@ def memory_table(results: list[Result]) -> str:
 
 
 def machine_table(machine: dict) -> str:
+    machine = {**machine, **{f"{dtype} GEMM (GFLOP/s)": rate for dtype, rate in machine["gemm_gflop_s"].items()}}
     units = {"memory_gb": "memory (GB)", "copy_gb_s": "copy (GB/s)", "read_gb_s": "read (GB/s)", "others_share": OTHERS}
-    shown = [key for key in machine if key not in ("backends", "bandwidth_gb_s")]
+    shown = [key for key in machine if key not in ("backends", "bandwidth_gb_s", "gemm_gflop_s")]
     rows = [(units.get(key, key.replace("_", " ")), machine[key]) for key in shown]
     rows += [(f"backend {name}", state) for name, state in machine["backends"].items()]
     return markdown_table(("", ""), rows)
@@ -97,7 +101,7 @@ def terminal_table(op: str, results: list[Result]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for i, column in enumerate(("size", "dtype", *implementations, "speed-up", "Gelem/s", "memory")):
+    for i, column in enumerate(("size", "dtype", *implementations, "speed-up", results[0].cost.unit, "memory")):
         table.add_column(column, justify="left" if i < 2 else "right", no_wrap=True)
     for _, rows in groupby(results, key=lambda r: r.setting):
         rows = {r.implementation: r for r in rows}
@@ -107,7 +111,7 @@ def terminal_table(op: str, results: list[Result]) -> Table:
             first.dtype,
             *(_or_dash(rows[name].seconds, duration) for name in implementations),
             _or_dash(first.speed_up, "{:.1f} ×".format),
-            _or_dash(first.gelem_s, "{:.2f}".format),
+            _or_dash(first.throughput, "{:.3g}".format),
             _or_dash(first.peak_ratio, "{:.2f} ×".format),
         )
     return table

@@ -15,7 +15,7 @@ import machine
 from bench_digits import run_digits
 from bench_results import size
 from memory import peak_extra_bytes
-from op_rows import LARGE, all_rows, cost
+from op_rows import all_rows, find
 from ops_progress import bar, run_ops
 from report import DEFAULT_OUT, warning, write_report
 from rich.console import Console
@@ -33,7 +33,10 @@ def main() -> None:
     right = True
     console.rule("The machine")
     description = machine.describe()
-    console.print(f"  {description['cpu']}, {description['threads']} threads, {description['bandwidth_gb_s']} GB/s")
+    console.print(
+        f"  {description['cpu']}, {description['threads']} threads, {description['bandwidth_gb_s']} GB/s, "
+        f"{description['gemm_gflop_s']['float32']} GFLOP/s"
+    )
     if options.only != "digits":
         console.rule("Ops: is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
@@ -63,9 +66,9 @@ def parse_options() -> argparse.Namespace:
 
 
 def measure_memory(console: Console, full: bool) -> list[dict]:
-    """Peak extra memory of the large float32 rows, each in a process of its own."""
+    """Peak extra memory in float32 of the sizes that are worth it, each in a process of its own."""
     names = ("op", "workload", "dtype", "implementation")
-    rows = [dict(zip(names, row)) for row in all_rows(full) if row[2] == "float32" and cost(*row[:3])[0] >= LARGE]
+    rows = [dict(zip(names, row)) for row in all_rows(full) if row[2] == "float32" and find(*row[:2])[1].memory]
     with bar(console) as progress:
         task = progress.add_task("", total=len(rows))
         for row in rows:

@@ -76,8 +76,8 @@ def attention(
         UnsupportedError: the named ``backend`` cannot do the call.
     """
     no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
-    if no_option and dropout_p == 0.0 and seed is None and not return_lse and backend is None:
-        out = attend_plainly(query, key, value, scale, causal)
+    if no_option and dropout_p == 0.0 and seed is None and not return_lse:
+        out = attend_plainly(query, key, value, scale, causal, backend)
         if out is not None:
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -102,6 +102,7 @@ def attend_plainly(
     value: Tensor,
     scale: float | None,
     causal: bool,
+    backend: str | None,
     top_left: bool = False,
     grouped: bool = True,
 ) -> Tensor | None:
@@ -109,7 +110,8 @@ def attend_plainly(
 
     ``top_left``: the causal mask is aligned at the first query and key; ``grouped``: query heads may share heads of keys.
     """
-    if DEFAULT is None and isinstance(causal, bool) and (scale is None or isinstance(scale, float)):
+    backend = backend or DEFAULT
+    if (backend is None or backend == "cpu") and isinstance(causal, bool) and (scale is None or isinstance(scale, float)):
         return attention_op.attend_plainly(query, key, value, scale, causal, top_left, grouped)
     return None
 

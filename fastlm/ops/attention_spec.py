@@ -1,4 +1,4 @@
-"""The specs of the attention functions: calls that between them cover the features, what to time, and what users pick."""
+"""The specs of the attention functions: calls that between them cover the features."""
 
 import torch
 

@@ -7,7 +7,7 @@ from .. import native
 from ..backend import Implementation, cpu_why_not, select
 from ..reference import noise as reference
 from .checks import check_integer
-from .spec import Spec, Workload
+from .spec import Benchmark, Spec, Workload
 
 SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
@@ -74,10 +74,6 @@ def normal(
     return select("normal", IMPLEMENTATIONS, out, backend)(out, seed_tensor(seed, scalar), position)
 
 
-def _workload(count: int, quick: bool) -> Workload:
-    return Workload(f"{count:,}", lambda dtype: {"shape": (count,), "seed": 1}, count, 1, quick)
-
-
 SPECS = (
     Spec(
         name="normal",
@@ -90,7 +86,26 @@ SPECS = (
             "inside a block": lambda dtype: {"shape": (201,), "seed": -3, "position": 2**40 + 3},
             "empty": lambda dtype: {"shape": (0, 4), "seed": 0},
         },
-        workloads=(_workload(1 << 16, True), _workload(1 << 20, True), _workload(1 << 24, False)),
+    ),
+)
+
+
+def _workload(count: int, quick: tuple = (torch.float32,)) -> Workload:
+    def make(dtype):
+        return {"shape": (count,), "seed": 1}
+
+    return Workload(f"{count:,}", make, size=count, work=count, numbers=count, quick=quick, memory=count >= 1 << 20)
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="normal",
+        function=normal,
+        unit="Gelem/s",
+        axis="elements",
+        dtypes=(torch.float32,),
+        backends=("cpu",),
+        workloads=(_workload(1 << 16), _workload(1 << 20), _workload(1 << 24, quick=())),
         peers={"torch.randn": lambda shape, seed: torch.randn(shape)},
     ),
 )

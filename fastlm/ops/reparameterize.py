@@ -20,7 +20,7 @@ from ..reference import reparameterize as reference
 from .checks import check_integer, check_number, check_tensor
 from .noise import check_seed, seed_tensor
 from .reparameterize_op import latent
-from .spec import FLOATS, Spec, Workload, seeded_normal
+from .spec import FLOATS, Benchmark, Spec, Workload, seeded_normal
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
 
@@ -255,35 +255,52 @@ _BOTH_CASES = {
     "samples of everything": _with(_KL_CASES["everything"], num_samples=2, seed=torch.tensor([1, 2, 3, 4])),
 }
 
-_SIZES = {(32, 100): True, (256, 256): True, (1024, 1024): True, (4096, 1024): True, (16384, 512): True, (16384, 1024): False}
 _PRIOR_NAMES = ("prior_mu", "prior_logvar")
 
+SPECS = (
+    Spec("reparameterize_with_kl", reparameterize_with_kl, FLOATS, ("cpu",), ("mu", "logvar", *_PRIOR_NAMES), _BOTH_CASES),
+    Spec("reparameterize", reparameterize, FLOATS, ("cpu",), ("mu", "logvar"), _SAMPLE_CASES),
+    Spec("gaussian_kl", gaussian_kl, FLOATS, ("cpu",), ("mu", "logvar", *_PRIOR_NAMES), _KL_CASES),
+)
 
-def _workloads(numbers_moved: int, **options) -> tuple[Workload, ...]:
-    """Forward and backward of a (B, D) latent; ``numbers_moved``: how many numbers per element must cross the memory bus."""
-    return tuple(
-        Workload(
-            f"{rows} x {columns}",
-            lambda dtype, shape=(rows, columns): _latent(dtype, *shape, **options),
-            rows * columns,
-            numbers_moved,
-            quick,
-        )
-        for (rows, columns), quick in _SIZES.items()
+
+# ---- the benchmark ----------------------------------------------------------------------------------------------------------
+
+_LARGE = 1 << 20  # elements from which memory and half precision are worth a row
+
+
+def _workload(rows: int, columns: int, quick: bool = True) -> Workload:
+    count = rows * columns
+    dtypes = (torch.float32, torch.bfloat16) if count >= _LARGE else (torch.float32,)
+    return Workload(
+        f"{rows} x {columns}",
+        lambda dtype: _latent(dtype, rows, columns, seed=1),
+        size=count,
+        work=count,
+        numbers=8 * count,  # mu, logvar -> z; then mu, logvar, grad_z -> grad_mu, grad_logvar
+        quick=dtypes if quick else (),
+        memory=count >= _LARGE,
     )
 
 
-SPECS = (
-    Spec(
+BENCHMARKS = (
+    Benchmark(
         name="reparameterize_with_kl",
         function=reparameterize_with_kl,
+        unit="Gelem/s",
+        axis="elements",
         dtypes=FLOATS,
         backends=("cpu",),
-        differentiable=("mu", "logvar", *_PRIOR_NAMES),
-        cases=_BOTH_CASES,
-        workloads=_workloads(8, seed=1),  # mu, logvar -> z; then mu, logvar, grad_z -> grad_mu, grad_logvar
+        workloads=(
+            _workload(32, 100),
+            _workload(256, 256),
+            _workload(1024, 1024),
+            _workload(4096, 1024),
+            _workload(16384, 512),
+            _workload(16384, 1024, quick=False),
+        ),
         peers={"eager": _eager},
+        differentiable=("mu", "logvar"),
+        compiled=True,
     ),
-    Spec("reparameterize", reparameterize, FLOATS, ("cpu",), ("mu", "logvar"), _SAMPLE_CASES),
-    Spec("gaussian_kl", gaussian_kl, FLOATS, ("cpu",), ("mu", "logvar", *_PRIOR_NAMES), _KL_CASES),
 )

@@ -40,8 +40,8 @@ def scaled_dot_product_attention(
         TypeError, ValueError: naming the argument that does not fit.
         UnsupportedError: the named ``backend`` cannot do the call.
     """
-    if attn_mask is None and dropout_p == 0.0 and backend is None:
-        out = attend_plainly(query, key, value, scale, is_causal, top_left=True, grouped=enable_gqa)
+    if attn_mask is None and dropout_p == 0.0:
+        out = attend_plainly(query, key, value, scale, is_causal, backend, top_left=True, grouped=enable_gqa)
         if out is not None:
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -1,29 +1,17 @@
-"""What an op tells the tests and the benchmarks of itself. A new op enters both by adding its specs to `all_specs`."""
+"""What an op tells the tests and the benchmarks of itself. A new op enters them by way of `all_specs` and `all_benchmarks`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 
 @dataclass(frozen=True)
-class Workload:
-    """One thing to time: a size of an op."""
-
-    name: str  # what a reader of the report sees, e.g. "32 x 100"
-    make: Callable[[torch.dtype], dict]  # the keyword arguments of the call
-    elements: int  # what throughput counts
-    numbers_moved: int  # per element, where each tensor crosses the memory bus once: what bandwidth counts
-    quick: bool = True  # in `make bench`, or only in the long run
-
-
-@dataclass(frozen=True)
 class Spec:
-    """An op as the tests and the benchmarks see it.
+    """An op as the tests see it.
 
     ``cases`` builds the keyword arguments of calls that between them cover the features; tests run each on every backend, dtype
-    and instruction set against the reference in float64. ``peers`` are what a user would write or pick instead; they take a
-    workload's arguments. The tensors named in ``differentiable`` get gradients.
+    and instruction set against the reference in float64. The tensors named in ``differentiable`` get gradients.
     """
 
     name: str
@@ -32,8 +20,38 @@ class Spec:
     backends: tuple[str, ...]
     differentiable: tuple[str, ...]
     cases: dict[str, Callable[[torch.dtype], dict]]
-    workloads: tuple[Workload, ...] = ()
-    peers: dict[str, Callable] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing to time: a size of a benchmark."""
+
+    name: str  # what a reader of the report sees, e.g. "32 x 100"
+    make: Callable[[torch.dtype], dict]  # the keyword arguments of the call
+    size: int  # where it stands on the axis of the plot
+    work: int  # what throughput counts, in the benchmark's unit without its "G"
+    numbers: int  # how many of the dtype must cross the memory bus, where each tensor crosses it once
+    quick: tuple[torch.dtype, ...] = (torch.float32,)  # the dtypes in `make bench`; the long run has all
+    memory: bool = False  # whether its peak memory is worth a row, in float32
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A section of the benchmark's report: one function and its peers at several sizes.
+
+    ``peers`` are what a user would write or pick instead, the first of them the baseline; they take a workload's arguments.
+    """
+
+    name: str
+    function: Callable
+    unit: str  # of throughput: "Gelem/s", "GFLOP/s" or "GB/s"
+    axis: str  # what the sizes count
+    dtypes: tuple[torch.dtype, ...]
+    backends: tuple[str, ...]
+    workloads: tuple[Workload, ...]
+    peers: dict[str, Callable]
+    differentiable: tuple[str, ...] = ()  # forward and backward are timed together; without any, the forward alone
+    compiled: bool = False  # the first peer under torch.compile is a peer too
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +62,13 @@ def all_specs() -> tuple[Spec, ...]:
     from . import attention_spec, noise, reparameterize  # each imports this module
 
     return noise.SPECS + reparameterize.SPECS + attention_spec.SPECS
+
+
+def all_benchmarks() -> tuple[Benchmark, ...]:
+    """The sections of the benchmark's report, in their order."""
+    from . import attention_benchmarks, noise, reparameterize
+
+    return attention_benchmarks.BENCHMARKS + noise.BENCHMARKS + reparameterize.BENCHMARKS
 
 
 def seeded_normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
