@@ -35,7 +35,8 @@ struct Right {  // B: units (k, j ...) are at data[k * depth + j ...]
   int64_t depth;
 };
 
-// M rows and N vectors of columns of C, held in registers while the depth is walked.
+// M rows and N vectors of columns of C, held in registers while the depth is walked. What is added to joins at the end, so that
+// a long sum made of many tiles rounds as often as a tile is deep and as there are tiles, not as it is long.
 template <class Unit, int M, int N, bool kAdd>
 static void product_tile(int64_t depth, Left<Unit> a, Right<Unit> b, float* c, int64_t c_row) {
   using V = typename VectorOfUnits<Unit>::type;
@@ -43,7 +44,7 @@ static void product_tile(int64_t depth, Left<Unit> a, Right<Unit> b, float* c, i
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) sums[i][j] = kAdd ? F32::load(c + i * c_row + j * kLanes) : F32(0.0f);
+    for (int j = 0; j < N; ++j) sums[i][j] = F32(0.0f);
   }
   for (int64_t k = 0; k < depth; ++k) {
     V right[N];
@@ -59,7 +60,10 @@ static void product_tile(int64_t depth, Left<Unit> a, Right<Unit> b, float* c, i
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) sums[i][j].store(c + i * c_row + j * kLanes);
+    for (int j = 0; j < N; ++j) {
+      float* to = c + i * c_row + j * kLanes;
+      (kAdd ? F32::load(to) + sums[i][j] : sums[i][j]).store(to);
+    }
   }
 }
 

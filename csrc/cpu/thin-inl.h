@@ -86,7 +86,7 @@ static int64_t thin_columns(const float* weights, int64_t weights_row, const cha
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[m][c] = Float::load(out + m * out_row + first + c * n);
+      for (int c = 0; c < C; ++c) sums[m][c] = Float(0.0f);
     }
     for (int64_t k = 0; k < keys; ++k) {
       const T* value = reinterpret_cast<const T*>(rows[k]) + first;
@@ -104,7 +104,10 @@ static int64_t thin_columns(const float* weights, int64_t weights_row, const cha
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[m][c].store(out + m * out_row + first + c * n);
+      for (int c = 0; c < C; ++c) {
+        float* to = out + m * out_row + first + c * n;
+        (Float::load(to) + sums[m][c]).store(to);
+      }
     }
   }
   return first;
