@@ -199,6 +199,7 @@ static void forward_unit(const AttentionForward& a, const AttentionUnit& u, char
   __builtin_memset(t.out, 0, count * t.out_row * sizeof(float));
   __builtin_memset(t.sums, 0, count * kLanes * sizeof(float));
   for (int64_t r = 0; r < count; ++r) t.maximum[r] = -kInfinity;
+  const bool thin = s.q_len * a.group <= kThinRows;  // of the sequence, not of the unit, which depends on the threads
   const KeyRange range = key_range(t.rows, count);
   const int64_t begin = (range.any_low > u.key_begin ? range.any_low : u.key_begin) / kBlockKeys * kBlockKeys;
   const int64_t end = range.any_high < u.key_end ? range.any_high : u.key_end;
@@ -209,7 +210,7 @@ static void forward_unit(const AttentionForward& a, const AttentionUnit& u, char
       const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
       const Coverage covered = coverage(a, t.rows + row, rows, key_range(t.rows + row, rows), key, keys);
       if (covered == Coverage::kEmpty) continue;
-      if (count <= kThinRows) {
+      if (thin) {
         thin_tile(a, s, t, u.kv_head, count, key, keys, end, covered);
         continue;
       }
