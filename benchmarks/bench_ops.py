@@ -7,6 +7,7 @@ Each fastlm row is first checked against the reference. The implementations of o
 that what else the machine is doing hits all alike; a row's median is taken over the rounds of all its turns.
 """
 
+import time
 from collections.abc import Callable
 from functools import cache, lru_cache
 
@@ -16,6 +17,7 @@ from op_rows import FASTLM, Unavailable, arguments_of, find, implementations, se
 
 TURNS = 3
 ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
+SLOW = 0.5  # seconds of a call from which a turn is one round
 ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
 
 
@@ -35,13 +37,18 @@ class Contest:
     def __init__(self, op: str, workload: str, dtype: str):
         self.benchmark, _ = find(op, workload)
         self.arguments = arguments_of(op, workload, dtype)
-        self.step, self.errors = cache(self._step), cache(self._errors)
+        self.step, self.errors, self.seconds = cache(self._step), cache(self._errors), cache(self._seconds)
 
     def _step(self, implementation: str) -> Callable | Unavailable:
         try:
             return step_of(self.benchmark, implementation, self.arguments)
         except Unavailable as reason:
             return reason  # kept, so that each turn need not fail anew
+
+    def _seconds(self, implementation: str) -> float:
+        start = time.perf_counter()
+        self.step(implementation)()
+        return time.perf_counter() - start
 
     def _errors(self, implementation: str) -> dict:
         return errors(self.benchmark, self.arguments, implementation.removeprefix(FASTLM))
@@ -64,4 +71,7 @@ def test_op(benchmark, op, workload, dtype, turn, implementation):
         benchmark.extra_info |= {"errors": judged, **worst(judged)}
         wrong = [(name, j["error"], j["allowed"]) for name, j in judged.items() if not j["error"] <= j["allowed"]]
         assert not wrong, "wrong: " + ", ".join(f"{name} by {error:.1e} ({most:.1e} allowed)" for name, error, most in wrong)
-    benchmark(step)
+    if setting.seconds(implementation) > SLOW:
+        benchmark.pedantic(step)  # one round
+    else:
+        benchmark(step)
