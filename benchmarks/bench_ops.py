@@ -13,7 +13,7 @@ from functools import cache, lru_cache
 
 import pytest
 from op_check import errors, worst
-from op_rows import FASTLM, Unavailable, arguments_of, find, implementations, settings, step_of
+from op_rows import FASTLM, Unavailable, arguments_of, find, settings, step_of, timed
 
 TURNS = 3
 ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
@@ -22,11 +22,12 @@ ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that
 
 
 def pytest_generate_tests(metafunc):
+    full = metafunc.config.getoption("--full")
     rows = [
         (*setting, turn, implementation)
-        for setting in settings(metafunc.config.getoption("--full"))
+        for setting in settings(full)
         for turn in range(TURNS)
-        for implementation in implementations(setting[0])
+        for implementation in timed(setting[0], setting[2], full)
     ]
     metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
 

@@ -46,10 +46,16 @@ def implementations(op: str) -> list[str]:
     return own + list(benchmark.peers) + [COMPILE] * benchmark.compiled
 
 
+def timed(op: str, dtype: str, full: bool) -> list[str]:
+    """Those of the implementations that a run times in a dtype."""
+    left_out = () if full or dtype == "float32" else _benchmarks()[op].slow_in_half
+    return [name for name in implementations(op) if name not in left_out]
+
+
 def all_rows(full: bool) -> Iterator[tuple[str, str, str, str]]:
     """(op, workload, dtype, implementation): the implementations of a setting one after the other."""
     for setting in settings(full):
-        for implementation in implementations(setting[0]):
+        for implementation in timed(setting[0], setting[2], full):
             yield *setting, implementation
 
 

@@ -109,7 +109,7 @@ def terminal_table(op: str, results: list[Result]) -> Table:
         table.add_row(
             first.workload,
             first.dtype,
-            *(_or_dash(rows[name].seconds, duration) for name in implementations),
+            *(_or_dash(rows[name].seconds if name in rows else None, duration) for name in implementations),
             _or_dash(first.speed_up, "{:.1f} ×".format),
             _or_dash(first.throughput, "{:.3g}".format),
             _or_dash(first.peak_ratio, "{:.2f} ×".format),

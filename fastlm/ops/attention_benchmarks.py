@@ -117,7 +117,7 @@ _QKV = ("query", "key", "value")
 
 
 def _section(name: str, workloads: tuple, peers=_PEERS, function=attention, unit="GFLOP/s", axis="sequence length", **more):
-    return Benchmark(name, function, unit, axis, _DTYPES, ("cpu",), workloads, peers, **more)
+    return Benchmark(name, function, unit, axis, _DTYPES, ("cpu",), workloads, peers, slow_in_half=("eager",), **more)
 
 
 def _decoding(batch: int, length: int, quick=(FP32, BF16, FP16)) -> Workload:

@@ -51,6 +51,7 @@ class Benchmark:
     workloads: tuple[Workload, ...]
     peers: dict[str, Callable]
     differentiable: tuple[str, ...] = ()  # forward and backward are timed together; without any, the forward alone
+    slow_in_half: tuple[str, ...] = ()  # peers that half precision makes so slow that only the long run times them there
     compiled: bool = False  # the first peer under torch.compile is a peer too
 
 
