@@ -92,6 +92,7 @@ def test_grouped_heads_and_a_scale():
     assert_same(tensors, enable_gqa=True, scale=0.2, is_causal=True)
     with pytest.raises(ValueError, match="enable_gqa=True"):
         OURS(*tensors)
+    assert_same((*tensors[:2], normals(2, 3, 7, 8)), enable_gqa=True)  # a group of keys need not be one of values
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

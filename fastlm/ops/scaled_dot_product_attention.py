@@ -90,8 +90,11 @@ def _as_batches(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
 def _with_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Heads that broadcast, or that divide query's; a single head of keys and values needs no expansion."""
     if enable_gqa:
-        check_groups(query.shape[1], key.shape[1])
-        return query, key, value
+        for name, tensor in (("key", key), ("value", value)):
+            check_groups(query.shape[1], tensor.shape[1], name)
+        if key.shape[1] == value.shape[1]:
+            return query, key, value
+        return query, *(t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     heads = [t.shape[1] for t in (query, key, value)]
     most = max(heads)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
