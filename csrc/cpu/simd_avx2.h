@@ -17,7 +17,7 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(__m256i v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v(_mm256_set1_epi32(int(x))) {}
-  static FASTLM_MEMBER Word load(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+  static FASTLM_MEMBER Word load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
   FASTLM_MEMBER void store(uint32_t* p) const { _mm256_storeu_si256((__m256i*)p, v); }
 };
 FASTLM_SIMD Word operator+(Word a, Word b) { return _mm256_add_epi32(a.v, b.v); }

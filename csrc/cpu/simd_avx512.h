@@ -16,7 +16,7 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(__m512i v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v(_mm512_set1_epi32(int(x))) {}
-  static FASTLM_MEMBER Word load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static FASTLM_MEMBER Word load(const void* p) { return _mm512_loadu_si512(p); }
   FASTLM_MEMBER void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
 };
 FASTLM_SIMD Word operator+(Word a, Word b) { return _mm512_add_epi32(a.v, b.v); }

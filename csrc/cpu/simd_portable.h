@@ -27,7 +27,11 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(u32x4 v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v{x, x, x, x} {}
-  static FASTLM_MEMBER Word load(const uint32_t* p) { return u32x4{p[0], p[1], p[2], p[3]}; }
+  static FASTLM_MEMBER Word load(const void* p) {  // wherever it lies: pairs of bfloat16 may start at any of them
+    Word w;
+    __builtin_memcpy(&w.v, p, 16);
+    return w;
+  }
   FASTLM_MEMBER void store(uint32_t* p) const { __builtin_memcpy(p, &v, 16); }
 };
 FASTLM_SIMD Word operator+(Word a, Word b) { return a.v + b.v; }

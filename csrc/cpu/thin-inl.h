@@ -34,7 +34,7 @@ struct KeyPairs {
   using Unit = uint32_t;
   static constexpr int64_t numbers = 2 * V::lanes, bytes = sizeof(BFloat16);
   static FASTLM_MEMBER V load(const char* row, int64_t d, int64_t dim) {
-    if (dim - d >= numbers) return V::load(reinterpret_cast<const uint32_t*>(row) + d / 2);
+    if (dim - d >= numbers) return V::load(row + d * bytes);
     uint32_t rest[V::lanes] = {};
     __builtin_memcpy(rest, row + d * int64_t(sizeof(BFloat16)), (dim - d) * sizeof(BFloat16));
     return V::load(rest);
