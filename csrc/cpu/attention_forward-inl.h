@@ -19,7 +19,7 @@ struct ForwardArrays {
   ScoreRow* rows;
   char** pointers;
   Unit *query, *key, *value, *weights;
-  float *scores, *keep, *out, *maximum, *sums, *shrink;
+  float *scores, *keep, *out, *maximum, *sums;
 
   FASTLM_MEMBER ForwardArrays(const Attention& a, int64_t count, Workspace& w) {
     query_row = padded(units<Unit>(a.head_dim)) + kLanes;
@@ -37,7 +37,6 @@ struct ForwardArrays {
     out = w.take<float>(count * out_row);
     maximum = w.take<float>(padded(count));
     sums = w.take<float>(count * kLanes);  // by lane, to be added up at the end
-    shrink = w.take<float>(padded(kBlockRows));
   }
 };
 
@@ -45,41 +44,47 @@ struct ForwardArrays {
 FASTLM_SIMD void store_weights(F32 p, float* to, int64_t k) { p.store(to + k); }
 FASTLM_SIMD void store_weights(F32 p, uint32_t* to, int64_t k) { p.store(reinterpret_cast<BFloat16*>(to) + k); }
 
-// Scores (times `factor`, times log2(e)) become weights 2^(s - max); the running maxima, sums and outputs of the rows follow.
+// A row's weights are 2^(s - maximum), and its maximum is raised only when a score is past it by more than this: weights may be
+// up to 256, which floats hold as well as 1, and after its first tiles a row is hardly ever rescaled.
+constexpr float kHeadroom = 8.0f;
+
+template <class Unit>
+static void raise_maximum(ForwardArrays<Unit>& t, int64_t row, float to) {
+  const F32 shrink = exp2_nonpositive(F32(t.maximum[row] - to));
+  float *sums = t.sums + row * kLanes, *out = t.out + row * t.out_row;
+  (F32::load(sums) * shrink).store(sums);
+  for (int64_t d = 0; d < t.out_row; d += kLanes) (F32::load(out + d) * shrink).store(out + d);
+  t.maximum[row] = to;
+}
+
+// Scores (times `factor`, times log2(e)) become weights; the running maxima, sums and outputs of the rows follow.
+template <bool kDropout, class Unit, class Weight>
+static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>& t, int64_t first_row, int64_t count,
+                         int64_t first_key, int64_t keys, float factor, Weight* weights) {
+  const F32 scale(factor);
+  for (int64_t r = 0; r < count; ++r, weights += units<Weight>(kTileRow)) {
+    const int64_t row = first_row + r;
+    const float* scores = t.scores + r * kTileRow;
+    F32 most = F32::load(scores);
+    for (int64_t k = kLanes; k < padded(keys); k += kLanes) most = max(most, F32::load(scores + k));
+    if (any_less(F32(t.maximum[row] + kHeadroom), most * scale)) raise_maximum(t, row, largest(most) * factor);
+    const F32 shift(t.maximum[row] == -kInfinity ? 0.0f : -t.maximum[row]);  // 0 for a row that has not seen a key
+    if (kDropout) draw_keep(a, s, t.rows[row], first_key, t.keep);
+    F32 sum = F32::load(t.sums + row * kLanes);
+    for (int64_t k = 0; k < padded(keys); k += kLanes) {
+      const F32 p = exp2_nonpositive(mul_add(F32::load(scores + k), scale, shift));
+      sum = sum + p;
+      store_weights(kDropout ? p * F32::load(t.keep + k) : p, weights, k);
+    }
+    sum.store(t.sums + row * kLanes);
+  }
+}
+
 template <class Unit, class Weight>
 static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>& t, int64_t first_row, int64_t count,
-                         int64_t first_key, int64_t keys, float factor, Weight* tile_weights) {
-  float* maximum = t.maximum + first_row;
-  float moved[kBlockRows];  // the new maximum, 0 for a row that has not seen a key
-  for (int64_t r = 0; r < count; ++r) {
-    const float* scores = t.scores + r * kTileRow;
-    F32 m = F32::load(scores);
-    for (int64_t k = kLanes; k < padded(keys); k += kLanes) m = max(m, F32::load(scores + k));
-    const float old = maximum[r], tile = largest(m) * factor, now = tile > old ? tile : old;
-    moved[r] = now == -kInfinity ? 0.0f : now;
-    t.shrink[r] = old - moved[r];
-    maximum[r] = now;
-  }
-  for (int64_t r = 0; r < padded(count); r += kLanes) exp2_nonpositive(F32::load(t.shrink + r)).store(t.shrink + r);
-  for (int64_t r = 0; r < count; ++r) {
-    const float* scores = t.scores + r * kTileRow;
-    Weight* weights = tile_weights + r * units<Weight>(kTileRow);
-    float* sums = t.sums + (first_row + r) * kLanes;
-    const F32 scale(factor), shift(-moved[r]), shrink(t.shrink[r]);
-    if (a.seeds) draw_keep(a, s, t.rows[first_row + r], first_key, t.keep);
-    F32 sum = F32::load(sums) * shrink;
-    for (int64_t k = 0; k < padded(keys); k += kLanes) {
-      F32 p = exp2_nonpositive(mul_add(F32::load(scores + k), scale, shift));
-      sum = sum + p;
-      if (a.seeds) p = p * F32::load(t.keep + k);
-      store_weights(p, weights, k);
-    }
-    sum.store(sums);
-    if (t.shrink[r] != 1.0f) {
-      float* out = t.out + (first_row + r) * t.out_row;
-      for (int64_t d = 0; d < t.out_row; d += kLanes) (F32::load(out + d) * shrink).store(out + d);
-    }
-  }
+                         int64_t first_key, int64_t keys, float factor, Weight* weights) {
+  a.seeds ? softmax_tile<true>(a, s, t, first_row, count, first_key, keys, factor, weights)
+          : softmax_tile<false>(a, s, t, first_row, count, first_key, keys, factor, weights);
 }
 
 // Products become scores, where something is between the two; what is left to multiply them with is returned.

@@ -89,6 +89,10 @@ FASTLM_SIMD float largest(Twice<H> a) {
   return largest(max(a.low, a.high));
 }
 template <class H>
+FASTLM_SIMD bool any_less(Twice<H> a, Twice<H> b) {
+  return any_less(a.low, b.low) | any_less(a.high, b.high);
+}
+template <class H>
 FASTLM_SIMD float sum(Twice<H> a) {
   return sum(a.low + a.high);
 }

@@ -83,6 +83,7 @@ FASTLM_SIMD float sum(Float a) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 FASTLM_SIMD Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
+FASTLM_SIMD bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0; }
 FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
   return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }

@@ -51,6 +51,13 @@ def _masked_out(dtype) -> dict:
     return {**call, "mask": mask}
 
 
+def _rising(dtype) -> dict:
+    """Scores that rise or fall along the keys, slowly or fast, so that the running maximum of the softmax is passed by as much."""
+    call = _case({"q_len": 9, "k_len": 330, "batch": 1})(dtype)
+    slopes = torch.tensor([0.01, 0.04, 1.0, -1.0], dtype=torch.float64)
+    return {**call, "mask": (slopes[:, None, None] * torch.arange(330)).to(dtype)}
+
+
 _GROUPED = {"heads": 6, "kv_heads": 2, "q_len": 21, "k_len": 45}
 
 _CASES = {
@@ -77,6 +84,7 @@ _CASES = {
     "bool mask": _case(bool_mask=(2, 4, 37, 37)),
     "bool mask per key": _case(_GROUPED, bool_mask=(2, 1, 1, 45), causal=True),
     "masked out": _masked_out,
+    "rising scores": _rising,
     "slopes": _case(_GROUPED, alibi_slopes=(6,), causal=True),
     "slopes per example": _case({"q_len": 50, "k_len": 30}, alibi_slopes=(2, 4)),
     "softcap": _case(softcap=1.5, scale=0.7),
