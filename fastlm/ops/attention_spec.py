@@ -52,7 +52,7 @@ def _masked_out(dtype) -> dict:
 
 
 def _rising(dtype) -> dict:
-    """Scores that rise or fall along the keys, slowly or fast, so that the running maximum of the softmax is passed by as much."""
+    """Scores that rise or fall along the keys, slowly or fast, so that the running maximum is passed by as much."""
     call = _case({"q_len": 9, "k_len": 330, "batch": 1})(dtype)
     slopes = torch.tensor([0.01, 0.04, 1.0, -1.0], dtype=torch.float64)
     return {**call, "mask": (slopes[:, None, None] * torch.arange(330)).to(dtype)}
