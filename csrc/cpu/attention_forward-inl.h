@@ -27,7 +27,7 @@ struct ForwardArrays {
     out_row = padded(a.value_dim);
     value_row = out_row + kLanes;
     rows = w.take<ScoreRow>(count);
-    pointers = w.take<char*>(count > 3 * kBlockKeys ? count : 3 * kBlockKeys);
+    pointers = w.take<char*>(count > 2 * kThinPointers ? count : 2 * kThinPointers);
     query = w.take<Unit>(count * query_row);
     key = w.take<Unit>(units<Unit>(a.head_dim) * key_row);
     value = w.take<Unit>(units<Unit>(kBlockKeys) * value_row);
@@ -112,15 +112,12 @@ static void forward_tile(const Attention& a, const Sequence& s, ForwardArrays<Un
 template <class Unit>
 static void thin_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>& t, int64_t kv_head, int64_t count,
                       int64_t first_key, int64_t keys, int64_t end, Coverage covered) {
-  char **key = t.pointers, **value = key + kBlockKeys, **next_key = value + kBlockKeys;
-  key_rows(a, s, a.key, kv_head, first_key, keys, key);
-  key_rows(a, s, a.value, kv_head, first_key, keys, value);
-  const int64_t next = first_key + 2 * keys <= end ? first_key + keys : first_key;  // no rows past the end to ask for
-  key_rows(a, s, a.key, kv_head, next, keys, next_key);
-  thin_scores(a.key.dtype, t.query, t.query_row, count, key, value, keys, a.head_dim, t.scores, kTileRow);
+  const ThinRows key = thin_rows(a, s, a.key, a.head_dim, kv_head, first_key, keys, end, t.pointers);
+  const ThinRows value = thin_rows(a, s, a.value, a.value_dim, kv_head, first_key, keys, end, t.pointers + kThinPointers);
+  thin_scores(a.key.dtype, t.query, t.query_row, count, key, keys, a.head_dim, t.scores, kTileRow);
   const float factor = finish_scores(a, t, 0, count, first_key, keys, covered);
   softmax_tile(a, s, t, 0, count, first_key, keys, factor, t.scores);
-  thin_values(a.value.dtype, t.scores, kTileRow, count, value, next_key, keys, a.value_dim, t.out, t.out_row);
+  thin_values(a.value.dtype, t.scores, kTileRow, count, value, keys, a.value_dim, t.out, t.out_row);
 }
 
 template <class Unit>
