@@ -9,12 +9,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import native
 from ..native import empty, view
 from ..reference.attention import drop_below
 from .sums import sum_to
+from .torch_op import differentiable_once, unobserved
 
 # ---- the torch ops --------------------------------------------------------------------------------------------------------
 
@@ -215,12 +215,17 @@ _SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or m
 _DIFFERENTIABLE = 5  # query, key, value, mask, sinks: the first of the tensors
 
 
+def _forward(query, key, value, *rest):
+    return (_forward_cpu if unobserved(query, key, value) else _forward_op)(query, key, value, *rest)
+
+
 def _save(ctx, args, outputs) -> None:
     ctx.save_for_backward(*args[:_TENSORS], *outputs)
     ctx.options = args[_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
+@differentiable_once
 def _gradients(ctx, grad_out, grad_lse) -> tuple:
     *tensors, out, lse = ctx.saved_tensors
     needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
@@ -234,11 +239,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        outputs = _forward_op(*args)
+        outputs = _forward(*args)
         _save(ctx, args, outputs)
         return outputs
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)
 
 
 class _AttentionForFunctorch(torch.autograd.Function):
@@ -251,7 +256,7 @@ class _AttentionForFunctorch(torch.autograd.Function):
         return _forward_op(*args)
 
     setup_context = staticmethod(_save)
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)
 
 
 def attend(
@@ -263,7 +268,7 @@ def attend(
     if torch.is_grad_enabled() and _any_requires_grad(*args[:_DIFFERENTIABLE]):
         under_functorch = torch._C._are_functorch_transforms_active()
         return (_AttentionForFunctorch if under_functorch else _Attention).apply(*args)
-    return _forward_cpu(*args) if unobserved(query, key, value) else _forward_op(*args)
+    return _forward(*args)
 
 
 def attend_plainly(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
@@ -281,13 +286,3 @@ def attend_plainly(query, key, value, scale, causal, top_left, grouped) -> Tenso
 def _any_requires_grad(query, key, value, mask, sinks) -> bool:
     required = query.requires_grad or key.requires_grad or value.requires_grad
     return required or (mask is not None and mask.requires_grad) or (sinks is not None and sinks.requires_grad)
-
-
-def unobserved(*tensors: Tensor) -> bool:
-    """Whether nothing watches or replaces calls of ops, so that the way through torch's dispatcher, 8 us, can be saved."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
-        return False
-    for tensor in tensors:
-        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or tensor.is_neg():
-            return False  # a subclass that wants to be asked; a view that negates
-    return not torch._C._are_functorch_transforms_active()

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .. import native
 from ..native import view
-from .attention_op import arranged, attention_fake, empty_results, numbers, rows_of, unobserved
+from .attention_op import arranged, attention_fake, empty_results, numbers, rows_of
+from .torch_op import unobserved
 
 _library = torch.library.Library("fastlm", "FRAGMENT")
 _library.define(

@@ -7,12 +7,12 @@ stream per entry.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import native
 from ..native import empty, view
 from ..reference.reparameterize import accumulation_dtype
 from .sums import sum_to
+from .torch_op import differentiable_once, unobserved
 
 # ---- the torch ops --------------------------------------------------------------------------------------------------------
 
@@ -162,12 +162,17 @@ torch.library.register_vmap("fastlm::reparameterize_backward", _backward_vmap, l
 # ---- autograd -------------------------------------------------------------------------------------------------------------
 
 
+def _forward(mu, logvar, *rest):
+    return (_forward_cpu if unobserved(mu, logvar) else _forward_op)(mu, logvar, *rest)
+
+
 def _save(ctx, args) -> None:
     ctx.save_for_backward(*args[:5])
     ctx.options = args[5:]
     ctx.set_materialize_grads(False)
 
 
+@differentiable_once
 def _gradients(ctx, grad_z, grad_kl) -> tuple:
     needed = ctx.needs_input_grad[:4]
     grads = _backward_op(grad_z, grad_kl, *ctx.saved_tensors, *needed[2:], *ctx.options)
@@ -180,9 +185,9 @@ class _Reparameterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         _save(ctx, args)
-        return _forward_op(*args)
+        return _forward(*args)
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)
 
 
 class _ReparameterizeForFunctorch(torch.autograd.Function):
@@ -198,7 +203,7 @@ class _ReparameterizeForFunctorch(torch.autograd.Function):
     def setup_context(ctx, args, output):
         _save(ctx, args)
 
-    backward = staticmethod(once_differentiable(_gradients))
+    backward = staticmethod(_gradients)
 
 
 def latent(tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
@@ -207,4 +212,4 @@ def latent(tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
         under_functorch = torch._C._are_functorch_transforms_active()
         function = _ReparameterizeForFunctorch if under_functorch else _Reparameterize
         return function.apply(*tensors, *options)
-    return _forward_op(*tensors, *options)
+    return _forward(*tensors, *options)
