@@ -14,18 +14,20 @@ OTHERS = "share of the CPU time that other programs had while the ops were timed
 
 
 def goals_table(results: list[Result], machine: dict) -> str:
-    """Each goal against each row it covers, and where the row stands against what the machine allows."""
-    head = ("benchmark", "size", "dtype", "figure", "goal", "measured", "", "throughput, of limit")
+    """Each goal against each row it covers, where the row stands against what the machine allows, and where the goal does."""
+    head = ("benchmark", "size", "dtype", "figure", "goal", "measured", "", "throughput", "of limit", "the goal's")
     return markdown_table(head, [_goal_cells(verdict, machine) for verdict in judge(results)])
 
 
 def _goal_cells(v: Verdict, machine: dict) -> tuple[str, ...]:
-    outcome = "not measured" if v.measured is None else "met" if v.met else "**missed**"
-    place = ""
+    reach, throughput, limit = "", "", v.row.limit(machine)
     if v.row.seconds and v.figure.startswith(SPEED_UP):
-        place = f"{v.row.throughput:.3g} {v.row.cost.unit}, {v.row.throughput / v.row.limit(machine):.0%}"
-    measured = _or_dash(v.measured, "{:.3g}".format)
-    return v.row.op, v.row.workload, v.row.dtype, v.figure, v.goal, measured, outcome, place
+        throughput, reach = f"{v.row.throughput:.3g} {v.row.cost.unit}", f"{v.row.throughput / limit:.0%}"
+    outcome = "not measured" if v.measured is None else "met" if v.met else "**missed**"
+    if not v.met and v.needed and v.needed > limit:
+        outcome = "**out of reach here**"
+    measured, needed = _or_dash(v.measured, "{:.3g}".format), f"{v.needed / limit:.0%}" if v.needed else ""
+    return v.row.op, v.row.workload, v.row.dtype, v.figure, v.goal, measured, outcome, throughput, reach, needed
 
 
 def full_table(results: list[Result], machine: dict) -> str:

@@ -35,6 +35,7 @@ class Verdict:
     measured: float | None
     goal: str
     met: bool
+    needed: float | None = None  # the throughput that would meet it
 
 
 _FORWARD, _BOTH = "attention, forward", "attention, forward + backward"
@@ -72,13 +73,15 @@ def judge(results: list[Result]) -> list[Verdict]:
 def _verdict(goal: Goal, row: Result, by_row: dict[tuple, Result]) -> Verdict:
     over = goal.over or baseline(goal.op)
     peer = by_row.get((*row.setting, over))
+    needed = None
     if goal.ratio == SPEED_UP:
         measured, sign = _ratio(peer and peer.seconds, row.seconds), "≥"
         met = measured is not None and measured >= goal.bound
+        needed = peer.throughput * goal.bound if measured else None
     else:
         measured, sign = _ratio(row.peak_bytes, peer and peer.peak_bytes), "≤"
         met = measured is not None and measured <= goal.bound
-    return Verdict(f"{goal.ratio} {over}", row, measured, f"{sign} {goal.bound:.3g}", met)
+    return Verdict(f"{goal.ratio} {over}", row, measured, f"{sign} {goal.bound:.3g}", met, needed)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
