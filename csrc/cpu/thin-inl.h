@@ -1,8 +1,8 @@
 // Products for a handful of rows, as in decoding: what is read once is not worth bringing into a tile first. Keys are
 // multiplied along the row, where they lie, and values are added up from row to row.
 //
-// Memory is the limit, and the hardware alone, whose window is full of arithmetic, does not keep it busy. The ladder, in GB/s of
-// float32 keys and values of 128 columns for 4 queries, from memory (from the cache), on one core of a Zen 3 that reads 20:
+// Memory is the limit, and the hardware alone, whose window is full of arithmetic, does not keep it busy. The ladder, in GB/s
+// of float32 keys and values of 128 columns for 4 queries, from memory (from the cache), on one core of a Zen 3 that reads 20:
 //      9        rows one after the other
 //     10.9 (19) the next tile's rows asked for meanwhile; 32 KiB ahead, they leave the first-level cache before they are read
 //     11.5 (19) rows asked for 2 KiB ahead, and values read along the row, as memory gives them fastest, not column by column
