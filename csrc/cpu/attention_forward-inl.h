@@ -210,7 +210,8 @@ static void forward_unit(const AttentionForward& a, const AttentionUnit& u, char
     bool loaded = false;
     for (int64_t row = 0; row < count; row += kBlockRows) {
       const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
-      const Coverage covered = coverage(a, t.rows + row, rows, key_range(t.rows + row, rows), key, keys);
+      const KeyRange seen = key_range(t.rows + row, rows);
+      const Coverage covered = coverage(a, t.rows + row, rows, seen, key, keys);
       if (covered == Coverage::kEmpty) continue;
       if (thin) {
         thin_tile(a, s, t, u.kv_head, count, key, keys, end, covered);
@@ -218,7 +219,8 @@ static void forward_unit(const AttentionForward& a, const AttentionUnit& u, char
       }
       if (!loaded) load_keys(a, s, u.kv_head, t, key, keys);
       loaded = true;
-      forward_tile(a, s, t, row, rows, key, keys, covered);
+      const int64_t seen_keys = seen.any_high - key < keys ? seen.any_high - key : keys;  // causality ends blocks early
+      forward_tile(a, s, t, row, rows, key, seen_keys, covered);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
