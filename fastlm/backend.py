@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import native
+from . import native, triton_kernels
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 LARGE_CALL = 1 << 16  # elements from which running the reference on a CPU is worth a warning
@@ -28,7 +28,7 @@ class Implementation:
 
     backend: str
     run: Callable
-    why_not: Callable[..., str | None]  # takes the op's leading tensor; None where it can run
+    why_not: Callable[..., str | None]  # takes the tensors that decide, the op's first one first; None where it can run
 
 
 @dataclass(eq=False)
@@ -51,19 +51,21 @@ class Explanation(Exception):
     __repr__ = __str__
 
 
-def select(op: str, implementations: Sequence[Implementation], tensor: torch.Tensor, backend: str | None) -> Callable:
+def select(
+    op: str, implementations: Sequence[Implementation], tensors: tuple[torch.Tensor, ...], backend: str | None
+) -> Callable:
     """The function that runs this call: the named backend's, or the fastest one's that can."""
     if isinstance(backend, Explanation):
-        raise _explained(implementations, tensor, backend)
+        raise _explained(implementations, tensors, backend)
     requested = backend or DEFAULT
     if requested is not None:
-        return _named(op, implementations, tensor, requested)
+        return _named(op, implementations, tensors, requested)
     for implementation in implementations:
-        if implementation.why_not(tensor) is None:
+        if implementation.why_not(*tensors) is None:
             if implementation.backend == "reference":
-                _warn_of_reference(op, implementations, tensor)
+                _warn_of_reference(op, implementations, tensors)
             return implementation.run
-    raise UnsupportedError(f"{op}: no backend runs on {tensor.device}")
+    raise UnsupportedError(f"{op}: no backend runs on {tensors[0].device}")
 
 
 def _check_name(name: str) -> None:
@@ -71,23 +73,25 @@ def _check_name(name: str) -> None:
         raise ValueError(f"backend (or FASTLM_BACKEND) must be one of {', '.join(NAMES)}; got {name!r}")
 
 
-def _named(op: str, implementations: Sequence[Implementation], tensor: torch.Tensor, name: str) -> Callable:
+def _named(op: str, implementations: Sequence[Implementation], tensors: tuple[torch.Tensor, ...], name: str) -> Callable:
     _check_name(name)
     for implementation in implementations:
         if implementation.backend == name:
-            if reason := implementation.why_not(tensor):
+            if reason := implementation.why_not(*tensors):
                 raise UnsupportedError(f"{op} cannot run on backend {name!r}: {reason}")
             return implementation.run
     raise UnsupportedError(f"{op} has no kernel for backend {name!r} in this version")
 
 
-def _explained(implementations: Sequence[Implementation], tensor: torch.Tensor, explanation: Explanation) -> Explanation:
+def _explained(
+    implementations: Sequence[Implementation], tensors: tuple[torch.Tensor, ...], explanation: Explanation
+) -> Explanation:
     requested = explanation.requested or DEFAULT
     if requested is not None:
         _check_name(requested)
     for implementation in implementations:
         other = requested not in (None, implementation.backend)
-        reason = f"{requested!r} was asked for" if other else implementation.why_not(tensor)
+        reason = f"{requested!r} was asked for" if other else implementation.why_not(*tensors)
         if reason is None:
             explanation.backend = implementation.backend
             return explanation
@@ -95,13 +99,14 @@ def _explained(implementations: Sequence[Implementation], tensor: torch.Tensor, 
     return explanation
 
 
-def _warn_of_reference(op, implementations, tensor) -> None:
+def _warn_of_reference(op, implementations, tensors) -> None:
     """Say once per op and device that a call which deserves a kernel runs on the reference: never silently slow."""
+    tensor = tensors[0]
     deserves = tensor.device.type != "cpu" or tensor.numel() >= LARGE_CALL
     key = f"{op} on {tensor.device.type}"
     if deserves and key not in _warned and tensor.device.type != "meta":
         _warned.add(key)
-        reasons = "; ".join(f"{i.backend}: {i.why_not(tensor)}" for i in implementations if i.backend != "reference")
+        reasons = "; ".join(f"{i.backend}: {i.why_not(*tensors)}" for i in implementations if i.backend != "reference")
         message = f"fastlm: {key} runs on the slow PyTorch reference ({reasons})"
         warnings.warn(message, stacklevel=5)  # at the caller of the public function
 
@@ -131,7 +136,7 @@ def backends() -> dict[str, str]:
     """Each backend, fastest first, with 'available' or the reason why it is not."""
     return {
         "cuda": "not built: the CUDA kernels are not part of this version",
-        "triton": "not built: the Triton kernels are not part of this version",
+        "triton": triton_kernels.state(),
         "cpu": native.why_not or f"available ({native.C.isa()}, torch's {torch.get_num_threads()} threads)",
         "reference": "available (plain PyTorch on any device)",
     }

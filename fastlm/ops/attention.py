@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backend import DEFAULT, Implementation, cpu_why_not, select
 from ..reference import attention as reference
-from . import attention_op
+from . import attention_cpu, attention_triton
 from .attention_checks import (
     BATCHED,
     autocast,
@@ -112,7 +112,7 @@ def attend_plainly(
     """
     backend = backend or DEFAULT
     if (backend is None or backend == "cpu") and isinstance(causal, bool) and (scale is None or isinstance(scale, float)):
-        return attention_op.attend_plainly(query, key, value, scale, causal, top_left, grouped)
+        return attention_cpu.attend_plainly(query, key, value, scale, causal, top_left, grouped)
     return None
 
 
@@ -124,17 +124,18 @@ def run_attention(
     ``tensors`` are query, key, value, mask, alibi_slopes and sinks, ``options`` left, right, scale, softcap and dropout_p.
     """
     query = tensors[0]
-    attend = select(op, IMPLEMENTATIONS, query, backend)
+    attend = select(op, IMPLEMENTATIONS, (query, tensors[2]), backend)
     seed = seed_tensor(seed, query) if options[-1] else None
     return attend(*tensors, seed, *cu_seqlens, *options)
 
 
-def attention_cpu_why_not(query: Tensor) -> str | None:
-    """Why the C++ kernels cannot take a query."""
+def attention_cpu_why_not(query: Tensor, value: Tensor) -> str | None:
+    """Why the C++ kernels cannot take a call."""
     return "float64 runs on the reference" if query.dtype == torch.float64 else cpu_why_not(query)
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", attention_op.attend, attention_cpu_why_not),
-    Implementation("reference", reference.attend, lambda query: None),
+    Implementation("cpu", attention_cpu.attend, attention_cpu_why_not),
+    Implementation("triton", attention_triton.attend, attention_triton.triton_why_not),
+    Implementation("reference", reference.attend, lambda query, value: None),
 )

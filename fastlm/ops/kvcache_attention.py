@@ -18,6 +18,7 @@ from .attention_checks import (
     limits,
     score_options,
 )
+from .attention_triton import triton_why_not
 
 
 def kvcache_attention(
@@ -80,7 +81,7 @@ def kvcache_attention(
         _check_appended(query, key, value, (batch, kv_heads), value_cache.shape[3])
     check_per_head(alibi_slopes, sinks, batch, query, heads)
     options = (*limits(causal, window), *score_options(scale, softcap, head_dim))
-    attend = select("kvcache_attention", IMPLEMENTATIONS, query, backend)
+    attend = select("kvcache_attention", IMPLEMENTATIONS, (query, value_cache), backend)
     out, lse = attend(query, key_cache, value_cache, cache_seqlens, key, value, block_table, alibi_slopes, sinks, *options)
     return (out, lse) if return_lse else out
 
@@ -97,5 +98,6 @@ def _check_appended(query: Tensor, key: Tensor, value: Tensor, outer: tuple[int,
 
 IMPLEMENTATIONS = (
     Implementation("cpu", kvcache_op.attend_cache, attention_cpu_why_not),
-    Implementation("reference", torch.no_grad()(reference.attend_cache), lambda query: None),
+    Implementation("triton", kvcache_op.attend_cache_triton, triton_why_not),
+    Implementation("reference", torch.no_grad()(reference.attend_cache), lambda query, value: None),
 )

@@ -1,24 +1,18 @@
-"""The torch op behind decoding with a cache: it appends to the caches in place, then attends to them. No gradient."""
+"""The torch ops behind decoding with a cache, one for each backend: append to the caches in place, then attend. No gradient."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, triton_kernels
 from ..native import view
-from .attention_op import arranged, attention_fake, empty_results, numbers, rows_of
+from .attention_cpu import arranged, empty_results, numbers, rows_of
+from .attention_op import attention_fake
+from .attention_triton import allow_tf32
 from .torch_op import unobserved
 
-_library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define(
-    "kvcache_attention(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, Tensor? key, "
-    "Tensor? value, Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, "
-    "float softcap) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _fake(query, key_cache, value_cache, *rest):
-    return attention_fake(query, None, value_cache)
+# ---- the CPU ----------------------------------------------------------------------------------------------------------------
 
 
 def _paged_as_rows(cache: Tensor, block_table: Tensor | None) -> Tensor:
@@ -51,14 +45,49 @@ def _cpu(
     return out, lse
 
 
-_library.impl("kvcache_attention", _cpu, "CPU")
-torch.library.register_fake("fastlm::kvcache_attention", _fake, lib=_library)
-_op = torch.ops.fastlm.kvcache_attention.default
+# ---- GPUs -------------------------------------------------------------------------------------------------------------------
 
 
-def attend_cache(query, key_cache, value_cache, *rest) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the op; without a gradient, whatever its inputs ask for."""
-    if unobserved(query, key_cache, value_cache):
-        return _cpu(query, key_cache, value_cache, *rest)
-    with torch.no_grad():
-        return _op(query, key_cache, value_cache, *rest)
+def _triton(query, key_cache, value_cache, *rest):
+    _check_strides("key_cache", key_cache)
+    _check_strides("value_cache", value_cache)
+    out, lse = attention_fake(query, None, value_cache)
+    kernels = triton_kernels.attention()
+    with torch.cuda.device_of(query):
+        kernels.run(kernels.plan_decoding(query, key_cache, value_cache, *rest, allow_tf32(), out, lse))
+    return out, lse
+
+
+# ---- the ops ----------------------------------------------------------------------------------------------------------------
+
+_SCHEMA = (
+    "(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, Tensor? key, Tensor? value, "
+    "Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, float softcap) "
+    "-> (Tensor out, Tensor lse)"
+)
+_library = torch.library.Library("fastlm", "FRAGMENT")
+
+
+def _fake(query, key_cache, value_cache, *rest):
+    return attention_fake(query, None, value_cache)
+
+
+def _cache_op(name: str, run: Callable, devices: tuple[str, ...]) -> Callable:
+    """A backend's ``attend_cache``: (out, lse) by its torch op; without a gradient, whatever the inputs ask for."""
+    _library.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in devices:
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"fastlm::{name}", _fake, lib=_library)
+    op = getattr(torch.ops.fastlm, name).default
+
+    def attend_cache(query, key_cache, value_cache, *rest) -> tuple[Tensor, Tensor]:
+        if unobserved(query, key_cache, value_cache):
+            return run(query, key_cache, value_cache, *rest)
+        with torch.no_grad():
+            return op(query, key_cache, value_cache, *rest)
+
+    return attend_cache
+
+
+attend_cache = _cache_op("kvcache_attention", _cpu, ("CPU",))
+attend_cache_triton = _cache_op("triton_kvcache_attention", _triton, ("CPU", "CUDA"))

@@ -71,7 +71,7 @@ def normal(
     out = native.empty(shape, torch.float32) if native.C else torch.empty(shape)
     scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
     check_seed(seed, scalar)
-    return select("normal", IMPLEMENTATIONS, out, backend)(out, seed_tensor(seed, scalar), position)
+    return select("normal", IMPLEMENTATIONS, (out,), backend)(out, seed_tensor(seed, scalar), position)
 
 
 SPECS = (

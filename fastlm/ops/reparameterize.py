@@ -184,7 +184,7 @@ _NO_SAMPLE = object()  # in place of a seed: only the KL is wanted
 def _run(op: str, tensors: tuple, options: tuple, backend: str | None, seed) -> tuple:
     """Choose the backend, then draw the seed, so that explain() leaves torch's generator alone; then run."""
     mu = tensors[0]
-    run = select(op, IMPLEMENTATIONS, mu, backend)
+    run = select(op, IMPLEMENTATIONS, (mu,), backend)
     return run((*tensors, None if seed is _NO_SAMPLE else seed_tensor(seed, mu)), options)
 
 

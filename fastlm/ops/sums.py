@@ -8,8 +8,8 @@ from .. import native
 def sum_to(gradient: Tensor, target: Tensor) -> Tensor:
     """Sum over the dimensions that ``target`` was broadcast along, in an order that no thread count changes (torch's does).
 
-    ``gradient`` is float32 or float64, on the CPU, and may be longer than ``target`` where that is 1. Returns a tensor of
-    target's shape and dtype.
+    ``gradient`` is float32 or float64, and may be longer than ``target`` where that is 1. Returns a tensor of target's shape
+    and dtype. On a GPU, where torch's order is fixed, torch sums.
     """
     if gradient.shape == target.shape:
         return gradient.to(target.dtype)
@@ -20,6 +20,8 @@ def sum_to(gradient: Tensor, target: Tensor) -> Tensor:
         return target.new_zeros(target.shape)
     if not summed:
         return gradient.reshape(target.shape).to(target.dtype)
+    if native.C is None or not gradient.is_cpu:
+        return gradient.sum(summed, keepdim=True).reshape(target.shape).to(target.dtype)
     rows = gradient.permute(*summed, *kept).reshape(-1, target.numel()).contiguous()
     total = gradient.new_empty(target.shape)
     native.C.sum_rows(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.shape[0], rows.shape[1], total.data_ptr())

@@ -1,0 +1,120 @@
+"""Attention on the CPU: what the C++ kernels are told, and the functions behind the CPU's torch ops."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..native import empty, view
+from ..reference.attention import drop_below
+from .attention_op import attention_op, empty_like, sink_gradient
+from .sums import sum_to
+from .torch_op import unobserved
+
+# ---- what the C++ code is told ----------------------------------------------------------------------------------------------
+
+
+def empty_results(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call, to be written."""
+    batch, heads, rows, _ = query.shape
+    return empty_like(query, value_dim, empty), torch.empty(batch, heads, rows, dtype=torch.float32)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """With a contiguous last dimension."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
+
+
+def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Expanded to (B, Hq, Lq, Lk) by strides of 0."""
+    if mask.dtype == torch.float64:
+        mask = mask.float()
+    if mask.dim() and mask.shape[-1] > 1 and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    return mask.expand(*query.shape[:3], key.shape[2])
+
+
+def arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k) -> tuple:
+    """The tensors as the C++ code reads them, in its order."""
+    return (
+        view(rows_of(query)),
+        view(rows_of(key)),
+        view(rows_of(value)),
+        None if mask is None else view(_mask_rows(mask, query, key)),
+        None if alibi_slopes is None else view(alibi_slopes.float().contiguous()),
+        None if sinks is None else view(sinks.float().contiguous()),
+        None if seed is None else view(seed.contiguous()),
+        None if cu_seqlens_q is None else view(cu_seqlens_q.contiguous()),
+        None if cu_seqlens_k is None else view(cu_seqlens_k.contiguous()),
+    )
+
+
+def numbers(left, right, scale, softcap, dropout_p) -> tuple:
+    """The options as the C++ code reads them."""
+    if dropout_p:
+        return left, right, scale, softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
+    return left, right, scale, softcap, 0, 1.0
+
+
+# ---- the two functions ------------------------------------------------------------------------------------------------------
+
+
+def _forward(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
+    out, lse = empty_results(query, value.shape[3])
+    inputs = arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+    native.C.attention_forward(inputs, numbers(*options), view(out), view(lse), torch.get_num_threads())
+    return out, lse
+
+
+# Queries that share a row of the mask's gradient where the mask is one for all: kBlockRows of csrc/cpu/attention.h.
+_MASK_BLOCK = native.C.attention_block_rows if native.C else 1
+
+
+def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """float32 zeros over the mask's batch and head, rows (blocks of queries where it is one for all), and all keys."""
+    batch, heads, rows, _ = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if rows == 1:
+        rows = -(-query.shape[2] // _MASK_BLOCK)
+    return torch.zeros(batch, heads, rows, key.shape[2])
+
+
+def _backward(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *rest):
+    need_mask, need_sinks, options = *rest[4:6], rest[6:]
+    grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
+    grad_mask = _mask_gradient_buffer(mask, query, key) if need_mask else None
+    expanded = None
+    if need_mask:
+        expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
+    grad_out = torch.zeros_like(out) if grad_out is None else rows_of(grad_out)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    delta = torch.empty_like(lse)
+    native.C.attention_backward(
+        arranged(query, key, value, mask, sinks, *rest[:4]),
+        numbers(*options),
+        tuple(map(view, (out, grad_out, lse, grad_lse, delta))),
+        (*map(view, grads), view(expanded)),
+        need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
+        torch.get_num_threads(),
+    )
+    grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
+    return *grads, grad_mask, sink_gradient(sinks, lse, delta) if need_sinks else query.new_empty(0)
+
+
+# ---- the ops ----------------------------------------------------------------------------------------------------------------
+
+attend = attention_op("attention", _forward, _backward, ("CPU",))
+
+_SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or might be
+
+
+def attend_plainly(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
+    """The output of a small call that has no options and needs no gradient, at the least cost; None where it is not that."""
+    if native.C is None or not unobserved(query, key, value) or query.numel() > _SMALL or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    out = torch.empty_like(query)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    threads = torch.get_num_threads()
+    return out if native.C.attention_plain(query, key, value, out, scale, causal, top_left, grouped, threads) else None

@@ -1,0 +1,29 @@
+"""Compiles launches for GPUs that are not at hand, with the settings and specializations that a launch would have there.
+
+binary = compile_launch(launch, "sm_90")
+binary.asm["cubin"], binary.n_regs ...
+"""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+
+def target_of(arch: str) -> GPUTarget:
+    """'sm_90' or 'gfx942' as Triton names it."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", arch, 32 if arch.startswith(("gfx10", "gfx11", "gfx12")) else 64)
+
+
+def compile_launch(launch, arch: str):
+    """The compiled kernel of a launch (attention.Launch), whose tensors may be on any device, 'meta' included."""
+    target = target_of(arch)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)

@@ -1,0 +1,324 @@
+"""The launchers of attention's Triton kernels: which kernels a call takes, with which arguments and settings.
+
+A call is planned before it is run: `plan_forward`, `plan_backward` and `plan_decoding` return launches, which `run` starts one
+after the other without waiting for the GPU. Ahead-of-time compilation and its tests read the same plans.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_backward import attention_delta, attention_grad_key_value, attention_grad_query
+from .attention_decoding import Cache, attention_decode, attention_join, cache_append
+from .attention_forward import attention_forward
+from .attention_mask import attention_grad_mask, attention_visits
+from .attention_parts import Dropout, Mask, Rows, Scoring, Sizes, Visits
+from .attention_settings import (
+    CACHE_SHARE,
+    DECODE,
+    FORWARD,
+    GRAD_KEY_VALUE,
+    GRAD_QUERY,
+    ROWS,
+    Tile,
+    architecture,
+    tile,
+)
+
+MAX_HEAD_DIM = 256
+_LOG2E = 1.4426950408889634
+_FAR = 1 << 30  # farther than any key: what a wider window is cut to, so that places stay in 32 bits
+
+
+class Launch(NamedTuple):
+    """A kernel with all it takes."""
+
+    kernel: Any
+    grid: int
+    arguments: dict
+    options: dict
+
+
+class Call(NamedTuple):
+    """A call of attention. Tensors are (batch, head, row, column); with cu_seqlens, sequences lie along the rows of one."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    seed: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float
+    drop_below: int  # the generator's words that drop a weight are below this; 0: no dropout
+    keep_scale: float
+    allow_tf32: bool
+
+
+def _launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int = 1) -> Launch:
+    # A multiplication and an addition are one instruction, whatever Triton's default.
+    return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Start the kernels in their order."""
+    for kernel, grid, arguments, options in launches:
+        if grid:
+            kernel[(grid,)](**arguments, **options)
+
+
+# ---- what kernels are told --------------------------------------------------------------------------------------------------
+
+
+def _rows(tensor: Tensor) -> Rows:
+    return Rows(tensor, *tensor.stride()[:3])
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """With a contiguous last dimension."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+def _inputs(call: Call) -> dict:
+    return {name: _rows(rows_of(getattr(call, name))) for name in ("query", "key", "value")}
+
+
+def _mask(mask: Tensor | None, call: Call) -> tuple[Mask | None, Tensor | None]:
+    """The mask as kernels read it, and as a tensor of 4 dimensions."""
+    if mask is None:
+        return None, None
+    mask = mask.float() if mask.dtype == torch.float64 else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    mask = mask[(None,) * (4 - mask.dim())]
+    shape = *call.query.shape[:3], call.key.shape[2]
+    return Mask(mask, *mask.expand(shape).stride()), mask
+
+
+def _sizes(call: Call) -> Sizes:
+    batch, heads, q_len, _ = call.query.shape
+    if call.cu_seqlens_q is not None:
+        batch = call.cu_seqlens_q.shape[0] - 1
+    group = heads // max(1, call.key.shape[1])
+    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k)
+
+
+def _scoring(left, right, scale: float, softcap: float, slopes: Tensor | None, sinks: Tensor | None) -> Scoring:
+    left, right = (None if side is None else max(-_FAR, min(side, _FAR)) for side in (left, right))
+    inner, outer = (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, None)
+    slopes = None if slopes is None else slopes.float().contiguous()
+    slope_batch = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
+    return Scoring(left, right, scale, inner, outer, slopes, slope_batch, None if sinks is None else sinks.float().contiguous())
+
+
+def _dropout(call: Call) -> Dropout:
+    if call.seed is None or not call.drop_below:
+        return Dropout(None, None, None, None)
+    return Dropout(call.seed.contiguous(), True if call.seed.dim() else None, call.drop_below - 1, call.keep_scale)
+
+
+def _columns(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _precision(call_tf32: bool, dtype: torch.dtype) -> str:
+    return "tf32" if call_tf32 or dtype != torch.float32 else "ieee"
+
+
+def _shared(call: Call) -> dict:
+    """The constants that all passes over tiles take."""
+    head_dim, value_dim = call.query.shape[3], call.value.shape[3]
+    return {
+        "D": head_dim,
+        "DV": value_dim,
+        "COLUMNS": _columns(head_dim),
+        "VALUE_COLUMNS": _columns(value_dim),
+        "PRECISION": _precision(call.allow_tf32, call.query.dtype),
+    }
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether scores are products times a positive number."""
+    has_bias = call.mask is not None and call.mask.is_floating_point()
+    return call.scale > 0 and not call.softcap and call.alibi_slopes is None and not has_bias
+
+
+def _together(call: Call) -> int:
+    """Heads whose programs run side by side: as many as share the cache where blocks differ, one where they do not."""
+    if call.right is None:
+        return 1
+    bytes_of_head = call.key.shape[2] * (call.key.shape[3] + call.value.shape[3]) * call.key.element_size()
+    return max(1, CACHE_SHARE // max(1, bytes_of_head))
+
+
+def _tile(kernel: str, call: Call) -> Tile:
+    return tile(kernel, architecture(call.query.device), call.query.dtype, max(call.query.shape[3], call.value.shape[3]))
+
+
+def _blocks(length: int, cu_seqlens: Tensor | None, block: int, sizes: Sizes) -> int:
+    """Blocks of all sequences together; with cu_seqlens, the slots that they are looked for in."""
+    if cu_seqlens is None:
+        return sizes.batch * triton.cdiv(length, block)
+    return length // block + sizes.batch if sizes.batch else 0
+
+
+# ---- the passes -------------------------------------------------------------------------------------------------------------
+
+
+def _visits(
+    mask: Tensor | None, call: Call, shape: Tile, by_keys: bool, scoring: Scoring
+) -> tuple[list[Launch], Visits | None]:
+    """The launch that lists which blocks to visit, and the lists."""
+    if mask is None:
+        return [], None
+    q_len, k_len = call.query.shape[2], call.key.shape[2]
+    own, other = triton.cdiv(q_len, shape.q), triton.cdiv(k_len, shape.k)
+    own, other = (other, own) if by_keys else (own, other)
+    batch, heads = mask.shape[:2]
+    counts = torch.empty(batch, heads, own, dtype=torch.int32, device=mask.device)
+    blocks = torch.empty(batch, heads, own, max(1, other), dtype=torch.int32, device=mask.device)
+    one_unit = Mask(mask, *mask.expand(batch, heads, q_len, k_len).stride())
+    arguments = {
+        "mask": one_unit, "blocks": blocks, "counts": counts, "mask_heads": heads, "q_len": q_len, "k_len": k_len,
+        "left": scoring.left, "right": scoring.right, "BLOCK_Q": shape.q, "BLOCK_K": shape.k, "BY_KEYS": by_keys,
+    }  # fmt: skip
+    of_batch, of_head = heads * own if batch > 1 else 0, own if heads > 1 else 0
+    return [_launch(attention_visits, batch * heads * own, arguments)], Visits(blocks, counts, of_batch, of_head, max(1, other))
+
+
+def plan_forward(call: Call, out: Tensor, lse: Tensor) -> list[Launch]:
+    """Launches that write out (batch, heads, rows, Dv) and lse (batch, heads, rows)."""
+    shape, sizes = _tile(FORWARD, call), _sizes(call)
+    scoring = _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, call.sinks)
+    mask_rows, mask = _mask(call.mask, call)
+    launches, visits = _visits(mask, call, shape, False, scoring)
+    arguments = {
+        **_inputs(call), "out": _rows(out), "lse": lse, "mask": mask_rows, "visits": visits, "sizes": sizes, "scoring": scoring,
+        "dropout": _dropout(call), "together": _together(call), "BLOCK_Q": shape.q, "BLOCK_K": shape.k,
+        "PLAIN": _is_plain(call), **_shared(call),
+    }  # fmt: skip
+    grid = sizes.heads * _blocks(sizes.q_len, sizes.cu_q, shape.q, sizes)
+    return [*launches, _launch(attention_forward, grid, arguments, shape.warps, shape.stages)]
+
+
+def plan_backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: tuple, delta: Tensor
+) -> list[Launch]:
+    """Launches that write delta, like lse, and the gradients of query, key, value and mask; the last may be None.
+
+    grad_mask is contiguous, of the mask's shape.
+    """
+    sizes, shared = _sizes(call), _shared(call)
+    grad_query, grad_key, grad_value, grad_mask = grads
+    scoring = _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, None)  # the sinks are in lse
+    mask_rows, mask = _mask(call.mask, call)
+    tensors = {**_inputs(call), "grad_out": _rows(grad_out), "lse": lse, "delta": delta, "mask": mask_rows}
+    tensors |= {"sizes": sizes, "scoring": scoring, "dropout": _dropout(call), **shared}
+    walk = {"together": _together(call), "PLAIN": _is_plain(call)}
+
+    batch, heads, q_len, _ = call.query.shape
+    of_delta = {
+        "out": _rows(out), "grad_out": _rows(grad_out), "grad_lse": grad_lse, "delta": delta, "heads": heads, "rows": q_len,
+        "DV": shared["DV"], "VALUE_COLUMNS": shared["VALUE_COLUMNS"], "BLOCK_Q": ROWS,
+    }  # fmt: skip
+    launches = [_launch(attention_delta, batch * heads * triton.cdiv(q_len, ROWS), of_delta)]
+
+    shape = _tile(GRAD_KEY_VALUE, call)
+    listing, visits = _visits(mask, call, shape, True, scoring)
+    results = {"grad_key": _rows(grad_key), "grad_value": _rows(grad_value)}
+    arguments = {**tensors, **walk, **results, "visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
+    grid = call.key.shape[1] * _blocks(sizes.k_len, sizes.cu_k, shape.k, sizes)
+    launches += [*listing, _launch(attention_grad_key_value, grid, arguments, shape.warps, shape.stages)]
+
+    shape = _tile(GRAD_QUERY, call)
+    listing, visits = _visits(mask, call, shape, False, scoring)
+    arguments = {**tensors, **walk, "grad_query": _rows(grad_query), "visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
+    grid = heads * _blocks(q_len, sizes.cu_q, shape.q, sizes)
+    launches += [*listing, _launch(attention_grad_query, grid, arguments, shape.warps, shape.stages)]
+    if grad_mask is not None:
+        launches.append(_plan_grad_mask(mask, grad_mask, tensors, sizes, shape))
+    return launches
+
+
+def _plan_grad_mask(mask: Tensor, grad_mask: Tensor, tensors: dict, sizes: Sizes, shape: Tile) -> Launch:
+    batch, heads, rows, columns = mask.shape
+    per_query, per_key = rows == sizes.q_len, columns == sizes.k_len
+    arguments = {
+        **tensors, "grad_mask": grad_mask, "mask_batch": batch, "mask_heads": heads, "PER_QUERY": per_query, "PER_KEY": per_key,
+        "BLOCK_Q": shape.q, "BLOCK_K": shape.k,
+    }  # fmt: skip
+    tiles = (triton.cdiv(rows, shape.q) if per_query else 1) * (triton.cdiv(columns, shape.k) if per_key else 1)
+    return _launch(attention_grad_mask, batch * heads * tiles, arguments, shape.warps, shape.stages)
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------------------------
+
+_FEWEST_OF_CHUNK, _MOST_CHUNKS = 256, 64
+
+
+def plan_decoding(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_seqlens: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    softcap: float,
+    allow_tf32: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> list[Launch]:
+    """Launches that append key and value to the caches, then write out and lse, as in `plan_forward`."""
+    (batch, heads, q_len, head_dim), value_dim, device = query.shape, value_cache.shape[3], query.device
+    keys, values = _cache(key_cache, block_table), _cache(value_cache, block_table)
+    capacity = keys.rows * (1 if block_table is None else keys.most)
+    kv_heads = key_cache.shape[1 if block_table is None else 2]
+    added = 0 if key is None else key.shape[2]
+    shape = tile(DECODE, architecture(device), query.dtype, max(head_dim, value_dim))
+    cache_seqlens = cache_seqlens.contiguous()
+    launches = []
+    for new, cache in ((key, keys), (value, values)) if added else ():
+        arguments = {
+            "rows": _rows(rows_of(new)), "cache": cache, "cache_seqlens": cache_seqlens, "kv_heads": kv_heads, "added": added,
+            "DIM": new.shape[3], "COLUMNS": _columns(new.shape[3]), "BLOCK": shape.q,
+        }  # fmt: skip
+        launches.append(_launch(cache_append, batch * kv_heads * triton.cdiv(added, shape.q), arguments))
+
+    chunk = max(_FEWEST_OF_CHUNK, shape.k, triton.next_power_of_2(triton.cdiv(capacity, _MOST_CHUNKS)))
+    chunks = max(1, triton.cdiv(capacity, chunk))
+    partial = torch.empty(batch, heads, q_len, chunks, value_dim, dtype=torch.float32, device=device)
+    statistics = torch.empty(batch, heads, q_len, chunks, 2, dtype=torch.float32, device=device)
+    group = heads // max(1, kv_heads)
+    both = {
+        "partial": partial, "statistics": statistics, "cache_seqlens": cache_seqlens,
+        "sizes": Sizes(batch, heads, group, q_len, capacity, None, None),
+        "scoring": _scoring(left, right, scale, softcap, alibi_slopes, sinks), "added": added, "capacity": capacity,
+        "chunks": chunks, "DV": value_dim, "VALUE_COLUMNS": _columns(value_dim), "CHUNK": chunk,
+    }  # fmt: skip
+    of_tiles = {
+        "query": _rows(rows_of(query)), "keys": keys, "values": values, "D": head_dim, "COLUMNS": _columns(head_dim),
+        "BLOCK_Q": shape.q, "BLOCK_K": shape.k, "PRECISION": _precision(allow_tf32, query.dtype),
+    }  # fmt: skip
+    grid = chunks * batch * kv_heads * triton.cdiv(group * q_len, shape.q)
+    launches.append(_launch(attention_decode, grid, both | of_tiles, shape.warps, shape.stages))
+    launches.append(_launch(attention_join, batch * heads * q_len, both | {"out": _rows(out), "lse": lse}))
+    return launches
+
+
+def _cache(cache: Tensor, block_table: Tensor | None) -> Cache:
+    if block_table is None:
+        return Cache(cache, *cache.stride()[:3], cache.shape[2], None, 1, 1)
+    page, row, head, _ = cache.stride()
+    return Cache(cache, page, head, row, cache.shape[1], block_table.contiguous(), cache.shape[0], block_table.shape[1])

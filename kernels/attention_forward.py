@@ -1,0 +1,86 @@
+"""The forward of attention: a program per head and block of queries walks over the keys that its queries see.
+
+What makes it fast: one fused multiply-add and one exp2 per score, as the scale is folded into the exponent; keys that nobody in
+the block sees are never visited; only blocks on the edge of what is seen are masked.
+Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
+"""
+
+import triton
+import triton.language as tl
+
+from .attention_parts import (
+    dropout_stream,
+    first_state,
+    kept,
+    load_tile,
+    log_sum_exp,
+    loop_bounds,
+    masked,
+    online_softmax,
+    place,
+    scores,
+    seen_range,
+    slope_of,
+    store_tile,
+    tile_pointers,
+    visit_list,
+    visited,
+)
+
+
+@triton.jit
+def attention_forward(
+    query, key, value, out, lse, mask, visits, sizes, scoring, dropout, together,
+    D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """query, key, value, out: Rows; lse: float32 (batch, heads, rows). PLAIN: scores are products times a positive factor."""
+    b, head, block, batch, q_first, q_len, k_first, k_len = place(
+        tl.program_id(0), sizes.heads, sizes.q_len, sizes, sizes.cu_q, together, BLOCK_Q
+    )
+    q_start = block * BLOCK_Q
+    if q_start < q_len:
+        q_pointers = tile_pointers(query, batch, head, q_first + q_start, BLOCK_Q, COLUMNS)
+        k_pointers = tile_pointers(key, batch, head // sizes.group, k_first, BLOCK_K, COLUMNS)
+        v_pointers = tile_pointers(value, batch, head // sizes.group, k_first, BLOCK_K, VALUE_COLUMNS)
+        q = load_tile(q_pointers, q_len - q_start, D, True)
+        shift = k_len - q_len  # query i has its place at key i + shift
+        i = q_start + tl.arange(0, BLOCK_Q)
+        slope = slope_of(scoring, b, head)
+        seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        maximum, total = first_state(scoring, head, BLOCK_Q)
+        acc = tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
+        last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
+        begin, whole, edge, end = seen_range(q_start + shift, last + shift, k_len, scoring.left, scoring.right, BLOCK_K)
+        visit, count = visit_list(visits, b, head, block)
+        for phase in tl.static_range(3):
+            start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
+            for step in range(start, stop, BLOCK_K):
+                k_start = visited(step, visit, BLOCK_K)
+                k = load_tile(k_pointers + tl.cast(k_start, tl.int64) * key.row, k_len - k_start, D, phase != 1)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+                j = (k_start + tl.arange(0, BLOCK_K))[None, :]
+                factor = scoring.inner
+                if not PLAIN:
+                    s, _ = scores(s, (i + shift)[:, None], j, slope, scoring)
+                    factor = 1.0
+                if phase != 1:
+                    s = masked(
+                        s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
+                    )
+                weights, maximum, total, decay = online_softmax(s, factor, maximum, total, phase != 1)
+                if seed is not None:
+                    weights = tl.where(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K), weights, 0.0)
+                v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
+                acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        out_scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+        if seed is not None:
+            out_scale *= dropout.keep_scale
+        store_tile(
+            tile_pointers(out, batch, head, q_first + q_start, BLOCK_Q, VALUE_COLUMNS),
+            acc * out_scale[:, None],
+            q_len - q_start,
+            DV,
+        )
+        lse_rows = lse + (batch * sizes.heads + head) * sizes.q_len + q_first + i
+        tl.store(lse_rows, log_sum_exp(maximum, total), mask=i < q_len)

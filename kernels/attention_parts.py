@@ -1,0 +1,338 @@
+"""The device functions of attention, one idea each: places, ranges, loads, scores, masks, online softmax, dropout.
+
+The passes (attention_forward.py, attention_backward.py, attention_decoding.py) are made of them. All work on tiles of queries
+by keys; those that take `query` and `key` take the indices of the tile's rows and columns, shaped to broadcast against it, and
+so serve a transposed tile as well. Scores are kept in units of log2, so that an exponential is one exp2.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# ---- arguments: a kernel takes a tensor and its strides, or what belongs together, as one -----------------------------------
+
+
+class Rows(NamedTuple):
+    """A (batch, head, row, column) tensor by its strides. Columns are contiguous."""
+
+    data: Any
+    batch: int
+    head: int
+    row: int
+
+
+class Mask(NamedTuple):
+    """What is added to the scores, or bytes of which 0 hides a key; the strides along which it is broadcast are 0."""
+
+    data: Any
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+class Visits(NamedTuple):
+    """Which blocks a mask leaves something of: for each block of one side, the numbers of those of the other, and how many."""
+
+    blocks: Any  # int32 (mask's batch, mask's head, blocks of this side, blocks of the other side)
+    counts: Any  # int32 (mask's batch, mask's head, blocks of this side)
+    batch: int  # strides of counts; 0 where the mask is broadcast
+    head: int
+    most: int  # blocks of the other side
+
+
+class Sizes(NamedTuple):
+    """Lengths; with cu_seqlens, batch counts the sequences and lengths are those of all of them together."""
+
+    batch: int
+    heads: int
+    group: int  # query heads that share a head of keys
+    q_len: int
+    k_len: int
+    cu_q: Any  # int32 (batch + 1,), or None
+    cu_k: Any
+
+
+class Scoring(NamedTuple):
+    """What happens between the products and the softmax; None is nothing."""
+
+    left: Any  # query i sees keys from p_i - left to p_i + right, with p_i = i + k_len - q_len
+    right: Any
+    scale: float
+    inner: float  # score = outer * tanh(inner * product), or inner * product where outer is None; in units of log2
+    outer: Any
+    slopes: Any  # float32 (batch, heads)
+    slope_batch: int  # its stride; 0 where the slopes are one for all
+    sinks: Any  # float32 (heads,)
+
+
+class Dropout(NamedTuple):
+    """Weights are dropped where the word of the generator is at most `drop_to`; data is None without dropout."""
+
+    seed: Any  # int64 (1,) or (batch,)
+    per_example: Any  # whether each example has its own seed; None is no
+    drop_to: Any
+    keep_scale: Any
+
+
+# ---- places: which sequence, head and block a program works on --------------------------------------------------------------
+
+
+@triton.jit
+def in_order(program, units, blocks, together):
+    """(unit, block) of a program: last blocks first, which causality makes the longest, `together` units (heads whose keys fit
+    into the cache) at a time."""
+    first = program // (blocks * together) * together
+    size = tl.minimum(together, units - first)
+    within = program - first * blocks
+    return first + within % size, blocks - 1 - within // size
+
+
+@triton.jit
+def find_sequence(slot, cu_seqlens, batch, BLOCK: tl.constexpr):
+    """(sequence, block) of a slot. Sequence b owns the slots from cu_seqlens[b] // BLOCK + b on, one or more for each block."""
+    low, high = 0, batch - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        starts_by = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
+        low = tl.where(starts_by, middle, low)
+        high = tl.where(starts_by, high, middle - 1)
+    return low, slot - (tl.load(cu_seqlens + low) // BLOCK + low)
+
+
+@triton.jit
+def sequence(cu_seqlens, b, total):
+    """(first row, rows) of a sequence; inside the tensor whatever cu_seqlens holds."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+    last = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total)
+    return first, last - first
+
+
+@triton.jit
+def place(program, heads, length, sizes, cu_seqlens, together, BLOCK: tl.constexpr):
+    """(example, head, block, batch index, first query, queries, first key, keys) of a program.
+
+    cu_seqlens are those of the side that is cut into blocks: then all rows lie in one batch, and a block may lie past the end
+    of its sequence.
+    """
+    if cu_seqlens is None:
+        unit, block = in_order(program, sizes.batch * heads, tl.cdiv(length, BLOCK), together)
+        b = unit // heads
+        return b, unit % heads, block, b.to(tl.int64), 0, sizes.q_len, 0, sizes.k_len
+    else:
+        head, slot = in_order(program, heads, length // BLOCK + sizes.batch, together)
+        b, block = find_sequence(slot, cu_seqlens, sizes.batch, BLOCK)
+        q_first, q_len = sequence(sizes.cu_q, b, sizes.q_len)
+        k_first, k_len = sequence(sizes.cu_k, b, sizes.k_len)
+        return b, head, block, (b * 0).to(tl.int64), q_first, q_len, k_first, k_len
+
+
+# ---- ranges: which blocks hold something to see, and which of them nothing that is hidden -----------------------------------
+
+
+@triton.jit
+def seen_range(first, last, length, left, right, BLOCK: tl.constexpr):
+    """(begin, whole, edge, end): which of 0..length, in steps of BLOCK, rows at places first to last see.
+
+    A row sees from its place - left to its place + right. Blocks from `whole` to `edge` are seen by every row; those from
+    `begin` to `whole` and from `edge` to `end` in part; the others not at all.
+    """
+    begin, end, edge = 0, length, length // BLOCK * BLOCK
+    if right is not None:
+        end = tl.minimum(length, tl.maximum(last + right + 1, 0))
+        edge = tl.minimum(edge, tl.maximum(first + right + 1, 0) // BLOCK * BLOCK)
+    whole = 0
+    if left is not None:
+        begin = tl.maximum(first - left, 0) // BLOCK * BLOCK
+        end_of_blocks = tl.cdiv(end, BLOCK) * BLOCK
+        whole = tl.cdiv(tl.maximum(last - left, 0), BLOCK) * BLOCK
+        whole = tl.maximum(begin, tl.minimum(whole, end_of_blocks))
+    return begin, whole, tl.maximum(whole, edge), end
+
+
+@triton.jit
+def visit_list(visits, b, head, block):
+    """(blocks to visit, how many): of a block's list, where a mask has made lists."""
+    if visits is None:
+        return None, 0
+    else:
+        at = b.to(tl.int64) * visits.batch + head * visits.head + block
+        return visits.blocks + at * visits.most, tl.load(visits.counts + at)
+
+
+@triton.jit
+def loop_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """(start, stop) of phases 0 to 2: an edge, the inside, which needs no mask, and the other edge, or all that is listed."""
+    if LISTED:
+        if phase == 2:
+            return 0, count * BLOCK
+        else:
+            return 0, 0
+    elif phase == 0:
+        return begin, whole
+    elif phase == 1:
+        return whole, edge
+    else:
+        return edge, end
+
+
+@triton.jit
+def visited(step, visit, BLOCK: tl.constexpr):
+    """The first row of the block that a step visits."""
+    if visit is None:
+        return step
+    else:
+        return tl.load(visit + step // BLOCK) * BLOCK
+
+
+# ---- loads and stores: (ROWS, COLUMNS) tiles of a tensor whose columns are contiguous ---------------------------------------
+
+
+@triton.jit
+def tile_pointers(rows, batch, head, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of rows first to first + ROWS. What can exceed 2**31 elements is counted in 64 bits, what lies inside a tile in 32."""
+    base = rows.data + batch * rows.batch + head.to(tl.int64) * rows.head + tl.cast(first, tl.int64) * rows.row
+    return base + tl.arange(0, ROWS)[:, None] * rows.row + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def load_tile(pointers, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """The tile, with zeros past the first `rows_left` rows (where that is checked) and DIM columns."""
+    ROWS: tl.constexpr = pointers.shape[0]
+    COLUMNS: tl.constexpr = pointers.shape[1]
+    columns = tl.arange(0, COLUMNS)[None, :] < DIM
+    if CHECK_ROWS:
+        rows = tl.arange(0, ROWS)[:, None] < rows_left
+        if COLUMNS == DIM:
+            return tl.load(pointers, mask=rows, other=0.0)
+        else:
+            return tl.load(pointers, mask=rows & columns, other=0.0)
+    elif COLUMNS == DIM:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=columns, other=0.0)
+
+
+@triton.jit
+def store_tile(pointers, values, rows_left, DIM: tl.constexpr):
+    inside = (tl.arange(0, pointers.shape[0])[:, None] < rows_left) & (tl.arange(0, pointers.shape[1])[None, :] < DIM)
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
+
+
+# ---- scores -----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """To a few ulps, near 0 too: (1 - e) / (1 + e) with e = exp(-2 |x|); for small x by its series."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    y = x * x
+    series = y * (
+        -3.33332819422e-1 + y * (1.33314422036e-1 + y * (-5.37397155531e-2 + y * (2.06390887954e-2 + y * -5.70498872745e-3)))
+    )
+    return tl.where(tl.abs(x) < 0.625, x + x * series, far)
+
+
+@triton.jit
+def slope_of(scoring, b, head):
+    """The head's ALiBi slope in units of log2, or None."""
+    if scoring.slopes is None:
+        return None
+    else:
+        return tl.load(scoring.slopes + b * scoring.slope_batch + head) * LOG2E
+
+
+@triton.jit
+def scores(products, place, key, slope, scoring):
+    """Scores in units of log2, before a mask, and the derivative of the softcap, 1 where there is none."""
+    s = products * scoring.inner
+    derivative = 1.0
+    if scoring.outer is not None:
+        t = tanh(s)
+        s = t * scoring.outer
+        derivative = 1.0 - t * t
+    if slope is not None:
+        s -= slope * tl.abs(place - key).to(tl.float32)
+    return s, derivative
+
+
+@triton.jit
+def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
+    """Scores with the mask added, and -inf where a key is hidden or is none."""
+    seen = (key < keys) & (query < queries)
+    if mask is not None:
+        base = mask.data + batch * mask.batch + head.to(tl.int64) * mask.head
+        pointers = base + query.to(tl.int64) * mask.row + key.to(tl.int64) * mask.column
+        if mask.data.dtype.element_ty == tl.uint8:
+            seen &= tl.load(pointers, mask=seen, other=0) != 0
+        else:
+            s += tl.load(pointers, mask=seen, other=0.0).to(tl.float32) * LOG2E
+    if left is not None:
+        seen &= key >= place - left
+    if right is not None:
+        seen &= key <= place + right
+    return tl.where(seen, s, float("-inf"))
+
+
+# ---- softmax ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def online_softmax(s, factor, maximum, total, MASKED: tl.constexpr):
+    """(weights, new maximum, new total, what to multiply by that was weighed before) of a tile of scores s * factor.
+
+    `maximum` and `total` are those of the rows so far. The factor, which is positive, is applied to the maximum, so that a
+    weight takes one fused multiply-add and one exp2. Source: Milakov and Gimelshein, "Online normalizer calculation for
+    softmax" (2018).
+    """
+    new = tl.maximum(maximum, tl.max(s, 1) * factor)
+    base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has seen nothing yet has no maximum
+    weights = tl.exp2(s * factor - base[:, None])
+    decay = tl.exp2(maximum - base)
+    return weights, new, total * decay + tl.sum(weights, 1), decay
+
+
+@triton.jit
+def first_state(scoring, head, ROWS: tl.constexpr):
+    """(maximum, total) of rows that have seen nothing but their sink."""
+    if scoring.sinks is None:
+        return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    else:
+        sink = tl.load(scoring.sinks + head) * LOG2E
+        total = tl.where(sink == float("-inf"), 0.0, 1.0)
+        return tl.zeros([ROWS], tl.float32) + sink, tl.zeros([ROWS], tl.float32) + total
+
+
+@triton.jit
+def log_sum_exp(maximum, total):
+    """In natural units; -inf for a row that has seen nothing."""
+    return tl.where(total == 0.0, float("-inf"), (maximum + tl.log2(tl.where(total == 0.0, 1.0, total))) / LOG2E)
+
+
+# ---- dropout ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dropout_stream(dropout, b, head, heads):
+    """(seed, number of the head in its stream), or None twice."""
+    if dropout.seed is None:
+        return None, None
+    elif dropout.per_example is None:
+        return tl.load(dropout.seed), b * heads + head
+    else:
+        return tl.load(dropout.seed + b), head
+
+
+@triton.jit
+def kept(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Which weights of a (QUERIES, KEYS) tile stay: word j % 4 of counter (j // 4, query, stream, 0) decides on key j."""
+    block = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)[None, :]
+    zero = tl.zeros([QUERIES, KEYS // 4], tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, zero + block, zero + query.to(tl.uint32)[:, None], zero + stream.to(tl.uint32), zero)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (QUERIES, KEYS / 4, 2, 2): words 0, 1, 2, 3 in the order of memory
+    return tl.reshape(words, [QUERIES, KEYS]) > dropout.drop_to.to(tl.uint32)

@@ -1,0 +1,79 @@
+"""How attention's kernels are cut for each GPU: the one table that launches, ahead-of-time compilation and tests read.
+
+A row holds for head_dims (the larger of keys' and values') up to 64, 128 and 256. The figures were found by compiling for each
+GPU and reading registers, spills and instructions (benchmarks/static_roofline.py), not by timing: no GPU was at hand.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Rows of queries and of keys that a program works on at a time, and what the compiler is told."""
+
+    q: int
+    k: int
+    warps: int
+    stages: int
+
+
+FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE = "forward", "grad_key_value", "grad_query", "decode"
+ROWS = 64  # of a tile where little is computed: delta, the mask's lists and its gradient, appended rows
+CACHE_SHARE = 24 << 20  # bytes of keys and values that heads worked on at the same time may fill of the second-level cache
+
+# GPUs whose tables are the same go by one name.
+SAME = {"sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
+
+HALF = {
+    "sm_80": {
+        FORWARD: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
+        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 2)),
+    },
+    "sm_90": {
+        FORWARD: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
+        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 2)),
+    },
+}
+SINGLE = {
+    "sm_80": {
+        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+        DECODE: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+    },
+}
+INTERPRETER = {  # small and uneven, so that short sequences have several blocks
+    FORWARD: Tile(32, 16, 4, 1),
+    GRAD_KEY_VALUE: Tile(16, 32, 4, 1),
+    GRAD_QUERY: Tile(16, 32, 4, 1),
+    DECODE: Tile(16, 32, 4, 1),
+}
+
+
+def architecture(device: torch.device) -> str:
+    """'sm_90', 'gfx942', …; 'interpreter' for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
+    """The tile of a kernel for the larger of the two head_dims."""
+    if arch == "interpreter":
+        return INTERPRETER[kernel]
+    table = SINGLE if dtype == torch.float32 else HALF
+    family = table.get(SAME.get(arch, arch)) or table[_closest(arch)]
+    return family[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
+
+
+def _closest(arch: str) -> str:
+    """For a GPU that the table does not name: what the oldest of its maker's takes."""
+    return "gfx90a" if arch.startswith("gfx") else "sm_80"
