@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test bench doctor lint format sanitize wheel clean
+.PHONY: help test bench doctor lint format sanitize gpu-kernels wheel clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -42,6 +42,9 @@ sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer 
 	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C install.strip=false .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):$(SITE) $(PYTHON) $(BIN)/pytest $(or $(TESTS),tests -m "not slow_sanitized")
+
+gpu-kernels: $(VENV)/installed ## compile every Triton kernel for every GPU, and print what each is made of
+	$(BIN)/python benchmarks/gpu_kernels.py
 
 wheel: $(VENV)/installed ## build a wheel into dist/
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .

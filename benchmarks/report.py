@@ -11,6 +11,7 @@ from pathlib import Path
 import report_plots
 from bench_results import Result, load, results_of
 from report_digits import digits_section
+from report_gpu import measured_section, predictions_section
 from report_tables import full_table, goals_table, machine_table, memory_table, missing_list, terminal_table
 from rich.console import Console
 from rich.table import Table
@@ -65,6 +66,7 @@ def write_report(out: Path) -> list[Table]:
         sections += ["## Memory", "![peak extra memory](memory.png)", memory_table(results)]
     if digits:
         sections += [digits_section(digits, out)]
+    sections += [measured_section(load(out, "gpu")), predictions_section(load(out, "predictions"))]
     sections += [METHOD, "## The machine", machine_table(machine)]
     out.joinpath("report.md").write_text("\n\n".join(section.strip() for section in sections if section) + "\n")
     return [terminal_table(op, rows) for op, rows in by_op]

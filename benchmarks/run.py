@@ -1,17 +1,21 @@
-"""The main job, `make bench`: check, time and measure each op, train the digits VAE, and write a report.
+"""The main job, `make bench`: check, time and measure each op, train the digits VAE, compile GPU kernels, and write a report.
 
-    python benchmarks/run.py [--only ops|digits] [--full] [--out DIR]
+    python benchmarks/run.py [--only ops|digits|gpu] [--full] [--out DIR]
 
-Leaves in DIR (build/bench): report.md and its pictures, and machine.json, ops.json (pytest-benchmark's format), memory.json and
-digits.json, from which `report.py` can write it again. The exit code is 1 where an answer was wrong.
+Leaves in DIR (build/bench): report.md and its pictures, and machine.json, ops.json (pytest-benchmark's format), memory.json,
+digits.json, gpu.json and predictions.json, from which `report.py` can write it again. The exit code is 1 where an answer was
+wrong.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import bench_gpu
 import machine
+import torch
 from bench_digits import run_digits
 from bench_results import size
 from memory import peak_extra_bytes
@@ -20,7 +24,7 @@ from ops_progress import bar, run_ops
 from report import DEFAULT_OUT, warning, write_report
 from rich.console import Console
 
-STEPS = "machine", "ops", "memory", "digits"
+STEPS = "machine", "ops", "memory", "digits", "gpu", "predictions"
 LOG_WIDTH = 128  # where the output is no terminal
 
 
@@ -37,16 +41,22 @@ def main() -> None:
         f"  {description['cpu']}, {description['threads']} threads, {description['bandwidth_gb_s']} GB/s, "
         f"{description['gemm_gflop_s']['float32']} GFLOP/s"
     )
-    if options.only != "digits":
+    if options.only in (None, "ops"):
         console.rule("Ops: is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
             right &= run_ops(out / "ops.json", options.full) == 0
         description["others_share"] = others.share
         console.rule("Ops: peak extra memory")
         _save(out, "memory", measure_memory(console, options.full))
-    if options.only != "ops":
+    if options.only in (None, "digits"):
         console.rule("Digits VAE: fused and eager")
         right &= run_digits(console, out)
+    if options.only in (None, "gpu"):
+        console.rule("GPU kernels")
+        _save(out, "predictions", predict(console))
+        if torch.cuda.is_available():
+            rows = _save(out, "gpu", bench_gpu.run())
+            console.print(bench_gpu.table(rows))
     console.rule("Report")
     _save(out, "machine", description)
     tables = write_report(out)
@@ -59,7 +69,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("ops", "digits"), help="one part; the report has that part alone")
+    parser.add_argument("--only", choices=("ops", "digits", "gpu"), help="one part; the report has that part alone")
     parser.add_argument("--full", action="store_true", help="the long sizes and every dtype too")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     return parser.parse_args()
@@ -80,6 +90,18 @@ def measure_memory(console: Console, full: bool) -> list[dict]:
                 f"  {name}: {size(row['bytes']) if 'bytes' in row else row['why_not']}", highlight=False, soft_wrap=True
             )
     return rows
+
+
+def predict(console: Console) -> dict:
+    """What the machine code of the Triton kernels lets expect of GPUs; no GPU is needed, and none is measured."""
+    if importlib.util.find_spec("triton") is None:
+        return {"why_not": "Triton is not installed"}
+    import static_roofline  # imports Triton
+
+    with console.status("compiling"):
+        rows = static_roofline.table_rows(static_roofline.default_variants(static_roofline.DEFAULT_GPUS))
+    console.print(static_roofline.table(rows))
+    return {"head": static_roofline.HEADER, "rows": rows}
 
 
 def _save(out: Path, name: str, content):

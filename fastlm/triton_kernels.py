@@ -10,6 +10,8 @@ import os
 
 import torch
 
+NOT_INSTALLED = None if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
+
 
 @functools.cache
 def attention():
@@ -22,23 +24,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def not_installed() -> str | None:
-    """Why there is no Triton, or None."""
-    return "Triton is not installed: pip install triton" if importlib.util.find_spec("triton") is None else None
-
-
 def why_not(tensor: torch.Tensor) -> str | None:
     """Why no Triton kernel can take a tensor of this device."""
     if tensor.device.type != "cuda" and not (tensor.is_cpu and interpreted()):
         return f"the tensors are on {tensor.device}"
-    return not_installed()
+    return NOT_INSTALLED
 
 
 def state() -> str:
     """What `fastlm.backends()` says."""
-    if reason := not_installed():
-        return reason
+    if NOT_INSTALLED:
+        return NOT_INSTALLED
     if torch.cuda.is_available():
         return f"available ({torch.cuda.get_device_name()})"
     return "available (Triton's interpreter, which is very slow)" if interpreted() else "torch sees no GPU"

@@ -61,6 +61,7 @@ class Call(NamedTuple):
     drop_below: int  # the generator's words that drop a weight are below this; 0: no dropout
     keep_scale: float
     allow_tf32: bool
+    arch: str | None = None  # the GPU to plan for; None is the query's
 
 
 def _launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int = 1) -> Launch:
@@ -158,7 +159,9 @@ def _together(call: Call) -> int:
 
 
 def _tile(kernel: str, call: Call) -> Tile:
-    return tile(kernel, architecture(call.query.device), call.query.dtype, max(call.query.shape[3], call.value.shape[3]))
+    return tile(
+        kernel, call.arch or architecture(call.query.device), call.query.dtype, max(call.query.shape[3], call.value.shape[3])
+    )
 
 
 def _blocks(length: int, cu_seqlens: Tensor | None, block: int, sizes: Sizes) -> int:
@@ -279,6 +282,7 @@ def plan_decoding(
     allow_tf32: bool,
     out: Tensor,
     lse: Tensor,
+    arch: str | None = None,
 ) -> list[Launch]:
     """Launches that append key and value to the caches, then write out and lse, as in `plan_forward`."""
     (batch, heads, q_len, head_dim), value_dim, device = query.shape, value_cache.shape[3], query.device
@@ -286,7 +290,7 @@ def plan_decoding(
     capacity = keys.rows * (1 if block_table is None else keys.most)
     kv_heads = key_cache.shape[1 if block_table is None else 2]
     added = 0 if key is None else key.shape[2]
-    shape = tile(DECODE, architecture(device), query.dtype, max(head_dim, value_dim))
+    shape = tile(DECODE, arch or architecture(device), query.dtype, max(head_dim, value_dim))
     cache_seqlens = cache_seqlens.contiguous()
     launches = []
     for new, cache in ((key, keys), (value, values)) if added else ():

@@ -94,13 +94,14 @@ def in_order(program, units, blocks, together):
 @triton.jit
 def find_sequence(slot, cu_seqlens, batch, BLOCK: tl.constexpr):
     """(sequence, block) of a slot. Sequence b owns the slots from cu_seqlens[b] // BLOCK + b on, one or more for each block."""
-    low, high = 0, batch - 1
+    low, high = slot * 0, batch - 1
     while low < high:
         middle = (low + high + 1) // 2
         starts_by = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
         low = tl.where(starts_by, middle, low)
         high = tl.where(starts_by, high, middle - 1)
-    return low, slot - (tl.load(cu_seqlens + low) // BLOCK + low)
+    block = slot - (tl.load(cu_seqlens + low) // BLOCK + low)
+    return low, tl.minimum(tl.maximum(block, 0), 1 << 23)  # what wrong cu_seqlens give stays a block
 
 
 @triton.jit

@@ -76,4 +76,4 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
 
 def _closest(arch: str) -> str:
     """For a GPU that the table does not name: what the oldest of its maker's takes."""
-    return "gfx90a" if arch.startswith("gfx") else "sm_80"
+    return "sm_80"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton_interpreter  # noqa: F401  (before any kernel is imported)
 from hypothesis import HealthCheck, settings
 from oracle import ISAS
 

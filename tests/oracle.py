@@ -76,17 +76,20 @@ def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Te
     return [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
 
 
-def run(function: Callable, arguments: dict, differentiable: tuple, make_gradients=output_gradients, **options) -> Results:
+def run(
+    function: Callable, arguments: dict, differentiable: tuple, make_gradients=output_gradients, device="cpu", **options
+) -> Results:
     """The outputs of ``function(**arguments, **options)`` and the gradients of the tensors named in ``differentiable``."""
+    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     tensors = {name: arguments[name] for name in differentiable if arguments.get(name) is not None}
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
     outputs = function(**{**arguments, **leaves, **options})
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    results = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
     if leaves:
-        gradients = make_gradients(outputs, _dtype_of(arguments))
+        gradients = [g.to(device) for g in make_gradients(outputs, _dtype_of(arguments))]
         for name, gradient in zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients)):
-            results[f"gradient of {name}"] = gradient
+            results[f"gradient of {name}"] = gradient.cpu()
     return results
 
 

@@ -17,7 +17,7 @@ sys.meta_path.insert(0, Blocker())
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code with the environment variables given, no others of fastlm's, and away from the repository's own folders."""
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("FASTLM_")}
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(("FASTLM_", "TRITON_"))}
     if "PYTHONPATH" in settings:
         settings["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, settings["PYTHONPATH"].split(os.pathsep)))
     command, settings = [sys.executable, "-c", code], settings | environment

@@ -48,8 +48,8 @@ def laid_out(layout: str, shape: tuple, dtype, seed: int) -> torch.Tensor:
 
 
 @st.composite
-def tensors(draw, batch: int, heads: int, kv_heads: int, q_len: int, k_len: int, dtype) -> dict:
-    dim, value_dim = draw(DIMS), draw(DIMS)
+def tensors(draw, batch: int, heads: int, kv_heads: int, q_len: int, k_len: int, dtype, dims=DIMS) -> dict:
+    dim, value_dim = draw(dims), draw(dims)
     shapes = {"query": (heads, q_len, dim), "key": (kv_heads, k_len, dim), "value": (kv_heads, k_len, value_dim)}
     return {
         name: laid_out(draw(st.sampled_from(LAYOUTS)), (batch, *shape), dtype, i)
@@ -108,11 +108,12 @@ def masks(draw, shape: tuple, dtype) -> dict:
 
 
 @st.composite
-def attention_calls(draw) -> dict:
-    batch, kv_heads, group = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3, 8]))
-    heads, q_len, k_len, dtype = kv_heads * group, draw(LENGTHS), draw(LENGTHS), draw(DTYPES)
+def attention_calls(draw, lengths=LENGTHS, dims=DIMS, most: int = 3, groups=(1, 1, 2, 3, 8)) -> dict:
+    """``most`` examples and heads of keys, ``groups`` of query heads that share one."""
+    batch, kv_heads, group = draw(st.integers(0, most)), draw(st.integers(1, most)), draw(st.sampled_from(groups))
+    heads, q_len, k_len, dtype = kv_heads * group, draw(lengths), draw(lengths), draw(DTYPES)
     return {
-        **draw(tensors(batch, heads, kv_heads, q_len, k_len, dtype)),
+        **draw(tensors(batch, heads, kv_heads, q_len, k_len, dtype, dims)),
         **draw(masks((batch, heads, q_len, k_len), dtype)),
         **draw(options(batch, heads, dtype)),
         **draw(dropout(batch)),
@@ -120,11 +121,11 @@ def attention_calls(draw) -> dict:
 
 
 @st.composite
-def varlen_calls(draw) -> dict:
-    sequences, kv_heads, group = draw(st.integers(0, 5)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 5]))
-    lengths = [[draw(LENGTHS) for _ in range(sequences)] for _ in range(2)]
+def varlen_calls(draw, lengths=LENGTHS, dims=DIMS, groups=(1, 2, 5)) -> dict:
+    sequences, kv_heads, group = draw(st.integers(0, 5)), draw(st.integers(1, 2)), draw(st.sampled_from(groups))
+    lengths = [[draw(lengths) for _ in range(sequences)] for _ in range(2)]
     dtype = draw(DTYPES)
-    made = draw(tensors(1, kv_heads * group, kv_heads, *map(sum, lengths), dtype))
+    made = draw(tensors(1, kv_heads * group, kv_heads, *map(sum, lengths), dtype, dims))
     names = "cu_seqlens_q", "cu_seqlens_k"
     return {
         **{name: tensor[0].transpose(0, 1) for name, tensor in made.items()},

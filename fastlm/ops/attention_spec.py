@@ -201,14 +201,14 @@ _TORCH_CASES = {
 }
 
 SPECS = (
-    Spec("attention", attention, _DTYPES, ("cpu",), _DIFFERENTIABLE, _CASES),
-    Spec("varlen_attention", varlen_attention, _DTYPES, ("cpu",), ("query", "key", "value", "sinks"), _VARLEN_CASES),
-    Spec("kvcache_attention", kvcache_attention, _DTYPES, ("cpu",), (), _CACHE_CASES),
+    Spec("attention", attention, _DTYPES, ("cpu", "triton"), _DIFFERENTIABLE, _CASES),
+    Spec("varlen_attention", varlen_attention, _DTYPES, ("cpu", "triton"), ("query", "key", "value", "sinks"), _VARLEN_CASES),
+    Spec("kvcache_attention", kvcache_attention, _DTYPES, ("cpu", "triton"), (), _CACHE_CASES),
     Spec(
         "scaled_dot_product_attention",
         scaled_dot_product_attention,
         _DTYPES,
-        ("cpu",),
+        ("cpu", "triton"),
         ("query", "key", "value", "attn_mask"),
         _TORCH_CASES,
     ),

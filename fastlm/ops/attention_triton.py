@@ -29,7 +29,8 @@ def allow_tf32() -> bool:
 def _call(query, key, value, mask, sinks, alibi_slopes, seed, cu_q, cu_k, left, right, scale, softcap, dropout_p):
     below = drop_below(dropout_p) if dropout_p else 0
     tensors = (query, key, value, mask, sinks, alibi_slopes, seed, cu_q, cu_k)
-    return triton_kernels.attention().Call(*tensors, left, right, scale, softcap, below, 1.0 / (1.0 - dropout_p), allow_tf32())
+    kernels = triton_kernels.attention()
+    return kernels.Call(*tensors, left, right, scale, softcap, below, 1.0 / (1.0 - dropout_p), allow_tf32())
 
 
 def _forward(query, key, value, *rest):

@@ -1,0 +1,111 @@
+"""Compiles the Triton kernels for GPUs that are not here, and says what they are made of.
+
+python benchmarks/gpu_kernels.py             # all: every GPU, pass, head_dim and dtype, causal or not (Triton caches them)
+python benchmarks/gpu_kernels.py --cover     # a subset in which every GPU meets every pass and head_dim, and every dtype
+
+Prints a line of JSON for each kernel. Nothing here runs on a GPU, and no figure is a measurement.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import warnings
+from typing import NamedTuple
+
+import torch
+from fastlm.kernels import ahead_of_time, attention, machine_code
+from fastlm.kernels.attention_settings import DECODE, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY
+
+GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
+PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
+HEAD_DIMS = (64, 128, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Variant(NamedTuple):
+    """One compilation."""
+
+    arch: str
+    of: str  # one of PASSES
+    head_dim: int
+    dtype: str
+    causal: bool
+
+
+def every_variant() -> list[Variant]:
+    """All, but decoding, which has no diagonal to skip, once."""
+    variants = itertools.starmap(Variant, itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES, (False, True)))
+    return [variant for variant in variants if variant.of != DECODE or not variant.causal]
+
+
+def covering_variants() -> list[Variant]:
+    """For every GPU each pass with each head_dim; dtypes and causality take turns."""
+    turns = itertools.cycle(itertools.product((True, False), DTYPES))
+    variants = []
+    for arch, of, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
+        causal, dtype = next(turns)
+        variants.append(Variant(arch, of, head_dim, dtype, causal and of != DECODE))
+    return variants
+
+
+def launch_of(variant: Variant) -> attention.Launch:
+    """What a launcher would start on that GPU for 4 sequences of 4096 with 16 heads."""
+    batch, heads, length, head_dim = 4, 16, 4096, variant.head_dim
+
+    def tensor(*shape, dtype=None):
+        return torch.empty(shape, dtype=dtype or getattr(torch, variant.dtype), device="meta")
+
+    query, key, value, out = (tensor(batch, heads, length, head_dim) for _ in range(4))
+    lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
+    if variant.of == DECODE:
+        caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
+        lengths = tensor(batch, dtype=torch.int32)
+        one = tensor(batch, heads, 1, head_dim)
+        options = (None, None, None, None, None, None, None, scale, 0.0, False)
+        return attention.plan_decoding(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
+    right = 0 if variant.causal else None
+    call = attention.Call(query, key, value, *[None] * 6, None, right, scale, 0.0, 0, 1.0, False, variant.arch)
+    if variant.of == FORWARD:
+        return attention.plan_forward(call, out, lse)[0]
+    launches = attention.plan_backward(call, out, lse, out, None, (query, key, value, None), lse)
+    return launches[1 if variant.of == GRAD_KEY_VALUE else 2]
+
+
+def inspect(variant: Variant) -> dict:
+    """What the compiled kernel takes, and the instructions of its hot loop."""
+    warnings.simplefilter("ignore")
+    launch = launch_of(variant)
+    row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
+    try:
+        binary = ahead_of_time.compile_launch(launch, variant.arch)
+    except Exception as error:  # a compiler that gives up is a finding, and the others go on
+        return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
+    loop = machine_code.hot_loop(binary, variant.arch)
+    usage = machine_code.usage(binary, variant.arch)._asdict()
+    return {**row, **usage, "instructions": len(loop.opcodes), "units": dict(loop.units)}
+
+
+def inspect_all(variants: list[Variant], jobs: int):
+    """The rows, as they come."""
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(inspect, variants)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cover", action="store_true", help="the subset")
+    parser.add_argument("--gpu", action="append", choices=GPUS, help="only for this GPU; may be given several times")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    variants = covering_variants() if arguments.cover else every_variant()
+    failed = 0
+    for row in inspect_all([v for v in variants if not arguments.gpu or v.arch in arguments.gpu], arguments.jobs):
+        failed += "error" in row
+        print(json.dumps(row), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

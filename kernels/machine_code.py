@@ -1,0 +1,120 @@
+"""What a compiled kernel is made of: its registers and spills, and the instructions of its hot loop by the unit that runs them.
+
+NVIDIA's machine code is read with the disassembler that comes with Triton, AMD's from the compiler's assembly.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+# Opcodes by unit, the first that matches; what matches none is control flow or addressing that runs beside.
+_NVIDIA = (
+    ("tensor", r"HMMA|HGMMA|DMMA|UTCHMMA|UTC\w*MMA|QMMA|OMMA"),
+    ("exp", r"MUFU"),
+    ("local", r"LDL|STL"),
+    ("shared", r"LDS|STS|LDSM|STSM|LDTM|STTM|LDT|STT"),
+    ("global", r"LDG|STG|LDGSTS|UTMALDG|UTMASTG|RED|ATOM"),
+    ("float", r"F(ADD|MUL|FMA|MNMX|MNMX3|ADD2|MUL2|FMA2)\b"),
+    ("convert", r"F2F|F2FP|F2I|I2F|HADD2|HFMA2|HMUL2"),
+    ("integer", r"I|LOP|SHF|LEA|PRMT|SEL|FSEL|FSETP|ISETP|MOV|SHFL|VOTE|PLOP|R2P|VIADD|VIMNMX|FCHK|U?IADD"),
+)
+_AMD = (
+    ("tensor", r"v_mfma|v_wmma|v_smfmac"),
+    ("exp", r"v_exp|v_log|v_rcp|v_sqrt|v_rsq|v_sin|v_cos"),
+    ("local", r"scratch_"),
+    ("shared", r"ds_"),
+    ("global", r"buffer_|global_|flat_"),
+    ("float", r"v_(pk_|dual_)?(add|sub|subrev|mul|fma|fmac|fmamk|fmaak|mac|max|max3|min|maximum|minimum|mad)\w*_f32"),
+    ("convert", r"v_cvt"),
+    ("integer", r"v_"),
+)
+
+
+class Usage(NamedTuple):
+    """What a thread and a program take."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+class Loop(NamedTuple):
+    """The instructions of one pass through a loop, by one warp."""
+
+    opcodes: tuple[str, ...]
+    units: Counter  # how many by unit
+
+
+def usage(binary, arch: str) -> Usage:
+    """Of a kernel that ahead_of_time.compile_launch made."""
+    shared = binary.metadata.shared
+    if arch.startswith("sm_"):
+        text = _tool("cuobjdump", "--dump-resource-usage", binary.asm["cubin"])
+        registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+        return Usage(registers, stack, shared)
+    text = binary.asm["amdgcn"]
+    registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+    return Usage(registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]), shared)
+
+
+def hot_loop(binary, arch: str) -> Loop:
+    """Of the loops with matrix products, the one that does least besides: the inside, without masks. Empty if there is none."""
+    loops = [_loop(body, arch) for body in _loop_bodies(_lines(binary, arch))]
+    with_products = [loop for loop in loops if loop.units["tensor"]] or [loop for loop in loops if loop.units["float"] > 32]
+    most = max((loop.units["tensor"] for loop in with_products), default=0)
+    full = [loop for loop in with_products if loop.units["tensor"] == most]
+    return min(full, key=lambda loop: len(loop.opcodes), default=Loop((), Counter()))
+
+
+def all_opcodes(binary, arch: str) -> Counter:
+    """Of the whole kernel."""
+    return Counter(opcode for kind, opcode in _lines(binary, arch) if kind == "op")
+
+
+def _loop(body: list[str], arch: str) -> Loop:
+    table = _NVIDIA if arch.startswith("sm_") else _AMD
+    return Loop(tuple(body), Counter(unit for opcode in body if (unit := _unit(opcode, table))))
+
+
+def _unit(opcode: str, table: tuple) -> str | None:
+    return next((unit for unit, pattern in table if re.match(pattern, opcode)), None)
+
+
+def _loop_bodies(lines: list[tuple[str, str]]) -> list[list[str]]:
+    """The opcodes between a label and a branch back to it, of the innermost loops."""
+    labels = {name: i for i, (kind, name) in enumerate(lines) if kind == "label"}
+    spans = {(labels[name], i) for i, (kind, name) in enumerate(lines) if kind == "branch" and labels.get(name, i) < i}
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[name for kind, name in lines[begin:end] if kind == "op"] for begin, end in inner]
+
+
+def _lines(binary, arch: str) -> list[tuple[str, str]]:
+    """('label', name), ('op', opcode) and ('branch', label) in their order."""
+    is_nvidia = arch.startswith("sm_")
+    text = _tool("nvdisasm", "-c", binary.asm["cubin"]) if is_nvidia else binary.asm["amdgcn"]
+    lines = []
+    for line in text.splitlines():
+        line = re.sub(r"/\*.*?\*/|;.*|//.*", "", line).strip()
+        if label := re.match(r"(\.?L\w+):", line):
+            lines.append(("label", label[1]))
+        elif code := re.match(r"(?:@!?U?P\w+\s+)?([A-Za-z]\w*(?:\.\w+)*)", line):
+            lines.append(("op", code[1]))
+            if target := re.search(r"^(?:@\S+\s+)?(?:BRA|s_c?branch)\S*\s.*?(\.?L\w+)", line):
+                lines.append(("branch", target[1]))
+    return lines
+
+
+def _tool(name: str, option: str, cubin: bytes) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(cubin)
+    try:
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
+    finally:
+        os.unlink(file.name)

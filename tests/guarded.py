@@ -1,0 +1,30 @@
+"""Tensors with bands around them, so that a read or a write outside shows."""
+
+import math
+
+import torch
+
+SENTINEL = 12.5
+
+
+class Guarded:
+    """Tensors inside larger ones that are all sentinel: NaN around what is read, a number around what is written."""
+
+    def __init__(self, device: str = "cpu"):
+        self.device = device
+        self.bands: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def put(self, tensor: torch.Tensor, band: float = math.nan) -> torch.Tensor:
+        """A copy of (batch, heads, rows, dim) with a band around every dimension."""
+        batch, heads, rows, dim = tensor.shape
+        around = torch.full((batch + 2, heads + 2, rows + 3, dim + 5), band, dtype=tensor.dtype, device=self.device)
+        inside = torch.zeros_like(around, dtype=torch.bool)
+        window = (slice(1, -1), slice(1, -1), slice(1, rows + 1), slice(2, dim + 2))
+        around[window], inside[window] = tensor, True
+        self.bands.append((around, inside))
+        return around[window]
+
+    def check(self, band: float) -> None:
+        for around, inside in self.bands:
+            outside = around[~inside]
+            assert (outside.isnan() if math.isnan(band) else outside == band).all()

@@ -1,0 +1,61 @@
+"""The Triton kernels as compiled for GPUs that are not here: they compile, spill nothing, fit, and use the matrix instructions.
+
+One subset of all variants (benchmarks/gpu_kernels.py --cover) in a process of its own, as the interpreter that other tests turn
+on replaces the compiler. `make gpu-kernels` takes them all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton")
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_kernels.py"
+# Bytes of shared memory that one program may take, by the makers' manuals.
+SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+SHARED_OF_AMD = 64
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """What each variant is made of."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    command = [sys.executable, str(SCRIPT), "--cover"]
+    process = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=1500, check=False)
+    assert process.stdout, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def _name(row: dict) -> str:
+    return f"{row['arch']} {row['of']} head_dim {row['head_dim']} {row['dtype']}{' causal' if row['causal'] else ''}"
+
+
+def _wrong(rows: list[dict], is_right) -> list[str]:
+    return [_name(row) for row in rows if not is_right(row)]
+
+
+def test_every_variant_compiles(rows):
+    assert len(rows) == 9 * 4 * 3
+    assert not [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
+
+
+def test_nothing_is_spilled(rows):
+    assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"]]
+
+
+def test_no_hot_loop_goes_through_local_memory(rows):
+    assert not _wrong(rows, lambda row: "local" not in row["units"])
+
+
+def test_shared_memory_fits(rows):
+    assert not _wrong(rows, lambda row: row["shared_bytes"] <= SHARED.get(row["arch"], SHARED_OF_AMD) * 1024)
+
+
+def test_products_are_on_the_matrix_instructions(rows):
+    """But for float32, whose products only AMD's datacenter GPUs have in full precision."""
+    on_matrix_units = [row for row in rows if row["dtype"] != "float32" or row["arch"] in ("gfx90a", "gfx942")]
+    assert not _wrong(on_matrix_units, lambda row: row["units"].get("tensor"))
