@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from fastlm.kernels import ahead_of_time, attention, machine_code
-from fastlm.kernels.attention_settings import DECODE, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY
+from fastlm.kernels.attention_settings import DECODE, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, tile
 
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
@@ -78,13 +78,14 @@ def inspect(variant: Variant) -> dict:
     warnings.simplefilter("ignore")
     launch = launch_of(variant)
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
+    shape = tile(variant.of, variant.arch, getattr(torch, variant.dtype), variant.head_dim)
     try:
         binary = ahead_of_time.compile_launch(launch, variant.arch)
     except Exception as error:  # a compiler that gives up is a finding, and the others go on
         return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
     loop = machine_code.hot_loop(binary, variant.arch)
     usage = machine_code.usage(binary, variant.arch)._asdict()
-    return {**row, **usage, "instructions": len(loop.opcodes), "units": dict(loop.units)}
+    return {**row, **usage, "may_spill": shape.spilled, "instructions": len(loop.opcodes), "units": dict(loop.units)}
 
 
 def inspect_all(variants: list[Variant], jobs: int):

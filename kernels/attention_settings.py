@@ -16,6 +16,7 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
+    spilled: int = 0  # bytes that a thread spills at most
 
 
 FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE = "forward", "grad_key_value", "grad_query", "decode"
@@ -23,28 +24,66 @@ ROWS = 64  # of a tile where little is computed: delta, the mask's lists and its
 CACHE_SHARE = 24 << 20  # bytes of keys and values that heads worked on at the same time may fill of the second-level cache
 
 # GPUs whose tables are the same go by one name.
-SAME = {"sm_89": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
+SAME = {"sm_89": "sm_86", "sm_120": "sm_86", "sm_121": "sm_86", "sm_103": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}
 
-HALF = {
+HALF = {  # bfloat16 and float16
     "sm_80": {
-        FORWARD: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
-        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
+        FORWARD: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 8, 2)),
+        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
+    },
+    "sm_86": {  # 99 KiB of shared memory
+        FORWARD: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
         GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
-        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 2)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
     "sm_90": {
-        FORWARD: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)),
-        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 8, 1)),
-        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 1)),
-        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 32, 4, 2)),
+        FORWARD: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 32, 8, 1)),
+        GRAD_QUERY: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
+    },
+    "sm_100": {
+        FORWARD: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 32, 8, 1)),
+        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
+    },
+    "gfx942": {  # 64 KiB of shared memory, 64 lanes in a warp
+        FORWARD: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 1)),
+        GRAD_QUERY: (Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        DECODE: (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
+    },
+    "gfx1100": {
+        FORWARD: (Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+        DECODE: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 8, 1)),
     },
 }
+# float32 in full precision is multiply-adds on NVIDIA's GPUs and on gfx11; only gfx9 has matrix instructions for it. Triton
+# keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, and on gfx11 for more.
 SINGLE = {
-    "sm_80": {
-        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
-        GRAD_KEY_VALUE: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
-        GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
-        DECODE: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 4, 2)),
+    "sm_86": {
+        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
+        GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
+        DECODE: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
+    },
+    "gfx942": {
+        FORWARD: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+        DECODE: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 8, 1)),
+    },
+    "gfx1100": {
+        FORWARD: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=800)),
+        GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=1100), Tile(16, 16, 8, 1, spilled=2600)),
+        GRAD_QUERY: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=800), Tile(16, 16, 8, 1, spilled=2200)),
+        DECODE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=500)),
     },
 }
 INTERPRETER = {  # small and uneven, so that short sequences have several blocks
@@ -75,5 +114,7 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
 
 
 def _closest(arch: str) -> str:
-    """For a GPU that the table does not name: what the oldest of its maker's takes."""
-    return "sm_80"
+    """For a GPU that a table does not name: what fits all of its maker's."""
+    if arch.startswith("gfx"):
+        return "gfx942" if arch.startswith("gfx9") else "gfx1100"
+    return "sm_86"

@@ -23,11 +23,15 @@ SHARED_OF_AMD = 64
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     """What each variant is made of."""
-    settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     command = [sys.executable, str(SCRIPT), "--cover"]
-    process = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=1500, check=False)
+    process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=1500, check=False)
     assert process.stdout, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def _settings() -> dict[str, str]:
+    """Without the interpreter."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
 
 
 def _name(row: dict) -> str:
@@ -43,12 +47,13 @@ def test_every_variant_compiles(rows):
     assert not [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
 
 
-def test_nothing_is_spilled(rows):
-    assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"]]
+def test_nothing_is_spilled_but_what_the_table_owns_up_to(rows):
+    assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"] > row["may_spill"]]
+    assert not _wrong(rows, lambda row: row["dtype"] == "float32" or not row["may_spill"])
 
 
 def test_no_hot_loop_goes_through_local_memory(rows):
-    assert not _wrong(rows, lambda row: "local" not in row["units"])
+    assert not _wrong(rows, lambda row: row["may_spill"] or "local" not in row["units"])
 
 
 def test_shared_memory_fits(rows):
@@ -59,3 +64,12 @@ def test_products_are_on_the_matrix_instructions(rows):
     """But for float32, whose products only AMD's datacenter GPUs have in full precision."""
     on_matrix_units = [row for row in rows if row["dtype"] != "float32" or row["arch"] in ("gfx90a", "gfx942")]
     assert not _wrong(on_matrix_units, lambda row: row["units"].get("tensor"))
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_every_feature_compiles(arch):
+    command = [sys.executable, str(SCRIPT.with_name("gpu_features.py")), arch]
+    process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=900, check=False)
+    failed = [line for line in process.stdout.splitlines() if "FAILED" in line]
+    assert process.returncode == 0 and not failed, failed or process.stderr
+    assert len(process.stdout.splitlines()) > 60
