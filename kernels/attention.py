@@ -25,6 +25,7 @@ from .attention_settings import (
     ROWS,
     Tile,
     architecture,
+    has_tf32,
     tile,
 )
 
@@ -128,8 +129,9 @@ def _columns(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def _precision(call_tf32: bool, dtype: torch.dtype) -> str:
-    return "tf32" if call_tf32 or dtype != torch.float32 else "ieee"
+def _precision(allow_tf32: bool, dtype: torch.dtype, arch: str) -> str:
+    """Of float32's products; those of narrower numbers are exact."""
+    return "tf32" if allow_tf32 and dtype == torch.float32 and has_tf32(arch) else "ieee"
 
 
 def _shared(call: Call) -> dict:
@@ -140,7 +142,7 @@ def _shared(call: Call) -> dict:
         "DV": value_dim,
         "COLUMNS": _columns(head_dim),
         "VALUE_COLUMNS": _columns(value_dim),
-        "PRECISION": _precision(call.allow_tf32, call.query.dtype),
+        "PRECISION": _precision(call.allow_tf32, call.query.dtype, call.arch or architecture(call.query.device)),
     }
 
 
@@ -290,7 +292,8 @@ def plan_decoding(
     capacity = keys.rows * (1 if block_table is None else keys.most)
     kv_heads = key_cache.shape[1 if block_table is None else 2]
     added = 0 if key is None else key.shape[2]
-    shape = tile(DECODE, arch or architecture(device), query.dtype, max(head_dim, value_dim))
+    arch = arch or architecture(device)
+    shape = tile(DECODE, arch, query.dtype, max(head_dim, value_dim))
     cache_seqlens = cache_seqlens.contiguous()
     launches = []
     for new, cache in ((key, keys), (value, values)) if added else ():
@@ -313,7 +316,7 @@ def plan_decoding(
     }  # fmt: skip
     of_tiles = {
         "query": _rows(rows_of(query)), "keys": keys, "values": values, "D": head_dim, "COLUMNS": _columns(head_dim),
-        "BLOCK_Q": shape.q, "BLOCK_K": shape.k, "PRECISION": _precision(allow_tf32, query.dtype),
+        "BLOCK_Q": shape.q, "BLOCK_K": shape.k, "PRECISION": _precision(allow_tf32, query.dtype, arch),
     }  # fmt: skip
     grid = chunks * batch * kv_heads * triton.cdiv(group * q_len, shape.q)
     launches.append(_launch(attention_decode, grid, both | of_tiles, shape.warps, shape.stages))

