@@ -109,7 +109,7 @@ def attention_grad_key_value(
             for phase in tl.static_range(3):
                 start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_Q)
                 for step in range(start, stop, BLOCK_Q):
-                    q_start = visited(step, visit, BLOCK_Q)
+                    q_start = visited(visits, visit, step, BLOCK_Q)
                     rows_left = q_len - q_start
                     q = load_tile(q_pointers + tl.cast(q_start, tl.int64) * query.row, rows_left, D, phase != 1)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
@@ -122,7 +122,7 @@ def attention_grad_key_value(
                     )  # fmt: skip
                     g = load_tile(g_pointers + tl.cast(q_start, tl.int64) * grad_out.row, rows_left, DV, phase != 1)
                     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-                    if seed is None:
+                    if dropout.seed is None:
                         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
                     else:
                         keep = tl.trans(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K))
@@ -170,7 +170,7 @@ def attention_grad_query(
         for phase in tl.static_range(3):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
             for step in range(start, stop, BLOCK_K):
-                k_start = visited(step, visit, BLOCK_K)
+                k_start = visited(visits, visit, step, BLOCK_K)
                 k = load_tile(k_pointers + tl.cast(k_start, tl.int64) * key.row, k_len - k_start, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]
@@ -180,7 +180,7 @@ def attention_grad_query(
                 )  # fmt: skip
                 v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-                if seed is not None:
+                if dropout.seed is not None:
                     keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K)
                     dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
                 ds = p * (dp - its_delta[:, None])

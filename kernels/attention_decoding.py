@@ -82,7 +82,7 @@ def attention_decode(
     q_rows = query.data + b.to(tl.int64) * query.batch + head.to(tl.int64) * query.head + i.to(tl.int64) * query.row
     q = tl.load(q_rows[:, None] + columns, mask=(r < rows)[:, None] & (columns < D), other=0.0)
     place = (i + length - sizes.q_len)[:, None]
-    slope = None
+    slope = 0.0
     if scoring.slopes is not None:
         slope = (tl.load(scoring.slopes + b * scoring.slope_batch + head, mask=r < rows, other=0.0) * LOG2E)[:, None]
     maximum, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)

@@ -56,7 +56,7 @@ def attention_forward(
         for phase in tl.static_range(3):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
             for step in range(start, stop, BLOCK_K):
-                k_start = visited(step, visit, BLOCK_K)
+                k_start = visited(visits, visit, step, BLOCK_K)
                 k = load_tile(k_pointers + tl.cast(k_start, tl.int64) * key.row, k_len - k_start, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]
@@ -69,12 +69,12 @@ def attention_forward(
                         s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
                     )
                 weights, maximum, total, decay = online_softmax(s, factor, maximum, total, phase != 1)
-                if seed is not None:
+                if dropout.seed is not None:
                     weights = tl.where(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K), weights, 0.0)
                 v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
                 acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         out_scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
-        if seed is not None:
+        if dropout.seed is not None:
             out_scale *= dropout.keep_scale
         store_tile(
             tile_pointers(out, batch, head, q_first + q_start, BLOCK_Q, VALUE_COLUMNS),

@@ -69,7 +69,7 @@ def attention_grad_mask(
         v = load_tile(tile_pointers(value, batch, kv_head, k_start, BLOCK_K, VALUE_COLUMNS), k_left, DV, True)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
-        if seed is not None:
+        if dropout.seed is not None:
             dp = tl.where(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K), dp * dropout.keep_scale, 0.0)
         acc += p * (dp - its_delta[:, None])
     rows, columns = q_len if PER_QUERY else 1, k_len if PER_KEY else 1

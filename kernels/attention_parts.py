@@ -70,7 +70,7 @@ class Scoring(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Weights are dropped where the word of the generator is at most `drop_to`; data is None without dropout."""
+    """Weights are dropped where the word of the generator is at most `drop_to`; seed is None without dropout."""
 
     seed: Any  # int64 (1,) or (batch,)
     per_example: Any  # whether each example has its own seed; None is no
@@ -158,7 +158,7 @@ def seen_range(first, last, length, left, right, BLOCK: tl.constexpr):
 def visit_list(visits, b, head, block):
     """(blocks to visit, how many): of a block's list, where a mask has made lists."""
     if visits is None:
-        return None, 0
+        return 0, 0
     else:
         at = b.to(tl.int64) * visits.batch + head * visits.head + block
         return visits.blocks + at * visits.most, tl.load(visits.counts + at)
@@ -181,9 +181,9 @@ def loop_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.
 
 
 @triton.jit
-def visited(step, visit, BLOCK: tl.constexpr):
+def visited(visits, visit, step, BLOCK: tl.constexpr):
     """The first row of the block that a step visits."""
-    if visit is None:
+    if visits is None:
         return step
     else:
         return tl.load(visit + step // BLOCK) * BLOCK
@@ -241,9 +241,9 @@ def tanh(x):
 
 @triton.jit
 def slope_of(scoring, b, head):
-    """The head's ALiBi slope in units of log2, or None."""
+    """The head's ALiBi slope in units of log2."""
     if scoring.slopes is None:
-        return None
+        return 0.0
     else:
         return tl.load(scoring.slopes + b * scoring.slope_batch + head) * LOG2E
 
@@ -257,7 +257,7 @@ def scores(products, place, key, slope, scoring):
         t = tanh(s)
         s = t * scoring.outer
         derivative = 1.0 - t * t
-    if slope is not None:
+    if scoring.slopes is not None:
         s -= slope * tl.abs(place - key).to(tl.float32)
     return s, derivative
 
@@ -320,9 +320,9 @@ def log_sum_exp(maximum, total):
 
 @triton.jit
 def dropout_stream(dropout, b, head, heads):
-    """(seed, number of the head in its stream), or None twice."""
+    """(seed, number of the head in its stream)."""
     if dropout.seed is None:
-        return None, None
+        return 0, 0
     elif dropout.per_example is None:
         return tl.load(dropout.seed), b * heads + head
     else:

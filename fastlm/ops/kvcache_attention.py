@@ -58,7 +58,9 @@ def kvcache_attention(
         out (B, Hq, Lq, Dv) in query's dtype, in memory ordered like query; or (out, lse), lse float32 (B, Hq, Lq).
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit; nothing is appended then.
+        TypeError, ValueError: naming the argument that does not fit; nothing is appended then. What a GPU's cache_seqlens and
+            block_table hold is not looked into, as that would wait for the GPU: rows outside the cache are neither written nor
+            attended to.
         UnsupportedError: the named ``backend`` cannot do the call.
     """
     check_rows("query", query, BATCHED)
