@@ -125,9 +125,9 @@ def attention_grad_key_value(
                     if dropout.seed is None:
                         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
                     else:
-                        keep = tl.trans(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K))
-                        dv = tl.dot(tl.where(keep, p, 0.0).to(g.dtype), g, dv, input_precision=PRECISION)
-                        dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+                        keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
+                        dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
+                        dp *= keep * dropout.keep_scale
                     ds = p * (dp - its_delta[None, :])
                     if not PLAIN:
                         ds *= derivative
@@ -181,8 +181,8 @@ def attention_grad_query(
                 v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
                 if dropout.seed is not None:
-                    keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K)
-                    dp = tl.where(keep, dp * dropout.keep_scale, 0.0)
+                    keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                    dp *= keep * dropout.keep_scale
                 ds = p * (dp - its_delta[:, None])
                 if not PLAIN:
                     ds *= derivative

@@ -70,7 +70,7 @@ def attention_forward(
                     )
                 weights, maximum, total, decay = online_softmax(s, factor, maximum, total, phase != 1)
                 if dropout.seed is not None:
-                    weights = tl.where(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K), weights, 0.0)
+                    weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
                 v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
                 acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         out_scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))

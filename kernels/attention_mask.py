@@ -70,7 +70,7 @@ def attention_grad_mask(
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
         if dropout.seed is not None:
-            dp = tl.where(kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K), dp * dropout.keep_scale, 0.0)
+            dp *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
         acc += p * (dp - its_delta[:, None])
     rows, columns = q_len if PER_QUERY else 1, k_len if PER_KEY else 1
     i, j = q_tile * BLOCK_Q + tl.arange(0, BLOCK_Q), k_tile * BLOCK_K + tl.arange(0, BLOCK_K)

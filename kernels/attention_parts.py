@@ -270,7 +270,8 @@ def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
         base = mask.data + batch * mask.batch + head.to(tl.int64) * mask.head
         pointers = base + query.to(tl.int64) * mask.row + key.to(tl.int64) * mask.column
         if mask.data.dtype.element_ty == tl.uint8:
-            seen &= tl.load(pointers, mask=seen, other=0) != 0
+            # Numbers, as AMD's compiler cannot bring bits from one layout into another.
+            s += tl.where(tl.load(pointers, mask=seen, other=0) != 0, 0.0, float("-inf"))
         else:
             s += tl.load(pointers, mask=seen, other=0.0).to(tl.float32) * LOG2E
     if left is not None:
@@ -330,10 +331,22 @@ def dropout_stream(dropout, b, head, heads):
 
 
 @triton.jit
-def kept(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Which weights of a (QUERIES, KEYS) tile stay: word j % 4 of counter (j // 4, query, stream, 0) decides on key j."""
+def dropout_words(seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """(QUERIES, KEYS) words of the generator: key j's is word j % 4 of counter (j // 4, query, stream, 0)."""
     block = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)[None, :]
     zero = tl.zeros([QUERIES, KEYS // 4], tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, zero + block, zero + query.to(tl.uint32)[:, None], zero + stream.to(tl.uint32), zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (QUERIES, KEYS / 4, 2, 2): words 0, 1, 2, 3 in the order of memory
-    return tl.reshape(words, [QUERIES, KEYS]) > dropout.drop_to.to(tl.uint32)
+    return tl.reshape(words, [QUERIES, KEYS])
+
+
+@triton.jit
+def kept(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """1.0 for the weights of a tile that stay, 0.0 for the others; KEYS_FIRST: of a transposed one.
+
+    Numbers, as AMD's compiler cannot bring bits from one layout into another.
+    """
+    words = dropout_words(seed, stream, query, first_key, QUERIES, KEYS)
+    if KEYS_FIRST:
+        words = tl.trans(words)
+    return tl.where(words > dropout.drop_to.to(tl.uint32), 1.0, 0.0)
