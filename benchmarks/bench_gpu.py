@@ -190,19 +190,24 @@ def run(works=WORKS, dtype=torch.bfloat16, device: str = "cuda", time: Callable 
     return rows
 
 
+HEADER = ("work", "implementation", "ms", "throughput", "peak MiB")
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """A row as a reader sees it, under HEADER."""
+    work = f"{row['what']} B{row['batch']} H{row['heads']} S{row['length']} D{row['head_dim']} {row['dtype']}"
+    work += ", causal" if row["causal"] else ""
+    if "why_not" in row:
+        return work, row["implementation"], "–", row["why_not"], "–"
+    rate = f"{row['gb_s']:.0f} GB/s" if "gb_s" in row else f"{row['tflop_s']:.1f} TFLOP/s"
+    return work, row["implementation"], f"{row['ms']:.3f}", rate, f"{row['peak_mib']:.0f}"
+
+
 def table(rows: list[dict]) -> Table:
     """For the terminal."""
-    shown = Table(title="Attention on this GPU, cold cache, medians")
-    for column in ("work", "implementation", "ms", "throughput", "peak MiB"):
-        shown.add_column(column)
+    shown = Table(*HEADER, title="Attention on this GPU, cold cache, medians")
     for row in rows:
-        name = f"{row['what']} B{row['batch']} H{row['heads']} S{row['length']} D{row['head_dim']}"
-        name += " causal" if row["causal"] else ""
-        if "why_not" in row:
-            shown.add_row(name, row["implementation"], "–", row["why_not"], "–")
-            continue
-        rate = f"{row['gb_s']:.0f} GB/s" if "gb_s" in row else f"{row['tflop_s']:.0f} TFLOP/s"
-        shown.add_row(name, row["implementation"], f"{row['ms']:.3f}", rate, f"{row['peak_mib']:.0f}")
+        shown.add_row(*cells(row))
     return shown
 
 

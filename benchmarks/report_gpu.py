@@ -1,5 +1,6 @@
 """The report's sections on GPUs: what was measured on one, and what machine code lets expect, never in one table."""
 
+import bench_gpu
 from report_tables import markdown_table
 
 ABOUT_PREDICTIONS = """\
@@ -24,14 +25,5 @@ def measured_section(rows: list[dict] | None) -> str:
     """What bench_gpu.py measured, or that nothing was."""
     if not rows:
         return "## GPU\n\nNo GPU was at hand: nothing here was measured on one."
-    head = ("work", "", "ms", "throughput", "peak MiB")
-    lines = []
-    for row in rows:
-        work = f"{row['what']} B{row['batch']} H{row['heads']} S{row['length']} D{row['head_dim']} {row['dtype']}"
-        work += ", causal" if row["causal"] else ""
-        if "why_not" in row:
-            lines.append((work, row["implementation"], "–", row["why_not"], "–"))
-        else:
-            rate = f"{row['gb_s']:.0f} GB/s" if "gb_s" in row else f"{row['tflop_s']:.1f} TFLOP/s"
-            lines.append((work, row["implementation"], f"{row['ms']:.3f}", rate, f"{row['peak_mib']:.0f}"))
-    return f"## GPU\n\nMedians of single calls with a cold second-level cache.\n\n{markdown_table(head, lines)}"
+    rows = markdown_table(bench_gpu.HEADER, [bench_gpu.cells(row) for row in rows])
+    return f"## GPU\n\nMedians of single calls with a cold second-level cache.\n\n{rows}"

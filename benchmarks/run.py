@@ -8,7 +8,6 @@ wrong.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -23,6 +22,8 @@ from op_rows import all_rows, find
 from ops_progress import bar, run_ops
 from report import DEFAULT_OUT, warning, write_report
 from rich.console import Console
+
+from fastlm import triton_kernels
 
 STEPS = "machine", "ops", "memory", "digits", "gpu", "predictions"
 LOG_WIDTH = 128  # where the output is no terminal
@@ -94,8 +95,8 @@ def measure_memory(console: Console, full: bool) -> list[dict]:
 
 def predict(console: Console) -> dict:
     """What the machine code of the Triton kernels lets expect of GPUs; no GPU is needed, and none is measured."""
-    if importlib.util.find_spec("triton") is None:
-        return {"why_not": "Triton is not installed"}
+    if triton_kernels.NOT_INSTALLED:
+        return {"why_not": triton_kernels.NOT_INSTALLED}
     import static_roofline  # imports Triton
 
     with console.status("compiling"):

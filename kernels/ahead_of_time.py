@@ -1,7 +1,7 @@
 """Compiles launches for GPUs that are not at hand, with the settings and specializations that a launch would have there.
 
 binary = compile_launch(launch, "sm_90")
-binary.asm["cubin"], binary.n_regs ...
+binary.asm["cubin"]  # and machine_code.py tells what it is made of
 """
 
 import triton

@@ -15,7 +15,7 @@ from .attention_backward import attention_delta, attention_grad_key_value, atten
 from .attention_decoding import Cache, attention_decode, attention_join, cache_append
 from .attention_forward import attention_forward
 from .attention_mask import attention_grad_mask, attention_visits
-from .attention_parts import Dropout, Mask, Rows, Scoring, Sizes, Visits
+from .attention_parts import LOG2E, Dropout, Mask, Rows, Scoring, Sizes, Visits
 from .attention_settings import (
     CACHE_SHARE,
     DECODE,
@@ -29,8 +29,6 @@ from .attention_settings import (
     tile,
 )
 
-MAX_HEAD_DIM = 256
-_LOG2E = 1.4426950408889634
 _FAR = 1 << 30  # farther than any key: what a wider window is cut to, so that places stay in 32 bits
 
 
@@ -44,7 +42,8 @@ class Launch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call of attention. Tensors are (batch, head, row, column); with cu_seqlens, sequences lie along the rows of one."""
+    """A call of attention. Tensors are (batch, head, row, column), columns contiguous, but for the mask's; with cu_seqlens,
+    sequences lie along the rows of a batch of one."""
 
     query: Tensor
     key: Tensor
@@ -84,13 +83,8 @@ def _rows(tensor: Tensor) -> Rows:
     return Rows(tensor, *tensor.stride()[:3])
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """With a contiguous last dimension."""
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
-
-
 def _inputs(call: Call) -> dict:
-    return {name: _rows(rows_of(getattr(call, name))) for name in ("query", "key", "value")}
+    return {name: _rows(getattr(call, name)) for name in ("query", "key", "value")}
 
 
 def _mask(mask: Tensor | None, call: Call) -> tuple[Mask | None, Tensor | None]:
@@ -113,7 +107,7 @@ def _sizes(call: Call) -> Sizes:
 
 def _scoring(left, right, scale: float, softcap: float, slopes: Tensor | None, sinks: Tensor | None) -> Scoring:
     left, right = (None if side is None else max(-_FAR, min(side, _FAR)) for side in (left, right))
-    inner, outer = (scale / softcap, softcap * _LOG2E) if softcap else (scale * _LOG2E, None)
+    inner, outer = (scale / softcap, softcap * LOG2E.value) if softcap else (scale * LOG2E.value, None)
     slopes = None if slopes is None else slopes.float().contiguous()
     slope_batch = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
     return Scoring(left, right, scale, inner, outer, slopes, slope_batch, None if sinks is None else sinks.float().contiguous())
@@ -134,6 +128,10 @@ def _precision(allow_tf32: bool, dtype: torch.dtype, arch: str) -> str:
     return "tf32" if allow_tf32 and dtype == torch.float32 and has_tf32(arch) else "ieee"
 
 
+def _arch(call: Call) -> str:
+    return call.arch or architecture(call.query.device)
+
+
 def _shared(call: Call) -> dict:
     """The constants that all passes over tiles take."""
     head_dim, value_dim = call.query.shape[3], call.value.shape[3]
@@ -142,7 +140,7 @@ def _shared(call: Call) -> dict:
         "DV": value_dim,
         "COLUMNS": _columns(head_dim),
         "VALUE_COLUMNS": _columns(value_dim),
-        "PRECISION": _precision(call.allow_tf32, call.query.dtype, call.arch or architecture(call.query.device)),
+        "PRECISION": _precision(call.allow_tf32, call.query.dtype, _arch(call)),
     }
 
 
@@ -161,9 +159,7 @@ def _together(call: Call) -> int:
 
 
 def _tile(kernel: str, call: Call) -> Tile:
-    return tile(
-        kernel, call.arch or architecture(call.query.device), call.query.dtype, max(call.query.shape[3], call.value.shape[3])
-    )
+    return tile(kernel, _arch(call), call.query.dtype, max(call.query.shape[3], call.value.shape[3]))
 
 
 def _blocks(length: int, cu_seqlens: Tensor | None, block: int, sizes: Sizes) -> int:
@@ -286,7 +282,10 @@ def plan_decoding(
     lse: Tensor,
     arch: str | None = None,
 ) -> list[Launch]:
-    """Launches that append key and value to the caches, then write out and lse, as in `plan_forward`."""
+    """Launches that append key and value to the caches, then write out and lse, as in `plan_forward`.
+
+    All have contiguous columns.
+    """
     (batch, heads, q_len, head_dim), value_dim, device = query.shape, value_cache.shape[3], query.device
     keys, values = _cache(key_cache, block_table), _cache(value_cache, block_table)
     capacity = keys.rows * (1 if block_table is None else keys.most)
@@ -298,7 +297,7 @@ def plan_decoding(
     launches = []
     for new, cache in ((key, keys), (value, values)) if added else ():
         arguments = {
-            "rows": _rows(rows_of(new)), "cache": cache, "cache_seqlens": cache_seqlens, "kv_heads": kv_heads, "added": added,
+            "rows": _rows(new), "cache": cache, "cache_seqlens": cache_seqlens, "kv_heads": kv_heads, "added": added,
             "DIM": new.shape[3], "COLUMNS": _columns(new.shape[3]), "BLOCK": shape.q,
         }  # fmt: skip
         launches.append(_launch(cache_append, batch * kv_heads * triton.cdiv(added, shape.q), arguments))
@@ -315,7 +314,7 @@ def plan_decoding(
         "chunks": chunks, "DV": value_dim, "VALUE_COLUMNS": _columns(value_dim), "CHUNK": chunk,
     }  # fmt: skip
     of_tiles = {
-        "query": _rows(rows_of(query)), "keys": keys, "values": values, "D": head_dim, "COLUMNS": _columns(head_dim),
+        "query": _rows(query), "keys": keys, "values": values, "D": head_dim, "COLUMNS": _columns(head_dim),
         "BLOCK_Q": shape.q, "BLOCK_K": shape.k, "PRECISION": _precision(allow_tf32, query.dtype, arch),
     }  # fmt: skip
     grid = chunks * batch * kv_heads * triton.cdiv(group * q_len, shape.q)

@@ -27,17 +27,20 @@ class Cache(NamedTuple):
 
 
 @triton.jit
-def cache_rows(cache, b, head, position, wanted):
-    """(pointers to the first columns of rows, which of them exist): none outside the cache, whatever the table holds."""
+def find_rows(cache, b, position, wanted):
+    """(batch index or page, row in it, which exist) of rows: none outside the cache, whatever the table holds."""
     if cache.table is None:
-        offset = b.to(tl.int64) * cache.batch + position.to(tl.int64) * cache.row
-        exists = wanted & (position < cache.rows)
+        return b.to(tl.int64), position.to(tl.int64), wanted & (position < cache.rows)
     else:
         entry = position // cache.rows
         page = tl.load(cache.table + b.to(tl.int64) * cache.most + entry, mask=wanted & (entry < cache.most), other=-1)
-        offset = page.to(tl.int64) * cache.batch + (position % cache.rows).to(tl.int64) * cache.row
-        exists = wanted & (page >= 0) & (page < cache.pages)
-    return cache.data + head.to(tl.int64) * cache.head + offset, exists
+        return page.to(tl.int64), (position % cache.rows).to(tl.int64), wanted & (page >= 0) & (page < cache.pages)
+
+
+@triton.jit
+def row_pointers(cache, head, outer, row):
+    """To the first columns of rows that `find_rows` found."""
+    return cache.data + outer * cache.batch + head.to(tl.int64) * cache.head + row * cache.row
 
 
 @triton.jit
@@ -55,7 +58,8 @@ def cache_append(rows, cache, cache_seqlens, kv_heads, added, DIM: tl.constexpr,
     new = load_tile(tile_pointers(rows, b.to(tl.int64), head, block * BLOCK, BLOCK, COLUMNS), added - block * BLOCK, DIM, True)
     r, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     position = tl.load(cache_seqlens + b) + r
-    pointers, exist = cache_rows(cache, b, head, position, (r < added) & (position >= r))
+    outer, row, exist = find_rows(cache, b, position, (r < added) & (position >= r))
+    pointers = row_pointers(cache, head, outer, row)
     tl.store(pointers[:, None] + columns[None, :], new, mask=exist[:, None] & (columns < DIM)[None, :])
 
 
@@ -94,14 +98,14 @@ def attention_decode(
         end = tl.minimum(end, length + scoring.right)
     for k_start in range(begin, end, BLOCK_K):
         j = k_start + tl.arange(0, BLOCK_K)
-        k_rows, exist = cache_rows(keys, b, kv_head, j, j < length)
-        k = tl.load(k_rows[:, None] + columns, mask=exist[:, None] & (columns < D), other=0.0)
+        outer, row, exist = find_rows(keys, b, j, j < length)  # values lie at the same places
+        k = tl.load(row_pointers(keys, kv_head, outer, row)[:, None] + columns, mask=exist[:, None] & (columns < D), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s, _ = scores(s, place, j[None, :], slope, scoring)
         s = masked(s, None, b, kv_head, place, r[:, None], j[None, :], rows, length, scoring.left, scoring.right)
         s = tl.where(exist[None, :], s, float("-inf"))
         weights, maximum, total, decay = online_softmax(s, 1.0, maximum, total, True)
-        v_rows, exist = cache_rows(values, b, kv_head, j, j < length)
+        v_rows = row_pointers(values, kv_head, outer, row)
         v = tl.load(v_rows[:, None] + value_columns, mask=exist[:, None] & (value_columns < DV), other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     at = ((b.to(tl.int64) * sizes.heads + head) * sizes.q_len + i) * chunks + chunk

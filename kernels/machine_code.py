@@ -15,14 +15,14 @@ import triton
 
 # Opcodes by unit, the first that matches; what matches none is control flow or addressing that runs beside.
 _NVIDIA = (
-    ("tensor", r"HMMA|HGMMA|DMMA|UTCHMMA|UTC\w*MMA|QMMA|OMMA"),
+    ("tensor", r"HMMA|HGMMA|DMMA|UTC\w*MMA|QMMA|OMMA"),
     ("exp", r"MUFU"),
     ("local", r"LDL|STL"),
-    ("shared", r"LDS|STS|LDSM|STSM|LDTM|STTM|LDT|STT"),
-    ("global", r"LDG|STG|LDGSTS|UTMALDG|UTMASTG|RED|ATOM"),
+    ("shared", r"LDS|STS|LDT|STT"),
+    ("global", r"LDG|STG|UTMALDG|UTMASTG|RED|ATOM"),
     ("float", r"F(ADD|MUL|FMA|MNMX|MNMX3|ADD2|MUL2|FMA2)\b"),
-    ("convert", r"F2F|F2FP|F2I|I2F|HADD2|HFMA2|HMUL2"),
-    ("integer", r"I|LOP|SHF|LEA|PRMT|SEL|FSEL|FSETP|ISETP|MOV|SHFL|VOTE|PLOP|R2P|VIADD|VIMNMX|FCHK|U?IADD"),
+    ("convert", r"F2F|F2I|I2F|HADD2|HFMA2|HMUL2"),
+    ("integer", r"I|LOP|SHF|LEA|PRMT|SEL|FSEL|FSETP|MOV|VOTE|PLOP|R2P|VIADD|VIMNMX|FCHK|UIADD"),
 )
 _AMD = (
     ("tensor", r"v_mfma|v_wmma|v_smfmac"),
@@ -70,11 +70,6 @@ def hot_loop(binary, arch: str) -> Loop:
     most = max((loop.units["tensor"] for loop in with_products), default=0)
     full = [loop for loop in with_products if loop.units["tensor"] == most]
     return min(full, key=lambda loop: len(loop.opcodes), default=Loop((), Counter()))
-
-
-def all_opcodes(binary, arch: str) -> Counter:
-    """Of the whole kernel."""
-    return Counter(opcode for kind, opcode in _lines(binary, arch) if kind == "op")
 
 
 def _loop(body: list[str], arch: str) -> Loop:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import empty, view
-from ..reference.attention import drop_below
-from .attention_op import attention_op, empty_like, sink_gradient
+from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, sink_gradient
 from .sums import sum_to
 from .torch_op import unobserved
 
@@ -19,11 +18,6 @@ def empty_results(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call, to be written."""
     batch, heads, rows, _ = query.shape
     return empty_like(query, value_dim, empty), torch.empty(batch, heads, rows, dtype=torch.float32)
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """With a contiguous last dimension."""
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
 
 
 def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -48,13 +42,6 @@ def arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, c
         None if cu_seqlens_q is None else view(cu_seqlens_q.contiguous()),
         None if cu_seqlens_k is None else view(cu_seqlens_k.contiguous()),
     )
-
-
-def numbers(left, right, scale, softcap, dropout_p) -> tuple:
-    """The options as the C++ code reads them."""
-    if dropout_p:
-        return left, right, scale, softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
-    return left, right, scale, softcap, 0, 1.0
 
 
 # ---- the two functions ------------------------------------------------------------------------------------------------------
@@ -86,8 +73,7 @@ def _backward(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *res
     expanded = None
     if need_mask:
         expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
-    grad_out = torch.zeros_like(out) if grad_out is None else rows_of(grad_out)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
     delta = torch.empty_like(lse)
     native.C.attention_backward(
         arranged(query, key, value, mask, sinks, *rest[:4]),

@@ -5,15 +5,15 @@ is not wanted is an empty tensor, as an op returns no None. Tensors are (batch, 
 lie one after the other along the rows of a batch of one. attention_cpu.py and attention_triton.py hold the functions.
 """
 
-import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..reference.attention import drop_below
 from .sums import sum_to
-from .torch_op import differentiable_once, unobserved
+from .torch_op import define_op, unobserved, with_gradient
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
@@ -52,7 +52,25 @@ def backward_fake(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, 
     return like(query), like(key), like(value), grad_mask, grad_sinks
 
 
-# ---- what every backend's backward needs ------------------------------------------------------------------------------------
+# ---- what every backend is given --------------------------------------------------------------------------------------------
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """With a contiguous last dimension."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
+
+
+def numbers(left, right, scale, softcap, dropout_p) -> tuple:
+    """The options as kernels read them: the probability as the first of the generator's words to be kept, and a factor."""
+    if dropout_p:
+        return left, right, scale, softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
+    return left, right, scale, softcap, 0, 1.0
+
+
+def given_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the outputs as kernels read them; none of the output is zero."""
+    grad_out = torch.zeros_like(out) if grad_out is None else rows_of(grad_out)
+    return grad_out, None if grad_lse is None else grad_lse.contiguous()
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
@@ -113,37 +131,20 @@ def _any_requires_grad(query, key, value, mask, sinks) -> bool:
     return required or (mask is not None and mask.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
-def _define(name: str, forward: Callable, backward: Callable, devices: tuple[str, ...]) -> tuple:
-    """Register fastlm::<name> and fastlm::<name>_backward with these functions on these devices; the two ops."""
-    library = torch.library.Library("fastlm", "FRAGMENT")
-    library.define(f"{name}({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.pt2_compliant_tag,))
-    library.define(
-        f"{name}_backward(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, bool need_mask, "
-        f"bool need_sinks, {_OPTIONS}) -> "
-        "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    ops = []
-    for op, function, fake, vmap in (
-        (name, forward, attention_fake, _forward_vmap),
-        (f"{name}_backward", backward, backward_fake, _backward_vmap),
-    ):
-        for device in devices:
-            library.impl(op, function, device)
-        torch.library.register_fake(f"fastlm::{op}", fake, lib=library)
-        overload = getattr(torch.ops.fastlm, op).default
-        torch.library.register_vmap(f"fastlm::{op}", functools.partial(vmap, overload), lib=library)
-        ops.append(overload)
-    _LIBRARIES.append(library)
-    return tuple(ops)
-
-
-_LIBRARIES: list[torch.library.Library] = []  # an op lives as long as its library
-
-
 def attention_op(name: str, forward: Callable, backward: Callable, devices: tuple[str, ...]) -> Callable:
     """A backend's ``attend``: (out, lse) by its torch op, with gradients where an input asks for them."""
-    forward_op, backward_op = _define(name, forward, backward, devices)
+    forward_op = define_op(
+        name, f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", forward, attention_fake, devices, _forward_vmap
+    )
+    backward_op = define_op(
+        f"{name}_backward",
+        f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, bool need_mask, bool need_sinks, {_OPTIONS}) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
+        backward,
+        backward_fake,
+        devices,
+        _backward_vmap,
+    )
 
     def run(query, key, value, *rest):
         return (forward if unobserved(query, key, value) else forward_op)(query, key, value, *rest)
@@ -153,7 +154,6 @@ def attention_op(name: str, forward: Callable, backward: Callable, devices: tupl
         ctx.options = args[_TENSORS:]
         ctx.set_materialize_grads(False)
 
-    @differentiable_once
     def gradients(ctx, grad_out, grad_lse) -> tuple:
         *tensors, out, lse = ctx.saved_tensors
         needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
@@ -161,37 +161,14 @@ def attention_op(name: str, forward: Callable, backward: Callable, devices: tupl
         unused = (None,) * (_TENSORS - _DIFFERENTIABLE + len(ctx.options))
         return *(grad if need else None for grad, need in zip(grads, needed)), *unused
 
-    class Attention(torch.autograd.Function):
-        """The op with its gradient. A forward that takes ctx costs the least per call."""
-
-        @staticmethod
-        def forward(ctx, *args):
-            outputs = run(*args)
-            save(ctx, args, outputs)
-            return outputs
-
-        backward = staticmethod(gradients)
-
-    class AttentionForFunctorch(torch.autograd.Function):
-        """The same for torch.func's transforms, which ask for the two halves of forward apart."""
-
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args):
-            return forward_op(*args)
-
-        setup_context = staticmethod(save)
-        backward = staticmethod(gradients)
+    differentiable = with_gradient(run, forward_op, save, gradients)
 
     def attend(
         query, key, value, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap, dropout_p
     ) -> tuple[Tensor, Tensor]:
         args = (query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
         args += (left, right, scale, softcap, dropout_p)
-        if torch.is_grad_enabled() and _any_requires_grad(*args[:_DIFFERENTIABLE]):
-            under_functorch = torch._C._are_functorch_transforms_active()
-            return (AttentionForFunctorch if under_functorch else Attention).apply(*args)
-        return run(*args)
+        wanted = torch.is_grad_enabled() and _any_requires_grad(*args[:_DIFFERENTIABLE])
+        return (differentiable if wanted else run)(*args)
 
     return attend

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_kernels
-from ..reference.attention import drop_below
-from .attention_op import attention_fake, attention_op, backward_fake, sink_gradient
+from .attention_op import attention_fake, attention_op, backward_fake, given_gradients, numbers, rows_of, sink_gradient
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,11 +25,9 @@ def allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _call(query, key, value, mask, sinks, alibi_slopes, seed, cu_q, cu_k, left, right, scale, softcap, dropout_p):
-    below = drop_below(dropout_p) if dropout_p else 0
-    tensors = (query, key, value, mask, sinks, alibi_slopes, seed, cu_q, cu_k)
-    kernels = triton_kernels.attention()
-    return kernels.Call(*tensors, left, right, scale, softcap, below, 1.0 / (1.0 - dropout_p), allow_tf32())
+def _call(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
+    tensors = (*map(rows_of, (query, key, value)), mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+    return triton_kernels.attention().Call(*tensors, *numbers(*options), allow_tf32())
 
 
 def _forward(query, key, value, *rest):
@@ -45,12 +42,10 @@ def _backward(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *res
     need_mask, need_sinks, options = *rest[4:6], rest[6:]
     call = _call(query, key, value, mask, sinks, *rest[:4], *options)
     *grads, grad_mask, grad_sinks = backward_fake(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *rest)
+    grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
+    delta, wanted = torch.empty_like(lse), (*grads, grad_mask if need_mask else None)
     kernels = triton_kernels.attention()
-    grad_out = torch.zeros_like(out) if grad_out is None else kernels.rows_of(grad_out)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    delta = torch.empty_like(lse)
     with torch.cuda.device_of(query):
-        wanted = (*grads, grad_mask if need_mask else None)
         kernels.run(kernels.plan_backward(call, out, lse, grad_out, grad_lse, wanted, delta))
     return *grads, grad_mask, sink_gradient(sinks, lse, delta) if need_sinks else grad_sinks
 

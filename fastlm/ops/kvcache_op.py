@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import native, triton_kernels
 from ..native import view
-from .attention_cpu import arranged, empty_results, numbers, rows_of
-from .attention_op import attention_fake
+from .attention_cpu import arranged, empty_results
+from .attention_op import attention_fake, numbers, rows_of
 from .attention_triton import allow_tf32
-from .torch_op import unobserved
+from .torch_op import define_op, unobserved
 
 # ---- the CPU ----------------------------------------------------------------------------------------------------------------
 
@@ -48,24 +48,25 @@ def _cpu(
 # ---- GPUs -------------------------------------------------------------------------------------------------------------------
 
 
-def _triton(query, key_cache, value_cache, *rest):
+def _triton(query, key_cache, value_cache, cache_seqlens, key, value, *rest):
     _check_strides("key_cache", key_cache)
     _check_strides("value_cache", value_cache)
     out, lse = attention_fake(query, None, value_cache)
     kernels = triton_kernels.attention()
+    query, key, value = (None if t is None else rows_of(t) for t in (query, key, value))
     with torch.cuda.device_of(query):
-        kernels.run(kernels.plan_decoding(query, key_cache, value_cache, *rest, allow_tf32(), out, lse))
+        tensors = (query, key_cache, value_cache, cache_seqlens, key, value)
+        kernels.run(kernels.plan_decoding(*tensors, *rest, allow_tf32(), out, lse))
     return out, lse
 
 
 # ---- the ops ----------------------------------------------------------------------------------------------------------------
 
-_SCHEMA = (
+_SIGNATURE = (
     "(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, Tensor? key, Tensor? value, "
     "Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, SymInt? left, SymInt? right, float scale, float softcap) "
     "-> (Tensor out, Tensor lse)"
 )
-_library = torch.library.Library("fastlm", "FRAGMENT")
 
 
 def _fake(query, key_cache, value_cache, *rest):
@@ -74,11 +75,7 @@ def _fake(query, key_cache, value_cache, *rest):
 
 def _cache_op(name: str, run: Callable, devices: tuple[str, ...]) -> Callable:
     """A backend's ``attend_cache``: (out, lse) by its torch op; without a gradient, whatever the inputs ask for."""
-    _library.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in devices:
-        _library.impl(name, run, device)
-    torch.library.register_fake(f"fastlm::{name}", _fake, lib=_library)
-    op = getattr(torch.ops.fastlm, name).default
+    op = define_op(name, _SIGNATURE, run, _fake, devices)
 
     def attend_cache(query, key_cache, value_cache, *rest) -> tuple[Tensor, Tensor]:
         if unobserved(query, key_cache, value_cache):

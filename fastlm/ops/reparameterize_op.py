@@ -12,21 +12,12 @@ from .. import native
 from ..native import empty, view
 from ..reference.reparameterize import accumulation_dtype
 from .sums import sum_to
-from .torch_op import differentiable_once, unobserved
+from .torch_op import define_op, unobserved, with_gradient
 
-# ---- the torch ops --------------------------------------------------------------------------------------------------------
+# ---- the schemas, fake tensors and the CPU ----------------------------------------------------------------------------------
 
 _OPTIONS = "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature"
 _INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed"
-_library = torch.library.Library("fastlm", "FRAGMENT")
-_library.define(f"reparameterize({_INPUTS}, {_OPTIONS}) -> (Tensor z, Tensor kl)", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
-    f"reparameterize_backward(Tensor? grad_z, Tensor? grad_kl, {_INPUTS}, bool need_prior_mu, bool need_prior_logvar, "
-    f"{_OPTIONS}) -> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_forward_op = torch.ops.fastlm.reparameterize.default
-_backward_op = torch.ops.fastlm.reparameterize_backward.default
 
 
 def _output_shapes(mu, seed, with_kl, event_dims, num_samples) -> tuple[tuple, tuple]:
@@ -109,11 +100,6 @@ def _prior_gradient_buffer(prior: Tensor, mu: Tensor) -> Tensor:
     return empty(mu.shape, prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype))
 
 
-_library.impl("reparameterize", _forward_cpu, "CPU")
-_library.impl("reparameterize_backward", _backward_cpu, "CPU")
-torch.library.register_fake("fastlm::reparameterize", _forward_fake, lib=_library)
-torch.library.register_fake("fastlm::reparameterize_backward", _backward_fake, lib=_library)
-
 # ---- vmap: a batch of calls is one call with a leading dimension, each entry with a stream of its own -----------------------
 
 
@@ -133,22 +119,22 @@ def _batched_inputs(size: int, in_dims: tuple, inputs: tuple) -> tuple:
     return tuple(_batched(t, d, size, r) for t, d, r in zip(inputs, in_dims, ranks))
 
 
-def _forward_vmap(info, in_dims, *args):
+def _forward_vmap(op, info, in_dims, *args):
     inputs, options = args[:5], args[5:]
     with_kl, num_samples, seed = options[0], options[5], inputs[4]
-    outputs = _forward_op(*_batched_inputs(info.batch_size, in_dims[:5], inputs), *options)
+    outputs = op(*_batched_inputs(info.batch_size, in_dims[:5], inputs), *options)
     z_dim = None if seed is None else 0 if num_samples is None else 1
     return outputs, (z_dim, 0 if with_kl else None)
 
 
-def _backward_vmap(info, in_dims, grad_z, grad_kl, *args):
+def _backward_vmap(op, info, in_dims, grad_z, grad_kl, *args):
     inputs, needed, options = args[:5], args[5:7], args[7:]
     num_samples = options[5]
     grad_z = _batched(grad_z, in_dims[0], info.batch_size)
     if grad_z is not None and num_samples is not None:
         grad_z = grad_z.movedim(0, 1)
     grad_kl = _batched(grad_kl, in_dims[1], info.batch_size)
-    grads = list(_backward_op(grad_z, grad_kl, *_batched_inputs(info.batch_size, in_dims[2:7], inputs), *needed, *options))
+    grads = list(op(grad_z, grad_kl, *_batched_inputs(info.batch_size, in_dims[2:7], inputs), *needed, *options))
     for i, (prior, dim) in enumerate(zip(inputs[2:4], in_dims[4:6])):
         if needed[i]:  # without the ones that _batched put in
             shape = prior.shape if dim is None else prior.movedim(dim, 0).shape[1:]
@@ -156,8 +142,19 @@ def _backward_vmap(info, in_dims, grad_z, grad_kl, *args):
     return tuple(grads), (0, 0, *(0 if need else None for need in needed))
 
 
-torch.library.register_vmap("fastlm::reparameterize", _forward_vmap, lib=_library)
-torch.library.register_vmap("fastlm::reparameterize_backward", _backward_vmap, lib=_library)
+# ---- the torch ops ----------------------------------------------------------------------------------------------------------
+
+_forward_op = define_op(
+    "reparameterize", f"({_INPUTS}, {_OPTIONS}) -> (Tensor z, Tensor kl)", _forward_cpu, _forward_fake, vmap=_forward_vmap
+)
+_backward_op = define_op(
+    "reparameterize_backward",
+    f"(Tensor? grad_z, Tensor? grad_kl, {_INPUTS}, bool need_prior_mu, bool need_prior_logvar, {_OPTIONS}) "
+    "-> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
+    _backward_cpu,
+    _backward_fake,
+    vmap=_backward_vmap,
+)
 
 # ---- autograd -------------------------------------------------------------------------------------------------------------
 
@@ -166,50 +163,22 @@ def _forward(mu, logvar, *rest):
     return (_forward_cpu if unobserved(mu, logvar) else _forward_op)(mu, logvar, *rest)
 
 
-def _save(ctx, args) -> None:
+def _save(ctx, args, outputs) -> None:
     ctx.save_for_backward(*args[:5])
     ctx.options = args[5:]
     ctx.set_materialize_grads(False)
 
 
-@differentiable_once
 def _gradients(ctx, grad_z, grad_kl) -> tuple:
     needed = ctx.needs_input_grad[:4]
     grads = _backward_op(grad_z, grad_kl, *ctx.saved_tensors, *needed[2:], *ctx.options)
     return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
 
-class _Reparameterize(torch.autograd.Function):
-    """The op with its gradient. A forward that takes ctx costs the least per call."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        _save(ctx, args)
-        return _forward(*args)
-
-    backward = staticmethod(_gradients)
-
-
-class _ReparameterizeForFunctorch(torch.autograd.Function):
-    """The same for torch.func's transforms, which ask for the two halves of forward apart."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx, args, output):
-        _save(ctx, args)
-
-    backward = staticmethod(_gradients)
+_differentiable = with_gradient(_forward, _forward_op, _save, _gradients)
 
 
 def latent(tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
     """(z, kl) by the op, with gradients where an input asks for them. Tensors and options in the order of the schema."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
-        under_functorch = torch._C._are_functorch_transforms_active()
-        function = _ReparameterizeForFunctorch if under_functorch else _Reparameterize
-        return function.apply(*tensors, *options)
-    return _forward(*tensors, *options)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4])
+    return (_differentiable if wanted else _forward)(*tensors, *options)

@@ -1,9 +1,28 @@
-"""What the torch ops share: when a call may pass the dispatcher by, and gradients that cannot be differentiated again."""
+"""What the torch ops share: how one is registered, when a call may pass the dispatcher by, and gradients, which cannot be
+differentiated again."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_library = torch.library.Library("fastlm", "FRAGMENT")
+
+
+def define_op(
+    name: str, signature: str, run: Callable, fake: Callable, devices: tuple[str, ...] = ("CPU",), vmap: Callable | None = None
+):
+    """Register fastlm::<name>, which calls ``run`` on those devices, and return it. A ``vmap`` rule is given the op as well."""
+    qualified = f"fastlm::{name}"
+    _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in devices:
+        _library.impl(name, run, device)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    op = getattr(torch.ops.fastlm, name).default
+    if vmap is not None:
+        torch.library.register_vmap(qualified, functools.partial(vmap, op), lib=_library)
+    return op
 
 
 def unobserved(*tensors: Tensor) -> bool:
@@ -53,3 +72,36 @@ def differentiable_once(backward):
         return tuple(None if grad is None else next(final) for grad in grads)
 
     return once
+
+
+def with_gradient(forward: Callable, op: Callable, save: Callable, backward: Callable) -> Callable:
+    """``forward(*args)`` with a gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
+
+    ``forward`` may pass the dispatcher by; under torch.func's transforms, which have to see it, the ``op`` itself is called.
+    """
+
+    class Direct(torch.autograd.Function):
+        """A forward that takes ctx costs the least per call."""
+
+        @staticmethod
+        def forward(ctx, *args):
+            outputs = forward(*args)
+            save(ctx, args, outputs)
+            return outputs
+
+    class ForFunctorch(torch.autograd.Function):
+        """torch.func asks for the two halves of forward apart."""
+
+        generate_vmap_rule = True
+        setup_context = staticmethod(save)
+
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+    Direct.backward = ForFunctorch.backward = staticmethod(differentiable_once(backward))
+
+    def apply(*args):
+        return (ForFunctorch if torch._C._are_functorch_transforms_active() else Direct).apply(*args)
+
+    return apply
