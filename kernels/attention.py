@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .attention_backward import attention_delta, attention_grad_key_value, attention_grad_query
 from .attention_decoding import Cache, attention_decode, attention_join, cache_append
@@ -25,6 +26,7 @@ from .attention_settings import (
     ROWS,
     Tile,
     architecture,
+    has_descriptors,
     has_tf32,
     tile,
 )
@@ -85,6 +87,25 @@ def _rows(tensor: Tensor) -> Rows:
 
 def _inputs(call: Call) -> dict:
     return {name: _rows(getattr(call, name)) for name in ("query", "key", "value")}
+
+
+def _describe(tensor: Tensor, rows: int) -> TensorDescriptor | None:
+    """Of blocks of so many rows; None where the tensor does not lie in memory as the accelerator wants it."""
+    size, columns = tensor.element_size(), _columns(tensor.shape[3])
+    # A dimension of one has a stride of no meaning; one that a tensor is broadcast along has none.
+    strides = [columns if length == 1 else stride for length, stride in zip(tensor.shape[:3], tensor.stride())]
+    aligned = tensor.data_ptr() % 16 == 0 and all(0 < stride * size < 1 << 40 and stride * size % 16 == 0 for stride in strides)
+    if not aligned or not tensor.numel():
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+
+
+def _tiles(call: Call, rows: int, **tensors: Tensor) -> dict:
+    """Descriptors by which kernels copy tiles of so many rows; of packed sequences there are none, as a tile may not end where
+    a sequence does."""
+    if not has_descriptors(_arch(call)) or call.cu_seqlens_q is not None:
+        return {f"{name}_tiles": None for name in tensors}
+    return {f"{name}_tiles": _describe(tensor, rows) for name, tensor in tensors.items()}
 
 
 def _mask(mask: Tensor | None, call: Call) -> tuple[Mask | None, Tensor | None]:
@@ -150,6 +171,12 @@ def _is_plain(call: Call) -> bool:
     return call.scale > 0 and not call.softcap and call.alibi_slopes is None and not has_bias
 
 
+def _is_specialized(call: Call, shape: Tile, tiles: dict) -> bool:
+    """Whether some warps copy, some multiply and some weigh: where the settings say so and the loop holds nothing else."""
+    plain = _is_plain(call) and call.mask is None and not call.drop_below
+    return shape.specialized and plain and None not in tiles.values()
+
+
 def _together(call: Call) -> int:
     """Heads whose programs run side by side: as many as share the cache where blocks differ, one where they do not."""
     if call.right is None:
@@ -199,10 +226,11 @@ def plan_forward(call: Call, out: Tensor, lse: Tensor) -> list[Launch]:
     scoring = _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, call.sinks)
     mask_rows, mask = _mask(call.mask, call)
     launches, visits = _visits(mask, call, shape, False, scoring)
+    tiles = _tiles(call, shape.k, key=call.key, value=call.value)
     arguments = {
-        **_inputs(call), "out": _rows(out), "lse": lse, "mask": mask_rows, "visits": visits, "sizes": sizes, "scoring": scoring,
-        "dropout": _dropout(call), "together": _together(call), "BLOCK_Q": shape.q, "BLOCK_K": shape.k,
-        "PLAIN": _is_plain(call), **_shared(call),
+        **_inputs(call), **tiles, "out": _rows(out), "lse": lse, "mask": mask_rows, "visits": visits, "sizes": sizes,
+        "scoring": scoring, "dropout": _dropout(call), "together": _together(call), "BLOCK_Q": shape.q, "BLOCK_K": shape.k,
+        "PLAIN": _is_plain(call), "SPECIALIZED": _is_specialized(call, shape, tiles), **_shared(call),
     }  # fmt: skip
     grid = sizes.heads * _blocks(sizes.q_len, sizes.cu_q, shape.q, sizes)
     return [*launches, _launch(attention_forward, grid, arguments, shape.warps, shape.stages)]
@@ -232,14 +260,17 @@ def plan_backward(
 
     shape = _tile(GRAD_KEY_VALUE, call)
     listing, visits = _visits(mask, call, shape, True, scoring)
-    results = {"grad_key": _rows(grad_key), "grad_value": _rows(grad_value)}
-    arguments = {**tensors, **walk, **results, "visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
+    tiles = _tiles(call, shape.q, query=call.query, grad_out=grad_out)
+    blocks = {"visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
+    arguments = {**tensors, **tiles, **walk, **blocks, "grad_key": _rows(grad_key), "grad_value": _rows(grad_value)}
     grid = call.key.shape[1] * _blocks(sizes.k_len, sizes.cu_k, shape.k, sizes)
     launches += [*listing, _launch(attention_grad_key_value, grid, arguments, shape.warps, shape.stages)]
 
     shape = _tile(GRAD_QUERY, call)
     listing, visits = _visits(mask, call, shape, False, scoring)
-    arguments = {**tensors, **walk, "grad_query": _rows(grad_query), "visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
+    tiles = _tiles(call, shape.k, key=call.key, value=call.value)
+    blocks = {"visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
+    arguments = {**tensors, **tiles, **walk, **blocks, "grad_query": _rows(grad_query)}
     grid = heads * _blocks(q_len, sizes.cu_q, shape.q, sizes)
     launches += [*listing, _launch(attention_grad_query, grid, arguments, shape.warps, shape.stages)]
     if grad_mask is not None:

@@ -14,6 +14,7 @@ from .attention_parts import (
     LOG2E,
     dropout_stream,
     kept,
+    load_block,
     load_tile,
     loop_bounds,
     masked,
@@ -73,7 +74,8 @@ def weights_again(
 
 @triton.jit
 def attention_grad_key_value(
-    query, key, value, grad_out, lse, delta, grad_key, grad_value, mask, visits, sizes, scoring, dropout, together,
+    query, key, value, grad_out, query_tiles, grad_out_tiles, lse, delta, grad_key, grad_value,
+    mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +113,7 @@ def attention_grad_key_value(
                 for step in range(start, stop, BLOCK_Q):
                     q_start = visited(visits, visit, step, BLOCK_Q)
                     rows_left = q_len - q_start
-                    q = load_tile(q_pointers + tl.cast(q_start, tl.int64) * query.row, rows_left, D, phase != 1)
+                    q = load_block(q_pointers, query, query_tiles, batch, head, q_first, q_start, rows_left, D, phase != 1)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
                     at_start = statistics + q_start
                     its_lse, its_delta = load_statistics(lse + at_start, delta + at_start, rows_left, BLOCK_Q, phase != 1)
@@ -120,7 +122,9 @@ def attention_grad_key_value(
                         s, its_lse[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j, q_len, k_len, slope,
                         scoring, PLAIN, phase != 1,
                     )  # fmt: skip
-                    g = load_tile(g_pointers + tl.cast(q_start, tl.int64) * grad_out.row, rows_left, DV, phase != 1)
+                    g = load_block(
+                        g_pointers, grad_out, grad_out_tiles, batch, head, q_first, q_start, rows_left, DV, phase != 1
+                    )
                     dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
                     if dropout.seed is None:
                         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
@@ -142,7 +146,8 @@ def attention_grad_key_value(
 
 @triton.jit
 def attention_grad_query(
-    query, key, value, grad_out, lse, delta, grad_query, mask, visits, sizes, scoring, dropout, together,
+    query, key, value, grad_out, key_tiles, value_tiles, lse, delta, grad_query,
+    mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -171,14 +176,16 @@ def attention_grad_query(
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
             for step in range(start, stop, BLOCK_K):
                 k_start = visited(visits, visit, step, BLOCK_K)
-                k = load_tile(k_pointers + tl.cast(k_start, tl.int64) * key.row, k_len - k_start, D, phase != 1)
+                k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]
                 p, derivative = weights_again(
                     s, its_lse[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, slope, scoring,
                     PLAIN, phase != 1,
                 )  # fmt: skip
-                v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
+                v = load_block(
+                    v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
+                )
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
                 if dropout.seed is not None:
                     keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)

@@ -12,6 +12,7 @@ from .attention_parts import (
     dropout_stream,
     first_state,
     kept,
+    load_block,
     load_tile,
     log_sum_exp,
     loop_bounds,
@@ -30,9 +31,9 @@ from .attention_parts import (
 
 @triton.jit
 def attention_forward(
-    query, key, value, out, lse, mask, visits, sizes, scoring, dropout, together,
+    query, key, value, key_tiles, value_tiles, out, lse, mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """query, key, value, out: Rows; lse: float32 (batch, heads, rows). PLAIN: scores are products times a positive factor."""
     b, head, block, batch, q_first, q_len, k_first, k_len = place(
@@ -40,9 +41,10 @@ def attention_forward(
     )
     q_start = block * BLOCK_Q
     if q_start < q_len:
+        kv_head = head // sizes.group
         q_pointers = tile_pointers(query, batch, head, q_first + q_start, BLOCK_Q, COLUMNS)
-        k_pointers = tile_pointers(key, batch, head // sizes.group, k_first, BLOCK_K, COLUMNS)
-        v_pointers = tile_pointers(value, batch, head // sizes.group, k_first, BLOCK_K, VALUE_COLUMNS)
+        k_pointers = tile_pointers(key, batch, kv_head, k_first, BLOCK_K, COLUMNS)
+        v_pointers = tile_pointers(value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
         q = load_tile(q_pointers, q_len - q_start, D, True)
         shift = k_len - q_len  # query i has its place at key i + shift
         i = q_start + tl.arange(0, BLOCK_Q)
@@ -55,9 +57,9 @@ def attention_forward(
         visit, count = visit_list(visits, b, head, block)
         for phase in tl.static_range(3):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
-            for step in range(start, stop, BLOCK_K):
+            for step in tl.range(start, stop, BLOCK_K, warp_specialize=SPECIALIZED):
                 k_start = visited(visits, visit, step, BLOCK_K)
-                k = load_tile(k_pointers + tl.cast(k_start, tl.int64) * key.row, k_len - k_start, D, phase != 1)
+                k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]
                 factor = scoring.inner
@@ -71,7 +73,9 @@ def attention_forward(
                 weights, maximum, total, decay = online_softmax(s, factor, maximum, total, phase != 1)
                 if dropout.seed is not None:
                     weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
-                v = load_tile(v_pointers + tl.cast(k_start, tl.int64) * value.row, k_len - k_start, DV, phase != 1)
+                v = load_block(
+                    v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
+                )
                 acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
         out_scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
         if dropout.seed is not None:

@@ -218,6 +218,21 @@ def load_tile(pointers, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def load_block(
+    pointers, rows, tiles, batch, head, first, within, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr
+):  # fmt: skip
+    """The tile from row `within` on of those that begin at `first`, where `pointers` point, with zeros as in `load_tile`.
+
+    `tiles` is a descriptor of (1, 1, ROWS, COLUMNS) blocks of the tensor, by which the GPU's tensor memory accelerator copies a
+    tile and fills up with zeros past the tensor's end; or None.
+    """
+    if tiles is None:
+        return load_tile(pointers + tl.cast(within, tl.int64) * rows.row, rows_left, DIM, CHECK_ROWS)
+    else:
+        return tiles.load([batch.to(tl.int32), head, first + within, 0]).reshape(pointers.shape)
+
+
+@triton.jit
 def store_tile(pointers, values, rows_left, DIM: tl.constexpr):
     inside = (tl.arange(0, pointers.shape[0])[:, None] < rows_left) & (tl.arange(0, pointers.shape[1])[None, :] < DIM)
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)

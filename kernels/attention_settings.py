@@ -17,6 +17,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     spilled: int = 0  # bytes that a thread spills at most
+    specialized: bool = False  # whether warps share the work by kind: copies, products, softmax
 
 
 FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE = "forward", "grad_key_value", "grad_query", "decode"
@@ -113,6 +114,11 @@ def architecture(device: torch.device) -> str:
 def has_tf32(arch: str) -> bool:
     """Whether there are products of float32 rounded to TF32."""
     return arch.startswith(("sm_", "gfx94"))
+
+
+def has_descriptors(arch: str) -> bool:
+    """Whether there is a tensor memory accelerator, which copies a tile by a descriptor of its tensor."""
+    return arch == "interpreter" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90)
 
 
 def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:

@@ -15,11 +15,11 @@ class Guarded:
         self.bands: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def put(self, tensor: torch.Tensor, band: float = math.nan) -> torch.Tensor:
-        """A copy of (batch, heads, rows, dim) with a band around every dimension."""
+        """A copy of (batch, heads, rows, dim) with a band around every dimension, which keeps rows aligned that are."""
         batch, heads, rows, dim = tensor.shape
-        around = torch.full((batch + 2, heads + 2, rows + 3, dim + 5), band, dtype=tensor.dtype, device=self.device)
+        around = torch.full((batch + 2, heads + 2, rows + 3, dim + 16), band, dtype=tensor.dtype, device=self.device)
         inside = torch.zeros_like(around, dtype=torch.bool)
-        window = (slice(1, -1), slice(1, -1), slice(1, rows + 1), slice(2, dim + 2))
+        window = (slice(1, -1), slice(1, -1), slice(1, rows + 1), slice(8, dim + 8))
         around[window], inside[window] = tensor, True
         self.bands.append((around, inside))
         return around[window]
