@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from fastlm.kernels import ahead_of_time, attention, machine_code
-from fastlm.kernels.attention_settings import DECODE, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, tile
+from fastlm.kernels.attention_settings import DECODE, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, has_descriptors, tile
 
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
@@ -50,12 +50,12 @@ def covering_variants() -> list[Variant]:
     return variants
 
 
-def launch_of(variant: Variant) -> attention.Launch:
-    """What a launcher would start on that GPU for 4 sequences of 4096 with 16 heads."""
+def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
+    """What a launcher would start on that GPU for 4 sequences of 4096 with 16 heads; on a real device, of zeros."""
     batch, heads, length, head_dim = 4, 16, 4096, variant.head_dim
 
     def tensor(*shape, dtype=None):
-        return torch.empty(shape, dtype=dtype or getattr(torch, variant.dtype), device="meta")
+        return torch.zeros(shape, dtype=dtype or getattr(torch, variant.dtype), device=device)
 
     query, key, value, out = (tensor(batch, heads, length, head_dim) for _ in range(4))
     lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
@@ -78,7 +78,9 @@ def inspect(variant: Variant) -> dict:
     warnings.simplefilter("ignore")
     launch = launch_of(variant)
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
-    shape = tile(variant.of, variant.arch, getattr(torch, variant.dtype), variant.head_dim)
+    row["specialized"] = launch.arguments.get("SPECIALIZED", False)
+    dtype = getattr(torch, variant.dtype)
+    shape = tile(variant.of, variant.arch, dtype, variant.head_dim, has_descriptors(variant.arch, dtype))
     try:
         binary = ahead_of_time.compile_launch(launch, variant.arch)
     except Exception as error:  # a compiler that gives up is a finding, and the others go on

@@ -91,12 +91,15 @@ def table_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
 def _table_row(row: dict) -> tuple[str, ...]:
     if "error" in row:
         return (row["arch"], row["of"], str(row["head_dim"]), row["error"], *[""] * 6)
-    prediction = predict(row)
-    share = f"{prediction.worst:.0%} – {prediction.best:.0%}"
-    share += "" if prediction.busiest == "tensor" else f" ({prediction.busiest} is the limit)"
+    if row["specialized"]:  # what its warps do, they do in loops of their own
+        float_per_score, share = "", "not predicted: warps are specialized"
+    else:
+        prediction = predict(row)
+        float_per_score, share = f"{prediction.float_per_score:.1f}", f"{prediction.worst:.0%} – {prediction.best:.0%}"
+        share += "" if prediction.busiest == "tensor" else f" ({prediction.busiest} is the limit)"
     return (
         row["arch"], row["of"], str(row["head_dim"]), f"{row['q']} x {row['k']}", str(row["num_warps"]), str(row["registers"]),
-        str(row["spilled_bytes"]), f"{row['shared_bytes'] / 1024:.0f}", f"{prediction.float_per_score:.1f}", share,
+        str(row["spilled_bytes"]), f"{row['shared_bytes'] / 1024:.0f}", float_per_score, share,
     )  # fmt: skip
 
 

@@ -89,25 +89,6 @@ def _inputs(call: Call) -> dict:
     return {name: _rows(getattr(call, name)) for name in ("query", "key", "value")}
 
 
-def _describe(tensor: Tensor, rows: int) -> TensorDescriptor | None:
-    """Of blocks of so many rows; None where the tensor does not lie in memory as the accelerator wants it."""
-    size, columns = tensor.element_size(), _columns(tensor.shape[3])
-    # A dimension of one has a stride of no meaning; one that a tensor is broadcast along has none.
-    strides = [columns if length == 1 else stride for length, stride in zip(tensor.shape[:3], tensor.stride())]
-    aligned = tensor.data_ptr() % 16 == 0 and all(0 < stride * size < 1 << 40 and stride * size % 16 == 0 for stride in strides)
-    if not aligned or not tensor.numel():
-        return None
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
-
-
-def _tiles(call: Call, rows: int, **tensors: Tensor) -> dict:
-    """Descriptors by which kernels copy tiles of so many rows; of packed sequences there are none, as a tile may not end where
-    a sequence does."""
-    if not has_descriptors(_arch(call)) or call.cu_seqlens_q is not None:
-        return {f"{name}_tiles": None for name in tensors}
-    return {f"{name}_tiles": _describe(tensor, rows) for name, tensor in tensors.items()}
-
-
 def _mask(mask: Tensor | None, call: Call) -> tuple[Mask | None, Tensor | None]:
     """The mask as kernels read it, and as a tensor of 4 dimensions."""
     if mask is None:
@@ -185,8 +166,31 @@ def _together(call: Call) -> int:
     return max(1, CACHE_SHARE // max(1, bytes_of_head))
 
 
-def _tile(kernel: str, call: Call) -> Tile:
-    return tile(kernel, _arch(call), call.query.dtype, max(call.query.shape[3], call.value.shape[3]))
+def _is_describable(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy from where it lies."""
+    steps = [stride * tensor.element_size() for length, stride in zip(tensor.shape[:3], tensor.stride()) if length != 1]
+    return tensor.data_ptr() % 16 == 0 and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
+    """Of blocks of so many rows; None where there is no whole one."""
+    if tensor.shape[2] < rows or not tensor.numel():
+        return None
+    columns = _columns(tensor.shape[3])
+    strides = [columns if length == 1 else stride for length, stride in zip(tensor.shape[:3], tensor.stride())]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, columns])
+
+
+def _cut(kernel: str, call: Call, **walked: Tensor) -> tuple[Tile, dict]:
+    """The tile of a pass, and the arguments by which it copies tiles of what its loop walks over: descriptors or None.
+
+    Packed sequences have none, as a tile may not end where a sequence does.
+    """
+    arch, dtype, head_dim = _arch(call), call.query.dtype, max(call.query.shape[3], call.value.shape[3])
+    described = has_descriptors(arch, dtype) and call.cu_seqlens_q is None and all(map(_is_describable, walked.values()))
+    shape = tile(kernel, arch, dtype, head_dim, described)
+    rows = shape.q if kernel == GRAD_KEY_VALUE else shape.k
+    return shape, {f"{name}_tiles": _descriptor(tensor, rows) if described else None for name, tensor in walked.items()}
 
 
 def _blocks(length: int, cu_seqlens: Tensor | None, block: int, sizes: Sizes) -> int:
@@ -222,11 +226,10 @@ def _visits(
 
 def plan_forward(call: Call, out: Tensor, lse: Tensor) -> list[Launch]:
     """Launches that write out (batch, heads, rows, Dv) and lse (batch, heads, rows)."""
-    shape, sizes = _tile(FORWARD, call), _sizes(call)
+    (shape, tiles), sizes = _cut(FORWARD, call, key=call.key, value=call.value), _sizes(call)
     scoring = _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, call.sinks)
     mask_rows, mask = _mask(call.mask, call)
     launches, visits = _visits(mask, call, shape, False, scoring)
-    tiles = _tiles(call, shape.k, key=call.key, value=call.value)
     arguments = {
         **_inputs(call), **tiles, "out": _rows(out), "lse": lse, "mask": mask_rows, "visits": visits, "sizes": sizes,
         "scoring": scoring, "dropout": _dropout(call), "together": _together(call), "BLOCK_Q": shape.q, "BLOCK_K": shape.k,
@@ -258,17 +261,15 @@ def plan_backward(
     }  # fmt: skip
     launches = [_launch(attention_delta, batch * heads * triton.cdiv(q_len, ROWS), of_delta)]
 
-    shape = _tile(GRAD_KEY_VALUE, call)
+    shape, tiles = _cut(GRAD_KEY_VALUE, call, query=call.query, grad_out=grad_out)
     listing, visits = _visits(mask, call, shape, True, scoring)
-    tiles = _tiles(call, shape.q, query=call.query, grad_out=grad_out)
     blocks = {"visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
     arguments = {**tensors, **tiles, **walk, **blocks, "grad_key": _rows(grad_key), "grad_value": _rows(grad_value)}
     grid = call.key.shape[1] * _blocks(sizes.k_len, sizes.cu_k, shape.k, sizes)
     launches += [*listing, _launch(attention_grad_key_value, grid, arguments, shape.warps, shape.stages)]
 
-    shape = _tile(GRAD_QUERY, call)
+    shape, tiles = _cut(GRAD_QUERY, call, key=call.key, value=call.value)
     listing, visits = _visits(mask, call, shape, False, scoring)
-    tiles = _tiles(call, shape.k, key=call.key, value=call.value)
     blocks = {"visits": visits, "BLOCK_Q": shape.q, "BLOCK_K": shape.k}
     arguments = {**tensors, **tiles, **walk, **blocks, "grad_query": _rows(grad_query)}
     grid = heads * _blocks(q_len, sizes.cu_q, shape.q, sizes)

@@ -1,7 +1,8 @@
 """The forward of attention: a program per head and block of queries walks over the keys that its queries see.
 
 What makes it fast: one fused multiply-add and one exp2 per score, as the scale is folded into the exponent; keys that nobody in
-the block sees are never visited; only blocks on the edge of what is seen are masked.
+the block sees are never visited; only blocks on the edge of what is seen are masked; tiles of keys and values are copied by the
+tensor memory accelerator where there is one, and warps are specialized where the settings say so.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
 """
 

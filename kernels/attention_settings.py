@@ -1,7 +1,11 @@
 """How attention's kernels are cut for each GPU: the one table that launches, ahead-of-time compilation and tests read.
 
 A row holds for head_dims (the larger of keys' and values') up to 64, 128 and 256. The figures were found by compiling for each
-GPU and reading registers, spills and instructions (benchmarks/static_roofline.py), not by timing: no GPU was at hand.
+GPU and reading registers, spills and instructions (benchmarks/tune_tiles.py), not by timing: no GPU was at hand.
+
+Rows "by descriptors" hold where the tensor memory accelerator copies the tiles: pointers take no registers then, and tiles can
+be larger. On sm_100 the plain forward's warps are specialized; on sm_90 Triton's compiler (3.9) specializes kernels of one loop
+with descriptors made on the device alone, which want an allocator that a library must not set: two warp groups do all there.
 """
 
 from typing import NamedTuple
@@ -58,10 +62,30 @@ HALF = {  # bfloat16 and float16
         GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
         DECODE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
+    "sm_90 by descriptors": {
+        FORWARD: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        # The second keeps a few numbers in local memory around the loops of causal edges, not in the loop inside.
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2, spilled=24), Tile(64, 32, 8, 2)),
+        GRAD_QUERY: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+    },
+    "sm_100 by descriptors": {  # a specialized kernel keeps two numbers in local memory from one loop to the next
+        FORWARD: (
+            Tile(128, 128, 8, 2, spilled=8, specialized=True),
+            Tile(128, 128, 8, 2, spilled=8, specialized=True),
+            Tile(128, 64, 8, 2),
+        ),
+        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        GRAD_QUERY: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 1)),
+    },
+    "sm_120 by descriptors": {
+        FORWARD: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1)),
+    },
     "gfx942": {  # 64 KiB of shared memory, 64 lanes in a warp
-        FORWARD: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 16, 4, 2)),
-        GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(32, 64, 4, 2), Tile(16, 64, 4, 1)),
-        GRAD_QUERY: (Tile(128, 32, 4, 2), Tile(128, 32, 8, 2), Tile(64, 16, 8, 1)),
+        FORWARD: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 16, 4, 2)),
+        GRAD_KEY_VALUE: (Tile(16, 128, 4, 2), Tile(32, 64, 4, 1), Tile(16, 64, 4, 1)),
+        GRAD_QUERY: (Tile(128, 32, 4, 2), Tile(128, 16, 4, 2), Tile(64, 16, 8, 1)),
         DECODE: (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
     },
     "gfx1100": {  # its matrix instructions want each operand twice, in both halves of a warp: too much for 256 registers
@@ -111,22 +135,33 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+# KiB of shared memory that one program may take, by the makers' manuals.
+_SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_103": 227}
+
+
+def shared_memory(arch: str) -> int:
+    """Bytes of shared memory that one program may take at most."""
+    return _SHARED.get(arch, 64 if arch.startswith("gfx") else 99) << 10
+
+
 def has_tf32(arch: str) -> bool:
     """Whether there are products of float32 rounded to TF32."""
     return arch.startswith(("sm_", "gfx94"))
 
 
-def has_descriptors(arch: str) -> bool:
-    """Whether there is a tensor memory accelerator, which copies a tile by a descriptor of its tensor."""
-    return arch == "interpreter" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90)
+def has_descriptors(arch: str, dtype: torch.dtype) -> bool:
+    """Whether tiles are copied by a descriptor of their tensor: where there is a tensor memory accelerator, and for the numbers
+    that tensor instructions take. Multiply-adds want float32 in another order than it copies them, and spill."""
+    has_accelerator = arch == "interpreter" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90)
+    return has_accelerator and dtype != torch.float32
 
 
-def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of a kernel for the larger of the two head_dims."""
+def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, described: bool = False) -> Tile:
+    """The tile of a kernel for the larger of the two head_dims; `described`: it copies tiles by descriptors."""
     if arch == "interpreter":
         return INTERPRETER[kernel]
-    table = SINGLE if dtype == torch.float32 else HALF
-    family = table.get(SAME.get(arch, arch)) or table[_closest(arch)]
+    table, name = SINGLE if dtype == torch.float32 else HALF, SAME.get(arch, arch)
+    family = (table.get(name) or table[_closest(arch)]) | (table.get(f"{name} by descriptors", {}) if described else {})
     return family[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
 
 

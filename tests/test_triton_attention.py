@@ -17,7 +17,7 @@ from test_specs import SPECS, oracle
 from triton_interpreter import DEVICE, ON_GPU
 
 import fastlm
-from fastlm import native
+from fastlm import native, triton_kernels
 from fastlm.ops.spec import seeded_normal
 from fastlm.reference.attention import keep_mask
 
@@ -93,12 +93,51 @@ def test_a_row_does_not_depend_on_its_batch(name):
         assert torch.equal(result, whole[what][1:2]), what
 
 
+# ---- tiles by descriptor ----------------------------------------------------------------------------------------------------
+
+
+def _descriptors(arch: str, key: torch.Tensor, **options) -> list:
+    """How the forward would copy keys and values on a GPU."""
+    kernels = triton_kernels.attention()
+    plain = dict.fromkeys(kernels.Call._fields[3:11]) | {"scale": 1.0, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
+    call = kernels.Call(key, key, key, **plain | {"allow_tf32": False} | options, arch=arch)
+    arguments = kernels.plan_forward(call, key, key[..., 0].float())[-1].arguments
+    return [arguments["key_tiles"], arguments["value_tiles"]]
+
+
+def _keys(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120", "interpreter"])
+def test_gpus_with_an_accelerator_for_it_copy_tiles_by_descriptor(arch):
+    for key in (_keys(2, 3, 500, 64), _keys(2, 500, 3, 64).transpose(1, 2), _keys(1, 1, 500, 64), _keys(1, 1, 500, 72)):
+        for descriptor in _descriptors(arch, key):
+            assert descriptor.shape == list(key.shape) and descriptor.strides[2:] == list(key.stride()[2:])
+
+
+def test_other_tiles_are_copied_by_pointers():
+    long = torch.empty(9, dtype=torch.int32, device="meta")
+    calls = {
+        "an older GPU": ("sm_86", _keys(2, 3, 500, 64)),
+        "AMD": ("gfx942", _keys(2, 3, 500, 64)),
+        "float32": ("sm_90", _keys(2, 3, 500, 64).float()),
+        "rows that do not start at 16 bytes": ("sm_90", _keys(2, 3, 500, 20)),
+        "a head for all": ("sm_90", _keys(2, 1, 500, 64).expand(2, 3, 500, 64)),
+        "shorter than a tile": ("sm_90", _keys(2, 3, 15, 64)),
+        "no batch": ("sm_90", _keys(0, 3, 500, 64)),
+    }
+    for what, (arch, key) in calls.items():
+        assert _descriptors(arch, key) == [None, None], what
+    assert _descriptors("sm_90", _keys(1, 3, 500, 64), cu_seqlens_q=long, cu_seqlens_k=long) == [None, None]
+
+
 # ---- nothing outside the tensors --------------------------------------------------------------------------------------------
 
 SIZES = [(1, 1, 1, 1, 1, 1), (2, 4, 2, 37, 70, 24), (2, 2, 2, 65, 3, 64), (1, 2, 1, 33, 40, 17)]
 
 
-@pytest.mark.parametrize(("sizes", "dtype"), zip(SIZES, itertools.cycle(DTYPES)), ids=str)
+@pytest.mark.parametrize(("sizes", "dtype"), list(zip(SIZES, itertools.cycle(DTYPES))), ids=str)
 def test_nothing_is_read_outside_the_tensors(sizes, dtype):
     """NaN lies around every dimension of what is read; results come in tensors of their own, full of NaN."""
     batch, heads, kv_heads, q_len, k_len, dim = sizes

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_kernels.py"
-# Bytes of shared memory that one program may take, by the makers' manuals.
+# KiB of shared memory that one program may take, by the makers' manuals.
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 SHARED_OF_AMD = 64
 
@@ -47,13 +47,16 @@ def test_every_variant_compiles(rows):
     assert not [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
 
 
+A_FEW = 32  # bytes: what may stay in local memory around a loop
+
+
 def test_nothing_is_spilled_but_what_the_table_owns_up_to(rows):
     assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"] > row["may_spill"]]
-    assert not _wrong(rows, lambda row: row["dtype"] == "float32" or row["arch"] == "gfx1100" or not row["may_spill"])
+    assert not _wrong(rows, lambda row: row["dtype"] == "float32" or row["arch"] == "gfx1100" or row["may_spill"] <= A_FEW)
 
 
 def test_no_hot_loop_goes_through_local_memory(rows):
-    assert not _wrong(rows, lambda row: row["may_spill"] or "local" not in row["units"])
+    assert not _wrong(rows, lambda row: row["may_spill"] > A_FEW or "local" not in row["units"])
 
 
 def test_shared_memory_fits(rows):
