@@ -1,0 +1,52 @@
+"""What a new user would try first, in an environment where only torch and the wheel are installed: python smoke.py 2.13.0"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import fastlm
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def attention() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 4, 100, 32, requires_grad=True) for _ in range(3)]
+    outs = [attend(*inputs, is_causal=True) for attend in (fastlm.scaled_dot_product_attention, F.scaled_dot_product_attention)]
+    close(*outs)
+    for ours, theirs in zip(*(torch.autograd.grad(out.square().sum(), inputs) for out in outs)):
+        close(ours, theirs)
+
+
+def latent() -> None:
+    mu, logvar = (torch.randn(8, 20, requires_grad=True) for _ in range(2))
+    calls = [fastlm.reparameterize_with_kl(mu, logvar, seed=7, backend=backend) for backend in ("cpu", "reference")]
+    for ours, theirs in zip(*calls):
+        close(ours, theirs)
+    for ours, theirs in zip(*(torch.autograd.grad(z.sum() + kl.sum(), (mu, logvar)) for z, kl in calls)):
+        close(ours, theirs)
+
+
+def compiled() -> None:
+    """torch traces the ops without looking into them (no compiler is needed for that)."""
+    x = torch.randn(1, 2, 40, 16)
+    traced = torch.compile(lambda q: fastlm.attention(q, q, q, causal=True, backend="cpu"), backend="eager", fullgraph=True)
+    close(traced(x), fastlm.attention(x, x, x, causal=True))
+
+
+def main() -> None:
+    wanted = sys.argv[1]
+    assert torch.__version__.split("+")[0] == wanted, f"torch {torch.__version__} is here, not {wanted}"
+    assert "site-packages" in fastlm.__file__, fastlm.__file__
+    backends = fastlm.backends()
+    assert backends["cpu"].startswith("available"), backends
+    for step in (attention, latent, compiled):
+        step()
+    print(f"fastlm works under torch {torch.__version__}, Python {sys.version.split()[0]}")
+
+
+if __name__ == "__main__":
+    main()
