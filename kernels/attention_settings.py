@@ -99,7 +99,7 @@ HALF = {  # bfloat16 and float16
 # keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, and on gfx11 for more.
 SINGLE = {
     "sm_86": {
-        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 1, spilled=8), Tile(16, 16, 8, 1)),
         GRAD_KEY_VALUE: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
         GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
         DECODE: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
