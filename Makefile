@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help test bench doctor lint format sanitize gpu-kernels smoke wheel clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 test: $(VENV)/installed lint ## run the tests (TESTS="tests/test_kl.py -k sign" for some)
 	$(BIN)/pytest $(or $(TESTS),tests)
