@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-# Codes of the dtypes in csrc/cpu/view.h; indices have none, as theirs is known.
+# Codes of the dtypes in csrc/common/view.h; indices have none, as theirs is known.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 OTHER = 5
 
@@ -58,7 +58,7 @@ def _described(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.data_ptr(), DTYPE_CODES.get(tensor.dtype, OTHER), tensor.stride(), tuple(tensor.shape), tensor
 
 
-# What the C++ code takes for a tensor (csrc/cpu/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
+# What the C++ code takes for a tensor (csrc/common/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
 # tenth of the time that Python takes to describe one.
 _exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 view = _itself if C and _exchange_api and C.use_exchange(_exchange_api) else _described

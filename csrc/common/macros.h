@@ -14,3 +14,11 @@
 // static: a copy compiled for one instruction set must never be picked by the linker for another.
 #define FASTLM_HD static inline FASTLM_FORCE_INLINE
 #endif
+
+// A loop whose number of turns the compiler knows.
+#define FASTLM_PRAGMA(text) _Pragma(#text)
+#if defined(__CUDACC__)
+#define FASTLM_UNROLL(turns) FASTLM_PRAGMA(unroll)
+#else
+#define FASTLM_UNROLL(turns) FASTLM_PRAGMA(GCC unroll turns)
+#endif

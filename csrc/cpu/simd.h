@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../common/half.h"
 #include "../common/macros.h"
 
 #define FASTLM_SIMD FASTLM_HD                     // a free function on vectors
@@ -16,14 +17,6 @@
 namespace fastlm {
 
 constexpr int kLanes = 16;
-
-// Storage types of half precision.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 }  // namespace fastlm
 
