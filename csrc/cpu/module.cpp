@@ -63,14 +63,6 @@ void set_isa(const std::string& name) {
   throw py::value_error("this machine runs " + py::str(isas()).cast<std::string>() + "; got '" + name + "'");
 }
 
-// From now on, tensors may come as they are; returned is whether this torch's API is one that is understood here.
-bool use_exchange(const py::capsule& api) {
-  const auto* offered = static_cast<const DLPackExchangeAPI*>(api.get_pointer());
-  const bool understood = offered->major == 1 && offered->dltensor_from_py_object_no_sync;
-  if (understood) exchange = offered;
-  return understood;
-}
-
 // Asks for huge pages under a large output before it is written: at 4 KiB a page, faults would take longer than the kernels.
 void advise_huge_pages(intptr_t data, int64_t bytes) {
 #if defined(__linux__)

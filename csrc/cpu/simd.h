@@ -11,7 +11,6 @@
 #include "../common/macros.h"
 
 #define FASTLM_SIMD FASTLM_HD                     // a free function on vectors
-#define FASTLM_MEMBER FASTLM_FORCE_INLINE inline  // a member of one
 #define FASTLM_LAMBDA FASTLM_FORCE_INLINE         // goes after a lambda's parameters
 
 namespace fastlm {
