@@ -116,6 +116,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
     >>> print(fastlm.explain(fastlm.gaussian_kl, mu, logvar))
     gaussian_kl runs on the backend 'cpu'
+      not on 'cuda': the tensors are on cpu
     """
     explanation = Explanation(getattr(function, "__name__", "?"), kwargs.pop("backend", None))
     try:

@@ -39,7 +39,6 @@ def load() -> Loaded:
     return Loaded(module, native.view_for(module))
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not see how a module is loaded
 def unavailable(device: int) -> str | None:
     """Why no kernel runs on the GPU of that index."""
     if reason := load().why_not:
@@ -48,6 +47,10 @@ def unavailable(device: int) -> str | None:
     if capability < OLDEST:
         return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the kernels need {OLDEST[0]}.{OLDEST[1]}"
     return None
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: it need not see how a module is loaded.
+unavailable._dynamo_marked_constant = True
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
@@ -63,7 +66,7 @@ def state() -> str:
     return reason or f"available ({torch.cuda.get_device_name()}; built for {module.architectures})"
 
 
-# ---- how an op runs them: what native.py offers for the CPU -------------------------------------------------------------------
+# ---- how an op runs them: what native.py offers for the CPU -----------------------------------------------------------------
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -75,7 +75,7 @@ HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """`torch.empty` for a kernel's output, on the CPU. A large one is asked to live in huge pages, as NumPy asks for its arrays."""
+    """`torch.empty` on the CPU for a kernel's output. A large one is asked to live in huge pages, as NumPy's arrays are."""
     tensor = torch.empty(*shape, dtype=dtype) if shape else torch.empty((), dtype=dtype)  # a tuple would cost 1 us
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)

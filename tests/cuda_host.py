@@ -27,8 +27,8 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 CUDA = {"backend": "cuda", "device": DEVICE}
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # as this process, so the module
 
-FLAGS = "-std=c++17 -fPIC -shared -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror"
-SANITIZERS = "-g -O1 -DFASTLM_SANITIZE -fsanitize=address,undefined -fno-sanitize-recover=all"
+FLAGS = "-std=c++17 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno"
+SANITIZERS = "-g1 -O1 -DFASTLM_SANITIZE -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def _sources() -> list[Path]:

@@ -1,9 +1,7 @@
 """The CUDA kernels: on the GPU where there is one, else their device code on the host (cuda_host.py)."""
 
-import contextlib
 import math
 import os
-import re
 import subprocess
 import sys
 
@@ -36,11 +34,6 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 ORDERS = ("forward", "reverse", "1")
 on_host = pytest.mark.skipif(ON_GPU, reason="a GPU has an order of its own")
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-
-
-@pytest.fixture(autouse=True)
-def deterministic_fill(poison):
-    """After the memory is poisoned, whatever the order of the fixtures."""
 
 
 def latent(dtype, *shape, prior_mu=None, prior_logvar=None, **options) -> dict:
@@ -144,7 +137,7 @@ def test_every_layout_of_every_dtype(dtype, columns, layout, widest_isa):
     call = {name: laid_out(layout, shape, dtype, seed, 1) for seed, name in enumerate(("mu", "logvar"))}
     call |= {"prior_mu": laid_out(layout, shape, prior_dtype, 5, 1), "prior_logvar": laid_out(layout, shape, dtype, 6, 1)}
     seed = torch.arange(7)
-    assert_as_on_the_cpu({**call, "seed": seed, "num_samples": 3, "logvar_clamp": (-1.0, 1.0)}, output_gradients)
+    assert_as_on_the_cpu({**call, "seed": seed, "num_samples": 3, "logvar_clamp": (-1.0, 1.0)})
 
 
 @pytest.mark.parametrize("position", [0, 1, 2**34 - 7, 2**62 + 1])
@@ -250,7 +243,6 @@ def test_the_sanitizers_find_nothing():
 
 # ---- deterministic ----------------------------------------------------------------------------------------------------------
 
-ROWS, COLUMNS = 60, 37
 PER_ROW = ("output 0", "output 1", "gradient of mu", "gradient of logvar")
 
 

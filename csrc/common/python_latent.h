@@ -59,7 +59,7 @@ inline int64_t product(const Shape& shape, int first_dim = 0) {
 using LatentNumbers = std::tuple<double, double, double, double>;
 
 inline void fill(Latent& a, const py::tuple& shape, const py::tuple& inputs, intptr_t seeds, int64_t streams, int64_t samples,
-          const LatentNumbers& numbers) {
+                 const LatentNumbers& numbers) {
   a.shape = shape_of(shape);
   a.elements = product(a.shape);
   a.mu = view_of(inputs[0]);
@@ -73,8 +73,8 @@ inline void fill(Latent& a, const py::tuple& shape, const py::tuple& inputs, int
 }
 
 inline LatentForward latent_forward_of(const py::tuple& shape, const py::tuple& inputs, const py::object& z,
-                                       const py::object& kl, intptr_t seeds, int64_t streams, int event_dims,
-                                       int64_t samples, const LatentNumbers& numbers) {
+                                       const py::object& kl, intptr_t seeds, int64_t streams, int event_dims, int64_t samples,
+                                       const LatentNumbers& numbers) {
   LatentForward a;
   fill(a, shape, inputs, seeds, streams, samples, numbers);
   a.z = TensorView(z).data;

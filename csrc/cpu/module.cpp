@@ -32,8 +32,7 @@ void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, con
 void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, const py::object& grad_z,
                              const py::object& grad_kl, const py::tuple& outputs, intptr_t seeds, int64_t streams,
                              int event_dims, int64_t samples, const LatentNumbers& numbers) {
-  LatentBackward a =
-      latent_backward_of(shape, inputs, grad_z, grad_kl, outputs, seeds, streams, event_dims, samples, numbers);
+  LatentBackward a = latent_backward_of(shape, inputs, grad_z, grad_kl, outputs, seeds, streams, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::gil_scoped_release nogil;
   latent_backward(a);

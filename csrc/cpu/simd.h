@@ -10,8 +10,8 @@
 #include "../common/half.h"
 #include "../common/macros.h"
 
-#define FASTLM_SIMD FASTLM_HD                     // a free function on vectors
-#define FASTLM_LAMBDA FASTLM_FORCE_INLINE         // goes after a lambda's parameters
+#define FASTLM_SIMD FASTLM_HD              // a free function on vectors
+#define FASTLM_LAMBDA FASTLM_FORCE_INLINE  // goes after a lambda's parameters
 
 namespace fastlm {
 

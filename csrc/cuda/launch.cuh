@@ -20,7 +20,7 @@ cudaError_t with_dtype(int dtype, const F& f) {
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// Whether groups of so many elements are neighbours in memory, on addresses that take 16 bytes at a time, and cross no row's end.
+// Whether a group's elements are neighbours in memory, on an address that takes 16 bytes at a time, and cross no row's end.
 inline bool is_packed(const Shape& shape, const View& view, int dtype, int group) {
   if (view.dtype != dtype || !is_aligned(view.data)) return false;
   const int last = shape.dims - 1;

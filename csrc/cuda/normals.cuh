@@ -20,7 +20,8 @@ FASTLM_DEVICE float normal_at(uint64_t seed, uint64_t position) {
   const Words<uint64_t> words = philox(seed, position / 4);
   const bool second_pair = position & 2, second_of_pair = position & 1;
   Float cosine, sine;
-  box_muller(Word(uint32_t(second_pair ? words.w2 : words.w0)), Word(uint32_t(second_pair ? words.w3 : words.w1)), cosine, sine);
+  box_muller(Word(uint32_t(second_pair ? words.w2 : words.w0)), Word(uint32_t(second_pair ? words.w3 : words.w1)), cosine,
+             sine);
   return second_of_pair ? sine.v : cosine.v;
 }
 

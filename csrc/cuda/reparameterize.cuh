@@ -12,8 +12,8 @@
 
 namespace fastlm {
 
-constexpr int kTile = 2048;         // elements of a block, at most
-constexpr int kStrip = 256;         // elements of a row that one warp sums
+constexpr int kTile = 2048;  // elements of a block, at most
+constexpr int kStrip = 256;  // elements of a row that one warp sums
 constexpr unsigned kAllLanes = ~0u;
 
 // Which tensors are read and written in whole groups.
@@ -76,15 +76,12 @@ struct Inputs {
         load<T>(a.shape, a.prior_mu, a.prior_mu.data, packed.prior_mu, group, at.offset[2], at.inner, prior_mu);
       }
       if (a.prior_logvar.data) {
-        load<T>(a.shape, a.prior_logvar, a.prior_logvar.data, packed.prior_logvar, group, at.offset[3], at.inner,
-                prior_logvar);
+        load<T>(a.shape, a.prior_logvar, a.prior_logvar.data, packed.prior_logvar, group, at.offset[3], at.inner, prior_logvar);
       }
     }
   }
 
-  FASTLM_DEVICE_MEMBER V deviation(int i) const {
-    return standard_deviation(clamp(V(logvar[i]), V(C(a.low)), V(C(a.high))));
-  }
+  FASTLM_DEVICE_MEMBER V deviation(int i) const { return standard_deviation(clamp(V(logvar[i]), V(C(a.low)), V(C(a.high)))); }
 
   FASTLM_DEVICE_MEMBER Kl<V> kl_at(int i, V deviation) const {
     V difference(mu[i]), log_ratio = clamp(V(logvar[i]), V(C(a.low)), V(C(a.high)));

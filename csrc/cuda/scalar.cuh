@@ -87,7 +87,7 @@ FASTLM_HD Double scale2(Double a, Double n) {
   return Double(a.v * bits_as<double>(uint64_t(half + 1023) << 52) * bits_as<double>(uint64_t(exponent - half + 1023) << 52));
 }
 
-// ---- dtypes: how they are stored, and what is computed in ---------------------------------------------------------------------
+// ---- dtypes: how they are stored, and what is computed in -------------------------------------------------------------------
 
 template <class T>
 struct Accumulator {

@@ -100,8 +100,7 @@ def _run_backward(
         num_samples or 0,
         (free_bits, low, high, temperature),
     )
-    none = torch.empty(0, device=device)
-    reduced = (none if g is None else sum_to(g, prior) for g, prior in zip(grad_priors, priors))
+    reduced = (torch.empty(0, device=device) if g is None else sum_to(g, prior) for g, prior in zip(grad_priors, priors))
     return grad_mu, grad_logvar, *reduced
 
 
