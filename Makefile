@@ -40,7 +40,7 @@ SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("pur
 SANITIZED := build/sanitize/site
 sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer and UBSan
 	$(BIN)/pip install --quiet --upgrade --no-deps --no-build-isolation --target $(SANITIZED) \
-	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C install.strip=false .
+	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C cmake.define.FASTLM_CUDA=OFF -C install.strip=false .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):$(SITE) $(PYTHON) $(BIN)/pytest $(or $(TESTS),tests -m "not slow_sanitized")
 

@@ -1,0 +1,95 @@
+"""fastlm._cuda as nvcc built it: for which GPUs, what its kernels take, and what it is linked with. Read from the file, not run."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cuda_host import SANITIZED
+
+ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+# Four blocks of 128 threads and up on every processor, whose registers are 65,536; half that for what half precision takes.
+MOST_REGISTERS = 128
+MOST_IN_FLOAT32 = 80
+
+unwanted = SANITIZED or "FASTLM_CUDA=OFF" in os.environ.get("CMAKE_ARGS", "")
+found = importlib.util.find_spec("fastlm._cuda")
+MODULE = found.origin if found else None
+built = pytest.mark.skipif(found is None, reason="fastlm was built without nvcc")
+
+
+@pytest.mark.skipif(unwanted, reason="built without the CUDA kernels, as was asked for")
+def test_where_nvcc_is_on_the_path_the_module_was_built():
+    assert found or not shutil.which("nvcc")
+
+
+def output(*command) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cuobjdump(*options: str) -> str:
+    """Of the CUDA toolkit, or the one that comes with Triton."""
+    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="needs cuobjdump, of CUDA's toolkit or of Triton")
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return output(tool, *options, MODULE)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[tuple[str, str, dict]]:
+    """(architecture, kernel, what it takes) of every kernel."""
+    rows, arch, name = [], None, None
+    for line in cuobjdump("--dump-resource-usage").splitlines():
+        if header := re.match(r"arch = (\w+)", line.strip()):
+            arch = header[1]
+        elif function := re.match(r"Function (\w+):", line.strip()):
+            name = function[1]
+        elif "REG:" in line:
+            rows.append((arch, name, {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}))
+    return rows
+
+
+@built
+def test_every_architecture_has_every_kernel(kernels):
+    names = {name for _, name, _ in kernels}
+    assert len(names) == 1 + 2 * 4 * 2 + 2  # the noise; forward and backward by dtype, with and without prior; the totals
+    archs = {arch for arch, _, _ in kernels}
+    assert archs <= ARCHITECTURES and {(arch, name) for arch, name, _ in kernels} == {(a, n) for a in archs for n in names}
+
+
+@built
+def test_the_newest_comes_as_ptx_too_for_gpus_that_are_to_come(kernels):
+    newest = max((arch for arch, _, _ in kernels), key=lambda arch: int(arch.removeprefix("sm_")))
+    assert newest in cuobjdump("-lptx")
+
+
+@built
+def test_nothing_is_spilled(kernels):
+    """STACK is what a thread keeps in local memory: spilled registers, or an array whose index is not known."""
+    assert not [(arch, name) for arch, name, takes in kernels if takes["STACK"] or takes["LOCAL"]]
+
+
+@built
+def test_registers_leave_room_for_many_threads(kernels):
+    def most(name: str) -> int:
+        return MOST_IN_FLOAT32 if re.search(r"kernelIfLb\d", name) else MOST_REGISTERS
+
+    assert not [(arch, name, takes["REG"]) for arch, name, takes in kernels if takes["REG"] > most(name)]
+
+
+@built
+def test_it_knows_nothing_of_torch():
+    symbols = output("nm", "-D", MODULE)
+    assert "PyInit__cuda" in symbols
+    assert not re.findall(r"\S*(?:torch|c10|aten|_ZN2at|THP)\S*", symbols)
+
+
+@built
+def test_cuda_s_runtime_is_within():
+    """Else the module would ask for the very version that it was built with."""
+    needed = re.findall(r"NEEDED\s+(\S+)", output("objdump", "-p", MODULE))
+    assert needed and not [name for name in needed if "cuda" in name or "torch" in name]
