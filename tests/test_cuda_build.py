@@ -1,4 +1,4 @@
-"""fastlm._cuda as nvcc built it: for which GPUs, what its kernels take, and what it is linked with. Read from the file, not run."""
+"""fastlm._cuda as nvcc built it: for which GPUs, what its kernels take, what it is linked with. Read from the file, not run."""
 
 import importlib.util
 import os
