@@ -15,7 +15,9 @@ import torch
 from . import native
 
 OLDEST = (7, 5)  # the compute capability that CMakeLists.txt builds for, and up
-GET_THEM = "install fastlm again, from its source, where nvcc is on PATH (or after pip install nvidia-cuda-nvcc)"
+GET_THEM = (
+    "install fastlm again, from its source, where nvcc is on PATH (or after pip install nvidia-cuda-nvcc nvidia-cuda-cccl)"
+)
 
 
 class Loaded(NamedTuple):
@@ -55,8 +57,8 @@ unavailable._dynamo_marked_constant = True
 
 def why_not(tensor: torch.Tensor) -> str | None:
     """Why no CUDA kernel can take a tensor of this device."""
-    if tensor.device.type != "cuda":
-        return f"the tensors are on {tensor.device}"
+    if not tensor.is_cuda:
+        return "the tensors are on cpu" if tensor.is_cpu else f"the tensors are on {tensor.device}"  # every CPU call asks
     return unavailable(tensor.device.index)
 
 

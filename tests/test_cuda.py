@@ -74,7 +74,7 @@ def assert_few_ulps(actual, expected, what: str, ulps: int = 8) -> None:
 CALLS = [
     pytest.param(spec.name, case, dtype, id=f"{spec.name}-{case}-{str(dtype).removeprefix('torch.')}")
     for spec in SPECS.values()
-    if "cuda" in spec.backends
+    if "cuda" in spec.backends and spec.differentiable  # the noise is below
     for case in spec.cases
     for dtype in spec.dtypes
 ]
@@ -82,9 +82,8 @@ CALLS = [
 
 @pytest.mark.parametrize(("name", "case", "dtype"), CALLS)
 def test_values_and_gradients_are_as_good_as_plain_pytorch(name, case, dtype):
-    options = {"backend": "cuda"} if name == "normal" and not ON_GPU else CUDA
     with cuda_host.use():
-        oracle(name, case, dtype).check(**options)
+        oracle(name, case, dtype).check(**CUDA)
 
 
 @settings(max_examples=80 * SCALE)
@@ -141,14 +140,14 @@ def test_every_layout_of_every_dtype(dtype, columns, layout, widest_isa):
 
 
 @pytest.mark.parametrize("position", [0, 1, 2**34 - 7, 2**62 + 1])
-@pytest.mark.parametrize("count", [1, 3, 4, 1030])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 1030])
 def test_the_noise_has_the_bits_of_the_cpu_s(count, position, widest_isa):
     expected = normal((count,), seed=-5, position=position, backend="cpu")
     with cuda_host.use():
         actual = normal((count,), seed=-5, position=position, **CUDA).cpu()
     assert torch.equal(actual, expected)
     reference = normal((count,), seed=-5, position=position, backend="reference")
-    assert ulps_apart(actual, reference).max() <= BOX_MULLER_ULPS
+    assert count == 0 or ulps_apart(actual, reference).max() <= BOX_MULLER_ULPS
 
 
 @pytest.mark.parametrize("wanted", ["z", "kl"])

@@ -26,17 +26,20 @@ def test_where_nvcc_is_on_the_path_the_module_was_built():
     assert found or not shutil.which("nvcc")
 
 
-def output(*command) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def output(*command, **options) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+
+def cuobjdump_path() -> str:
+    """Of the CUDA toolkit, or the one that comes with Triton."""
+    if tool := shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin"):
+        return tool
+    triton = pytest.importorskip("triton", reason="needs cuobjdump, of CUDA's toolkit or of Triton")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
 def cuobjdump(*options: str) -> str:
-    """Of the CUDA toolkit, or the one that comes with Triton."""
-    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
-    if tool is None:
-        triton = pytest.importorskip("triton", reason="needs cuobjdump, of CUDA's toolkit or of Triton")
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return output(tool, *options, MODULE)
+    return output(cuobjdump_path(), *options, MODULE)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,16 @@ def test_the_newest_comes_as_ptx_too_for_gpus_that_are_to_come(kernels):
 def test_nothing_is_spilled(kernels):
     """STACK is what a thread keeps in local memory: spilled registers, or an array whose index is not known."""
     assert not [(arch, name) for arch, name, takes in kernels if takes["STACK"] or takes["LOCAL"]]
+
+
+@built
+def test_tensors_are_read_and_written_16_bytes_at_a_time(kernels):
+    path = os.pathsep.join([os.environ["PATH"], str(Path(cuobjdump_path()).parent)])  # it asks for nvdisasm
+    code = output(cuobjdump_path(), "-sass", "-arch", kernels[0][0], MODULE, env=os.environ | {"PATH": path})
+    bodies = [body for body in re.split(r"Function : ", code)[1:] if re.match(r"\w*(forward|backward)_kernel", body)]
+    assert len(bodies) == 16
+    for body in bodies:
+        assert len(re.findall(r"LDG\.E\S*\.128", body)) >= 2 and "STG.E.128" in body, body.splitlines()[0]
 
 
 @built

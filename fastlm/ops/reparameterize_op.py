@@ -37,12 +37,14 @@ def _forward_fake(mu, logvar, prior_mu, prior_logvar, seed, *options):
 
 def _views(view, mu, logvar, prior_mu, prior_logvar) -> tuple:
     """The inputs as kernels take them, the priors broadcast by strides of 0."""
-    priors = (None if prior is None else prior.expand(mu.shape) for prior in (prior_mu, prior_logvar))
-    return view(mu), view(logvar), *map(view, priors)
+    prior_mu = None if prior_mu is None else prior_mu.expand(mu.shape)
+    prior_logvar = None if prior_logvar is None else prior_logvar.expand(mu.shape)
+    return view(mu), view(logvar), view(prior_mu), view(prior_logvar)
 
 
 def _run_forward(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature):
-    kernels, device = KERNELS[mu.device.type], mu.device
+    device = mu.device
+    kernels = KERNELS[device.type]
     z_shape, kl_shape = _output_shapes(mu, seed, with_kl, event_dims, num_samples)
     z, kl = kernels.empty(z_shape, mu.dtype, device), kernels.empty(kl_shape, accumulation_dtype(mu.dtype), device)
     if mu.numel() == 0:  # a sum over nothing is zero
@@ -75,13 +77,12 @@ def _run_backward(
     grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, need_prior_mu, need_prior_logvar,
     with_kl, event_dims, free_bits, low, high, num_samples, temperature,
 ):  # fmt: skip
-    kernels, device = KERNELS[mu.device.type], mu.device
-    priors, needed = (prior_mu, prior_logvar), (need_prior_mu, need_prior_logvar)
-    grad_mu, grad_logvar = (kernels.empty(mu.shape, mu.dtype, device) for _ in range(2))
-    # A prior that was broadcast gets its gradient at mu's shape first, to be summed at full precision.
-    exact = accumulation_dtype(mu.dtype)
-    dtypes = [prior.dtype if need and prior.shape == mu.shape else exact for prior, need in zip(priors, needed)]
-    grad_priors = [kernels.empty(mu.shape, dtype, device) if need else None for dtype, need in zip(dtypes, needed)]
+    device = mu.device
+    kernels = KERNELS[device.type]
+    empty, view, shape = kernels.empty, kernels.view, mu.shape
+    grad_mu, grad_logvar = empty(shape, mu.dtype, device), empty(shape, mu.dtype, device)
+    grad_prior_mu = empty(shape, _prior_gradient_dtype(prior_mu, mu), device) if need_prior_mu else None
+    grad_prior_logvar = empty(shape, _prior_gradient_dtype(prior_logvar, mu), device) if need_prior_logvar else None
     # What has its address taken below must live until the call returns: no temporaries there.
     seed = _contiguous(seed)
     grad_kl = _contiguous(grad_kl) if with_kl else None
@@ -90,22 +91,31 @@ def _run_backward(
         "reparameterize_backward",
         device,
         tuple(mu.shape),
-        _views(kernels.view, mu, logvar, prior_mu, prior_logvar),
-        kernels.view(grad_z),
-        kernels.view(grad_kl),
-        tuple(map(kernels.view, (grad_mu, grad_logvar, *grad_priors))),
+        _views(view, mu, logvar, prior_mu, prior_logvar),
+        view(grad_z),
+        view(grad_kl),
+        (view(grad_mu), view(grad_logvar), view(grad_prior_mu), view(grad_prior_logvar)),
         seed.data_ptr() if seed is not None else 0,
         seed.numel() if seed is not None else 1,
         event_dims,
         num_samples or 0,
         (free_bits, low, high, temperature),
     )
-    reduced = (torch.empty(0, device=device) if g is None else sum_to(g, prior) for g, prior in zip(grad_priors, priors))
-    return grad_mu, grad_logvar, *reduced
+    return (
+        grad_mu,
+        grad_logvar,
+        sum_to(grad_prior_mu, prior_mu) if need_prior_mu else torch.empty(0, device=device),
+        sum_to(grad_prior_logvar, prior_logvar) if need_prior_logvar else torch.empty(0, device=device),
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _prior_gradient_dtype(prior: Tensor, mu: Tensor) -> torch.dtype:
+    """A prior that was broadcast gets its gradient at mu's shape first, to be summed at full precision."""
+    return prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype)
 
 
 # ---- vmap: a batch of calls is one call with a leading dimension, each entry with a stream of its own -----------------------
