@@ -49,7 +49,8 @@ def host_module() -> ModuleType:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", unfinished], check=True)
+        settings = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the compiler is not the suspect
+        subprocess.run([*command, "-o", unfinished], check=True, env=settings)
         unfinished.rename(library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     module = importlib.util.module_from_spec(spec)
