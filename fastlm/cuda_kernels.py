@@ -14,7 +14,6 @@ import torch
 
 from . import native
 
-OLDEST = (7, 5)  # the compute capability that CMakeLists.txt builds for, and up
 GET_THEM = (
     "install fastlm again, from its source, where nvcc is on PATH (or after pip install nvidia-cuda-nvcc nvidia-cuda-cccl)"
 )
@@ -41,14 +40,18 @@ def load() -> Loaded:
     return Loaded(module, native.view_for(module))
 
 
+@functools.cache
+def _refused(device: int) -> str | None:
+    """What the GPU says of the module."""
+    module = load().module
+    with torch.cuda.device(device):
+        reason = module.why_not()
+    return reason and f"cuda:{device} cannot run fastlm._cuda, built for {module.architectures}: {reason}"
+
+
 def unavailable(device: int) -> str | None:
     """Why no kernel runs on the GPU of that index."""
-    if reason := load().why_not:
-        return reason
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return f"cuda:{device} has compute capability {capability[0]}.{capability[1]}; the kernels need {OLDEST[0]}.{OLDEST[1]}"
-    return None
+    return load().why_not or _refused(device)
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: it need not see how a module is loaded.
@@ -64,8 +67,9 @@ def why_not(tensor: torch.Tensor) -> str | None:
 
 def state() -> str:
     """What `fastlm.backends()` says."""
-    module, _, reason = load()
-    return reason or f"available ({torch.cuda.get_device_name()}; built for {module.architectures})"
+    if reason := load().why_not or _refused(torch.cuda.current_device()):
+        return reason
+    return f"available ({torch.cuda.get_device_name()}; built for {load().module.architectures})"
 
 
 # ---- how an op runs them: what native.py offers for the CPU -----------------------------------------------------------------

@@ -22,7 +22,7 @@ from fastlm.ops import noise, reparameterize, reparameterize_op
 
 ROOT = Path(__file__).parents[1]
 STAND_IN = ROOT / "tests" / "cuda_on_host"
-ON_GPU = torch.cuda.is_available() and cuda_kernels.load().module is not None
+ON_GPU = torch.cuda.is_available() and cuda_kernels.unavailable(0) is None
 DEVICE = "cuda" if ON_GPU else "cpu"
 CUDA = {"backend": "cuda", "device": DEVICE}
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # as this process, so the module
@@ -49,7 +49,9 @@ def host_module() -> ModuleType:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        settings = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # the compiler is not the suspect
+        settings = {
+            name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+        }  # the compiler is not the suspect
         subprocess.run([*command, "-o", unfinished], check=True, env=settings)
         unfinished.rename(library)
     spec = importlib.util.spec_from_file_location("_cuda", library)

@@ -1,5 +1,6 @@
 """What a user is told of the backend cuda, and which call it takes: with tensors that only say that they are on a GPU."""
 
+import contextlib
 import sys
 import types
 import warnings
@@ -16,22 +17,28 @@ OPS = [fastlm.reparameterize, fastlm.reparameterize_with_kl, fastlm.gaussian_kl]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the other tests run on it")
 
 
+def forget() -> None:
+    """What was found out of the module, and which warnings were given."""
+    cuda_kernels.load.cache_clear()
+    cuda_kernels._refused.cache_clear()
+    backend._warned.clear()
+
+
 @pytest.fixture
 def pretend(monkeypatch):
     """A torch that says it has CUDA and a GPU, and a fastlm with that module, or without one."""
 
-    def use(module=None, capability=(9, 0)):
+    def use(module=None):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
         monkeypatch.setitem(sys.modules, "fastlm._cuda", module)
-        cuda_kernels.load.cache_clear()
-        backend._warned.clear()
+        forget()
 
     yield use
-    cuda_kernels.load.cache_clear()
-    backend._warned.clear()
+    forget()
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def gpu():
 
 
 def a_module() -> types.SimpleNamespace:
-    return types.SimpleNamespace(architectures="90", use_exchange=lambda api: False)
+    return types.SimpleNamespace(architectures="90", use_exchange=lambda api: False, why_not=lambda: None)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -69,10 +76,14 @@ def test_without_the_module_the_reference_runs_and_one_warning_says_how_to_get_i
         op(gpu, gpu, backend="cuda")
 
 
-def test_a_gpu_older_than_the_kernels_gets_the_reference(gpu, pretend):
-    pretend(a_module(), capability=(7, 0))
+def test_a_gpu_that_the_module_is_not_for_gets_the_reference(gpu, pretend):
+    module = a_module()
+    module.why_not = lambda: "no kernel image is available for execution on the device"
+    pretend(module)
     explanation = fastlm.explain(fastlm.gaussian_kl, gpu, gpu)
-    assert explanation.backend == "reference" and "compute capability 7.0" in explanation.why_not["cuda"]
+    assert explanation.backend == "reference"
+    assert explanation.why_not["cuda"] == f"cuda:0 cannot run fastlm._cuda, built for 90: {module.why_not()}"
+    assert fastlm.backends()["cuda"] == explanation.why_not["cuda"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +110,6 @@ def test_a_failed_launch_says_what_cuda_says(gpu, pretend, monkeypatch):
     module = a_module()
     module.reparameterize_forward = fails
     pretend(module)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())  # any context
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     with pytest.raises(RuntimeError, match="CUDA: no kernel image"):
         cuda_kernels.launch("reparameterize_forward", gpu.device)

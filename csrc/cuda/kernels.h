@@ -6,6 +6,9 @@
 
 namespace fastlm {
 
+// What keeps the current device from running the kernels: an old driver, or a GPU that none of the machine code is for.
+const char* why_not();
+
 // out[0 .. count): elements position, position + 1, ... of the stream of the seed, which the device reads.
 const char* normal(const int64_t* seed, uint64_t position, int64_t count, float* out, void* stream);
 

@@ -33,6 +33,8 @@ inline bool is_packed(const Shape& shape, const View& view, int dtype, int group
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
 // By this form of a launch, not <<<>>>, the same source is host code too.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, Arguments arguments, void* stream) {

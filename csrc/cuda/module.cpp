@@ -50,6 +50,7 @@ void normal_of(intptr_t seed, int64_t position, intptr_t out, int64_t count, con
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "fastlm's CUDA kernels.";
   m.def("use_exchange", &use_exchange);
+  m.def("why_not", &why_not, "What keeps the current device from running the kernels, or None.");
   m.def("normal", &normal_of);
   m.def("reparameterize_forward", &reparameterize_forward);
   m.def("reparameterize_backward", &reparameterize_backward);

@@ -60,7 +60,7 @@ const char* latent_forward(LatentForward a, void* stream) {
     return launch(kernel, pieces ? pieces : ceil_div(a.elements, a.unit), arguments, stream);
   });
   if (error == cudaSuccess && pieces) error = total(a, pieces, stream);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message(error);
 }
 
 const char* latent_backward(const LatentBackward& a, void* stream) {
@@ -77,7 +77,7 @@ const char* latent_backward(const LatentBackward& a, void* stream) {
     const auto kernel = prior ? latent_backward_kernel<T, true> : latent_backward_kernel<T, false>;
     return launch(kernel, ceil_div(a.elements, int64_t(kThreads) * kGroup<T>), arguments, stream);
   });
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message(error);
 }
 
 }  // namespace fastlm
