@@ -303,6 +303,14 @@ def test_a_missing_barrier_shows(case, skip):
     assert not all(torch.equal(kl, right[0]) for kl in missing)
 
 
+@on_host
+def test_the_stand_in_for_cuda_s_runtime_does_what_it_should(tmp_path):
+    compiler, program = os.environ.get("CXX", "g++"), tmp_path / "selftest"
+    source = cuda_host.STAND_IN / "selftest.cpp"
+    subprocess.run([compiler, "-std=c++17", "-Wall", "-Wextra", f"-I{source.parent}", source, "-o", program], check=True)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == ""
+
+
 # ---- what only a GPU shows --------------------------------------------------------------------------------------------------
 
 
