@@ -27,6 +27,7 @@ void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, con
     room = allocate(pieces * int64_t(sizeof(double)));
     a.pieces = reinterpret_cast<double*>(TensorView(room).data);
   }
+  py::gil_scoped_release nogil;
   check(latent_forward(a, reinterpret_cast<void*>(stream)));
 }
 
@@ -37,10 +38,12 @@ void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, co
   const LatentBackward a =
       latent_backward_of(shape, inputs, grad_z, grad_kl, outputs, seeds, streams, event_dims, samples, numbers);
   if (a.elements == 0) return;
+  py::gil_scoped_release nogil;
   check(latent_backward(a, reinterpret_cast<void*>(stream)));
 }
 
 void normal_of(intptr_t seed, int64_t position, intptr_t out, int64_t count, const py::function&, intptr_t stream) {
+  py::gil_scoped_release nogil;
   check(normal(reinterpret_cast<const int64_t*>(seed), uint64_t(position), count, reinterpret_cast<float*>(out),
                reinterpret_cast<void*>(stream)));
 }
