@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc tests/cuda_on_host -type f)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -26,12 +27,12 @@ doctor: $(VENV)/installed ## what this machine, this torch and this build can do
 lint: $(VENV)/installed ## check the style of the Python and the C++ code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/installed ## put the code into that style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -type f)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # The sanitized module lives beside the package it belongs to, in a folder of its own. The base interpreter does not see the
 # virtual environment's editable install, only its packages.
@@ -39,7 +40,7 @@ SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("pur
 SANITIZED := build/sanitize/site
 sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer and UBSan
 	$(BIN)/pip install --quiet --upgrade --no-deps --no-build-isolation --target $(SANITIZED) \
-	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C install.strip=false .
+	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C cmake.define.FASTLM_CUDA=OFF -C install.strip=false .
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED):$(SITE) $(PYTHON) $(BIN)/pytest $(or $(TESTS),tests -m "not slow_sanitized")
 

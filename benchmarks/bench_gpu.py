@@ -159,10 +159,10 @@ def measure(work: Work, name: str, function: Callable, tensors: list[Tensor], ti
         if work.what == "decoding"
         else {"tflop_s": work.flops() / milliseconds / 1e9}
     )
-    return {**row, "ms": milliseconds, **rate, "peak_mib": _peak_mib(step)}
+    return {**row, "ms": milliseconds, **rate, "peak_mib": peak_mib(step)}
 
 
-def _peak_mib(step: Callable) -> float:
+def peak_mib(step: Callable) -> float:
     """What a call takes beyond its inputs."""
     if not torch.cuda.is_available():
         return math.nan

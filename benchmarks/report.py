@@ -66,7 +66,7 @@ def write_report(out: Path) -> list[Table]:
         sections += ["## Memory", "![peak extra memory](memory.png)", memory_table(results)]
     if digits:
         sections += [digits_section(digits, out)]
-    sections += [measured_section(load(out, "gpu")), predictions_section(load(out, "predictions"))]
+    sections += [measured_section(load(out, "gpu"), load(out, "gpu_latent")), predictions_section(load(out, "predictions"))]
     sections += [METHOD, "## The machine", machine_table(machine)]
     out.joinpath("report.md").write_text("\n\n".join(section.strip() for section in sections if section) + "\n")
     return [terminal_table(op, rows) for op, rows in by_op]

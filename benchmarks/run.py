@@ -3,8 +3,8 @@
     python benchmarks/run.py [--only ops|digits|gpu] [--full] [--out DIR]
 
 Leaves in DIR (build/bench): report.md and its pictures, and machine.json, ops.json (pytest-benchmark's format), memory.json,
-digits.json, gpu.json and predictions.json, from which `report.py` can write it again. The exit code is 1 where an answer was
-wrong.
+digits.json, gpu.json, gpu_latent.json and predictions.json, from which `report.py` can write it again. The exit code is 1 where
+an answer was wrong.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import bench_gpu
+import bench_gpu_latent
 import machine
 import torch
 from bench_digits import run_digits
@@ -23,9 +24,9 @@ from ops_progress import bar, run_ops
 from report import DEFAULT_OUT, warning, write_report
 from rich.console import Console
 
-from fastlm import triton_kernels
+from fastlm import cuda_kernels, triton_kernels
 
-STEPS = "machine", "ops", "memory", "digits", "gpu", "predictions"
+STEPS = "machine", "ops", "memory", "digits", "gpu", "gpu_latent", "predictions"
 LOG_WIDTH = 128  # where the output is no terminal
 
 
@@ -58,6 +59,7 @@ def main() -> None:
         if torch.cuda.is_available():
             rows = _save(out, "gpu", bench_gpu.run())
             console.print(bench_gpu.table(rows))
+            _bench_latent(out, console)
     console.rule("Report")
     _save(out, "machine", description)
     tables = write_report(out)
@@ -66,6 +68,15 @@ def main() -> None:
     console.print(warning(description), style="bold red")
     if not right:
         sys.exit("fastlm's benchmark: a check of the answers failed, see above")
+
+
+def _bench_latent(out: Path, console: Console) -> None:
+    """The CUDA kernels, where this build has them."""
+    if reason := cuda_kernels.load().why_not:
+        console.print(f"  the latent: {reason}")
+        return
+    rows = _save(out, "gpu_latent", bench_gpu_latent.run())
+    console.print(bench_gpu_latent.table(rows))
 
 
 def parse_options() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import native, triton_kernels
+from . import cuda_kernels, native, triton_kernels
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 LARGE_CALL = 1 << 16  # elements from which running the reference on a CPU is worth a warning
@@ -116,6 +116,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
     >>> print(fastlm.explain(fastlm.gaussian_kl, mu, logvar))
     gaussian_kl runs on the backend 'cpu'
+      not on 'cuda': the tensors are on cpu
     """
     explanation = Explanation(getattr(function, "__name__", "?"), kwargs.pop("backend", None))
     try:
@@ -135,7 +136,7 @@ def cpu_why_not(tensor: torch.Tensor) -> str | None:
 def backends() -> dict[str, str]:
     """Each backend, fastest first, with 'available' or the reason why it is not."""
     return {
-        "cuda": "not built: the CUDA kernels are not part of this version",
+        "cuda": cuda_kernels.state(),
         "triton": triton_kernels.state(),
         "cpu": native.why_not or f"available ({native.C.isa()}, torch's {torch.get_num_threads()} threads)",
         "reference": "available (plain PyTorch on any device)",

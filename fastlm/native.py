@@ -6,13 +6,13 @@ Nothing here raises: what fails is kept as the reason that ``fastlm.backends()``
 import ctypes
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-# Codes of the dtypes in csrc/cpu/view.h; indices have none, as theirs is known.
+# Codes of the dtypes in csrc/common/view.h; indices have none, as theirs is known.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
 OTHER = 5
 
@@ -58,18 +58,30 @@ def _described(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.data_ptr(), DTYPE_CODES.get(tensor.dtype, OTHER), tensor.stride(), tuple(tensor.shape), tensor
 
 
-# What the C++ code takes for a tensor (csrc/cpu/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
+# What the C++ code takes for a tensor (csrc/common/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
 # tenth of the time that Python takes to describe one.
 _exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-view = _itself if C and _exchange_api and C.use_exchange(_exchange_api) else _described
+
+
+def view_for(module: ModuleType | None) -> Callable:
+    """The function that makes of a tensor, or None, what that module takes for it."""
+    return _itself if module and _exchange_api and module.use_exchange(_exchange_api) else _described
+
+
+view = view_for(C)
 
 
 HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that the process has already touched
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty` for a kernel's output. A large one is asked to live in huge pages, as NumPy asks for its arrays."""
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """`torch.empty` on the CPU for a kernel's output. A large one is asked to live in huge pages, as NumPy's arrays are."""
     tensor = torch.empty(*shape, dtype=dtype) if shape else torch.empty((), dtype=dtype)  # a tuple would cost 1 us
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def launch(name: str, device: torch.device, *args) -> None:
+    """Call the module's function of that name."""
+    getattr(C, name)(*args)

@@ -80,7 +80,7 @@ def run(
     function: Callable, arguments: dict, differentiable: tuple, make_gradients=output_gradients, device="cpu", **options
 ) -> Results:
     """The outputs of ``function(**arguments, **options)`` and the gradients of the tensors named in ``differentiable``."""
-    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    arguments = {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     tensors = {name: arguments[name] for name in differentiable if arguments.get(name) is not None}
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
     outputs = function(**{**arguments, **leaves, **options})
@@ -91,6 +91,14 @@ def run(
         for name, gradient in zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients)):
             results[f"gradient of {name}"] = gradient.cpu()
     return results
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    """On the device, in memory as it was: Tensor.to would make a view that leaves gaps contiguous."""
+    if tensor.device.type == device:
+        return tensor
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _dtype_of(arguments: dict) -> torch.dtype:

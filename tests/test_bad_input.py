@@ -38,7 +38,7 @@ POSTERIOR = [
     ({"backend": "gpu"}, ValueError, "backend (or FASTLM_BACKEND) must be one of cuda, triton, cpu, reference; got 'gpu'"),
     ({"backend": "CPU"}, ValueError, "backend (or FASTLM_BACKEND) must be one of cuda, triton, cpu, reference; got 'CPU'"),
     ({"backend": "triton"}, fastlm.UnsupportedError, "has no kernel for backend 'triton' in this version"),
-    ({"backend": "cuda"}, fastlm.UnsupportedError, "has no kernel for backend 'cuda' in this version"),
+    ({"backend": "cuda"}, fastlm.UnsupportedError, "cannot run on backend 'cuda': the tensors are on cpu"),
 ]
 
 SEED = [

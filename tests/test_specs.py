@@ -14,7 +14,7 @@ CALLS = [
     for case in spec.cases
     for dtype in spec.dtypes
     for backend in spec.backends
-    if backend == "cpu"  # Triton's have test_triton_attention.py
+    if backend == "cpu"  # the others have test_cuda.py and test_triton_attention.py
 ]
 
 

@@ -23,7 +23,7 @@ FASTLM_HD U shift_right(U x) {
 template <class V, class T, int N>
 FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
   V p(coefficients[N - 1]);
-#pragma GCC unroll 18
+  FASTLM_UNROLL(18)
   for (int k = N - 2; k >= 0; --k) p = fma(p, x, V(coefficients[k]));
   return p;
 }
@@ -32,7 +32,7 @@ FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
 template <class V, class T, int N>
 FASTLM_HD V horner_fast(V x, const T (&coefficients)[N]) {
   V p(coefficients[N - 1]);
-#pragma GCC unroll 18
+  FASTLM_UNROLL(18)
   for (int k = N - 2; k >= 0; --k) p = mul_add(p, x, V(coefficients[k]));
   return p;
 }

@@ -25,7 +25,7 @@ FASTLM_HD uint64_t high32(uint64_t word) { return word >> 32; }
 template <class W>
 FASTLM_HD Words<W> philox(uint64_t seed, Words<W> c) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma GCC unroll 10
+  FASTLM_UNROLL(10)
   for (int round = 0; round < 10; ++round) {
     const W p0 = mul32(c.w0, W(uint64_t(0xD2511F53))), p1 = mul32(c.w2, W(uint64_t(0xCD9E8D57)));
     c = {high32(p1) ^ c.w1 ^ W(uint64_t(k0)), p1, high32(p0) ^ c.w3 ^ W(uint64_t(k1)), p0};

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "view.h"
+#include "../common/view.h"
 
 namespace fastlm {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "python_views.h"
+#include "../common/python_views.h"
 
 namespace py = pybind11;
 

@@ -7,23 +7,15 @@
 
 #include <cstdint>
 
+#include "../common/half.h"
 #include "../common/macros.h"
 
-#define FASTLM_SIMD FASTLM_HD                     // a free function on vectors
-#define FASTLM_MEMBER FASTLM_FORCE_INLINE inline  // a member of one
-#define FASTLM_LAMBDA FASTLM_FORCE_INLINE         // goes after a lambda's parameters
+#define FASTLM_SIMD FASTLM_HD              // a free function on vectors
+#define FASTLM_LAMBDA FASTLM_FORCE_INLINE  // goes after a lambda's parameters
 
 namespace fastlm {
 
 constexpr int kLanes = 16;
-
-// Storage types of half precision.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 }  // namespace fastlm
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd.h"
-#include "view.h"
+#include "../common/view.h"
 
 namespace fastlm::FASTLM_ISA {
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "product-inl.h"
-#include "view.h"
+#include "../common/view.h"
 
 namespace fastlm::FASTLM_ISA {
 

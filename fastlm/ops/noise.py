@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import cuda_kernels, native
 from ..backend import Implementation, cpu_why_not, select
 from ..reference import noise as reference
 from .checks import check_integer
@@ -49,26 +49,39 @@ def _normal_cpu(out: Tensor, seed: Tensor, position: int) -> Tensor:
     return out
 
 
+def _normal_cuda(out: Tensor, seed: Tensor, position: int) -> Tensor:
+    """The seed is read on the device."""
+    cuda_kernels.launch("normal", out.device, seed.data_ptr(), position, out.data_ptr(), out.numel())
+    return out
+
+
 def _normal_reference(out: Tensor, seed: Tensor, position: int) -> Tensor:
     element = torch.arange(position, position + out.numel(), device=out.device)
     return out.copy_(reference.normal(seed, element).reshape(out.shape))
 
 
 IMPLEMENTATIONS = (
+    Implementation("cuda", _normal_cuda, cuda_kernels.why_not),
     Implementation("cpu", _normal_cpu, cpu_why_not),
     Implementation("reference", _normal_reference, lambda tensor: None),
 )
 
 
 def normal(
-    shape: tuple[int, ...], *, seed: int | Tensor | None = None, position: int = 0, backend: str | None = None
+    shape: tuple[int, ...],
+    *,
+    seed: int | Tensor | None = None,
+    position: int = 0,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
 ) -> Tensor:
     """float32 standard normals of ``shape``: elements ``position``, ``position + 1``, … of the stream of ``seed``.
 
     The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
     """
     check_integer("position", position, 0, 2**63 - 1)
-    out = native.empty(shape, torch.float32) if native.C else torch.empty(shape)
+    on_cpu = native.C and torch.device(device).type == "cpu"
+    out = native.empty(shape, torch.float32) if on_cpu else torch.empty(shape, device=device)
     scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
     check_seed(seed, scalar)
     return select("normal", IMPLEMENTATIONS, (out,), backend)(out, seed_tensor(seed, scalar), position)
@@ -79,7 +92,7 @@ SPECS = (
         name="normal",
         function=normal,
         dtypes=(torch.float32,),
-        backends=("cpu",),
+        backends=("cuda", "cpu"),
         differentiable=(),
         cases={
             "small": lambda dtype: {"shape": (3, 5), "seed": 7},

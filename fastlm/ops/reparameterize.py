@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import cuda_kernels
 from ..backend import Implementation, cpu_why_not, select
 from ..reference import reparameterize as reference
 from .checks import check_integer, check_number, check_tensor
@@ -173,6 +174,7 @@ def _run_reference(tensors: tuple, options: tuple) -> tuple[Tensor | None, Tenso
 
 
 IMPLEMENTATIONS = (
+    Implementation("cuda", latent, cuda_kernels.why_not),
     Implementation("cpu", latent, cpu_why_not),
     Implementation("reference", _run_reference, lambda tensor: None),
 )
@@ -257,10 +259,11 @@ _BOTH_CASES = {
 
 _PRIOR_NAMES = ("prior_mu", "prior_logvar")
 
+_BACKENDS = ("cuda", "cpu")
 SPECS = (
-    Spec("reparameterize_with_kl", reparameterize_with_kl, FLOATS, ("cpu",), ("mu", "logvar", *_PRIOR_NAMES), _BOTH_CASES),
-    Spec("reparameterize", reparameterize, FLOATS, ("cpu",), ("mu", "logvar"), _SAMPLE_CASES),
-    Spec("gaussian_kl", gaussian_kl, FLOATS, ("cpu",), ("mu", "logvar", *_PRIOR_NAMES), _KL_CASES),
+    Spec("reparameterize_with_kl", reparameterize_with_kl, FLOATS, _BACKENDS, ("mu", "logvar", *_PRIOR_NAMES), _BOTH_CASES),
+    Spec("reparameterize", reparameterize, FLOATS, _BACKENDS, ("mu", "logvar"), _SAMPLE_CASES),
+    Spec("gaussian_kl", gaussian_kl, FLOATS, _BACKENDS, ("mu", "logvar", *_PRIOR_NAMES), _KL_CASES),
 )
 
 

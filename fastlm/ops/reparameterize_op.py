@@ -1,4 +1,4 @@
-"""The pair of torch ops behind the Gaussian latent: schema, CPU implementation, fake tensors, vmap and autograd.
+"""The pair of torch ops behind the Gaussian latent: schema, implementation, fake tensors, vmap and autograd.
 
 fastlm::reparameterize returns (z, kl) and fastlm::reparameterize_backward the gradients of the four tensors; an output that is
 not wanted is an empty tensor, as an op returns no None. The seed may have the shape of any leading dimensions of mu: one
@@ -8,13 +8,15 @@ stream per entry.
 import torch
 from torch import Tensor
 
-from .. import native
-from ..native import empty, view
+from .. import cuda_kernels, native
 from ..reference.reparameterize import accumulation_dtype
 from .sums import sum_to
 from .torch_op import define_op, unobserved, with_gradient
 
-# ---- the schemas, fake tensors and the CPU ----------------------------------------------------------------------------------
+# By a device's type: what makes outputs and launches kernels there. They are told the same.
+KERNELS = {"cpu": native, "cuda": cuda_kernels}
+
+# ---- the schemas, fake tensors and kernels ----------------------------------------------------------------------------------
 
 _OPTIONS = "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature"
 _INPUTS = "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed"
@@ -33,21 +35,28 @@ def _forward_fake(mu, logvar, prior_mu, prior_logvar, seed, *options):
     return mu.new_empty(z), mu.new_empty(kl, dtype=accumulation_dtype(mu.dtype))
 
 
-def _broadcast_view(prior: Tensor | None, mu: Tensor) -> tuple | None:
-    return view(None if prior is None else prior.expand(mu.shape))
+def _views(view, mu, logvar, prior_mu, prior_logvar) -> tuple:
+    """The inputs as kernels take them, the priors broadcast by strides of 0."""
+    prior_mu = None if prior_mu is None else prior_mu.expand(mu.shape)
+    prior_logvar = None if prior_logvar is None else prior_logvar.expand(mu.shape)
+    return view(mu), view(logvar), view(prior_mu), view(prior_logvar)
 
 
-def _forward_cpu(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature):
+def _run_forward(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, free_bits, low, high, num_samples, temperature):
+    device = mu.device
+    kernels = KERNELS[device.type]
     z_shape, kl_shape = _output_shapes(mu, seed, with_kl, event_dims, num_samples)
-    z, kl = empty(z_shape, mu.dtype), empty(kl_shape, accumulation_dtype(mu.dtype))
+    z, kl = kernels.empty(z_shape, mu.dtype, device), kernels.empty(kl_shape, accumulation_dtype(mu.dtype), device)
     if mu.numel() == 0:  # a sum over nothing is zero
         return z, kl.zero_()
     seed = _contiguous(seed)
-    native.C.reparameterize_forward(
+    kernels.launch(
+        "reparameterize_forward",
+        device,
         tuple(mu.shape),
-        (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
-        view(z) if seed is not None else None,
-        view(kl) if with_kl else None,
+        _views(kernels.view, mu, logvar, prior_mu, prior_logvar),
+        kernels.view(z if seed is not None else None),
+        kernels.view(kl if with_kl else None),
         seed.data_ptr() if seed is not None else 0,
         seed.numel() if seed is not None else 1,
         event_dims,
@@ -64,40 +73,49 @@ def _backward_fake(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, ne
     return like(mu, True), like(logvar, True), like(prior_mu, need_prior_mu), like(prior_logvar, need_prior_logvar)
 
 
-def _backward_cpu(
+def _run_backward(
     grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, need_prior_mu, need_prior_logvar,
     with_kl, event_dims, free_bits, low, high, num_samples, temperature,
 ):  # fmt: skip
-    priors, needed = (prior_mu, prior_logvar), (need_prior_mu, need_prior_logvar)
-    grad_mu, grad_logvar = empty(mu.shape, mu.dtype), empty(mu.shape, mu.dtype)
-    grad_priors = [_prior_gradient_buffer(prior, mu) if need else None for prior, need in zip(priors, needed)]
+    device = mu.device
+    kernels = KERNELS[device.type]
+    empty, view, shape = kernels.empty, kernels.view, mu.shape
+    grad_mu, grad_logvar = empty(shape, mu.dtype, device), empty(shape, mu.dtype, device)
+    grad_prior_mu = empty(shape, _prior_gradient_dtype(prior_mu, mu), device) if need_prior_mu else None
+    grad_prior_logvar = empty(shape, _prior_gradient_dtype(prior_logvar, mu), device) if need_prior_logvar else None
     # What has its address taken below must live until the call returns: no temporaries there.
     seed = _contiguous(seed)
     grad_kl = _contiguous(grad_kl) if with_kl else None
     grad_z = grad_z if seed is not None else None
-    native.C.reparameterize_backward(
+    kernels.launch(
+        "reparameterize_backward",
+        device,
         tuple(mu.shape),
-        (view(mu), view(logvar), _broadcast_view(prior_mu, mu), _broadcast_view(prior_logvar, mu)),
+        _views(view, mu, logvar, prior_mu, prior_logvar),
         view(grad_z),
         view(grad_kl),
-        (view(grad_mu), view(grad_logvar), *map(view, grad_priors)),
+        (view(grad_mu), view(grad_logvar), view(grad_prior_mu), view(grad_prior_logvar)),
         seed.data_ptr() if seed is not None else 0,
         seed.numel() if seed is not None else 1,
         event_dims,
         num_samples or 0,
         (free_bits, low, high, temperature),
     )
-    reduced = (sum_to(g, prior) if g is not None else torch.empty(0) for g, prior in zip(grad_priors, priors))
-    return grad_mu, grad_logvar, *reduced
+    return (
+        grad_mu,
+        grad_logvar,
+        sum_to(grad_prior_mu, prior_mu) if need_prior_mu else torch.empty(0, device=device),
+        sum_to(grad_prior_logvar, prior_logvar) if need_prior_logvar else torch.empty(0, device=device),
+    )
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def _prior_gradient_buffer(prior: Tensor, mu: Tensor) -> Tensor:
+def _prior_gradient_dtype(prior: Tensor, mu: Tensor) -> torch.dtype:
     """A prior that was broadcast gets its gradient at mu's shape first, to be summed at full precision."""
-    return empty(mu.shape, prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype))
+    return prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype)
 
 
 # ---- vmap: a batch of calls is one call with a leading dimension, each entry with a stream of its own -----------------------
@@ -144,15 +162,22 @@ def _backward_vmap(op, info, in_dims, grad_z, grad_kl, *args):
 
 # ---- the torch ops ----------------------------------------------------------------------------------------------------------
 
+_DEVICES = ("CPU", "CUDA")
 _forward_op = define_op(
-    "reparameterize", f"({_INPUTS}, {_OPTIONS}) -> (Tensor z, Tensor kl)", _forward_cpu, _forward_fake, vmap=_forward_vmap
+    "reparameterize",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor z, Tensor kl)",
+    _run_forward,
+    _forward_fake,
+    _DEVICES,
+    vmap=_forward_vmap,
 )
 _backward_op = define_op(
     "reparameterize_backward",
     f"(Tensor? grad_z, Tensor? grad_kl, {_INPUTS}, bool need_prior_mu, bool need_prior_logvar, {_OPTIONS}) "
     "-> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
-    _backward_cpu,
+    _run_backward,
     _backward_fake,
+    _DEVICES,
     vmap=_backward_vmap,
 )
 
@@ -160,7 +185,7 @@ _backward_op = define_op(
 
 
 def _forward(mu, logvar, *rest):
-    return (_forward_cpu if unobserved(mu, logvar) else _forward_op)(mu, logvar, *rest)
+    return (_run_forward if unobserved(mu, logvar) else _forward_op)(mu, logvar, *rest)
 
 
 def _save(ctx, args, outputs) -> None:

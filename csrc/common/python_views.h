@@ -36,6 +36,14 @@ struct DLPackExchangeAPI {
 inline const DLPackExchangeAPI* exchange = nullptr;
 constexpr int kCPU = 1;
 
+// From now on, tensors may come as they are; returned is whether this torch's API is one that is understood here.
+inline bool use_exchange(const pybind11::capsule& api) {
+  const auto* offered = static_cast<const DLPackExchangeAPI*>(api.get_pointer());
+  const bool understood = offered->major == 1 && offered->dltensor_from_py_object_no_sync;
+  if (understood) exchange = offered;
+  return understood;
+}
+
 // Absent (data is null) where Python has None.
 class TensorView {
  public:

@@ -1,0 +1,63 @@
+// fastlm._cuda: the CUDA kernels for Python. It knows nothing of torch: tensors come as common/python_views.h says, checked by
+// fastlm/ops, which owns every output; fastlm/cuda_kernels.py makes their device current and hands over torch's stream and a
+// function that allocates what a launch needs besides.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../common/python_latent.h"
+#include "kernels.h"
+
+namespace fastlm {
+namespace {
+
+void check(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, const py::object& z, const py::object& kl,
+                            intptr_t seeds, int64_t streams, int event_dims, int64_t samples, const LatentNumbers& numbers,
+                            const py::function& allocate, intptr_t stream) {
+  LatentForward a = latent_forward_of(shape, inputs, z, kl, seeds, streams, event_dims, samples, numbers);
+  if (a.elements == 0) return;
+  py::object room;  // lives until the launch is made; the allocator gives it to later work of this stream only
+  a.pieces = nullptr;
+  if (const int64_t pieces = latent_pieces(a)) {
+    room = allocate(pieces * int64_t(sizeof(double)));
+    a.pieces = reinterpret_cast<double*>(TensorView(room).data);
+  }
+  py::gil_scoped_release nogil;
+  check(latent_forward(a, reinterpret_cast<void*>(stream)));
+}
+
+void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, const py::object& grad_z,
+                             const py::object& grad_kl, const py::tuple& outputs, intptr_t seeds, int64_t streams,
+                             int event_dims, int64_t samples, const LatentNumbers& numbers, const py::function&,
+                             intptr_t stream) {
+  const LatentBackward a =
+      latent_backward_of(shape, inputs, grad_z, grad_kl, outputs, seeds, streams, event_dims, samples, numbers);
+  if (a.elements == 0) return;
+  py::gil_scoped_release nogil;
+  check(latent_backward(a, reinterpret_cast<void*>(stream)));
+}
+
+void normal_of(intptr_t seed, int64_t position, intptr_t out, int64_t count, const py::function&, intptr_t stream) {
+  py::gil_scoped_release nogil;
+  check(normal(reinterpret_cast<const int64_t*>(seed), uint64_t(position), count, reinterpret_cast<float*>(out),
+               reinterpret_cast<void*>(stream)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+  m.doc() = "fastlm's CUDA kernels.";
+  m.def("use_exchange", &use_exchange);
+  m.def("why_not", &why_not, "What keeps the current device from running the kernels, or None.");
+  m.def("normal", &normal_of);
+  m.def("reparameterize_forward", &reparameterize_forward);
+  m.def("reparameterize_backward", &reparameterize_backward);
+  m.attr("architectures") = FASTLM_CUDA_ARCHITECTURES;
+}
+
+}  // namespace fastlm

@@ -1,0 +1,13 @@
+// CUDA's bfloat16, as far as csrc/cuda uses it.
+#pragma once
+
+#include "../../csrc/common/half.h"
+
+using __nv_bfloat16 = fastlm::BFloat16;
+
+inline float __bfloat162float(__nv_bfloat16 x) { return fastlm::widen(x); }
+inline __nv_bfloat16 __float2bfloat16(float x) {
+  __nv_bfloat16 narrow;
+  fastlm::narrow_to(&narrow, x);
+  return narrow;
+}
