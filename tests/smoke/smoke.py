@@ -1,5 +1,7 @@
 """What a new user would try first, in an environment where only torch and the wheel are installed: python smoke.py 2.13.0"""
 
+import importlib
+import importlib.util
 import sys
 
 import torch
@@ -37,13 +39,20 @@ def compiled() -> None:
     close(traced(x), fastlm.attention(x, x, x, causal=True))
 
 
+def cuda_module() -> None:
+    """If the wheel has it, it loads where there is no driver, and says that there is none."""
+    if importlib.util.find_spec("fastlm._cuda"):
+        module = importlib.import_module("fastlm._cuda")
+        assert torch.cuda.is_available() or module.why_not()
+
+
 def main() -> None:
     wanted = sys.argv[1]
     assert torch.__version__.split("+")[0] == wanted, f"torch {torch.__version__} is here, not {wanted}"
     assert "site-packages" in fastlm.__file__, fastlm.__file__
     backends = fastlm.backends()
     assert backends["cpu"].startswith("available"), backends
-    for step in (attention, latent, compiled):
+    for step in (attention, latent, compiled, cuda_module):
         step()
     print(f"fastlm works under torch {torch.__version__}, Python {sys.version.split()[0]}")
 
