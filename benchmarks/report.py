@@ -20,10 +20,10 @@ DEFAULT_OUT = Path(__file__).parents[1] / "build" / "bench"
 DISTURBED = 0.05  # share of the CPU time that went to others, from which the report warns
 ABOUT_GOALS = """
 *of limit* is the row's share of what the machine allows (*Limit*, below); *the goal's* is the share that the goal would take.
-Over 100 % it is out of reach on this machine: without instructions for products of bfloat16, 2.5 times what SDPA reaches with
-float32's is more than there is. Between 90 and 100 % it is hardly in reach, as the limit of attention is the rate of one large
-matrix product, which packs its operands once and takes no exponentials: at head_dim 64 those are 7 vector operations beside the
-128 of the products for as many scores, 5 % of the time at the least.
+Over 100 % it is out of reach on this machine, if torch's matrix product uses all of that: without instructions for products of
+bfloat16, 2.5 times what SDPA reaches with float32's is more than there is. Between 90 and 100 % it is hardly in reach, as the
+limit of attention is the rate of one large matrix product, which packs its operands once and takes no exponentials: at head_dim
+64 those are 7 vector operations beside the 128 of the products for as many scores, 5 % of the time at the least.
 
 Peak extra memory counts the results and gradients, which no implementation can do without; the table under *Memory* tells what
 each takes beyond them. A forward and backward that stores no noise draws it twice: twice the time of `normal` for as many
@@ -44,7 +44,8 @@ METHOD = """\
 - **Limit** is what the machine allows: the rate of torch's own matrix product (2048 x 2048 x 2048, the best of float32's and
   the dtype's), or the memory bandwidth where each input is read and each result written once per pass, whichever is less.
   The bandwidth is the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB; more than 100 % of
-  it means that data stayed in caches.
+  it means that data stayed in caches. More than 100 % of the product's rate means that torch's product leaves vector
+  instructions of the machine unused, as its float32 one does with AVX-512 on AMD's CPUs: there the limit is not the machine's.
 - **Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being there: all
   that is allocated during the call, results and gradients included. Each in a process of its own, after warm-up, float32 only.
 - *compile* is `torch.compile` of the first peer, compiled for each size anew; compile time does not count.
