@@ -66,5 +66,5 @@ $(VENV)/tools: Makefile
 	@touch $@
 
 $(VENV)/installed: $(VENV)/tools $(SOURCES)
-	$(BIN)/pip install --progress-bar off --no-build-isolation --editable ".[test,bench]"
+	$(BIN)/pip install --progress-bar off --no-build-isolation -C cmake.define.FASTLM_WERROR=ON --editable ".[test,bench]"
 	@touch $@

@@ -73,6 +73,7 @@ def _flex(length: int, causal: bool, device: str) -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     blocks = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device) if causal else None
+    torch._dynamo.reset()  # it keeps a few compilations of a function, and runs it eagerly from there on
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda query, key, value, causal: compiled(
         query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1]

@@ -69,6 +69,7 @@ def _fastlm(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled(work: Work) -> Callable:
+    torch._dynamo.reset()  # it keeps a few compilations of a function, and runs it eagerly from there on
     return torch.compile(_eager, dynamic=False)
 
 

@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 import torch
 from fastlm.kernels import ahead_of_time, attention, machine_code
-from fastlm.kernels.attention_settings import DECODE, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, has_descriptors, tile
+from fastlm.kernels.attention_settings import (
+    BUSY,
+    BY_DESCRIPTORS,
+    DECODE,
+    FORWARD,
+    GRAD_KEY_VALUE,
+    GRAD_QUERY,
+    has_descriptors,
+    tile,
+)
 
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
@@ -32,21 +41,25 @@ class Variant(NamedTuple):
     head_dim: int
     dtype: str
     causal: bool
+    busy: bool = False  # with a mask and dropout
 
 
 def every_variant() -> list[Variant]:
-    """All, but decoding, which has no diagonal to skip, once."""
-    variants = itertools.starmap(Variant, itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES, (False, True)))
+    """All, but decoding, which has no diagonal to skip, once, and what has a mask and dropout causal only."""
+    kinds = ((False, False), (True, False), (True, True))
+    variants = [Variant(*v, *kind) for v in itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES) for kind in kinds]
     return [variant for variant in variants if variant.of != DECODE or not variant.causal]
 
 
 def covering_variants() -> list[Variant]:
-    """For every GPU each pass with each head_dim; dtypes and causality take turns."""
+    """For every GPU each pass with each head_dim, and each with a mask and dropout; all else takes turns."""
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
     for arch, of, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
         causal, dtype = next(turns)
         variants.append(Variant(arch, of, head_dim, dtype, causal and of != DECODE))
+    for i, (arch, of) in enumerate(itertools.product(GPUS, PASSES[:3])):
+        variants.append(Variant(arch, of, HEAD_DIMS[i % 3], DTYPES[i // 3 % 3], True, True))
     return variants
 
 
@@ -66,11 +79,17 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         options = (None, None, None, None, None, None, None, scale, 0.0, False)
         return attention.plan_decoding(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
     right = 0 if variant.causal else None
-    call = attention.Call(query, key, value, *[None] * 6, None, right, scale, 0.0, 0, 1.0, False, variant.arch)
-    if variant.of == FORWARD:
-        return attention.plan_forward(call, out, lse)[0]
-    launches = attention.plan_backward(call, out, lse, out, None, (query, key, value, None), lse)
-    return launches[1 if variant.of == GRAD_KEY_VALUE else 2]
+    mask, seed, drop_below = None, None, 0
+    if variant.busy:
+        mask, seed = tensor(batch, heads, length, length, dtype=torch.float32), tensor(dtype=torch.int64)
+        drop_below = 1 << 29
+    call = attention.Call(
+        query, key, value, mask, None, None, seed, None, None, None, right, scale, 0.0, drop_below, 1.0, False, variant.arch
+    )
+    launches = attention.plan_forward(call, out, lse)
+    if variant.of != FORWARD:
+        launches = attention.plan_backward(call, out, lse, out, None, (query, key, value, None), lse)
+    return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.of}")
 
 
 def inspect(variant: Variant) -> dict:
@@ -80,7 +99,8 @@ def inspect(variant: Variant) -> dict:
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
     dtype = getattr(torch, variant.dtype)
-    shape = tile(variant.of, variant.arch, dtype, variant.head_dim, has_descriptors(variant.arch, dtype))
+    kind = BUSY if variant.busy else BY_DESCRIPTORS if has_descriptors(variant.arch, dtype) else ""
+    shape = tile(variant.of, variant.arch, dtype, variant.head_dim, kind)
     try:
         binary = ahead_of_time.compile_launch(launch, variant.arch)
     except Exception as error:  # a compiler that gives up is a finding, and the others go on

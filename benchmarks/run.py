@@ -72,7 +72,7 @@ def main() -> None:
 
 def _bench_latent(out: Path, console: Console) -> None:
     """The CUDA kernels, where this build has them."""
-    if reason := cuda_kernels.load().why_not:
+    if reason := cuda_kernels.unavailable(torch.cuda.current_device()):
         console.print(f"  the latent: {reason}")
         return
     rows = _save(out, "gpu_latent", bench_gpu_latent.run())

@@ -12,7 +12,7 @@ import multiprocessing
 
 import torch
 from fastlm.kernels import attention, attention_settings
-from fastlm.kernels.attention_settings import FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, Tile
+from fastlm.kernels.attention_settings import BY_DESCRIPTORS, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, Tile, tile
 from gpu_kernels import DTYPES, GPUS, HEAD_DIMS, Variant, inspect, launch_of
 from static_roofline import predict
 
@@ -31,8 +31,9 @@ def _put(candidate: Candidate) -> None:
     variant, shape = candidate
     table = attention_settings.SINGLE if variant.dtype == "float32" else attention_settings.HALF
     name = attention_settings.SAME.get(variant.arch, variant.arch)
-    for family in (name, f"{name} by descriptors"):
-        table.setdefault(family, {})[variant.of] = (shape,) * 3
+    own = {of: (tile(of, variant.arch, getattr(torch, variant.dtype), variant.head_dim),) * 3 for of in PASSES}
+    for family in (name, name + BY_DESCRIPTORS):
+        table[family] = own | table.get(family, {}) | {variant.of: (shape,) * 3}
 
 
 def compiled(candidate: Candidate) -> tuple[float, str, Tile]:

@@ -18,6 +18,8 @@ from .attention_forward import attention_forward
 from .attention_mask import attention_grad_mask, attention_visits
 from .attention_parts import LOG2E, Dropout, Mask, Rows, Scoring, Sizes, Visits
 from .attention_settings import (
+    BUSY,
+    BY_DESCRIPTORS,
     CACHE_SHARE,
     DECODE,
     FORWARD,
@@ -173,8 +175,8 @@ def _is_describable(tensor: Tensor) -> bool:
 
 
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
-    """Of blocks of so many rows; None where there is no whole one."""
-    if tensor.shape[2] < rows or not tensor.numel():
+    """Of blocks of so many rows; None where the tensor does not lie in memory as the accelerator wants it."""
+    if not tensor.numel() or not _is_describable(tensor):
         return None
     columns = _columns(tensor.shape[3])
     strides = [columns if length == 1 else stride for length, stride in zip(tensor.shape[:3], tensor.stride())]
@@ -184,13 +186,18 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
 def _cut(kernel: str, call: Call, **walked: Tensor) -> tuple[Tile, dict]:
     """The tile of a pass, and the arguments by which it copies tiles of what its loop walks over: descriptors or None.
 
-    Packed sequences have none, as a tile may not end where a sequence does.
+    Packed sequences have none, as a tile may not end where a sequence does. The tile does not depend on where a tensor lies, so
+    that a row's sums have one order whatever the batch around it.
     """
     arch, dtype, head_dim = _arch(call), call.query.dtype, max(call.query.shape[3], call.value.shape[3])
-    described = has_descriptors(arch, dtype) and call.cu_seqlens_q is None and all(map(_is_describable, walked.values()))
-    shape = tile(kernel, arch, dtype, head_dim, described)
+    if call.mask is not None or call.drop_below:
+        return tile(kernel, arch, dtype, head_dim, BUSY), {f"{name}_tiles": None for name in walked}
+    shape = tile(kernel, arch, dtype, head_dim, BY_DESCRIPTORS)
     rows = shape.q if kernel == GRAD_KEY_VALUE else shape.k
-    return shape, {f"{name}_tiles": _descriptor(tensor, rows) if described else None for name, tensor in walked.items()}
+    length = min(tensor.shape[2] for tensor in walked.values())
+    if not has_descriptors(arch, dtype) or call.cu_seqlens_q is not None or length < rows:
+        return tile(kernel, arch, dtype, head_dim), {f"{name}_tiles": None for name in walked}
+    return shape, {f"{name}_tiles": _descriptor(tensor, rows) for name, tensor in walked.items()}
 
 
 def _blocks(length: int, cu_seqlens: Tensor | None, block: int, sizes: Sizes) -> int:

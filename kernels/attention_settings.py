@@ -89,31 +89,41 @@ HALF = {  # bfloat16 and float16
         DECODE: (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
     },
     "gfx1100": {  # its matrix instructions want each operand twice, in both halves of a warp: too much for 256 registers
-        FORWARD: (Tile(64, 32, 4, 2), Tile(128, 16, 8, 1), Tile(32, 16, 8, 1, spilled=600)),
+        FORWARD: (Tile(64, 32, 4, 2, spilled=120), Tile(128, 16, 8, 1, spilled=8), Tile(32, 16, 8, 1, spilled=600)),
         GRAD_KEY_VALUE: (Tile(16, 64, 4, 1, spilled=500), Tile(16, 32, 8, 1, spilled=900), Tile(16, 16, 8, 1, spilled=2300)),
         GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1, spilled=500), Tile(16, 16, 8, 1, spilled=2200)),
         DECODE: (Tile(16, 32, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 8, 1)),
     },
 }
+# Loops that read a mask or draw dropout besides: their tiles hold more, in registers and in shared memory. One cut fits all of
+# NVIDIA's; two keep a few numbers in local memory around the loops, on sm_90 and sm_100.
+HALF |= dict.fromkeys(
+    ("sm_80 busy", "sm_86 busy", "sm_90 busy", "sm_100 busy", "sm_120 busy"),
+    {
+        FORWARD: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 8, 1, spilled=16), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1, spilled=24)),
+        GRAD_QUERY: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
+    },
+)
 # float32 in full precision is multiply-adds on NVIDIA's GPUs and on gfx11; only gfx9 has matrix instructions for it. Triton
 # keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, and on gfx11 for more.
 SINGLE = {
     "sm_86": {
-        FORWARD: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 1, spilled=8), Tile(16, 16, 8, 1)),
+        FORWARD: (Tile(64, 32, 8, 2, spilled=8), Tile(32, 16, 8, 1, spilled=8), Tile(16, 16, 8, 1)),
         GRAD_KEY_VALUE: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
-        GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
+        GRAD_QUERY: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, spilled=24), Tile(16, 16, 8, 1, spilled=400)),
         DECODE: (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
     },
     "gfx942": {
         FORWARD: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
-        GRAD_KEY_VALUE: (Tile(32, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 64, 8, 1, spilled=12), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
         GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
         DECODE: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 8, 1)),
     },
     "gfx1100": {
-        FORWARD: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=800)),
+        FORWARD: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=200), Tile(16, 16, 8, 1, spilled=1300)),
         GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=1100), Tile(16, 16, 8, 1, spilled=2600)),
-        GRAD_QUERY: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=800), Tile(16, 16, 8, 1, spilled=2200)),
+        GRAD_QUERY: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=800), Tile(16, 16, 8, 1, spilled=2400)),
         DECODE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=500)),
     },
 }
@@ -156,12 +166,16 @@ def has_descriptors(arch: str, dtype: torch.dtype) -> bool:
     return has_accelerator and dtype != torch.float32
 
 
-def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, described: bool = False) -> Tile:
-    """The tile of a kernel for the larger of the two head_dims; `described`: it copies tiles by descriptors."""
+BY_DESCRIPTORS, BUSY = " by descriptors", " busy"  # the kinds of loops that have rows of their own
+
+
+def tile(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, kind: str = "") -> Tile:
+    """The tile of a kernel for the larger of the two head_dims; `kind`: of its loop."""
     if arch == "interpreter":
         return INTERPRETER[kernel]
     table, name = SINGLE if dtype == torch.float32 else HALF, SAME.get(arch, arch)
-    family = (table.get(name) or table[_closest(arch)]) | (table.get(f"{name} by descriptors", {}) if described else {})
+    name = name if name in table else _closest(arch)
+    family = table[name] | table.get(name + kind, {})
     return family[kernel][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
 
 

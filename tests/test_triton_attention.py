@@ -98,11 +98,22 @@ def test_a_row_does_not_depend_on_its_batch(name):
 
 def _descriptors(arch: str, key: torch.Tensor, **options) -> list:
     """How the forward would copy keys and values on a GPU."""
+    arguments = _forward(arch, key, **options)
+    return [arguments["key_tiles"], arguments["value_tiles"]]
+
+
+def _blocks(key: torch.Tensor) -> tuple[int, int]:
+    """Queries and keys of the forward's tile on sm_90."""
+    arguments = _forward("sm_90", key)
+    return arguments["BLOCK_Q"], arguments["BLOCK_K"]
+
+
+def _forward(arch: str, key: torch.Tensor, **options) -> dict:
+    """The arguments of the forward's launch on a GPU."""
     kernels = triton_kernels.attention()
     plain = dict.fromkeys(kernels.Call._fields[3:11]) | {"scale": 1.0, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
     call = kernels.Call(key, key, key, **plain | {"allow_tf32": False} | options, arch=arch)
-    arguments = kernels.plan_forward(call, key, key[..., 0].float())[-1].arguments
-    return [arguments["key_tiles"], arguments["value_tiles"]]
+    return kernels.plan_forward(call, key, key[..., 0].float())[-1].arguments
 
 
 def _keys(*shape: int) -> torch.Tensor:
@@ -116,6 +127,13 @@ def test_gpus_with_an_accelerator_for_it_copy_tiles_by_descriptor(arch):
             assert descriptor.shape == list(key.shape) and descriptor.strides[2:] == list(key.stride()[2:])
 
 
+def test_the_tile_does_not_depend_on_where_tensors_lie():
+    """The order of a row's sums would: a row's result does not depend on the batch around it."""
+    one = _keys(1, 3, 500, 128)
+    for key in (one.expand(2, 3, 500, 128), _keys(2, 3, 500, 132)[..., :128]):
+        assert _blocks(key) == _blocks(one)
+
+
 def test_other_tiles_are_copied_by_pointers():
     long = torch.empty(9, dtype=torch.int32, device="meta")
     calls = {
@@ -127,6 +145,9 @@ def test_other_tiles_are_copied_by_pointers():
         "shorter than a tile": ("sm_90", _keys(2, 3, 15, 64)),
         "no batch": ("sm_90", _keys(0, 3, 500, 64)),
     }
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    assert _descriptors("sm_90", _keys(1, 3, 500, 64), seed=seed, drop_below=1) == [None, None]
+    assert _descriptors("sm_90", _keys(1, 3, 500, 64), mask=_keys(500, 500)) == [None, None]
     for what, (arch, key) in calls.items():
         assert _descriptors(arch, key) == [None, None], what
     assert _descriptors("sm_90", _keys(1, 3, 500, 64), cu_seqlens_q=long, cu_seqlens_k=long) == [None, None]

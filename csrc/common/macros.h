@@ -8,7 +8,7 @@
 #define FASTLM_FORCE_INLINE __attribute__((always_inline))
 #endif
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(__HIPCC__)
 #define FASTLM_HD static __host__ __device__ __forceinline__
 #define FASTLM_MEMBER __host__ __device__ __forceinline__  // of a class
 #else
