@@ -31,6 +31,7 @@ GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx94
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
+LOOPS = ("plain", "busy", "packed")  # nothing but attention; with a mask and dropout; of packed sequences
 
 
 class Variant(NamedTuple):
@@ -41,25 +42,25 @@ class Variant(NamedTuple):
     head_dim: int
     dtype: str
     causal: bool
-    busy: bool = False  # with a mask and dropout
+    loop: str = "plain"  # one of LOOPS
 
 
 def every_variant() -> list[Variant]:
-    """All, but decoding, which has no diagonal to skip, once, and what has a mask and dropout causal only."""
-    kinds = ((False, False), (True, False), (True, True))
+    """All, but decoding, which has no diagonal to skip, once, and what is not plain causal only."""
+    kinds = ((False, "plain"), (True, "plain"), (True, "busy"), (True, "packed"))
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES) for kind in kinds]
     return [variant for variant in variants if variant.of != DECODE or not variant.causal]
 
 
 def covering_variants() -> list[Variant]:
-    """For every GPU each pass with each head_dim, and each with a mask and dropout; all else takes turns."""
+    """For every GPU each pass with each head_dim, and each pass with each loop; all else takes turns."""
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
     for arch, of, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
         causal, dtype = next(turns)
         variants.append(Variant(arch, of, head_dim, dtype, causal and of != DECODE))
-    for i, (arch, of) in enumerate(itertools.product(GPUS, PASSES[:3])):
-        variants.append(Variant(arch, of, HEAD_DIMS[i % 3], DTYPES[i // 3 % 3], True, True))
+    for i, (arch, of, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
+        variants.append(Variant(arch, of, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
     return variants
 
 
@@ -79,13 +80,15 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         options = (None, None, None, None, None, None, None, scale, 0.0, False)
         return attention.plan_decoding(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
     right = 0 if variant.causal else None
-    mask, seed, drop_below = None, None, 0
-    if variant.busy:
+    mask, seed, drop_below, cu_seqlens = None, None, 0, None
+    if variant.loop == "busy":
         mask, seed = tensor(batch, heads, length, length, dtype=torch.float32), tensor(dtype=torch.int64)
         drop_below = 1 << 29
-    call = attention.Call(
-        query, key, value, mask, None, None, seed, None, None, None, right, scale, 0.0, drop_below, 1.0, False, variant.arch
-    )
+    if variant.loop == "packed":
+        query, key, value, out, lse = (t[:1] for t in (query, key, value, out, lse))
+        cu_seqlens = tensor(batch + 1, dtype=torch.int32)
+    tensors = (query, key, value, mask, None, None, seed, cu_seqlens, cu_seqlens)
+    call = attention.Call(*tensors, None, right, scale, 0.0, drop_below, 1.0, False, variant.arch)
     launches = attention.plan_forward(call, out, lse)
     if variant.of != FORWARD:
         launches = attention.plan_backward(call, out, lse, out, None, (query, key, value, None), lse)
@@ -99,7 +102,7 @@ def inspect(variant: Variant) -> dict:
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
     dtype = getattr(torch, variant.dtype)
-    kind = BUSY if variant.busy else BY_DESCRIPTORS if has_descriptors(variant.arch, dtype) else ""
+    kind = {"plain": BY_DESCRIPTORS if has_descriptors(variant.arch, dtype) else "", "busy": BUSY, "packed": ""}[variant.loop]
     shape = tile(variant.of, variant.arch, dtype, variant.head_dim, kind)
     try:
         binary = ahead_of_time.compile_launch(launch, variant.arch)

@@ -156,8 +156,7 @@ def _is_plain(call: Call) -> bool:
 
 def _is_specialized(call: Call, shape: Tile, tiles: dict) -> bool:
     """Whether some warps copy, some multiply and some weigh: where the settings say so and the loop holds nothing else."""
-    plain = _is_plain(call) and call.mask is None and not call.drop_below
-    return shape.specialized and plain and None not in tiles.values()
+    return shape.specialized and _is_plain(call) and None not in tiles.values()
 
 
 def _together(call: Call) -> int:
