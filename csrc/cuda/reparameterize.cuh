@@ -14,7 +14,11 @@ namespace fastlm {
 
 constexpr int kTile = 2048;  // elements of a block, at most
 constexpr int kStrip = 256;  // elements of a row that one warp sums
+#if defined(__HIPCC__)
+constexpr unsigned long long kAllLanes = ~0ull;  // AMD's warps may have 64 lanes
+#else
 constexpr unsigned kAllLanes = ~0u;
+#endif
 
 // Which tensors are read and written in whole groups.
 struct Packed {
