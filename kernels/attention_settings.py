@@ -96,17 +96,18 @@ HALF = {  # bfloat16 and float16
     },
 }
 # Loops that read a mask or draw dropout besides: their tiles hold more, in registers and in shared memory. One cut fits all of
-# NVIDIA's; two keep a few numbers in local memory around the loops, on sm_90 and sm_100.
+# NVIDIA's; the first dK/dV keeps a few numbers in local memory around the loops of sm_100.
 HALF |= dict.fromkeys(
     ("sm_80 busy", "sm_86 busy", "sm_90 busy", "sm_100 busy", "sm_120 busy"),
     {
         FORWARD: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(32, 128, 8, 1, spilled=16), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1, spilled=24)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 8, 1, spilled=16), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
         GRAD_QUERY: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
     },
 )
 # float32 in full precision is multiply-adds on NVIDIA's GPUs and on gfx11; only gfx9 has matrix instructions for it. Triton
-# keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, and on gfx11 for more.
+# keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, with a mask
+# at 128, and on gfx11 for more.
 SINGLE = {
     "sm_86": {
         FORWARD: (Tile(64, 32, 8, 2, spilled=8), Tile(32, 16, 8, 1, spilled=8), Tile(16, 16, 8, 1)),
