@@ -10,7 +10,6 @@ fastlm row was checked against the reference before it was timed.
 import json
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,15 +66,14 @@ def _fastlm(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
     return fastlm.reparameterize_with_kl(mu, logvar, seed=1, backend="cuda")
 
 
-@cache
-def _compiled(work: Work) -> Callable:
+def _compiled() -> Callable:
     torch._dynamo.reset()  # it keeps a few compilations of a function, and runs it eagerly from there on
     return torch.compile(_eager, dynamic=False)
 
 
-def implementations(work: Work) -> dict[str, Callable]:
+def implementations() -> dict[str, Callable]:
     """fastlm first, then what a user would write instead."""
-    return {FASTLM: _fastlm, "eager": _eager, "compile": _compiled(work)}
+    return {FASTLM: _fastlm, "eager": _eager, "compile": _compiled()}
 
 
 def inputs(work: Work, device: str) -> list[Tensor]:
@@ -141,7 +139,7 @@ def run(works=WORKS, device: str = "cuda", time: Callable = cold_median, copied:
     limit, rows = copy_bandwidth(device, time, copied), []
     for work in works:
         tensors = inputs(work, device)
-        rows += [measure(work, name, function, tensors, time, limit) for name, function in implementations(work).items()]
+        rows += [measure(work, name, function, tensors, time, limit) for name, function in implementations().items()]
     return rows
 
 
