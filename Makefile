@@ -67,4 +67,5 @@ $(VENV)/tools: Makefile
 
 $(VENV)/installed: $(VENV)/tools $(SOURCES)
 	$(BIN)/pip install --progress-bar off --no-build-isolation -C cmake.define.FASTLM_WERROR=ON --editable ".[test,bench]"
+	$(BIN)/pip install --progress-bar off --no-deps "timm>=1.0"  # PyPI's torchvision does not import beside a CPU build of torch
 	@touch $@
