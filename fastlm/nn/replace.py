@@ -1,0 +1,152 @@
+"""Swapping the modules of an existing model for fastlm's, in place, and back.
+
+A kind of module that can be swapped is a `Swap`. torch's own are registered below this package's modules; each integration
+registers those of its library when it is imported.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+class Swap:
+    """How one kind of module is swapped for fastlm's, and back.
+
+    What ``undo`` needs to know lives on the module, so that a copy or a pickle of a swapped model can be restored as well.
+    """
+
+    original: type[nn.Module]
+    subclasses = False  # whether subclasses of ``original``, too, are swapped; else they are left, as they may do something else
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Why this module must stay as it is, or None."""
+        return None
+
+    def swap(self, module: nn.Module) -> None:
+        """Swap it, in place."""
+        raise NotImplementedError
+
+    def is_swapped(self, module: nn.Module) -> bool:
+        """Whether it is fastlm's."""
+        raise NotImplementedError
+
+    def undo(self, module: nn.Module) -> None:
+        """Make it again what it was, in place."""
+        raise NotImplementedError
+
+
+class ClassSwap(Swap):
+    """A module that becomes fastlm's by taking the class ``replacement``, a subclass of ``original`` with the same state.
+
+    Parameters, hooks, the state_dict and an optimizer's references all stay as they are.
+    """
+
+    def __init__(self, original: type[nn.Module], replacement: type[nn.Module]) -> None:
+        self.original, self.replacement = original, replacement
+
+    def swap(self, module: nn.Module) -> None:
+        module.__class__ = self.replacement
+
+    def is_swapped(self, module: nn.Module) -> bool:
+        return type(module) is self.replacement
+
+    def undo(self, module: nn.Module) -> None:
+        module.__class__ = self.original
+
+
+@dataclass
+class Report:
+    """What `replace` or `restore` did. Printable.
+
+    Attributes:
+        swapped: for each module that was swapped, by its name in the model, what it was and is.
+        left: for each that might have been and was not, the reason.
+    """
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.swapped)} swapped, {len(self.left)} left"]
+        lines += [f"  {name or 'the model'}: {what}" for name, what in self.swapped.items()]
+        lines += [f"  {name or 'the model'} is left: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+_swaps: list[Swap] = []
+
+
+def register(swap: Swap) -> None:
+    """Let `replace` and `restore` know one more kind of module."""
+    _swaps.append(swap)
+
+
+def replace(model: nn.Module) -> Report:
+    """Swap every module of ``model`` that fastlm can stand in for, in place: the same parameters, the same answers, faster.
+
+    torch.nn.MultiheadAttention is known from the start, alone and inside torch.nn.Transformer's layers; the models of a library
+    are once its integration has been imported, e.g. ``import fastlm.integrations.transformers``.
+
+    Args:
+        model: any module. It may be such a module itself.
+
+    Returns:
+        What was swapped, and what was left and why: ``print(fastlm.replace(model))``. What calls
+        ``F.scaled_dot_product_attention`` itself needs no swap, and is not in the report: see `fastlm.use`.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model(model)
+    report = Report()
+    for name, module in model.named_modules():
+        for swap in _swaps:
+            if not isinstance(module, swap.original) or swap.is_swapped(module):
+                continue
+            if reason := _why_not(swap, module):
+                report.left[name] = reason
+                continue
+            was = type(module)
+            swap.swap(module)
+            report.swapped[name] = _change(was, module)
+    return report
+
+
+def restore(model: nn.Module) -> Report:
+    """Make every module of fastlm's in ``model`` again what it stands in for, in place: the way back from `replace`.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    _check_model(model)
+    report = Report()
+    for name, module in model.named_modules():
+        for swap in _swaps:
+            if swap.is_swapped(module):
+                was = type(module)
+                swap.undo(module)
+                report.swapped[name] = _change(was, module)
+    return report
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+
+
+def _why_not(swap: Swap, module: nn.Module) -> str | None:
+    if type(module) is not swap.original and not swap.subclasses:
+        return f"{_name(type(module))} is a subclass of {_name(swap.original)}, whose code may do something else"
+    return swap.why_not(module)
+
+
+def _change(was: type, module: nn.Module) -> str:
+    """'torch.nn.X -> fastlm.nn.X', or what the module is where its class stays."""
+    now = type(module)
+    return _name(was) if now is was else f"{_name(was)} -> {_name(now)}"
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
