@@ -16,22 +16,24 @@ class Swap:
     """
 
     original: type[nn.Module]
-    subclasses = False  # whether subclasses of ``original``, too, are swapped; else they are left, as they may do something else
+    subclasses = (
+        False  # whether subclasses of ``original``, too, are swapped; else they are left, as they may do something else
+    )
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why this module must stay as it is, or None."""
         return None
 
-    def swap(self, module: nn.Module) -> None:
-        """Swap it, in place."""
+    def swap(self, module: nn.Module) -> str:
+        """Swap it, in place, and say what it was and is."""
         raise NotImplementedError
 
     def is_swapped(self, module: nn.Module) -> bool:
         """Whether it is fastlm's."""
         raise NotImplementedError
 
-    def undo(self, module: nn.Module) -> None:
-        """Make it again what it was, in place."""
+    def undo(self, module: nn.Module) -> str:
+        """Make it again what it was, in place, and say so."""
         raise NotImplementedError
 
 
@@ -44,14 +46,16 @@ class ClassSwap(Swap):
     def __init__(self, original: type[nn.Module], replacement: type[nn.Module]) -> None:
         self.original, self.replacement = original, replacement
 
-    def swap(self, module: nn.Module) -> None:
+    def swap(self, module: nn.Module) -> str:
         module.__class__ = self.replacement
+        return f"{_name(self.original)} -> {_name(self.replacement)}"
 
     def is_swapped(self, module: nn.Module) -> bool:
         return type(module) is self.replacement
 
-    def undo(self, module: nn.Module) -> None:
+    def undo(self, module: nn.Module) -> str:
         module.__class__ = self.original
+        return f"{_name(self.replacement)} -> {_name(self.original)}"
 
 
 @dataclass
@@ -107,10 +111,8 @@ def replace(model: nn.Module) -> Report:
                 continue
             if reason := _why_not(swap, module):
                 report.left[name] = reason
-                continue
-            was = type(module)
-            swap.swap(module)
-            report.swapped[name] = _change(was, module)
+            else:
+                report.swapped[name] = swap.swap(module)
     return report
 
 
@@ -125,9 +127,7 @@ def restore(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         for swap in _swaps:
             if swap.is_swapped(module):
-                was = type(module)
-                swap.undo(module)
-                report.swapped[name] = _change(was, module)
+                report.swapped[name] = swap.undo(module)
     return report
 
 
@@ -140,12 +140,6 @@ def _why_not(swap: Swap, module: nn.Module) -> str | None:
     if type(module) is not swap.original and not swap.subclasses:
         return f"{_name(type(module))} is a subclass of {_name(swap.original)}, whose code may do something else"
     return swap.why_not(module)
-
-
-def _change(was: type, module: nn.Module) -> str:
-    """'torch.nn.X -> fastlm.nn.X', or what the module is where its class stays."""
-    now = type(module)
-    return _name(was) if now is was else f"{_name(was)} -> {_name(now)}"
 
 
 def _name(cls: type) -> str:
