@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.attention import attention
 from .transformers_code import Traits, traits_of
-from .transformers_mask import CAUSAL, WINDOW, as_eager_mask, read_stand_in
+from .transformers_mask import STAND_INS, as_eager_mask, read_stand_in
 
 
 def attend(
@@ -56,7 +56,7 @@ def attend(
             options |= {"output_attentions": output_attentions, **kwargs}
             return _attend_eagerly(module, traits.eager, reason, query, key, value, attention_mask, options)
     causal, window = False, None
-    if attention_mask is not None and attention_mask.dtype in (CAUSAL, WINDOW):
+    if attention_mask is not None and attention_mask.dtype in STAND_INS:
         causal, window = read_stand_in(attention_mask)
         attention_mask = None
     if position_bias is not None:

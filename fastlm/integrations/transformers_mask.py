@@ -18,9 +18,11 @@ from transformers.masking_utils import (
 from .transformers_code import takes_any_mask
 
 # A mask that is a pattern and nothing else is never built. What transformers is given instead, and hands on to the attention,
-# is one number on the CPU, expanded to the mask's shape (batch, 1, queries, keys); its dtype tells it from a mask.
-CAUSAL = torch.int8  # query i sees keys up to its own place, counted from the last query and key
-WINDOW = torch.int32  # the number w > 0: as CAUSAL, and only the last w of them; w < 0: the -w keys on each side of its place
+# is one number on the CPU, expanded to the mask's shape (batch, 1, queries, keys), of a dtype that no mask has:
+CAUSAL = torch.uint16  # query i sees keys up to its own place, counted from the last query and key; the number says nothing
+WINDOW = torch.uint32  # and of those only the last ones, as many as the number says
+WINDOW_ON_BOTH_SIDES = torch.uint64  # it sees its own place and as many keys on each side as the number says
+STAND_INS = (CAUSAL, WINDOW, WINDOW_ON_BOTH_SIDES)
 
 
 def make_mask(
@@ -91,25 +93,23 @@ def _stand_in(mask_function: Callable) -> Tensor | None:
     if code is _LEFT and rest == [causal_mask_function]:
         return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW)
     if code is _BOTH and rest == [bidirectional_mask_function]:
-        return torch.tensor(-overlay.__closure__[0].cell_contents, dtype=WINDOW)
+        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW_ON_BOTH_SIDES)
     return None
 
 
 def read_stand_in(mask: Tensor) -> tuple[bool, tuple[int, int | None] | None]:
     """(causal, window) of a stand-in, as `fastlm.attention` takes them."""
-    if any(step for step, size in zip(mask.stride(), mask.shape) if size > 1):  # numbers of a user's own
-        raise TypeError(f"attention_mask must be bool or floating; got {mask.dtype}")
     if mask.dtype is CAUSAL:
         return True, None
-    window = mask[0, 0, 0, 0].item() if mask.numel() else 1
-    return (True, (window - 1, None)) if window > 0 else (False, (-window, -window))
+    number = mask.flatten()[0].item() if mask.numel() else 1
+    return (True, (number - 1, None)) if mask.dtype is WINDOW else (False, (number, number))
 
 
 def as_eager_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """The float mask that an eager function wants, for any mask of `make_mask` or a user's own."""
     if mask is None or mask.is_floating_point():
         return mask
-    if mask.dtype is not torch.bool:
+    if mask.dtype in STAND_INS:
         causal, window = read_stand_in(mask)
         queries, keys = query.shape[2], key.shape[2]
         distance = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
