@@ -30,19 +30,19 @@ from ..nn.replace import Swap, register
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel, __version__
+
+    from .transformers_attention import attend
+    from .transformers_code import computes_attention, traits_of, uses_interface
+    from .transformers_mask import make_mask
 except ImportError as error:
     raise ImportError(
-        f"fastlm.integrations.transformers needs transformers 5 or later: pip install 'fastlm[transformers]' ({error})"
+        f"fastlm.integrations.transformers needs transformers 5: pip install --upgrade 'fastlm[transformers]' ({error})"
     ) from error
-if not hasattr(Cache, "get_query_offset"):  # 5.0 and its next versions ask for masks in another way
+if not hasattr(Cache, "get_query_offset"):  # the first versions of 5 ask for masks in another way
     raise ImportError(
         f"fastlm.integrations.transformers needs a later transformers than {__version__}: "
         "pip install --upgrade 'fastlm[transformers]'"
     )
-
-from .transformers_attention import attend
-from .transformers_code import computes_attention, traits_of, uses_interface
-from .transformers_mask import make_mask
 
 NAME = "fastlm"
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
 
 from ..ops.attention import attention
 from .transformers_code import Traits, traits_of
@@ -43,6 +44,8 @@ def attend(
         NotImplementedError: the module prepares its mask for other implementations only.
     """
     traits = traits_of(type(module))
+    collected = _active_collector.get()  # some models take weights from there alone, and do not ask their attentions
+    output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
     if traits.special or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, query.shape[0] != key.shape[0], output_attentions, kwargs)
         if reason is not None:

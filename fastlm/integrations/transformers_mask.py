@@ -52,15 +52,14 @@ def make_mask(
         rest = {"mask_function": mask_function, "attention_mask": attention_mask, "config": config, **skip, **kwargs}
         return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query is at the last key
-    if may_skip and aligned and q_length == 1 and mask_function is causal_mask_function:
-        mask_function = bidirectional_mask_function  # the last query sees all keys
+    stand_in = _stand_in(mask_function) if may_skip and aligned else None
+    if stand_in is not None and q_length == 1 and (stand_in.dtype is CAUSAL or stand_in.item() >= kv_length):
+        mask_function = bidirectional_mask_function  # a query at the last key sees all that its window holds
     if may_skip and mask_function is bidirectional_mask_function:
         padding = _padding(attention_mask, kv_length, kv_offset)
         return None if padding is None else padding[:, None, None].expand(shape)
-    if may_skip and aligned and (stand_in := _stand_in(mask_function)) is not None:
-        padding = _padding(attention_mask, kv_length, kv_offset)
-        if padding is None:
-            return stand_in.expand(shape)
+    if stand_in is not None and _padding(attention_mask, kv_length, kv_offset) is None:
+        return stand_in.expand(shape)
     rest = {"mask_function": mask_function, "attention_mask": attention_mask, "allow_is_causal_skip": False, **kwargs}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
 
