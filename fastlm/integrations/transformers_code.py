@@ -46,7 +46,7 @@ def traits_of(cls: type[nn.Module]) -> Traits:
 
 @torch.compiler.assume_constant_result
 def takes_any_mask(config: type[PreTrainedConfig]) -> bool:
-    """Whether all attentions of the models with such a config go through the interface, and so read no mask themselves."""
+    """Whether all attentions of the models with such a config hand their masks to the interface as they got them."""
     return _takes_any_mask(config)
 
 
@@ -75,10 +75,18 @@ def computes_attention(cls: type[nn.Module]) -> bool:
 
 
 @cache
+def makes_masks(cls: type[nn.Module]) -> bool:
+    """Whether a class makes another mask out of the one that it is given, which then must be one of eager's."""
+    functions = [f for f in _functions(cls) if "attention_mask" in f.__code__.co_varnames]
+    return any(re.search(r"\battention_mask = (?!encoder_attention_mask)", inspect.getsource(f)) for f in functions)
+
+
+@cache
 def _takes_any_mask(config: type[PreTrainedConfig]) -> bool:
     classes = [cls for module in _models_of(config) for cls in vars(module).values() if isinstance(cls, type)]
     modules = [cls for cls in classes if issubclass(cls, nn.Module)]
-    return any(map(uses_interface, modules)) and not any(map(computes_attention, modules))
+    served = list(filter(uses_interface, modules))
+    return bool(served) and not any(map(makes_masks, served)) and not any(map(computes_attention, modules))
 
 
 def _functions(cls: type[nn.Module]) -> Iterator[types.FunctionType]:
