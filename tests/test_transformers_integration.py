@@ -291,6 +291,22 @@ def test_compiles_as_one_graph(name, attention_mask, monkeypatch):
     torch.testing.assert_close(found, wanted)
 
 
+def test_gradient_checkpointing(monkeypatch):
+    """Each layer runs twice, to the same gradients bit for bit: with dropout, the second time drops what the first did."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = ARCHITECTURES["Gemma 3"].build("fastlm", attention_dropout=0.2).train()
+        calls = count_calls(monkeypatch)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        logits = model(**inputs_of(model), use_cache=False).logits
+        gradients.append(torch.autograd.grad(logits.square().sum(), model.get_input_embeddings().weight)[0])
+        assert calls() == (4 if checkpointing else 2)
+        monkeypatch.undo()
+    assert torch.equal(*gradients)
+
+
 def test_dropout_drops_its_share_in_training_only():
     """With the unit matrix for values, an output is its weights."""
     model = ARCHITECTURES["Llama"].build("fastlm", attention_dropout=0.25)

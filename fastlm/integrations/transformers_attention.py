@@ -64,6 +64,8 @@ def attend(
         attention_mask = None
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
+    if query.shape[2] == 1:
+        query = query.squeeze(2).unsqueeze(2)  # strides of a contiguous tensor, if it is one: a step of decoding at less cost
     out = attention(
         query,
         key,

@@ -70,7 +70,7 @@ def uses_interface(cls: type[nn.Module]) -> bool:
 def computes_attention(cls: type[nn.Module]) -> bool:
     """Whether a class, by its name an attention, computes its weights itself."""
     named = re.search("Attention|Attn", cls.__name__)
-    own = {"softmax", "scaled_dot_product_attention"}
+    own = {"softmax", "Softmax", "scaled_dot_product_attention"}
     return bool(named) and not uses_interface(cls) and any(own & set(f.__code__.co_names) for f in _functions(cls))
 
 

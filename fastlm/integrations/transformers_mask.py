@@ -100,7 +100,7 @@ def read_stand_in(mask: Tensor) -> tuple[bool, tuple[int, int | None] | None]:
     """(causal, window) of a stand-in, as `fastlm.attention` takes them."""
     if mask.dtype is CAUSAL:
         return True, None
-    number = mask.flatten()[0].item() if mask.numel() else 1
+    number = mask[0, 0, 0, 0].item() if mask.numel() else 1
     return (True, (number - 1, None)) if mask.dtype is WINDOW else (False, (number, number))
 
 
