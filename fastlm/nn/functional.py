@@ -112,7 +112,7 @@ class MultiHeadCall:
 
     def run(self) -> tuple[Tensor, None]:
         """(output in query's shape, None), where `why_not` is None."""
-        query, key, value = map(self._heads, self._projected())  # (N, H, L or S, D), read where they lie
+        query, key, value = self._projected()
         if self.bias_k is not None:
             key, value = (torch.cat([t, self._bias_row(bias)], dim=2) for t, bias in ((key, self.bias_k), (value, self.bias_v)))
         # A key and value of zeros is a logit of 0 without a value: a sink.
@@ -128,28 +128,28 @@ class MultiHeadCall:
             out = out.permute(2, 0, 1, 3)  # (L, N, H, D)
         return F.linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), None
 
-    def _projected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (..., E): one product for all that are projected from the same tensor."""
+    def _projected(self) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (N, H, L or S, D): one product for all that are projected from the same tensor."""
         query, key, value, bias = self.query, self.key, self.value, self.in_proj_bias
         if self.use_separate_proj_weight:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if bias is None else bias.chunk(3)
-            return tuple(_linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
-        weight, one, two = self.in_proj_weight, self.embed_dim_to_check, 2 * self.embed_dim_to_check
+            return sum((self._heads(x, w, b, 1) for x, w, b in zip((query, key, value), weights, biases)), ())
         if query is key and key is value:
-            return _linear(query, weight, bias).chunk(3, dim=-1)
-        q = _linear(query, weight[:one], None if bias is None else bias[:one])
-        if key is value:
-            return q, *_linear(key, weight[one:], None if bias is None else bias[one:]).chunk(2, dim=-1)
-        k = _linear(key, weight[one:two], None if bias is None else bias[one:two])
-        return q, k, _linear(value, weight[two:], None if bias is None else bias[two:])
+            return self._heads(query, self.in_proj_weight, bias, 3)
+        parts = (1, 2) if key is value else (1, 1, 1)
+        sizes = [n * self.embed_dim_to_check for n in parts]
+        weights = self.in_proj_weight.split(sizes)
+        biases = (None,) * 3 if bias is None else bias.split(sizes)
+        return sum((self._heads(x, w, b, n) for x, w, b, n in zip((query, key, value), weights, biases, parts)), ())
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        """(N, H, rows, D) of (..., E), a view."""
-        heads = projected.unflatten(-1, (self.num_heads, -1))
+    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
+        """``parts`` projections of ``x`` at once, each (N, H, rows, D): views of one product, read where they lie."""
+        product = _linear(x, weight, bias)
+        heads = product.view(*product.shape[:-1], parts, self.num_heads, -1)
         if not self._batched:
-            return heads.transpose(0, 1).unsqueeze(0)
-        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
+            return heads.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        return heads.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
 
     def _bias_row(self, bias: Tensor) -> Tensor:
         """(N, H, 1, D): one more key or value, the same for each example."""
