@@ -24,7 +24,7 @@ from .extras import require
 require("diffusers")
 
 from diffusers import ModelMixin  # noqa: E402
-from diffusers.models.autoencoders import vae as original  # noqa: E402
+from diffusers.models.autoencoders import vae as theirs  # noqa: E402
 
 LOGVAR_CLAMP = (-30.0, 20.0)  # diffusers'
 
@@ -32,7 +32,7 @@ LOGVAR_CLAMP = (-30.0, 20.0)  # diffusers'
 # ---- the posterior ----------------------------------------------------------------------------------------------------------
 
 
-class DiagonalGaussianDistribution(original.DiagonalGaussianDistribution):
+class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
     """diffusers' class of that name, drawn from and measured in one pass over the parameters, forward and backward.
 
     Differences: the noise is fastlm's counter-based stream of one seed that the generator gives, and not ``torch.randn``'s: the
@@ -89,7 +89,7 @@ class DiagonalGaussianDistribution(original.DiagonalGaussianDistribution):
         self._sampled_kl = (self._grad_mode(), kl)
         return z
 
-    def kl(self, other: original.DiagonalGaussianDistribution | None = None) -> Tensor:
+    def kl(self, other: theirs.DiagonalGaussianDistribution | None = None) -> Tensor:
         """KL from ``other``, or from the standard normal, in nats: (B,). After `sample` the latter costs nothing."""
         if self.deterministic:
             return self._zero()
@@ -163,7 +163,7 @@ class _EncodesToOurs:
 
 def _ours(posterior: object) -> object:
     """fastlm's posterior for diffusers'; anything else, as it is."""
-    if type(posterior) is not original.DiagonalGaussianDistribution:
+    if type(posterior) is not theirs.DiagonalGaussianDistribution:
         return posterior
     return DiagonalGaussianDistribution(posterior.parameters, posterior.deterministic)
 
@@ -186,13 +186,15 @@ class _AutoencoderSwap(Swap):
     subclasses = True
 
     def why_not(self, module: ModelMixin) -> str | None:
+        cls = type(module)
+        homes = (sys.modules.get(base.__module__) for base in cls.__mro__)
         builds = any(
-            getattr(sys.modules.get(cls.__module__), "DiagonalGaussianDistribution", None)
-            is original.DiagonalGaussianDistribution
-            for cls in type(module).__mro__
+            vars(home).get("DiagonalGaussianDistribution") is theirs.DiagonalGaussianDistribution for home in homes if home
         )
-        if not builds or not hasattr(module, "encode"):
-            return f"{type(module).__name__} does not encode to diffusers' DiagonalGaussianDistribution"
+        if not builds or not hasattr(cls, "encode"):
+            return f"{cls.__name__} does not encode to diffusers' DiagonalGaussianDistribution"
+        if "encode" in vars(module):
+            return f"an encode was set on this {cls.__name__}, which would hide that of fastlm's class: swap first"
         return None
 
     def is_swapped(self, module: torch.nn.Module) -> bool:

@@ -6,6 +6,7 @@ for the smallest scale, and as torch's for 0 and negative ones, where validation
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor, distributions
@@ -13,7 +14,9 @@ from torch.distributions.kl import register_kl
 
 from ..ops.checks import check_tensor
 from ..ops.noise import check_seed, seed_tensor
-from ..ops.reparameterize import gaussian_kl, reparameterize
+from ..ops.reparameterize import IMPLEMENTATIONS, gaussian_kl, select
+
+PLAIN_SAMPLE = (False, 0, 0.0, -math.inf, math.inf, None, 1.0)  # the op's options: no KL, no clamp, one sample
 
 
 class Normal(distributions.Normal):
@@ -49,13 +52,18 @@ class Normal(distributions.Normal):
 
 def _noise(shape: tuple[int, ...], batch_shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
     """Standard normals of ``shape`` = (*samples, *batch_shape); a seed per example gives all samples of that example."""
-    zero = seed.new_zeros((), dtype=dtype)
     if seed.dim() == 0:
-        zero = zero.expand(shape)
-        return reparameterize(zero, zero, seed=seed)
+        return _standard_latent(shape, dtype, seed)
     samples = shape[: len(shape) - len(batch_shape)]
-    zero = zero.expand(batch_shape[0], *samples, *batch_shape[1:])
-    return reparameterize(zero, zero, seed=seed).movedim(0, len(samples))
+    by_example = _standard_latent((batch_shape[0], *samples, *batch_shape[1:]), dtype, seed)
+    return by_example.movedim(0, len(samples))
+
+
+def _standard_latent(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
+    """`reparameterize` of mean and log-variance 0, without its checks: torch.compile takes none of a layout in a backward."""
+    zero = seed.new_zeros((), dtype=dtype).expand(shape)
+    run = select("reparameterize", IMPLEMENTATIONS, (zero,), None)
+    return run((zero, zero, None, None, seed), PLAIN_SAMPLE)[0]
 
 
 class _Sample(torch.autograd.Function):
