@@ -56,7 +56,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         self.parameters = parameters
         self.deterministic = deterministic
         self.mean, self._logvar = parameters.chunk(2, dim=1)  # (B, C, ...), before the clamp
-        self._sampled_kl: tuple[tuple, Tensor] | None = None
+        self._sampled_kl: tuple[bool, Tensor] | None = None  # whether gradients were on, and the KL that came with a sample
 
     @property
     def logvar(self) -> Tensor:
@@ -86,7 +86,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         z, kl = reparameterize_with_kl(
             self.mean, self._logvar, event_dims=self._event_dims, logvar_clamp=LOGVAR_CLAMP, seed=seed
         )
-        self._sampled_kl = (self._grad_mode(), kl)
+        self._sampled_kl = (torch.is_grad_enabled(), kl)
         return z
 
     def kl(self, other: theirs.DiagonalGaussianDistribution | None = None) -> Tensor:
@@ -94,7 +94,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         if self.deterministic:
             return self._zero()
         if other is None:
-            if self._sampled_kl is not None and self._sampled_kl[0] == self._grad_mode():
+            if self._sampled_kl is not None and self._sampled_kl[0] == torch.is_grad_enabled():
                 return self._sampled_kl[1]
             return gaussian_kl(self.mean, self._logvar, event_dims=self._event_dims, logvar_clamp=LOGVAR_CLAMP)
         if other.deterministic:  # no normal is near a point
@@ -119,10 +119,6 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
 
     def _zero(self) -> Tensor:
         return self.mean.new_zeros(1, dtype=torch.promote_types(self.mean.dtype, torch.float32))
-
-    def _grad_mode(self) -> tuple[bool, bool]:
-        """What a kept KL depends on: drawn without a gradient, it is no good where one is wanted."""
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
 
 def _seed(generator: Generator | Sequence[Generator] | None, parameters: Tensor) -> Tensor | None:
@@ -187,10 +183,9 @@ class _AutoencoderSwap(Swap):
 
     def why_not(self, module: ModelMixin) -> str | None:
         cls = type(module)
-        homes = (sys.modules.get(base.__module__) for base in cls.__mro__)
-        builds = any(
-            vars(home).get("DiagonalGaussianDistribution") is theirs.DiagonalGaussianDistribution for home in homes if home
-        )
+        names = {base.__module__ for base in cls.__mro__} - {theirs.__name__}
+        homes = (vars(sys.modules.get(name, object)) for name in names)
+        builds = any(home.get("DiagonalGaussianDistribution") is theirs.DiagonalGaussianDistribution for home in homes)
         if not builds or not hasattr(cls, "encode"):
             return f"{cls.__name__} does not encode to diffusers' DiagonalGaussianDistribution"
         if "encode" in vars(module):
