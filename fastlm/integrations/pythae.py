@@ -4,9 +4,9 @@
     fastlm.replace(model)
     fastlm.restore(model)
 
-A swapped model draws its latent and computes its KL in one pass, in training and evaluation, and so in ``reconstruct``,
-``embed`` and ``predict``. The reconstruction loss, ``get_nll``, saving and loading are pythae's own. The noise is fastlm's
-stream of a seed that torch's generator gives: ``torch.manual_seed`` repeats it, but it is not ``torch.randn``'s.
+A swapped model draws its latent and computes its KL in one pass, in training and evaluation, and so in ``reconstruct`` and
+``embed``. The reconstruction loss, ``predict``, ``get_nll``, saving and loading are pythae's own. The noise is fastlm's stream
+of a seed that torch's generator gives: ``torch.manual_seed`` repeats it, but it is not ``torch.randn``'s.
 
 pythae's other models are left: they draw several samples, transform them, or have a loss with the latent's KL in another form.
 """
