@@ -103,6 +103,17 @@ def test_log_variances_are_held_to_diffusers_range(shape, monkeypatch):
     assert not actual["gradient 0"].chunk(2, dim=1)[1][outside].any()
 
 
+@pytest.mark.parametrize(("logvar", "of_other"), [(-50.0, -28.0), (0.0, -50.0), (40.0, 10.0), (0.0, 40.0), (-50.0, 40.0)])
+def test_both_log_variances_of_a_kl_from_another_are_held(logvar, of_other):
+    leaves = [torch.tensor([0.5, x], dtype=torch.float64).reshape(1, 2, 1, 1).requires_grad_() for x in (logvar, of_other)]
+    results = []
+    for cls in CLASSES:
+        p, q = map(cls, leaves)
+        results.append((p.kl(q), *torch.autograd.grad(p.kl(q).sum(), leaves)))
+    for mine, other in zip(*results):
+        torch.testing.assert_close(mine, other)
+
+
 @LATENTS
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_attributes_are_diffusers(shape, deterministic):

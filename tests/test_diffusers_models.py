@@ -113,6 +113,22 @@ def test_slices_and_tuples_and_the_decoder_for_videos():
     assert type(decoder.encode(x).latent_dist) is DiagonalGaussianDistribution
 
 
+def test_it_works_under_compile():
+    model, x = made("AutoencoderKL")
+    replace(model)
+    expected = model.encode(x).latent_dist
+
+    def step(x):
+        posterior = model.encode(x).latent_dist
+        return posterior.sample(), posterior.kl()
+
+    torch.manual_seed(2)
+    z, kl = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    torch.manual_seed(2)
+    torch.testing.assert_close(z, expected.sample())
+    torch.testing.assert_close(kl, expected.kl())
+
+
 @EACH
 def test_replace_and_restore_change_the_class_and_nothing_else(name):
     model, x = made(name)
@@ -120,6 +136,7 @@ def test_replace_and_restore_change_the_class_and_nothing_else(name):
     parameters = [p.data_ptr() for p in model.parameters()]
     assert replace(model).swapped[""] == f"{name} encodes to fastlm's DiagonalGaussianDistribution"
     assert not replace(model).swapped and not replace(model).left  # again: nothing to do
+    assert (type(model).__module__, type(model).__name__) == (cls.__module__, cls.__name__)  # what pipelines save
     assert isinstance(model, cls) and str(model) == before and [p.data_ptr() for p in model.parameters()] == parameters
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert restore(model).swapped[""] == f"{name} encodes to diffusers' DiagonalGaussianDistribution"

@@ -40,9 +40,9 @@ class _OneLatent:
         return ModelOutput(recon_loss=recon_loss, reg_loss=kl, loss=loss, recon_x=recon_x, z=z)
 
     def _reconstruction_loss(self, recon_x: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """pythae's, which its loss_function gives beside the KL: that of one standard normal, 0."""
-        standard = z.new_zeros(1, 1)
-        return self.loss_function(recon_x, x, standard, standard, z)[1]
+        """pythae's, 0-d: its loss_function gives it beside a KL, here of a latent of one number, which nobody looks at."""
+        unused = z.new_zeros(1, 1)
+        return self.loss_function(recon_x, x, unused, unused, z)[1]
 
 
 class FusedVAE(_OneLatent, VAE):
