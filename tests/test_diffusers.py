@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusers.models.autoencoders import vae as theirs
-from drop_in import Ops, assert_held
+from libraries import Ops, assert_held
 from oracle import ULPS
 
 from fastlm.integrations import diffusers as integration

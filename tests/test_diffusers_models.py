@@ -18,10 +18,10 @@ from diffusers import (
 )
 from diffusers.models import autoencoders
 from diffusers.models.autoencoders import vae as theirs
-from drop_in import Ops, assert_held, off_by_an_ulp
+from libraries import Ops, assert_held, off_by_an_ulp
 
+import fastlm
 from fastlm.integrations.diffusers import DiagonalGaussianDistribution, _AutoencoderSwap
-from fastlm.nn.replace import replace, restore
 from fastlm.ops.noise import normal
 from fastlm.ops.spec import seeded_normal
 
@@ -73,12 +73,12 @@ def step(model, x, generator=None):
 def test_a_step_and_its_gradients_are_diffusers_on_the_same_noise(name, training, monkeypatch):
     model, x = made(name)
     model.train(training)
-    report = replace(model)
+    report = fastlm.replace(model)
     assert list(report.swapped) == [""] and not report.left
     with Ops() as ops:
         actual = step(model, x, generator())
     assert ops.fastlm == ["reparameterize", "reparameterize_backward"]
-    restore(model)
+    fastlm.restore(model)
     seed = torch.randint(2**63 - 1, (), generator=generator())
     eps = normal(actual["latent"].shape, seed=seed)
     noise = eps
@@ -93,7 +93,7 @@ def test_a_step_and_its_gradients_are_diffusers_on_the_same_noise(name, training
 def test_its_forward_draws_by_the_kernel_or_takes_the_mode(name):
     model, x = made(name)
     mode = model(x).sample
-    replace(model)
+    fastlm.replace(model)
     with torch.no_grad(), Ops() as ops:
         torch.testing.assert_close(model(x).sample, mode)
         assert not ops.fastlm
@@ -104,18 +104,28 @@ def test_its_forward_draws_by_the_kernel_or_takes_the_mode(name):
 
 def test_slices_and_tuples_and_the_decoder_for_videos():
     model, x = made("AutoencoderKL")
-    replace(model)
+    fastlm.replace(model)
     model.enable_slicing()
     (posterior,) = model.encode(x, return_dict=False)
     assert type(posterior) is DiagonalGaussianDistribution and len(posterior.sample()) == 2
     decoder = AutoencoderKLTemporalDecoder(block_out_channels=(32,), latent_channels=4)
-    assert replace(decoder).swapped
+    assert fastlm.replace(decoder).swapped
     assert type(decoder.encode(x).latent_dist) is DiagonalGaussianDistribution
+
+
+def test_its_attention_runs_inside_use():
+    model, x = made("AutoencoderKL")
+    fastlm.replace(model)
+    expected = model(x, sample_posterior=True, generator=generator()).sample
+    with fastlm.use(), Ops() as ops:
+        out = model(x, sample_posterior=True, generator=generator()).sample
+    assert len([op for op in ops.fastlm if "attention" in op]) == 2 and "reparameterize" in ops.fastlm
+    torch.testing.assert_close(out, expected)
 
 
 def test_it_works_under_compile():
     model, x = made("AutoencoderKL")
-    replace(model)
+    fastlm.replace(model)
     expected = model.encode(x).latent_dist
 
     def step(x):
@@ -134,38 +144,38 @@ def test_replace_and_restore_change_the_class_and_nothing_else(name):
     model, x = made(name)
     before, state, cls = str(model), copy.deepcopy(model.state_dict()), type(model)
     parameters = [p.data_ptr() for p in model.parameters()]
-    assert replace(model).swapped[""] == f"{name} encodes to fastlm's DiagonalGaussianDistribution"
-    assert not replace(model).swapped and not replace(model).left  # again: nothing to do
+    assert fastlm.replace(model).swapped[""] == f"{name} encodes to fastlm's DiagonalGaussianDistribution"
+    assert not fastlm.replace(model).swapped and not fastlm.replace(model).left  # again: nothing to do
     assert (type(model).__module__, type(model).__name__) == (cls.__module__, cls.__name__)  # what pipelines save
     assert isinstance(model, cls) and str(model) == before and [p.data_ptr() for p in model.parameters()] == parameters
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert restore(model).swapped[""] == f"{name} encodes to diffusers' DiagonalGaussianDistribution"
+    assert fastlm.restore(model).swapped[""] == f"{name} encodes to diffusers' DiagonalGaussianDistribution"
     assert type(model) is cls and type(model.encode(x).latent_dist) is theirs.DiagonalGaussianDistribution
-    assert not restore(model).swapped
+    assert not fastlm.restore(model).swapped
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
 def test_a_copy_of_a_swapped_model_is_swapped_and_can_be_restored(copied):
     model, x = made("AutoencoderKL")
-    replace(model)
+    fastlm.replace(model)
     other = copied(model)
     with torch.no_grad():
         assert torch.equal(model.encode(x).latent_dist.sample(generator()), other.encode(x).latent_dist.sample(generator()))
     assert type(other) is type(model)
-    restore(other)
+    fastlm.restore(other)
     assert type(other) is AutoencoderKL and type(model) is not AutoencoderKL
 
 
 def test_what_a_swapped_model_saves_diffusers_loads_and_the_other_way(tmp_path):
     model, x = made("AutoencoderKL")
     model.save_pretrained(tmp_path / "plain")
-    replace(model)
+    fastlm.replace(model)
     model.save_pretrained(tmp_path / "swapped")
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "swapped" / file).read_bytes()
     loaded = AutoencoderKL.from_pretrained(tmp_path / "swapped")
     assert type(loaded) is AutoencoderKL
-    replace(loaded)
+    fastlm.replace(loaded)
     again = type(model).from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         latents = [m.eval().encode(x).latent_dist.sample(generator()) for m in (model, loaded, again)]
@@ -174,8 +184,8 @@ def test_what_a_swapped_model_saves_diffusers_loads_and_the_other_way(tmp_path):
 
 def test_it_is_found_inside_another_module():
     outer = torch.nn.ModuleDict({"vae": made("AutoencoderKL")[0], "head": torch.nn.Linear(2, 2)})
-    assert list(replace(outer).swapped) == ["vae"]
-    assert list(restore(outer).swapped) == ["vae"]
+    assert list(fastlm.replace(outer).swapped) == ["vae"]
+    assert list(fastlm.restore(outer).swapped) == ["vae"]
 
 
 TINY = {
@@ -190,7 +200,7 @@ OOBLECK = {"encoder_hidden_size": 8, "downsampling_ratios": [2], "channel_multip
 def test_what_has_another_posterior_is_left_and_told():
     for model in (AutoencoderTiny(**TINY), AutoencoderOobleck(**OOBLECK)):
         cls = type(model)
-        report = replace(model)
+        report = fastlm.replace(model)
         assert report.left == {"": f"{cls.__name__} does not encode to diffusers' DiagonalGaussianDistribution"}
         assert not report.swapped and type(model) is cls
 
@@ -198,7 +208,7 @@ def test_what_has_another_posterior_is_left_and_told():
 def test_an_encode_that_was_set_on_the_model_is_left_and_told():
     model, _ = made("AutoencoderKL")
     model.encode = torch.no_grad()(model.encode)
-    assert "an encode was set on this AutoencoderKL" in replace(model).left[""]
+    assert "an encode was set on this AutoencoderKL" in fastlm.replace(model).left[""]
     assert type(model) is AutoencoderKL
 
 
@@ -209,7 +219,7 @@ def test_a_subclass_of_the_user_s_is_swapped_too():
 
     x, model = made("AutoencoderKL")[1], Mine(block_out_channels=(8,), **SMALL)
     expected = model.encode(x).latent_dist.mean
-    replace(model)
+    fastlm.replace(model)
     posterior = model.encode(x).latent_dist
     assert type(posterior) is DiagonalGaussianDistribution and torch.equal(posterior.mean, expected)
 

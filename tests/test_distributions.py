@@ -6,7 +6,7 @@ import math
 import mpmath
 import pytest
 import torch
-from drop_in import Ops, assert_held
+from libraries import Ops, assert_held
 from oracle import ULPS
 from torch import distributions
 from torch.distributions import Independent, TransformedDistribution, kl_divergence

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from drop_in import Ops, assert_held, off_by_an_ulp
+from libraries import Ops, assert_held, off_by_an_ulp
 from pythae import models
 from pythae.data.datasets import DatasetOutput
 from pythae.models import AutoModel
@@ -15,7 +15,6 @@ from pythae.models.nn import BaseEncoder
 
 import fastlm
 from fastlm.integrations import pythae as integration
-from fastlm.nn.replace import replace, restore
 from fastlm.ops.noise import normal
 from fastlm.ops.spec import seeded_normal
 
@@ -60,12 +59,12 @@ def step(model, inputs):
 def test_a_step_and_its_gradients_are_pythae_s_on_the_same_noise(kind, training, loss, monkeypatch):
     model = made(kind, **KINDS[kind], reconstruction_loss=loss).train(training)
     plain_class = type(model)
-    assert list(replace(model).swapped) == [""]
+    assert list(fastlm.replace(model).swapped) == [""]
     torch.manual_seed(7)
     with Ops() as ops:
         actual = step(model, batch())
     assert ops.fastlm == ["reparameterize", "reparameterize_backward"]
-    assert restore(model).swapped and type(model) is plain_class
+    assert fastlm.restore(model).swapped and type(model) is plain_class
     torch.manual_seed(7)
     noise = normal(actual["z"].shape, seed=torch.randint(2**63 - 1, ()))
     monkeypatch.setattr(plain_class, "_sample_gauss", lambda self, mu, std: (mu + noise.to(std.dtype) * std, noise))
@@ -86,7 +85,7 @@ def in_float64(model):
 
 def test_beta_is_read_when_it_is_used():
     model = made("BetaVAE", beta=2.0)
-    replace(model)
+    fastlm.replace(model)
     for beta in (2.0, 5.0):
         model.beta = beta
         output = model(batch())
@@ -96,14 +95,14 @@ def test_beta_is_read_when_it_is_used():
 def test_a_beta_on_a_plain_vae_weighs_nothing_as_with_pythae():
     model = made("VAE")
     model.beta = 5.0
-    replace(model)
+    fastlm.replace(model)
     output = model(batch())
     torch.testing.assert_close(output.loss, output.recon_loss + output.reg_loss)
 
 
 def test_the_kl_is_the_latent_s():
     model = made("VAE")
-    replace(model)
+    fastlm.replace(model)
     encoded = model.encoder(batch().data)
     kl = fastlm.gaussian_kl(encoded.embedding, encoded.log_covariance)
     torch.testing.assert_close(model(batch()).reg_loss, kl.mean())
@@ -111,7 +110,7 @@ def test_the_kl_is_the_latent_s():
 
 def test_what_goes_by_forward_is_drawn_by_the_kernel():
     model = made("VAE").eval()
-    replace(model)
+    fastlm.replace(model)
     x = batch().data
     with torch.no_grad(), Ops() as ops:
         assert model.reconstruct(x).shape == x.shape
@@ -123,7 +122,7 @@ def test_what_goes_by_forward_is_drawn_by_the_kernel():
 
 def test_manual_seed_repeats_it():
     model = made("VAE")
-    replace(model)
+    fastlm.replace(model)
     zs = []
     for _ in range(2):
         torch.manual_seed(2)
@@ -134,7 +133,7 @@ def test_manual_seed_repeats_it():
 def test_the_noise_is_standard_normal():
     """mean and variance within five standard errors of 0 and 1."""
     model = made("VAE")
-    replace(model)
+    fastlm.replace(model)
     x = batch().data[:1].expand(62_500, *SHAPE)  # 4 draws each
     torch.manual_seed(3)
     with torch.no_grad():
@@ -147,7 +146,7 @@ def test_the_noise_is_standard_normal():
 
 def test_training_learns_two_flat_images():
     model = made("BetaVAE", beta=0.1)
-    replace(model)
+    fastlm.replace(model)
     x = torch.tensor([0.1, 0.9]).repeat(8)[:, None, None, None].expand(16, *SHAPE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     losses = []
@@ -168,11 +167,11 @@ def test_training_learns_two_flat_images():
 def test_replace_and_restore_change_the_class_and_nothing_else(kind):
     model = made(kind)
     cls, parameters = type(model), [p.data_ptr() for p in model.parameters()]
-    assert replace(model).swapped == {"": f"{kind} -> Fused{kind}"}
-    assert not replace(model).swapped and not replace(model).left
+    assert fastlm.replace(model).swapped == {"": f"{kind} -> Fused{kind}"}
+    assert not fastlm.replace(model).swapped and not fastlm.replace(model).left
     assert isinstance(model, cls) and [p.data_ptr() for p in model.parameters()] == parameters
-    assert restore(model).swapped == {"": f"Fused{kind} -> {kind}"}
-    assert type(model) is cls and not restore(model).swapped
+    assert fastlm.restore(model).swapped == {"": f"Fused{kind} -> {kind}"}
+    assert type(model) is cls and not fastlm.restore(model).swapped
     with Ops() as ops:
         model(batch())
     assert not ops.fastlm
@@ -183,7 +182,7 @@ def test_relatives_with_a_latent_of_their_own_are_left_and_told(kind):
     cls = getattr(models, kind)
     model = cls.__new__(cls)
     torch.nn.Module.__init__(model)
-    report = replace(model)
+    report = fastlm.replace(model)
     assert not report.swapped and type(model) is cls
     assert report.left == {"": f"{kind} samples or weighs its latent in a way of its own"}
 
@@ -199,7 +198,7 @@ def test_a_subclass_of_the_user_s_is_left():
         pass
 
     model = Mine(models.VAEConfig(input_dim=SHAPE, latent_dim=4))
-    assert "Mine samples" in replace(model).left[""] and type(model) is Mine
+    assert "Mine samples" in fastlm.replace(model).left[""] and type(model) is Mine
 
 
 @EACH
@@ -207,14 +206,14 @@ def test_a_subclass_of_the_user_s_is_left():
 def test_a_copy_of_a_swapped_model_is_swapped_and_can_be_restored(kind, copied):
     model = made(kind)
     cls = type(model)
-    replace(model)
+    fastlm.replace(model)
     other = copied(model)
     outputs = []
     for one in (model, other):
         torch.manual_seed(4)
         outputs.append(one(batch()).loss)
     assert torch.equal(*outputs)
-    restore(other)
+    fastlm.restore(other)
     assert type(other) is cls and type(model) is not cls
 
 
@@ -223,13 +222,13 @@ def test_what_a_swapped_model_saves_pythae_loads_and_the_other_way(kind, tmp_pat
     model = made(kind, **KINDS[kind])
     cls = type(model)
     model.save(str(tmp_path / "plain"))
-    replace(model)
+    fastlm.replace(model)
     model.save(str(tmp_path / "swapped"))
     loaded = [AutoModel.load_from_folder(str(tmp_path / name)) for name in ("plain", "swapped")]
     assert [type(one) for one in loaded] == [cls, cls]
     loaded.append(type(model).load_from_folder(str(tmp_path / "plain")))  # by the swapped class itself
     for one in loaded[:2]:
-        replace(one)
+        fastlm.replace(one)
     outputs = []
     for one in (model, *loaded):
         torch.manual_seed(4)
@@ -251,7 +250,7 @@ class Encoder(BaseEncoder):
 
 def test_an_encoder_of_the_user_s_may_give_views():
     model = models.VAE(models.VAEConfig(input_dim=SHAPE, latent_dim=4), encoder=Encoder())
-    replace(model)
+    fastlm.replace(model)
     with Ops() as ops:
         model(batch()).loss.backward()
     assert ops.fastlm == ["reparameterize", "reparameterize_backward"] and model.encoder.linear.weight.grad.any()

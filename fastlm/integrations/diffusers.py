@@ -98,7 +98,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
                 return self._sampled_kl[1]
             return gaussian_kl(self.mean, self._logvar, event_dims=self._event_dims, logvar_clamp=LOGVAR_CLAMP)
         if other.deterministic:  # no normal is near a point
-            return torch.full_like(self._zero().expand(len(self.mean)), math.inf)
+            return self.mean.new_full((len(self.mean),), math.inf, dtype=self._accumulation_dtype)
         mean, logvar, prior_mu, prior_logvar = torch.broadcast_tensors(self.mean, self._logvar, other.mean, other.logvar)
         prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
         return gaussian_kl(mean, logvar, **prior, event_dims=mean.dim() - 1, logvar_clamp=LOGVAR_CLAMP)
@@ -108,7 +108,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         if self.deterministic:
             return self._zero()
         dims = tuple(range(1, self.mean.dim())) if dims is None else tuple(dims)
-        dtype = self._zero().dtype
+        dtype = self._accumulation_dtype
         logvar = self.logvar.to(dtype)
         squares = (sample.to(dtype) - self.mean.to(dtype)) ** 2 * torch.exp(-logvar)
         return 0.5 * (math.log(2 * math.pi) + logvar + squares).sum(dims)
@@ -117,8 +117,12 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
     def _event_dims(self) -> int:
         return self.mean.dim() - 1
 
+    @property
+    def _accumulation_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.mean.dtype, torch.float32)
+
     def _zero(self) -> Tensor:
-        return self.mean.new_zeros(1, dtype=torch.promote_types(self.mean.dtype, torch.float32))
+        return self.mean.new_zeros(1, dtype=self._accumulation_dtype)
 
 
 def _seed(generator: Generator | Sequence[Generator] | None, parameters: Tensor) -> Tensor | None:
