@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers as hf
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_sliding_window_causal_mask
-from transformers_models import ARCHITECTURES, LENGTH, LLAMA, TOKENS, Architecture, count_calls, inputs_of, valid_of
+from transformers_models import ARCHITECTURES, BERT, LENGTH, LLAMA, TOKENS, Architecture, count_calls, inputs_of, valid_of
 
+import fastlm
 from fastlm.integrations import transformers_attention, transformers_mask
-from fastlm.nn.replace import replace, restore
 
 BLOOM = Architecture(hf.BloomForCausalLM, {"hidden_size": 32, "n_layer": 2, "n_head": 4})
-GIT = {**LLAMA, "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION |= {"image_size": 8, "patch_size": 4}
 
 
 def close_to_eager(model: torch.nn.Module, inputs: dict, **options) -> None:
@@ -35,45 +36,58 @@ def close_to_eager(model: torch.nn.Module, inputs: dict, **options) -> None:
 def test_replace_and_restore(monkeypatch):
     """One line in, one line out; the state in between survives a copy and a pickle, and does not reach a saved config."""
     model = ARCHITECTURES["Llama"].build("sdpa")
-    report = replace(model)
+    report = fastlm.replace(model)
     assert report.swapped == {"": "attn_implementation 'sdpa' -> 'fastlm'"} and not report.left
     calls = count_calls(monkeypatch)
     model(**inputs_of(model))
     assert calls() == 2
     assert "fastlm" not in model.config.to_json_string()
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not replace(other).swapped
-        assert restore(other).swapped == {"": "attn_implementation 'fastlm' -> 'sdpa'"}
-        assert other.config._attn_implementation == "sdpa" and not restore(other).swapped
+        assert not fastlm.replace(other).swapped
+        assert fastlm.restore(other).swapped == {"": "attn_implementation 'fastlm' -> 'sdpa'"}
+        assert other.config._attn_implementation == "sdpa" and not fastlm.restore(other).swapped
 
 
-def test_restore_of_a_model_made_with_fastlm():
-    model = ARCHITECTURES["Gemma 2"].build("fastlm")
-    assert restore(model).swapped == {"": "attn_implementation 'fastlm' -> 'eager'"}  # transformers' choice: it has no sdpa
-    close_to_eager(model, inputs_of(model))
+def implementations(model: torch.nn.Module) -> dict[str, str]:
+    return {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
 
 
-def test_models_in_a_model():
+def llava(implementation) -> hf.PreTrainedModel:
+    """A vision model and a language model in a third."""
+    text = {**LLAMA, **TOKENS, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 2}
+    config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.GptOssConfig(**text))
+    return hf.LlavaForConditionalGeneration._from_config(config, attn_implementation=implementation)
+
+
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_models_in_a_model(inner_first):
     """Each has a config of its own, and gets back what it had."""
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**vision, image_size=8, patch_size=4), text_config=hf.LlamaConfig(**LLAMA, **TOKENS)
-    )
-    model = hf.LlavaForConditionalGeneration._from_config(
-        config, attn_implementation={"vision_config": "eager", "text_config": "sdpa"}
-    )
-    before = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
-    report = replace(model)
-    assert list(report.swapped) == [""] and not report.left
-    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"fastlm"}
-    restore(model)
-    assert {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")} == before
+    model = llava({"vision_config": "sdpa", "text_config": "eager"})
+    before = implementations(model)
     assert {"eager", "sdpa"} <= set(before.values())
+    if inner_first:
+        assert list(fastlm.replace(model.model.language_model).swapped) == [""]
+    report = fastlm.replace(model)
+    assert list(report.swapped) == [""] and not report.left
+    assert set(implementations(model).values()) == {"fastlm"}
+    fastlm.restore(model)
+    assert implementations(model) == before
+
+
+def test_restore_of_models_made_with_fastlm():
+    """They get transformers' default, each its own: GPT-OSS and Gemma 2 have no sdpa."""
+    model = llava("fastlm")
+    fastlm.restore(model)
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+    assert model.model.language_model.config._attn_implementation == "eager"
+    model = ARCHITECTURES["Gemma 2"].build("fastlm")
+    assert fastlm.restore(model).swapped == {"": "attn_implementation 'fastlm' -> 'eager'"}
+    close_to_eager(model, inputs_of(model))
 
 
 def test_attention_beside_the_interface_is_left(monkeypatch):
     """replace() says so; and asked for by name, fastlm gives such a model eager's masks, which its attention reads itself."""
-    report = replace(BLOOM.build())
+    report = fastlm.replace(BLOOM.build())
     assert report.left[""] == "BloomAttention does not go through transformers' AttentionInterface" and not report.swapped
     calls = count_calls(monkeypatch)
     asked, eager = BLOOM.build("fastlm"), BLOOM.build("eager")
@@ -84,18 +98,16 @@ def test_attention_beside_the_interface_is_left(monkeypatch):
 
 def test_a_model_of_both_kinds(monkeypatch):
     """GIT's text attention computes its scores itself, its vision's goes through the interface: one is left, one is swapped."""
-    config = hf.GitConfig(**TOKENS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    config.vision_config = hf.GitConfig(**GIT).vision_config
-    config.vision_config.image_size, config.vision_config.patch_size = 8, 4
+    config = hf.GitConfig(**TOKENS, **BERT, vision_config=VISION)
     torch.manual_seed(0)
     model = hf.GitForCausalLM._from_config(config, attn_implementation="eager").eval()
     inputs = inputs_of(model, "right") | {"pixel_values": torch.randn(3, 3, 8, 8)}
     expected = model(**inputs).logits
-    report = replace(model)
+    report = fastlm.replace(model)
     assert "GitSelfAttention does not go through" in report.swapped[""]
     calls = count_calls(monkeypatch)
     torch.testing.assert_close(model(**inputs).logits, expected)
-    assert calls() == config.vision_config.num_hidden_layers
+    assert calls() == 1
 
 
 def test_attention_that_makes_another_mask_of_its_own(monkeypatch):
@@ -162,6 +174,17 @@ def test_arguments_that_only_eager_knows(monkeypatch):
     hidden = torch.full((3, 3), torch.finfo(torch.float32).min).triu(1)
     expected, _ = inkling.eager_attention_forward(module, query, key, key, hidden, scaling=0.5, sinks=sinks)
     assert torch.equal(actual, expected)
+
+
+def test_queries_that_all_sequences_share(monkeypatch):
+    """One batch of learned queries for all keys: eager's products broadcast it."""
+    module = ARCHITECTURES["BERT"].build().bert.encoder.layer[0].attention.self
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(2, 4, 5, 8)
+    mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]])[:, None, None]
+    monkeypatch.setattr(transformers_attention, "_warned", set())
+    with pytest.warns(UserWarning, match="different batch sizes"):
+        out, weights = transformers_attention.attend(module, query, key, key, mask)
+    assert out.shape == (2, 3, 4, 8) and not weights[1, :, :, 1].any() and weights[0, :, :, 1].all()
 
 
 # ---- masks ------------------------------------------------------------------------------------------------------------------
@@ -298,7 +321,7 @@ def test_gradient_checkpointing(monkeypatch):
         model = ARCHITECTURES["Gemma 3"].build("fastlm", attention_dropout=0.2).train()
         calls = count_calls(monkeypatch)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(3)
         logits = model(**inputs_of(model), use_cache=False).logits
         gradients.append(torch.autograd.grad(logits.square().sum(), model.get_input_embeddings().weight)[0])

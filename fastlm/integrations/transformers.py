@@ -77,17 +77,20 @@ class AttentionSwap(Swap):
         before = module.config._attn_implementation
         parts = [part for part in module.modules() if self._takes_part(part)]
         for part in parts:
-            part.fastlm_replaced = part.config._attn_implementation
+            if part.config._attn_implementation != NAME:  # else it was swapped before, as a model of its own
+                part.fastlm_replaced = part.config._attn_implementation
         for part in parts:
             _set(part, NAME)
         return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
 
     def undo(self, module: PreTrainedModel) -> str:
-        default = module.get_correct_attn_implementation(None)  # for a model that was made with fastlm's
-        for part in module.modules():
-            before = vars(part).pop("fastlm_replaced", default)
+        for part in module.modules():  # a model comes before its attentions, whose config mostly is the model's
+            before = vars(part).pop("fastlm_replaced", None)
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
-                _set(part, before)
+                model = part if isinstance(part, PreTrainedModel) else module
+                _set(
+                    part, before or model.get_correct_attn_implementation(None)
+                )  # the default, where it was made with fastlm's
         return f"attn_implementation {NAME!r} -> {module.config._attn_implementation!r}"
 
     def _takes_part(self, part: nn.Module) -> bool:

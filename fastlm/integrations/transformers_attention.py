@@ -46,7 +46,7 @@ def attend(
     traits = traits_of(type(module))
     collected = _active_collector.get()  # some models take weights from there alone, and do not ask their attentions
     output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
-    if traits.special or output_attentions or query.shape[0] != key.shape[0]:
+    if traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, query.shape[0] != key.shape[0], output_attentions, kwargs)
         if reason is not None:
             options = {

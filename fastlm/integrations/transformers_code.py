@@ -34,9 +34,6 @@ class Traits:
     unknown: tuple[str, ...]
     for_others: str | None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "special", bool(self.unknown or self.for_others))  # looked at in every call
-
 
 @torch.compiler.assume_constant_result  # torch.compile neither heeds a cache nor follows a reading of code
 def traits_of(cls: type[nn.Module]) -> Traits:
