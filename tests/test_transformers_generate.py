@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from oracle import VALUE_FACTOR, assert_as_good_as_plain
-from transformers_models import ARCHITECTURES, BERT, Architecture, assert_as_good_as_eager, count_calls, inputs_of
+from transformers_models import ARCHITECTURES, BERT, LENGTH, Architecture, assert_as_good_as_eager, count_calls, inputs_of
 
 import fastlm.integrations.transformers  # noqa: F401
 
@@ -67,6 +67,19 @@ def test_a_prompt_that_goes_on_in_chunks():
             first = model(input_ids=ids[:, :6], use_cache=True)
             results.append(model(input_ids=ids[:, 6:], cache=first.cache).logits)
         torch.testing.assert_close(*results, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma 2"])
+def test_a_step_with_more_keys_than_the_window(name):
+    """A cache that was not told of windows keeps all keys: the window is the attention's to heed."""
+    results = []
+    for implementation in ("eager", "fastlm"):
+        model = ARCHITECTURES[name].build(implementation)
+        ids = inputs_of(model)["input_ids"]
+        cache = model(input_ids=ids[:, :-1], cache=hf.DynamicCache()).cache
+        assert cache.get_seq_length() == LENGTH - 1 > model.config.sliding_window
+        results.append(model(input_ids=ids[:, -1:], cache=cache).logits)
+    torch.testing.assert_close(*results)
 
 
 # ---- tasks whose models are heads on an encoder -----------------------------------------------------------------------------

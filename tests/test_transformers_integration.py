@@ -113,7 +113,8 @@ def test_a_model_of_both_kinds(monkeypatch):
 def test_attention_that_makes_another_mask_of_its_own(monkeypatch):
     """DeepSeek 4 lengthens the mask by the keys it compresses: it gets eager's, and runs on fastlm."""
     options = {"num_experts_per_tok": 2, "n_routed_experts": 2, "moe_intermediate_size": 32, "qk_rope_head_dim": 4}
-    options |= {"q_lora_rank": 16, "sliding_window": 4, "num_hash_layers": 0, "rope_parameters": None}
+    options |= {"layer_types": ["compressed_sparse_attention"] * 2, "mlp_layer_types": ["moe"] * 2, "sliding_window": 4}
+    options |= {"q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 2}
     deepseek = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     model = Architecture(deepseek.DeepseekV4ForCausalLM, {**LLAMA, **options}).build("fastlm")
     calls = count_calls(monkeypatch)

@@ -14,7 +14,7 @@ What stays on transformers' own path:
 - A call that asks for attention weights (``output_attentions=True``), or that has an argument which the model's eager function
   knows and fastlm does not, runs that eager function and warns once.
 - An attention that computes its scores itself, without the interface, is as it was; `fastlm.replace` says so. A model with such
-  an attention gets eager's float masks, as it may read them itself.
+  an attention, or with one that makes another mask of the one it gets, is given eager's float masks.
 - An attention that prepares its mask for "eager" and "sdpa" alone raises NotImplementedError: with another name it would attend
   to keys that it means to hide.
 
