@@ -7,7 +7,7 @@ from processes import printed, python
 
 from fastlm.integrations import extras
 
-LIBRARIES = ("diffusers", "pythae")
+LIBRARIES = ("diffusers", "pythae", "transformers")
 
 
 def test_importing_fastlm_imports_no_library():

@@ -27,22 +27,15 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..nn.replace import Swap, register
+from .extras import require
 
-try:
-    from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel, __version__
+require("transformers")
 
-    from .transformers_attention import attend
-    from .transformers_code import computes_attention, traits_of, uses_interface
-    from .transformers_mask import make_mask
-except ImportError as error:
-    raise ImportError(
-        f"fastlm.integrations.transformers needs transformers 5: pip install --upgrade 'fastlm[transformers]' ({error})"
-    ) from error
-if not hasattr(Cache, "get_query_offset"):  # the first versions of 5 ask for masks in another way
-    raise ImportError(
-        f"fastlm.integrations.transformers needs a later transformers than {__version__}: "
-        "pip install --upgrade 'fastlm[transformers]'"
-    )
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
+
+from .transformers_attention import attend  # noqa: E402
+from .transformers_code import computes_attention, traits_of, uses_interface  # noqa: E402
+from .transformers_mask import make_mask  # noqa: E402
 
 NAME = "fastlm"
 
