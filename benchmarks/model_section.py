@@ -1,0 +1,82 @@
+"""A section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
+
+from collections.abc import Iterator
+
+import torch
+from bench_models import Model
+from op_check import judge
+from rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
+from torch import nn
+
+BEFORE = "before"
+SEED = 0  # of the weights
+
+
+class ModelSection:
+    """See `rows.Section`."""
+
+    axis, baseline, group = "", BEFORE, MODELS
+
+    def __init__(self, model: Model):
+        self.model, self.name = model, model.name
+
+    def settings(self, selection: Selection) -> Iterator[Setting]:
+        if selection.sizes:
+            raise ValueError(f"{self.name!r} is a model of one size; --sizes is for the ops' sections")
+        for dtype in ("float32", "bfloat16") if selection.full else ("float32",):
+            yield Setting(self.name, self.model.workload, dtype)
+
+    def implementations(self, setting: Setting, full: bool) -> list[str]:
+        return [FASTLM + how for how in self.model.put_in] + [BEFORE]
+
+    def cost(self, setting: Setting) -> Cost:
+        return Cost(self.model.unit, self.model.items, self.model.items)
+
+    def threads(self, setting: Setting) -> int | None:
+        return None
+
+    def has_memory(self, setting: Setting) -> bool:
+        return setting.dtype == "float32"
+
+    def contest(self, setting: Setting) -> "ModelContest":
+        return ModelContest(self.model, getattr(torch, setting.dtype))
+
+
+class ModelContest:
+    """See `rows.Contest`. Each implementation has a model of its own, of the same first weights."""
+
+    def __init__(self, model: Model, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+
+    def step(self, implementation: str) -> Step:
+        """It has run once."""
+        try:
+            step = self._step(implementation, self.dtype, self.model.ready)
+            step()
+        except Exception as error:
+            if implementation != BEFORE and not isinstance(error, (ImportError, NotImplementedError)):
+                raise  # a bug of ours, not something missing
+            raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
+        return step
+
+    def errors(self, implementation: str) -> dict[str, dict[str, float]]:
+        """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
+        ready = self.model.judged or self.model.ready
+        ways = (implementation, self.dtype), (BEFORE, self.dtype), (BEFORE, torch.float64)
+        results = [self._step(*way, ready)() for way in ways]
+        names = ["output" if i == 0 else f"gradient {i}" for i in range(len(results[0]))]
+        return {name: judge(name, *each) for name, *each in zip(names, *results)}
+
+    def _step(self, implementation: str, dtype: torch.dtype, ready) -> Step:
+        torch.manual_seed(SEED)
+        module: nn.Module = self.model.build().to(dtype)
+        if implementation == BEFORE:
+            return ready(module)
+        enter = self.model.put_in[implementation.removeprefix(FASTLM)](module)
+        step = ready(module)
+
+        def with_fastlm():
+            with enter():
+                return step()
+
+        return with_fastlm
