@@ -12,6 +12,7 @@ from functools import cache, lru_cache
 
 import pytest
 from op_check import worst
+from row_items import DONE
 from rows import Row, Selection, Setting, Step, Unavailable, rows_of, sections, settings, threads_of
 
 TURNS = 3
@@ -32,9 +33,6 @@ def pytest_generate_tests(metafunc):
         for row in rows_of(setting, selection.full)
     ]
     metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
-
-
-DONE = pytest.StashKey[set[Setting]]()  # what an interrupted run has already; put there by a plugin of bench_run.py
 
 
 class Entrants:

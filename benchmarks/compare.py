@@ -1,7 +1,7 @@
 """What got slower, or faster, between two runs: `fastlm bench --compare A.json B.json`.
 
-How noise is told from change. The peers are the control group: their code is the same in both runs, so whatever they changed by
-is the machine's doing. The median of the peers' changes is the machine's drift, and fastlm's times in B are divided by it. A row
+How noise is told from change. The peers are the control group: their code is the same in both runs, and what they changed by is
+the machine's doing. The median of the peers' changes is the machine's drift, and fastlm's times in B are divided by it. A row
 of fastlm has changed if
 
 - its 20th to 80th percentiles in A and in B, drift taken out, do not overlap,
@@ -108,9 +108,9 @@ def _how(found: Comparison) -> str:
     if found.control < FEW:
         return f"No control group ({found.control} rows of peers under the same torch): changes beyond {ALONE:.0%} count."
     return (
-        f"By {found.control} rows of peers, whose code did not change, the machine took {found.drift:.3f} times as long in B; that is "
-        f"taken out. Nine in ten of them then changed by less than {found.threshold:.1%}, or by {LEAST:.0%}: what changed more, "
-        "and has its 20th to 80th percentiles outside the other run's, counts."
+        f"By {found.control} rows of peers, whose code did not change, the machine took {found.drift:.3f} times as long in B; "
+        f"that is taken out. Nine in ten of them then changed by less than the threshold, {found.threshold:.1%} (at least "
+        f"{LEAST:.0%}): what changed more, and has its 20th to 80th percentiles outside the other run's, counts."
     )
 
 

@@ -1,9 +1,7 @@
 """The options of bench_rows.py, and the rows that have no time: pytest-benchmark's JSON gets why, as "missing"."""
 
 import pytest
-from rows import Row
-
-MISSING = pytest.StashKey[dict[Row, str]]()
+from row_items import MISSING, missing, row_of
 
 
 def pytest_addoption(parser):
@@ -16,10 +14,6 @@ def pytest_configure(config):
     config.stash[MISSING] = {}
 
 
-def row_of(item: pytest.Item) -> Row:
-    return Row(*(item.callspec.params[name] for name in Row._fields))
-
-
 def pytest_runtest_makereport(item, call):
     if call.excinfo is not None and not call.excinfo.errisinstance(KeyboardInterrupt):
         error = call.excinfo.value
@@ -29,9 +23,3 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["missing"] = missing(config)
-
-
-def missing(config: pytest.Config, setting: tuple | None = None) -> list[dict[str, str]]:
-    """The rows without a time, of one setting or of all, each with "why_not"."""
-    why_not = config.stash[MISSING]
-    return [row._asdict() | {"why_not": why} for row, why in why_not.items() if setting in (None, row.setting)]

@@ -10,9 +10,11 @@ from plot_style import VARIABLES, svg
 
 WIDE = 2  # panels of a plot side by side, where there is room for them; on a phone they stand below each other
 
+_LIGHT = " ".join(f"--{name}: {colour};" for colour, (name, _) in VARIABLES.items())
+_DARK = " ".join(f"--{name}: {dark};" for name, dark in VARIABLES.values())
 STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --band: #f4f6f8; --warn: #fff1e5; %(light)s }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --band: #1d2227; --warn: #3a2a1c; %(dark)s } }
+:root { color-scheme: light dark; --paper: #ffffff; --band: #f4f6f8; --warn: #fff1e5; LIGHT }
+@media (prefers-color-scheme: dark) { :root { --paper: #15181c; --band: #1d2227; --warn: #3a2a1c; DARK } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 66rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
@@ -27,15 +29,12 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 td:last-child { white-space: normal; min-width: 6rem; }
 th { background: var(--band); } tr:hover td { background: var(--band); }
-figure { margin: 1.2rem 0; } figure svg { display: block; width: 100%%; height: auto; }
-figure img { max-width: 100%%; height: auto; background: #fff; border-radius: 4px; }
+figure { margin: 1.2rem 0; } figure svg { display: block; width: 100%; height: auto; }
+figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 .narrow { display: none; }
 @media (max-width: 44rem) { .wide { display: none; } .narrow { display: block; }  body { padding: 0.7rem; } }
 summary { cursor: pointer; padding: 0.4rem 0; color: var(--blue); }
-""" % {
-    "light": " ".join(f"--{name}: {colour};" for colour, (name, _) in VARIABLES.items()),
-    "dark": " ".join(f"--{name}: {dark};" for name, dark in VARIABLES.values()),
-}
+""".replace("LIGHT", _LIGHT).replace("DARK", _DARK)
 
 
 def write_html(blocks: list[Block], path: Path) -> None:

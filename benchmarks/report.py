@@ -30,7 +30,7 @@ DISTURBED = 0.05  # share of the CPU time that went to others, from which the re
 
 
 def write_report(out: Path, publish: bool = False) -> list[Table]:
-    """Write report.html and report.md into ``out``, a run's folder; with ``publish``, RESULTS.md too. Tables for the terminal."""
+    """Write report.html and report.md into a run's folder, and with ``publish`` RESULTS.md; tables for the terminal."""
     run = read(out / RUN)
     results = results_of(run)
     blocks = blocks_of(run, results, out)

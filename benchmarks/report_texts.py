@@ -17,7 +17,7 @@ of the model's output (in training, of its first weights' gradient too) against 
 
 ABOUT_GROWTH = """\
 Time and memory as one size grows and nothing else does. The exponent b of a·n^b is fitted to the logarithms by least squares:
-1 is proportional, 2 is a quadratic; for threads, −1 is ideal. Small sizes are mostly overhead, which makes exponents smaller."""
+1 is proportional, 2 is quadratic; for threads, −1 is ideal. Small sizes are mostly overhead: it lowers exponents."""
 
 ABOUT_MEMORY = """\
 Peak extra memory of a call in float32; the paler part is its results, gradients included, which no implementation can do
@@ -36,8 +36,8 @@ METHOD = [
         [
             "**Answers first.** Each fastlm row was checked against the reference in float64 before it was timed. *error* is "
             "that of its worst result (output or gradient): the largest error over the largest value. Each result is allowed "
-            "twice what plain PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not held to "
-            "that; those whose noise is their own have no error. Of calls with more than 2²⁷ scores the last 64 queries are "
+            "twice what plain PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not held "
+            "to that; those whose noise is their own have no error. Of calls with more than 2²⁷ scores the last 64 queries are "
             "checked.",
             "**Time** is the median (p50) of a forward and backward where there are gradients, of the forward alone elsewhere; "
             "beside it the 20th and the 80th percentile. The implementations of one setting take turns, three each. Allocating "
@@ -47,10 +47,10 @@ METHOD = [
             "**Throughput** of attention counts the floating-point operations of its two products (five more in the backward), "
             "half of them where it is causal and the window's share where there is one: work that an implementation does "
             "beyond that does not count for it. Decoding counts the bytes of the cache, the VAE's latent its elements.",
-            "**of limit**: the limit is what the machine allows, measured in this run: the arithmetic's peak in the dtype, or the "
-            "memory bandwidth where each input is read and each result written once per pass, whichever is less. The peak is the "
-            "better of torch's matrix product (2048 × 2048 × 2048) and of bare multiply-adds on as many threads; the bandwidth "
-            "the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB. More than 100 % of the "
+            "**of limit**: the limit is what the machine allows, measured in this run: the arithmetic's peak in the dtype, or "
+            "the memory bandwidth where each input is read and each result written once per pass, whichever is less. The peak "
+            "is the better of torch's matrix product (2048 × 2048 × 2048) and of bare multiply-adds on as many threads; the "
+            "bandwidth is the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB. More than 100 % of the "
             "bandwidth means that data stayed in caches.",
             "**Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being "
             "there: all that is allocated during the call, results and gradients included. Each in a process of its own, after "

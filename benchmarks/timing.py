@@ -5,13 +5,12 @@ import statistics
 from pathlib import Path
 
 import pytest
-from bench_rows import DONE
-from conftest import missing, row_of
 from figures import duration
 from journal import Journal
 from pytest_benchmark import __version__
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from row_items import DONE, missing, row_of
 from rows import Selection, Setting, rows_of
 
 HERE = Path(__file__).parent
@@ -31,7 +30,9 @@ def time_rows(journal: Journal, selection: Selection) -> bool:
     code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, selection)])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
-    return code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)  # none: the journal had all
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"pytest could not run bench_rows.py: exit code {code!r}")
+    return code != pytest.ExitCode.TESTS_FAILED  # nothing is collected where the journal has all
 
 
 def benchmark_json(journal: Journal) -> dict:

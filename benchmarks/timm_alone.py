@@ -1,4 +1,4 @@
-"""timm without torchvision: PyPI's torchvision does not import beside a CPU build of torch, and a broken one breaks transformers.
+"""timm without torchvision, of which PyPI's does not import beside a CPU build of torch; a broken one breaks transformers.
 
     timm = import_timm()
 

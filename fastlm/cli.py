@@ -47,8 +47,8 @@ def bench(arguments: list[str]) -> int:
     script = next((folder / BENCH for folder in (PACKAGE.parent, Path.cwd()) if (folder / BENCH).exists()), None)
     if script is None:
         message = (
-            f"fastlm bench: the benchmarks are in fastlm's repository, and not in its wheel. There is no {BENCH} in {PACKAGE.parent} "
-            f"or in {Path.cwd()}: run this in a clone of the repository, after pip install -e '.[bench]' there."
+            f"fastlm bench: the benchmarks are in fastlm's repository, and not in its wheel. There is no {BENCH} in "
+            f"{PACKAGE.parent} or in {Path.cwd()}: run this in a clone of the repository, after pip install -e '.[bench]'."
         )
         print(message, file=sys.stderr)
         return 2

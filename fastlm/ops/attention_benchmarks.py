@@ -1,4 +1,4 @@
-"""What to time of attention, and against what: torch's own attention, FlexAttention compiled, eager code and other libraries."""
+"""What to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
 
 import math
 from functools import partial
