@@ -23,7 +23,7 @@ def growth_exponent(sizes: list[float], values: list[float]) -> float | None:
 def duration(seconds: float) -> str:
     """Three digits and a unit: "172 µs", "2.31 ms"."""
     value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms") if seconds < 1 else (seconds, "s")
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
 
 def size(count: int) -> str:

@@ -17,7 +17,7 @@ LIBRARIES = ("transformers", "diffusers", "timm", "onnxruntime", "jax")
 
 
 def describe() -> dict:
-    """What a reader needs to judge the figures, and to repeat them; bandwidths in GB/s (1e9 bytes)."""
+    """What a reader needs to judge the figures, and to repeat them."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,9 +31,23 @@ def describe() -> dict:
         "commit": commit(),
         "backends": fastlm.backends(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **peak.bandwidths(),
-        **peak.arithmetic(),
     }
+
+
+def peaks() -> dict[str, dict[str, float]]:
+    """Bandwidths in GB/s (1e9 bytes) and rates in GFLOP/s; see peak.py."""
+    return peak.bandwidths() | peak.arithmetic()
+
+
+def best_peaks(measured: list[dict]) -> dict[str, dict[str, float]]:
+    """The best of several: a limit is what the machine does when nothing disturbs it."""
+    return {name: _best([each[name] for each in measured]) for name in measured[0]}
+
+
+def _best(values: list):
+    if isinstance(values[0], dict):
+        return {name: _best([value[name] for value in values]) for name in values[0]}
+    return max(values)
 
 
 class OthersShare:

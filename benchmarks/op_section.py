@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastlm.ops.spec import Benchmark, Workload, seeded_normal
 
+WORTH_MEMORY = 1 << 20  # bytes of inputs and results, from which a size of a user's own gets a row of memory
+
 
 class OpSection:
     """See `rows.Section`."""
@@ -41,7 +43,8 @@ class OpSection:
             made = self.benchmark.sized(*(int(number) for number in name.split("x")))
         except (TypeError, ValueError) as error:
             raise ValueError(f"sizes of {self.name!r} are written {self.benchmark.sizes}; got {name!r}") from error
-        return Workload(**{**vars(made), "name": name, "quick": made.quick or (torch.float32,), "memory": True})
+        memory = made.numbers * torch.float32.itemsize >= WORTH_MEMORY
+        return Workload(**{**vars(made), "name": name, "quick": made.quick or (torch.float32,), "memory": memory})
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:
         left_out = self.workload(setting.workload).without

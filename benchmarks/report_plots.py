@@ -14,14 +14,15 @@ from plot_style import BLUE, COLOURS, DASHES, GREY, INK, ORANGE, VERMILION, new_
 from rows import GROWTH, Selection, sections
 
 LABEL_GAP = 0.065  # between labels, as a share of the axis
-PANEL = 5.6, 4.0  # inches
+PANEL, ALONE = (5.6, 4.0), (4.4, 3.4)  # inches: of several side by side, and of one above the other
 
 
 def panels_of(number: int, columns: int, share: bool = True) -> tuple[Figure, list[Axes]]:
     """That many axes, at most ``columns`` of them side by side."""
-    columns = min(columns, number)
+    single, columns = columns == 1, min(columns, number)
     lines = -(-number // columns)
-    figure = new_figure(0.6 + PANEL[0] * columns, 0.3 + PANEL[1] * lines)
+    width, height = ALONE if single else PANEL
+    figure = new_figure(0.6 + width * columns, 0.3 + height * lines)
     axes = list(figure.subplots(lines, columns, sharex=share, sharey=share, squeeze=False).flatten())
     for axis in axes[number:]:
         axis.remove()
@@ -187,7 +188,7 @@ def speed_ups(results: list[Result], columns: int) -> Figure:
         if own and others:
             bars.setdefault(setting.op, {}).setdefault(setting.dtype, []).append(others.seconds / own.seconds)
     number = sum(len(by_dtype) for by_dtype in bars.values())
-    figure = new_figure(6.2 if columns == 1 else 9.5, 1.3 + 0.23 * number + 0.42 * len(bars))
+    figure = new_figure(5.0 if columns == 1 else 9.5, 1.3 + 0.23 * number + 0.42 * len(bars))
     axis = figure.subplots()
     place = 0.0
     for name, by_dtype in bars.items():
@@ -224,7 +225,7 @@ def _speed_up_bar(axis: Axes, place: float, dtype: str, ratios: list[float]) -> 
 def memory(results: list[Result], columns: int) -> Figure:
     """Peak extra memory, a panel per setting, a bar per implementation; the paler part is the call's results themselves."""
     panels = [list(rows) for _, rows in groupby((r for r in results if r.peak_bytes), key=lambda r: r.setting)]
-    figure = new_figure(6.2 if columns == 1 else 8.5, 0.6 + sum(0.34 * len(rows) + 0.6 for rows in panels))
+    figure = new_figure(5.0 if columns == 1 else 8.5, 0.6 + sum(0.34 * len(rows) + 0.6 for rows in panels))
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=[len(rows) + 0.4 for rows in panels])[:, 0]
     for axis, rows in zip(axes, panels):
         _memory_bars(axis, rows)

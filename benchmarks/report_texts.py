@@ -8,8 +8,8 @@ median size, a dot for each. The tables' *speed-up* is over one and the same pee
 
 ABOUT_ROOFLINE = """\
 Each point is one size of one section: how many operations a second it reaches, over how many it has for each byte that has to
-cross the memory bus. Nothing can be above the line, which was measured in the same run: the memory's bandwidth to the left, the
-peak of the arithmetic to the right."""
+cross the memory bus. Nothing can be above the line, which was measured before and after the rows, unless the machine was not at
+rest: the memory's bandwidth to the left, the peak of the arithmetic to the right."""
 
 ABOUT_MODELS = """\
 Models as they are (*before*) and with fastlm in them, by the one line that the row is named for; weights are random. *error* is
@@ -47,11 +47,11 @@ METHOD = [
             "**Throughput** of attention counts the floating-point operations of its two products (five more in the backward), "
             "half of them where it is causal and the window's share where there is one: work that an implementation does "
             "beyond that does not count for it. Decoding counts the bytes of the cache, the VAE's latent its elements.",
-            "**of limit**: the limit is what the machine allows, measured in this run: the arithmetic's peak in the dtype, or "
-            "the memory bandwidth where each input is read and each result written once per pass, whichever is less. The peak "
+            "**of limit**: the limit is what the machine allows, the best of two measurements in this run: the "
+            "arithmetic's peak in the dtype, or the memory bandwidth where each input is read and each result written once per pass, whichever is less. The peak "
             "is the better of torch's matrix product (2048 × 2048 × 2048) and of bare multiply-adds on as many threads; the "
-            "bandwidth is the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB. More than 100 % of the "
-            "bandwidth means that data stayed in caches.",
+            "bandwidth is the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB. More than "
+            "100 % of the bandwidth means that data stayed in caches.",
             "**Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being "
             "there: all that is allocated during the call, results and gradients included. Each in a process of its own, after "
             "warm-up, float32 only.",

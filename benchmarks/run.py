@@ -83,6 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     right = measure(journal, selection, parts, console, out)
     console.rule("Report")
     content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
+    content["machine"] |= machine.best_peaks(journal.of("peaks"))
     content["machine"]["others_share"] = max(journal.of("others_share"), default=None)
     content["command"] = command_of(options)
     out.joinpath(RUN).write_text(json.dumps(content, indent=1))
@@ -100,9 +101,10 @@ def measure(journal: Journal, selection: Selection, parts: tuple[str, ...], cons
     """Every step that the journal does not have yet; whether all answers were right."""
     console.rule("The machine")
     description = journal.once("machine", machine.describe)
+    peaks = journal.once("peaks", machine.peaks)
     console.print(
-        f"  {description['cpu']}, {description['threads']} threads, {description['bandwidth_gb_s']} GB/s, "
-        f"{description['peak_gflop_s']['float32']} GFLOP/s"
+        f"  {description['cpu']}, {description['threads']} threads, {peaks['bandwidth_gb_s']} GB/s, "
+        f"{peaks['peak_gflop_s']['float32']} GFLOP/s"
     )
     right = True
     if "ops" in parts:
@@ -110,6 +112,7 @@ def measure(journal: Journal, selection: Selection, parts: tuple[str, ...], cons
         with machine.OthersShare() as others:
             right &= time_rows(journal, selection)
         journal.add("others_share", others.share or 0.0)
+        journal.add("peaks", machine.peaks())
         console.rule("Peak extra memory")
         measure_memory(journal, selection, console)
     if "digits" in parts:
