@@ -2,6 +2,8 @@
 
 from . import nn
 from .backend import UnsupportedError, backends, explain
+from .nn.replace import replace, restore
+from .nn.use import use
 from .ops.attention import attention
 from .ops.kvcache_attention import kvcache_attention
 from .ops.reparameterize import gaussian_kl, reparameterize, reparameterize_with_kl
@@ -19,6 +21,9 @@ __all__ = [
     "nn",
     "reparameterize",
     "reparameterize_with_kl",
+    "replace",
+    "restore",
     "scaled_dot_product_attention",
+    "use",
     "varlen_attention",
 ]

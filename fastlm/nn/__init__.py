@@ -1,5 +1,7 @@
-"""Modules on fastlm's ops."""
+"""Modules on fastlm's ops, and putting them into existing models."""
 
 from .gaussian_latent import GaussianLatent
+from .multihead_attention import MultiheadAttention
+from .transformer import TransformerEncoder, TransformerEncoderLayer
 
-__all__ = ["GaussianLatent"]
+__all__ = ["GaussianLatent", "MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer"]

@@ -139,3 +139,10 @@ IMPLEMENTATIONS = (
     Implementation("triton", attention_triton.attend, attention_triton.triton_why_not),
     Implementation("reference", reference.attend, lambda query, value: None),
 )
+
+
+def has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether a drop-in should take a call: torch's own code is faster than the reference, but FASTLM_BACKEND has its way."""
+    if DEFAULT is not None:
+        return True
+    return any(i.backend != "reference" and i.why_not(query, value) is None for i in IMPLEMENTATIONS)

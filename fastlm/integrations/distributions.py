@@ -1,0 +1,135 @@
+"""torch.distributions' Normal on fastlm's kernels: ``from fastlm.integrations.distributions import Normal``.
+
+The noise is a kernel's and is never stored: the backward draws it again. The KL divergence, from and to torch's Normal too, has
+no cancellation. Neither goes by the scale's logarithm, whose rounding would show in the sample: that is right to its last bits
+for the smallest scale, and as torch's for 0 and negative ones, where validation lets them pass.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor, distributions
+from torch.distributions.kl import register_kl
+
+from ..ops.checks import check_tensor
+from ..ops.noise import check_seed, seed_tensor
+from ..ops.reparameterize import IMPLEMENTATIONS, gaussian_kl, select
+
+PLAIN_SAMPLE = (False, 0, 0.0, -math.inf, math.inf, None, 1.0)  # the op's options: no KL, no clamp, one sample
+
+
+class Normal(distributions.Normal):
+    """torch.distributions.Normal with fastlm's sampling and KL; all else is torch's.
+
+    Differences: the noise is fastlm's stream of a seed, so that ``torch.manual_seed`` repeats a sample, but gives another than
+    torch's; sampling wants a ``loc`` of float32, bfloat16, float16 or float64; the KL comes in float32 at least; neither has
+    forward-mode derivatives.
+    """
+
+    def rsample(self, sample_shape: tuple[int, ...] = torch.Size(), *, seed: int | Tensor | None = None) -> Tensor:
+        """Draw ``loc + scale * eps`` of shape (*sample_shape, *batch_shape), with gradients for both.
+
+        Args:
+            seed: as in `fastlm.reparameterize`; an int64 tensor (batch_shape[0],) gives each example a stream of its own.
+
+        Raises:
+            TypeError, ValueError: ``loc`` is not of those dtypes, or ``seed`` does not fit.
+        """
+        check_tensor("loc", self.loc)
+        check_seed(seed, self.loc)
+        shape = self._extended_shape(sample_shape)
+        return _Sample.apply(self.loc, self.scale, seed_tensor(seed, self.loc), shape)
+
+    def sample(self, sample_shape: tuple[int, ...] = torch.Size(), *, seed: int | Tensor | None = None) -> Tensor:
+        """As `rsample`, without gradients."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, seed=seed)
+
+
+# ---- the sample -------------------------------------------------------------------------------------------------------------
+
+
+def _noise(shape: tuple[int, ...], batch_shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
+    """Standard normals of ``shape`` = (*samples, *batch_shape); a seed per example gives all samples of that example."""
+    if seed.dim() == 0:
+        return _standard_latent(shape, dtype, seed)
+    samples = shape[: len(shape) - len(batch_shape)]
+    by_example = _standard_latent((batch_shape[0], *samples, *batch_shape[1:]), dtype, seed)
+    return by_example.movedim(0, len(samples))
+
+
+def _standard_latent(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
+    """`reparameterize` of mean and log-variance 0, without its checks: torch.compile takes none of a layout in a backward."""
+    zero = seed.new_zeros((), dtype=dtype).expand(shape)
+    run = select("reparameterize", IMPLEMENTATIONS, (zero,), None)
+    return run((zero, zero, None, None, seed), PLAIN_SAMPLE)[0]
+
+
+class _Sample(torch.autograd.Function):
+    """loc + scale * eps, of which nothing but the seed is kept for the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loc: Tensor, scale: Tensor, seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return torch.addcmul(loc, scale, _noise(shape, loc.shape, loc.dtype, seed))
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        loc, _, seed, shape = inputs
+        ctx.save_for_backward(seed)
+        ctx.of_noise = shape, loc.shape, loc.dtype
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, batch_shape, _ = ctx.of_noise
+        grad_loc = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_loc = grad.sum_to_size(batch_shape)
+        if ctx.needs_input_grad[1]:
+            grad_scale = (grad * _noise(*ctx.of_noise, *ctx.saved_tensors)).sum_to_size(batch_shape)
+        return grad_loc, grad_scale, None, None
+
+
+# ---- the KL divergence ------------------------------------------------------------------------------------------------------
+
+
+class _KL(torch.autograd.Function):
+    """KL(N(p_loc, p_scale^2) || N(q_loc, q_scale^2)), element by element, in float32 or float64.
+
+    With d = (p_loc - q_loc) / q_scale and r = p_scale / q_scale it is (d^2 + r^2 - 1 - log r^2) / 2, which is that of
+    N(d, r^2) from the standard normal. Near r = 1 log r is log1p of the scales' difference, which is exact there, relative to
+    the smaller; and r^2 - 1 in the gradients is the product of their difference and sum.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p_loc: Tensor, p_scale: Tensor, q_loc: Tensor, q_scale: Tensor) -> Tensor:
+        p_scale, q_scale = p_scale.abs(), q_scale.abs()
+        gap = p_scale - q_scale
+        log_ratio = torch.log1p(gap.abs() / torch.minimum(p_scale, q_scale)).copysign(gap)
+        return gaussian_kl((p_loc - q_loc) / q_scale, 2 * log_ratio, event_dims=0)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        p_loc, p_scale, q_loc, q_scale = ctx.saved_tensors
+        d = (p_loc - q_loc) / q_scale
+        r2_minus_1 = (p_scale - q_scale) / q_scale * ((p_scale + q_scale) / q_scale)
+        grad_loc = grad * d / q_scale
+        return grad_loc, grad * r2_minus_1 / p_scale, -grad_loc, -grad * (d * d + r2_minus_1) / q_scale
+
+
+@register_kl(Normal, Normal)
+@register_kl(Normal, distributions.Normal)
+@register_kl(distributions.Normal, Normal)
+def _kl(p: distributions.Normal, q: distributions.Normal) -> Tensor:
+    """(*broadcast batch shape), float32, or float64 where a parameter is."""
+    parameters = torch.broadcast_tensors(p.loc, p.scale, q.loc, q.scale)
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in parameters), torch.float32)
+    return _KL.apply(*(t.to(dtype) for t in parameters))

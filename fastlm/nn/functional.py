@@ -1,0 +1,180 @@
+"""torch.nn.functional.multi_head_attention_forward on fastlm's kernels."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.attention import attention, has_kernel
+
+
+@dataclass
+class MultiHeadCall:
+    """A call of ``torch.nn.functional.multi_head_attention_forward``: its parameters, in its order and with its defaults.
+
+    Shapes: query (L, N, E), key (S, N, Ek), value (S, N, Ev), or without N; the masks (N, S), and (L, S) or (N * heads, L, S),
+    bool (True: do not attend) or floating (added to the scores). With ``batch_first``, which is ours, N comes before L and S.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    embed_dim_to_check: int
+    num_heads: int
+    in_proj_weight: Tensor | None
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    add_zero_attn: bool
+    dropout_p: float
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor | None
+    training: bool = True
+    key_padding_mask: Tensor | None = None
+    need_weights: bool = True
+    attn_mask: Tensor | None = None
+    use_separate_proj_weight: bool = False
+    q_proj_weight: Tensor | None = None
+    k_proj_weight: Tensor | None = None
+    v_proj_weight: Tensor | None = None
+    static_k: Tensor | None = None
+    static_v: Tensor | None = None
+    average_attn_weights: bool = True
+    is_causal: bool = False
+    batch_first: bool = False
+
+    # ---- what is left to torch: what kernels cannot do, and what is wrong, for torch's own errors and warnings --------------
+
+    def why_not(self) -> str | None:
+        """Why this call has to be torch's own, or None."""
+        if self.need_weights:
+            return "need_weights asks for the weights, which a fused kernel never holds"
+        if self.static_k is not None or self.static_v is not None:
+            return "static_k and static_v are not fused"
+        if any(t.is_nested for t in (self.query, self.key, self.value)):
+            return "nested tensors are not fused"
+        if not (self._inputs_fit() and self._weights_fit() and self._masks_fit()):
+            return "the arguments do not fit together as the fused path expects them to"
+        head = self.query[..., : self.embed_dim_to_check // self.num_heads]
+        if not has_kernel(head, head):
+            return f"no kernel takes {self.query.dtype} on {self.query.device}"
+        return None
+
+    def _inputs_fit(self) -> bool:
+        query, key, value, embed_dim = self.query, self.key, self.value, self.embed_dim_to_check
+        if not (query.dim() == key.dim() == value.dim() and query.dim() in (2, 3) and query.shape[-1] == embed_dim):
+            return False
+        batch_fits = query.dim() == 2 or query.shape[self._batch_dim] == key.shape[self._batch_dim]
+        return batch_fits and key.shape[:-1] == value.shape[:-1] and embed_dim % self.num_heads == 0
+
+    def _weights_fit(self) -> bool:
+        if self.use_separate_proj_weight:
+            given = all(w is not None for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+        else:
+            given = self.in_proj_weight is not None and self.key.shape == self.value.shape
+        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout < 1.0
+
+    def _masks_fit(self) -> bool:
+        rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch
+        padding, mask = self.key_padding_mask, self.attn_mask
+        if self.is_causal and (mask is None or rows != keys or self.bias_k is not None):
+            return False
+        if padding is not None and padding.shape != ((batch, keys) if self._batched else (keys,)):
+            return False
+        if mask is not None and mask.shape not in ((rows, keys), (batch * self.num_heads, rows, keys)):
+            return False
+        given = [m for m in (padding, mask) if m is not None]
+        return all(m.dtype == torch.bool for m in given) or all(m.is_floating_point() for m in given)
+
+    # ---- sizes --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _batched(self) -> bool:
+        return self.query.dim() == 3
+
+    @property
+    def _batch_dim(self) -> int:
+        return 0 if self.batch_first else 1
+
+    @property
+    def _batch(self) -> int:
+        return self.query.shape[self._batch_dim] if self._batched else 1
+
+    def _rows(self, tensor: Tensor) -> int:
+        return tensor.shape[1 - self._batch_dim] if self._batched else tensor.shape[0]
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout_p if self.training else 0.0
+
+    # ---- the fused call -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> tuple[Tensor, None]:
+        """(output in query's shape, None), where `why_not` is None."""
+        query, key, value = self._projected()
+        if self.bias_k is not None:
+            key, value = (torch.cat([t, self._bias_row(bias)], dim=2) for t, bias in ((key, self.bias_k), (value, self.bias_v)))
+        # A key and value of zeros is a logit of 0 without a value: a sink.
+        sinks = query.new_zeros(self.num_heads) if self.add_zero_attn else None
+        causal = self.is_causal and self.key_padding_mask is None  # torch's rule: with padding the mask is what counts
+        mask = None if causal else self._mask()
+        out = attention(query, key, value, mask=mask, causal=causal, dropout_p=self._dropout, sinks=sinks)
+        if not self._batched:
+            out = out[0].transpose(0, 1)  # (L, H, D)
+        elif self.batch_first:
+            out = out.transpose(1, 2)  # (N, L, H, D)
+        else:
+            out = out.permute(2, 0, 1, 3)  # (L, N, H, D)
+        return F.linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), None
+
+    def _projected(self) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (N, H, L or S, D): one product for all that are projected from the same tensor."""
+        query, key, value, bias = self.query, self.key, self.value, self.in_proj_bias
+        if self.use_separate_proj_weight:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            return sum((self._heads(x, w, b, 1) for x, w, b in zip((query, key, value), weights, biases)), ())
+        if query is key and key is value:
+            return self._heads(query, self.in_proj_weight, bias, 3)
+        parts = (1, 2) if key is value else (1, 1, 1)
+        sizes = [n * self.embed_dim_to_check for n in parts]
+        weights = self.in_proj_weight.split(sizes)
+        biases = (None,) * 3 if bias is None else bias.split(sizes)
+        return sum((self._heads(x, w, b, n) for x, w, b, n in zip((query, key, value), weights, biases, parts)), ())
+
+    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
+        """``parts`` projections of ``x`` at once, each (N, H, rows, D): views of one product, read where they lie."""
+        product = _linear(x, weight, bias)
+        heads = product.view(*product.shape[:-1], parts, self.num_heads, -1)
+        if not self._batched:
+            return heads.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
+        return heads.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
+
+    def _bias_row(self, bias: Tensor) -> Tensor:
+        """(N, H, 1, D): one more key or value, the same for each example."""
+        return bias.view(1, self.num_heads, 1, -1).expand(self._batch, -1, -1, -1)
+
+    def _mask(self) -> Tensor | None:
+        """Both masks as one, True: attend, or added to the scores; as small as it can be: (N or 1, H or 1, L or 1, S)."""
+        padding, mask = self.key_padding_mask, self.attn_mask
+        if padding is not None:
+            padding = padding.view(self._batch, 1, 1, -1)
+        if mask is not None:
+            mask = mask if mask.dim() == 2 else mask.view(self._batch, self.num_heads, *mask.shape[1:])
+        if padding is None and mask is None:
+            return None
+        if padding is None or mask is None:
+            merged = mask if padding is None else padding
+        else:
+            merged = padding | mask if mask.dtype == torch.bool else padding + mask
+        if self.bias_k is not None:
+            merged = F.pad(merged, (0, 1))  # the row that was added is seen
+        return ~merged if merged.dtype == torch.bool else merged
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, which would copy an ``x`` (rows, batch, E) that is a transpose."""
+    if x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
+        return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return F.linear(x, weight, bias)

@@ -1,0 +1,69 @@
+"""torch.nn.MultiheadAttention on fastlm's kernels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.varlen_attention import varlen_attention
+from .functional import MultiHeadCall
+from .replace import ClassSwap, register
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """A drop-in for ``torch.nn.MultiheadAttention``: its constructor, its forward, its state_dict, its answers.
+
+    With ``need_weights=False`` the call is fused: queries, keys and values are read where the projection leaves them, and
+    neither the scores nor a mask of their size is ever held. A query that sees no key gets zeros. torch's own code runs where
+    the weights are asked for, for nested tensors, for dtypes and devices that no kernel takes, and for bad input, which so
+    raises what torch raises.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``torch.nn.MultiheadAttention.forward``, whose documentation says what each argument is."""
+        call = MultiHeadCall(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self.training,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            self.in_proj_weight is None,
+            self.q_proj_weight,
+            self.k_proj_weight,
+            self.v_proj_weight,
+            is_causal=is_causal,
+            batch_first=self.batch_first,
+        )
+        if call.why_not() is None:
+            return call.run()
+        return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Self-attention in eval mode within sequences (total, E) that lie one after the other (`fastlm.varlen_attention`)."""
+        heads = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        out = varlen_attention(*heads.unbind(1), cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        return self.out_proj(out.flatten(-2))
+
+
+register(ClassSwap(torch.nn.MultiheadAttention, MultiheadAttention))

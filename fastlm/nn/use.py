@@ -1,0 +1,90 @@
+"""Routing the attention of code that one cannot edit."""
+
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..ops.attention import has_kernel
+from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
+from .functional import MultiHeadCall
+
+
+class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)
+    """Inside ``with fastlm.use() as report:``, attention by ``F.scaled_dot_product_attention`` runs on fastlm's kernels.
+
+    Also that of ``F.multi_head_attention_forward``, and so of every torch.nn.MultiheadAttention and of torch.nn.Transformer's
+    layers. However the function was imported, and under ``torch.compile``: code compiled outside is compiled again inside,
+    and the other way round. It holds for the thread that entered the block. After it, everything is as before; the
+    backward of what ran inside may run anywhere, but the recomputation of torch.utils.checkpoint has to be inside as well.
+
+    What kernels cannot do goes to torch's own function: other dtypes and devices, nested tensors and other subclasses of
+    Tensor, calls for attention weights, and bad input, which so raises what torch raises.
+
+    Attributes, which compiled code does not count in:
+        routed: how many calls ran on fastlm.
+        left: for each reason, how many calls were left to torch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routed = 0
+        self.left: Counter[str] = Counter()
+
+    def __str__(self) -> str:
+        lines = [f"{self.routed} calls of attention ran on fastlm, {self.left.total()} were left to torch"]
+        return "\n".join(lines + [f"  {count} times: {reason}" for reason, count in self.left.items()])
+
+    __repr__ = __str__
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(types, args, kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._attend_with_projections(types, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(self, types: tuple, args: tuple, kwargs: dict) -> Tensor:
+        reason = _SUBCLASS if _subclassed(types) else _why_not(*args, **kwargs)
+        if reason is None:
+            try:
+                out = scaled_dot_product_attention(*args, **kwargs)
+                self._count(None)
+                return out
+            except (TypeError, ValueError) as error:
+                reason = str(error)
+        self._count(reason)
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+    def _attend_with_projections(self, types: tuple, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+        call = MultiHeadCall(*args, **kwargs)
+        reason = _SUBCLASS if _subclassed(types) else call.why_not()
+        self._count(reason)
+        return call.run() if reason is None else F.multi_head_attention_forward(*args, **kwargs)
+
+    def _count(self, reason: str | None) -> None:
+        if torch.compiler.is_compiling():  # a count would be part of what the code is compiled for
+            return
+        if reason is None:
+            self.routed += 1
+        else:
+            self.left[reason] += 1
+
+
+_SUBCLASS = "a subclass of Tensor"
+
+
+def _subclassed(types: tuple[type, ...]) -> bool:
+    return any(t is not Tensor and t is not torch.nn.Parameter for t in types)
+
+
+def _why_not(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> str | None:
+    """Why a call of ``F.scaled_dot_product_attention`` is left to torch, or None."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "nested tensors are not fused"
+    if not has_kernel(query, value):
+        return f"no kernel takes {query.dtype} on {query.device}"
+    return None
