@@ -18,8 +18,8 @@ help: ## show this list
 test: $(VENV)/installed lint ## run the tests (TESTS="tests/test_kl.py -k sign" for some)
 	$(BIN)/pytest $(or $(TESTS),tests)
 
-bench: $(VENV)/installed ## the main job: check, time and train, then write build/bench/report.md
-	$(BIN)/python benchmarks/run.py $(BENCH)
+bench: $(VENV)/installed ## the main job: check, time and train, then report in build/bench (BENCH="--help" for more)
+	$(BIN)/fastlm bench $(BENCH)
 
 doctor: $(VENV)/installed ## what this machine, this torch and this build can do
 	$(BIN)/fastlm doctor

@@ -7,6 +7,7 @@ from bench_models import Model
 from op_check import judge
 from rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BEFORE = "before"
 SEED = 0  # of the weights
@@ -42,6 +43,16 @@ class ModelSection:
         return ModelContest(self.model, getattr(torch, setting.dtype))
 
 
+class _Ops(TorchDispatchMode):
+    """Whether an op of fastlm ran inside: the numbers would agree if none did."""
+
+    ours = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ours |= function.namespace == "fastlm"
+        return function(*args, **(kwargs or {}))
+
+
 class ModelContest:
     """See `rows.Contest`. Each implementation has a model of its own, of the same first weights."""
 
@@ -52,11 +63,14 @@ class ModelContest:
         """It has run once."""
         try:
             step = self._step(implementation, self.dtype, self.model.ready)
-            step()
+            with _Ops() as ops:
+                step()
         except Exception as error:
             if implementation != BEFORE and not isinstance(error, (ImportError, NotImplementedError)):
                 raise  # a bug of ours, not something missing
             raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
+        if ops.ours != (implementation != BEFORE):
+            raise AssertionError(f"{implementation}: {'no op' if not ops.ours else 'an op'} of fastlm ran in {self.model.name}")
         return step
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:

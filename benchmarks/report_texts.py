@@ -47,11 +47,11 @@ METHOD = [
             "**Throughput** of attention counts the floating-point operations of its two products (five more in the backward), "
             "half of them where it is causal and the window's share where there is one: work that an implementation does "
             "beyond that does not count for it. Decoding counts the bytes of the cache, the VAE's latent its elements.",
-            "**of limit**: the limit is what the machine allows, the best of two measurements in this run: the "
-            "arithmetic's peak in the dtype, or the memory bandwidth where each input is read and each result written once per pass, whichever is less. The peak "
-            "is the better of torch's matrix product (2048 × 2048 × 2048) and of bare multiply-adds on as many threads; the "
-            "bandwidth is the better of torch's `copy_` (bytes read and written) and `sum` (bytes read) on 256 MiB. More than "
-            "100 % of the bandwidth means that data stayed in caches.",
+            "**of limit**: the limit is what the machine allows, the best of two measurements in this run: the arithmetic's "
+            "peak in the dtype, or the memory bandwidth where each input is read and each result written once per pass, "
+            "whichever is less. The peak is the better of torch's matrix product (2048 × 2048 × 2048) and of bare "
+            "multiply-adds on as many threads; the bandwidth is the better of torch's `copy_` (bytes read and written) and "
+            "`sum` (bytes read) on 256 MiB. More than 100 % of the bandwidth means that data stayed in caches.",
             "**Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being "
             "there: all that is allocated during the call, results and gradients included. Each in a process of its own, after "
             "warm-up, float32 only.",
