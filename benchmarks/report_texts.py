@@ -55,7 +55,8 @@ METHOD = [
             "**Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being "
             "there: all that is allocated during the call, results and gradients included. Each in a process of its own, after "
             "warm-up, float32 only.",
-            "**compiled** is `torch.compile`, for each size anew. A peer that is not installed or cannot do a call is named "
+            "**compiled** is `torch.compile`, for each size anew. A peer that is not installed (`pip install fastlm[peers]` "
+            "has ONNX Runtime and JAX) or cannot do a call is named "
             "below its table, with the reason.",
             "Speed-ups and ratios compare within one run, on the same threads.",
         ]
