@@ -1,5 +1,6 @@
 """The tables of the report, as rows of marked text, and those of the terminal."""
 
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from bench_results import Result
@@ -117,6 +118,14 @@ def machine_table(machine: dict) -> Table:
         ]
     rows += [(f"backend {name}", state) for name, state in machine["backends"].items()]
     return Table(("", ""), [(plain(name), plain(value)) for name, value in rows])
+
+
+def listed(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Shown:
+    """Rows as they are, for the terminal."""
+    table = Shown(*head, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def terminal_table(op: str, results: list[Result]) -> Shown:

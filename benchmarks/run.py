@@ -25,6 +25,7 @@ from figures import size
 from journal import Journal
 from memory import peak_extra_bytes
 from report import DEFAULT_OUT, RUN, warning, write_report
+from report_tables import listed
 from rich.console import Console
 from rows import Row, Selection, rows_of, sections, settings
 from timing import bar, benchmark_json, time_rows
@@ -144,11 +145,14 @@ def measure_memory(journal: Journal, selection: Selection, console: Console) -> 
 
 def measure_gpu(journal: Journal, console: Console) -> None:
     """Attention, and the latent where this build has its CUDA kernels."""
-    console.print(bench_gpu.table(journal.once("gpu", bench_gpu.run)))
+    rows = journal.once("gpu", bench_gpu.run)
+    console.print(listed("Attention on this GPU, cold cache, medians", bench_gpu.HEADER, map(bench_gpu.cells, rows)))
     if reason := cuda_kernels.unavailable(torch.cuda.current_device()):
         console.print(f"  the latent: {reason}")
     else:
-        console.print(bench_gpu_latent.table(journal.once("gpu_latent", bench_gpu_latent.run)))
+        rows = journal.once("gpu_latent", bench_gpu_latent.run)
+        cells = [bench_gpu_latent.cells(row, rows) for row in rows]
+        console.print(listed("The latent on this GPU, cold cache, medians", bench_gpu_latent.HEADER, cells))
 
 
 def predict(console: Console) -> dict:
