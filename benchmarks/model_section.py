@@ -1,12 +1,13 @@
 """A section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from bench_models import Model
 from op_check import judge
 from rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BEFORE = "before"
@@ -58,6 +59,7 @@ class ModelContest:
 
     def __init__(self, model: Model, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
+        self.judged = model.judged or model.ready
 
     def step(self, implementation: str) -> Step:
         """It has run once."""
@@ -75,13 +77,17 @@ class ModelContest:
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
         """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
-        ready = self.model.judged or self.model.ready
-        ways = (implementation, self.dtype), (BEFORE, self.dtype), (BEFORE, torch.float64)
-        results = [self._step(*way, ready)() for way in ways]
-        names = ["output" if i == 0 else f"gradient {i}" for i in range(len(results[0]))]
-        return {name: judge(name, *each) for name, *each in zip(names, *results)}
+        plain, golden = self.expected
+        actual = plain if implementation == BEFORE else self._step(implementation, self.dtype, self.judged)()
+        names = ["output" if i == 0 else f"gradient {i}" for i in range(len(golden))]
+        return {name: judge(name, *each) for name, *each in zip(names, actual, plain, golden)}
 
-    def _step(self, implementation: str, dtype: torch.dtype, ready) -> Step:
+    @cached_property
+    def expected(self) -> list[tuple[Tensor, ...]]:
+        """The results of the model as it is, in the dtype of the contest and in float64."""
+        return [self._step(BEFORE, dtype, self.judged)() for dtype in (self.dtype, torch.float64)]
+
+    def _step(self, implementation: str, dtype: torch.dtype, ready: Callable[[nn.Module], Step]) -> Step:
         torch.manual_seed(SEED)
         module: nn.Module = self.model.build().to(dtype)
         if implementation == BEFORE:

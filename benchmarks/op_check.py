@@ -19,24 +19,41 @@ def outputs_of(result) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def judge_op(benchmark: Benchmark, arguments: dict, call: Callable) -> dict[str, dict[str, float]]:
-    """How wrong each result of ``call()`` is, and may be: {"output 0": {"error": …, "allowed": …}, "gradient of mu": …}.
+class Judge:
+    """Of the answers to one call, whoever gives them.
 
-    Golden is the reference in float64 on the same ``arguments``. A result's largest error may be twice (for gradients: three
-    times) that of the reference in the inputs' own dtype, plus 4 ulps. Both figures are shares of the largest golden value.
+    Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype.
     """
-    dtype = _dtype_of(benchmark, arguments)
-    actual = _results(benchmark, arguments, call, dtype)
-    if _too_large(benchmark, arguments):  # the last queries, which see the same keys without the others, causal or not
-        arguments = arguments | {"query": arguments["query"][:, :, -SOME_QUERIES:]}
-        actual = {"output 0": actual["output 0"][:, :, -SOME_QUERIES:]}
-    plain = _reference(benchmark, arguments, dtype)
-    golden = _reference(benchmark, {name: _double(value) for name, value in arguments.items()}, dtype)
-    return {name: judge(name, actual[name], plain[name], golden[name]) for name in golden}
+
+    def __init__(self, benchmark: Benchmark, arguments: dict):
+        self.benchmark, self.arguments = benchmark, arguments
+        self.dtype = arguments[benchmark.differentiable[0]].dtype if benchmark.differentiable else None
+        self.queries = SOME_QUERIES if _too_large(benchmark, arguments) else None
+        if self.queries:  # the last ones, which see the same keys without the others, causal or not
+            arguments = arguments | {"query": arguments["query"][:, :, -self.queries :]}
+        self.plain = self._reference(arguments)
+        self.golden = self._reference({name: _double(value) for name, value in arguments.items()})
+
+    def errors(self, call: Callable) -> dict[str, dict[str, float]]:
+        """How wrong each result of ``call()`` is, and may be: {"output 0": {"error": …, "allowed": …}, "gradient of mu": …}."""
+        actual = _results(self.benchmark, self.arguments, call, self.dtype)
+        if self.queries:
+            actual = {"output 0": actual["output 0"][:, :, -self.queries :]}
+        return {name: judge(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
+
+    def _reference(self, arguments: dict) -> Results:
+        for name in self.benchmark.differentiable:
+            arguments[name].requires_grad_()
+        call = partial(self.benchmark.function, **arguments, backend="reference")
+        return _results(self.benchmark, arguments, call, self.dtype)
 
 
 def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
-    """One result; names that begin with "output" are held to the rule for values, others to that for gradients."""
+    """One result; names that begin with "output" are held to the rule for values, others to that for gradients.
+
+    Its largest error may be twice (for gradients: three times) that of ``plain``, plus 4 ulps. Both figures are shares of the
+    largest golden value.
+    """
     golden = golden.double()
     largest = golden.abs().max().item()
     # Noise is float32 whatever the dtype; tests hold what has none to float64's own ulps.
@@ -62,16 +79,6 @@ def _too_large(benchmark: Benchmark, arguments: dict) -> bool:
 
 def _double(value):
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _dtype_of(benchmark: Benchmark, arguments: dict) -> torch.dtype | None:
-    return arguments[benchmark.differentiable[0]].dtype if benchmark.differentiable else None
-
-
-def _reference(benchmark: Benchmark, arguments: dict, dtype: torch.dtype | None) -> Results:
-    for name in benchmark.differentiable:
-        arguments[name].requires_grad_()
-    return _results(benchmark, arguments, partial(benchmark.function, **arguments, backend="reference"), dtype)
 
 
 def _results(benchmark: Benchmark, arguments: dict, call: Callable, dtype: torch.dtype | None) -> Results:

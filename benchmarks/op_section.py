@@ -1,10 +1,10 @@
 """A section of the report from what an op says of itself: fastlm's backends beside the peers of peers.py."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 
 import torch
-from op_check import judge_op, outputs_of
+from op_check import Judge, outputs_of
 from peers import PEERS
 from rows import FASTLM, GROWTH, OPS, Cost, Selection, Setting, Step, Unavailable
 from torch import Tensor
@@ -108,4 +108,8 @@ class OpContest:
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
         if not implementation.startswith(FASTLM) and self.benchmark.own_noise:
             return {}
-        return judge_op(self.benchmark, self.arguments, self._call(implementation))
+        return self.judge.errors(self._call(implementation))
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.benchmark, self.arguments)

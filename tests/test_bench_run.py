@@ -16,7 +16,7 @@ import torch
 from bench_models import Model
 from journal import Journal
 from model_section import ModelSection
-from op_check import MOST_SCORES, judge_op
+from op_check import SOME_QUERIES, Judge
 from op_section import OpContest
 from peers import PEERS
 from rows import Row, Selection, Setting, Unavailable
@@ -99,7 +99,7 @@ def test_a_wrong_answer_is_seen():
     arguments = benchmark.workloads[0].make(torch.float32)
     right = fastlm.attention(**arguments)
     for factor, ok in ((1.0, True), (1.001, False)):
-        judged = judge_op(benchmark, arguments, lambda factor=factor: right * factor)["output 0"]
+        judged = Judge(benchmark, arguments).errors(lambda factor=factor: right * factor)["output 0"]
         assert (judged["error"] <= judged["allowed"]) == ok
 
 
@@ -108,12 +108,12 @@ def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
     monkeypatch.setattr("op_check.MOST_SCORES", 1000)
     benchmark = BENCHMARKS[name]
     arguments = benchmark.sized(1, 2, 400, 16).make(torch.float32)
-    assert MOST_SCORES > 400 * 400
-    right = fastlm.attention(**arguments)
-    assert all(j["error"] <= j["allowed"] for j in judge_op(benchmark, arguments, lambda: right).values())
+    right, judge = fastlm.attention(**arguments), Judge(benchmark, arguments)
+    assert judge.golden["output 0"].shape[2] == SOME_QUERIES
+    assert all(j["error"] <= j["allowed"] for j in judge.errors(lambda: right).values())
     wrong = right.clone()
     wrong[:, :, -1] += 1e-3
-    judged = judge_op(benchmark, arguments, lambda: wrong)["output 0"]
+    judged = judge.errors(lambda: wrong)["output 0"]
     assert judged["error"] > judged["allowed"]
 
 
