@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc tests/cuda_on_host -type f)
+CXX_FILES := $(shell find csrc tests/cuda_on_host -type f) $(wildcard benchmarks/*.c)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -133,12 +133,13 @@ def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimi
     model.train()
     ids = _tokens(batch, length)
     inputs = {"input_ids": ids} | ({"attention_mask": _padding(batch, length)} if padded else {})
+    weights = _normals(model, batch, length, model.config.hidden_size) if padded else None  # of a loss that is not constant
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimize else None
 
     def step() -> tuple[Tensor, ...]:
         model.zero_grad(set_to_none=True)
         outputs = model(**inputs) if padded else model(**inputs, labels=ids)
-        loss = outputs.last_hidden_state.square().mean() if padded else outputs.loss
+        loss = (outputs.last_hidden_state * weights).mean() if padded else outputs.loss
         loss.backward()
         if optimizer:
             optimizer.step()

@@ -1,11 +1,12 @@
 """A run as the report reads it: one `Result` per row, merged from the times and the memory in the run's JSON file."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from figures import percentiles
-from rows import Cost, Row, Setting, sections
+from rows import Cost, Row, Setting, rows_of, sections
 
 
 @dataclass
@@ -77,11 +78,19 @@ def results_of(run: dict) -> list[Result]:
     times, missing = times_of(run), {_row(row): row["why_not"] for row in run.get("missing", ())}
     checks = {_row(entry["params"]): entry["extra_info"] for entry in run["benchmarks"]}
     peaks = {_row(row): row for row in run.get("memory", ())}
-    order = {name: i for i, name in enumerate(sections())}
-    rows = sorted({**times, **missing}, key=lambda row: order[row.op])  # stable: within a section as they were measured
+    rows = _in_order({**times, **missing})
     results = [_result(row, times.get(row), checks.get(row, {}), missing.get(row), peaks.get(row, {})) for row in rows]
     _compare(results)
     return results
+
+
+def _in_order(rows: Iterable[Row]) -> list[Row]:
+    """By section, then setting as they were measured, then implementation as the section lists them."""
+    rows = list(rows)
+    op = {name: i for i, name in enumerate(sections())}
+    setting = {each: i for i, each in enumerate(dict.fromkeys(row.setting for row in rows))}
+    place = {row: i for each in setting for i, row in enumerate(rows_of(each, full=True))}
+    return sorted(rows, key=lambda row: (op[row.op], setting[row.setting], place[row]))
 
 
 def _result(row: Row, times: list[float] | None, check: dict, why_not: str | None, peak: dict) -> Result:

@@ -27,7 +27,7 @@ pre { padding: 0.8rem; overflow-x: auto; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
-td:last-child { white-space: normal; min-width: 6rem; }
+td:last-child { white-space: normal; min-width: 10rem; }
 th { background: var(--band); } tr:hover td { background: var(--band); }
 figure { margin: 1.2rem 0; } figure svg { display: block; width: 100%; height: auto; }
 figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }

@@ -50,7 +50,7 @@ def blocks_of(run: dict, results: list[Result], out: Path) -> list[Block]:
         Text(_summary(machine)),
         Code(run["command"]),
         *[Warn(text) for text in [warning(machine)] if text],
-        *_overview(results, machine),
+        *_overview([*groups[MODELS], *groups[OPS]], machine),
         *_models(groups[MODELS], machine),
         *_sections(groups[OPS], machine),
         *_growth(groups[GROWTH], machine),
@@ -105,11 +105,14 @@ def _models(results: list[Result], machine: dict) -> list[Block]:
 def _sections(results: list[Result], machine: dict) -> list[Block]:
     blocks: list[Block] = []
     for op, rows in _by_op(results):
+        table = [full_table(rows, machine), *missing_list(rows)]
         blocks.append(Heading(2, plain(op)))
         if _sizes(rows) > 1:
             name = "throughput_" + re.sub(r"\W+", "_", op)
             blocks.append(Plot(name, f"throughput of {op}", partial(report_plots.throughput, rows, machine)))
-        blocks += [Details(f"Every row of {plain(op)}", [full_table(rows, machine), *missing_list(rows)])]
+            blocks.append(Details(f"Every row of {plain(op)}", table))
+        else:
+            blocks += table
     return blocks
 
 

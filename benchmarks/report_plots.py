@@ -1,6 +1,7 @@
 """The pictures of the report. Lines and bars carry their own labels wherever there is room: little is looked up in a legend."""
 
 import math
+import statistics
 from collections.abc import Iterable
 from itertools import groupby
 
@@ -8,11 +9,13 @@ import torch
 from bench_results import Result
 from figures import count, growth_exponent, size
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from plot_style import BLUE, COLOURS, DASHES, GREY, INK, ORANGE, VERMILION, new_figure
 from rows import GROWTH, Selection, sections
 
+MANY_TICKS = 300  # from which range of a logarithmic axis there are ticks at powers of ten alone
 LABEL_GAP = 0.065  # between labels, as a share of the axis
 PANEL, ALONE = (5.6, 4.0), (4.4, 3.4)  # inches: of several side by side, and of one above the other
 
@@ -23,6 +26,7 @@ def panels_of(number: int, columns: int, share: bool = True) -> tuple[Figure, li
     lines = -(-number // columns)
     width, height = ALONE if single else PANEL
     figure = new_figure(0.6 + width * columns, 0.3 + height * lines)
+    figure.get_layout_engine().set(h_pad=0.14, w_pad=0.1)
     axes = list(figure.subplots(lines, columns, sharex=share, sharey=share, squeeze=False).flatten())
     for axis in axes[number:]:
         axis.remove()
@@ -53,7 +57,7 @@ def throughput(results: list[Result], machine: dict, columns: int) -> Figure:
         if limits := [r.limit(machine) for r in rows if r.limit(machine)]:
             axis.axhline(max(limits), color=GREY, linestyle=DASHES, linewidth=1.5)
             labels["limit"] = max(limits)
-        axis.set_title(f"{results[0].row.op}, {dtype}")
+        axis.set_title(dtype if columns == 1 else f"{results[0].row.op}, {dtype}")
         axis.set_ylabel(f"throughput ({results[0].cost.unit})")
         ends.append(labels)
     _finish(axes, ends, results)
@@ -98,10 +102,15 @@ def _finish(axes: list[Axes], ends: list[dict[str, float]], results: list[Result
         axis.set_xlabel(sections()[results[0].row.op].axis)
         axis.set_xticks(ticks, [count(n) for n in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(NullLocator())
+        _logarithmic(axis.yaxis, axis.get_ylim())
         _label_ends(axis, labels, colours_of(results[0].row.op))
+
+
+def _logarithmic(axis: Axis, limits: tuple[float, float], text: str = "{x:g}") -> None:
+    """Ticks at 1, 2, 5, 10, ..., or where those would crowd, at powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] / limits[0] < MANY_TICKS else (1,)))
+    axis.set_major_formatter(text)
+    axis.set_minor_locator(NullLocator())
 
 
 def _label_ends(axis: Axes, heights: dict[str, float], colours: dict[str, str]) -> None:
@@ -164,9 +173,8 @@ def _roof(axis: Axes, machine: dict, dtype: str) -> None:
     axis.text(left * 1.1, left * bandwidth, f"{bandwidth:.0f} GB/s", color=INK, va="top", fontsize=10, rotation=0)
     axis.set_title(f"Roofline, {dtype}: ● fastlm, ○ the fastest other", fontsize=11)
     axis.set(xlabel="operations per byte that must move", ylabel="GFLOP/s")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_locator(NullLocator())
+    _logarithmic(axis.xaxis, axis.get_xlim())
+    _logarithmic(axis.yaxis, axis.get_ylim())
 
 
 def best(rows: Iterable[Result], own: bool) -> Result | None:
@@ -192,30 +200,27 @@ def speed_ups(results: list[Result], columns: int) -> Figure:
     axis = figure.subplots()
     place = 0.0
     for name, by_dtype in bars.items():
-        axis.annotate(
-            name, (0, place), (2, 0), ("axes fraction", "data"), "offset points", va="center", weight="bold", fontsize=10
-        )
+        where = (0, place), (2, 0), ("axes fraction", "data"), "offset points"
+        axis.annotate(name, *where, va="center", weight="bold", fontsize=10 if columns > 1 else 9)
         for dtype, ratios in by_dtype.items():
             place -= 0.55 if dtype == next(iter(by_dtype)) else 0.36
             _speed_up_bar(axis, place, dtype, ratios)
         place -= 0.75
     axis.axvline(1, color=INK, linewidth=1.8)
-    axis.set(xscale="log", ylim=(place + 0.2, 0.6), xlabel="times as fast as the fastest other; dots are sizes, 1 × is as fast")
+    axis.set(xscale="log", ylim=(place + 0.2, 0.6), xlabel="times as fast as the fastest other")
     axis.margins(x=0.12)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g} ×")
-    axis.xaxis.set_minor_locator(NullLocator())
+    _logarithmic(axis.xaxis, axis.get_xlim(), "{x:g} ×")
     axis.set_yticks([])
     axis.grid(axis="y", visible=False)
     return figure
 
 
 def _speed_up_bar(axis: Axes, place: float, dtype: str, ratios: list[float]) -> None:
-    middle, colour = torch.tensor(ratios, dtype=torch.float64).log().median().exp().item(), DTYPE_COLOURS[dtype]
+    middle, colour = math.exp(statistics.median(map(math.log, ratios))), DTYPE_COLOURS[dtype]
     axis.barh(place, middle - 1, left=1, height=0.3, color=colour, alpha=0.75)
     axis.plot(ratios, [place] * len(ratios), "o", color=INK, markersize=3)
     far = max(*ratios, 1.0)
-    label = f"{dtype} {middle:.1f} ×"
+    label = f"{dtype} {middle:.2g} ×"
     axis.annotate(label, (far, place), (6, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
 
 
