@@ -132,7 +132,7 @@ class Oracle:
         def gradients(outputs, dtype):
             same = [g.to(out.dtype) for g, out in zip(self.gradients(outputs, gradient_dtype), outputs)]
             if nudge and "query" in arguments and len(outputs) == 2:
-                same[1] = same[1] + _rounding_of_delta(torch.finfo(self.dtype).eps, outputs[0].detach(), same[0], draw)
+                same[1] = same[1] + rounding_of_delta(torch.finfo(self.dtype).eps, outputs[0].detach(), same[0], draw)
             return [_off_by(nudge, g, draw) for g in same] if nudge else same
 
         return run(self.function, arguments, self.differentiable, gradients, backend="reference")
@@ -192,7 +192,7 @@ def _off_by(relative: float, value, draw: int):
     return value * (1 + relative * seeded_normal(200 + 10 * draw + value.dim(), value.shape, torch.float64).sign())
 
 
-def _rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int) -> Tensor:
+def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int) -> Tensor:
     """What rounding the output does to delta = sum(out * its gradient), which backwards take from there (DESIGN.md, 'Numbers').
 
     Subtracting it from the scores' gradients is what adding to the gradient of the log-sum-exp does.

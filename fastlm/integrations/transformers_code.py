@@ -1,0 +1,107 @@
+"""What the code of transformers' attention classes does, read from the code: it tells how fastlm may serve them.
+
+transformers itself finds out by reading sources whether a model's attention can be exchanged (`_can_set_attn_implementation`);
+this looks at the compiled functions of each class instead, once for each class.
+"""
+
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+# What every eager function may be given: fastlm's attention does it, or, as eager functions do, has no use for it.
+KNOWN = {"dropout", "scaling", "softcap", "s_aux", "position_bias", "output_attentions", "is_causal", "sliding_window"}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is special about an attention class.
+
+    Attributes:
+        eager: the eager function of its model, which it runs without an interface; None where it has none.
+        unknown: the arguments which that function knows and fastlm's attention does not.
+        for_others: why no implementation but transformers' own can serve it, or None.
+    """
+
+    eager: Callable | None
+    unknown: tuple[str, ...]
+    for_others: str | None
+
+
+@torch.compiler.assume_constant_result  # torch.compile neither heeds a cache nor follows a reading of code
+def traits_of(cls: type[nn.Module]) -> Traits:
+    """What is special about an attention class that goes through the AttentionInterface."""
+    return _traits_of(cls)
+
+
+@torch.compiler.assume_constant_result
+def takes_any_mask(config: type[PreTrainedConfig]) -> bool:
+    """Whether all attentions of the models with such a config hand their masks to the interface as they got them."""
+    return _takes_any_mask(config)
+
+
+@cache
+def _traits_of(cls: type[nn.Module]) -> Traits:
+    functions = list(_functions(cls))
+    eager = next((f.__globals__[name] for f in functions for name in f.__code__.co_names if _is_eager(f, name)), None)
+    parameters = list(inspect.signature(eager).parameters.values())[5:] if eager else []
+    unknown = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in KNOWN)
+    for_others = any(("eager", "sdpa") in function.__code__.co_consts for function in functions)
+    return Traits(eager, unknown, "prepares its mask for 'eager' and 'sdpa' alone" if for_others else None)
+
+
+@cache
+def uses_interface(cls: type[nn.Module]) -> bool:
+    """Whether a class looks its attention function up in transformers' AttentionInterface."""
+    return any("get_interface" in function.__code__.co_names for function in _functions(cls))
+
+
+@cache
+def computes_attention(cls: type[nn.Module]) -> bool:
+    """Whether a class, by its name an attention, computes its weights itself."""
+    named = re.search("Attention|Attn", cls.__name__)
+    own = {"softmax", "Softmax", "scaled_dot_product_attention"}
+    return bool(named) and not uses_interface(cls) and any(own & set(f.__code__.co_names) for f in _functions(cls))
+
+
+@cache
+def makes_masks(cls: type[nn.Module]) -> bool:
+    """Whether a class makes another mask out of the one that it is given, which then must be one of eager's."""
+    functions = [f for f in _functions(cls) if "attention_mask" in f.__code__.co_varnames]
+    return any(re.search(r"\battention_mask = (?!encoder_attention_mask)", inspect.getsource(f)) for f in functions)
+
+
+@cache
+def _takes_any_mask(config: type[PreTrainedConfig]) -> bool:
+    classes = [cls for module in _models_of(config) for cls in vars(module).values() if isinstance(cls, type)]
+    modules = [cls for cls in classes if issubclass(cls, nn.Module)]
+    served = list(filter(uses_interface, modules))
+    return bool(served) and not any(map(makes_masks, served)) and not any(map(computes_attention, modules))
+
+
+def _functions(cls: type[nn.Module]) -> Iterator[types.FunctionType]:
+    """The methods of a class and of its bases below torch.nn.Module, without their decorators."""
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for function in map(inspect.unwrap, filter(inspect.isfunction, vars(base).values())):
+            if inspect.isfunction(function):
+                yield function
+
+
+def _is_eager(function: types.FunctionType, name: str) -> bool:
+    return name.endswith("eager_attention_forward") and name in function.__globals__
+
+
+def _models_of(config: type[PreTrainedConfig]) -> Iterator[types.ModuleType]:
+    """The Python modules with the models of a config class: those named modeling_* beside it, and its own."""
+    for base in config.__mro__[: config.__mro__.index(PreTrainedConfig)]:
+        package = base.__module__.rpartition(".")[0]
+        for name, module in list(sys.modules.items()):
+            if name == base.__module__ or (package and name.startswith(f"{package}.modeling_")):
+                yield module
