@@ -37,6 +37,8 @@ def write_report(out: Path, publish: bool = False) -> list[Table]:
     write_html(blocks, out / "report.html")
     write_markdown(blocks, out / "report.md", out)
     if publish:
+        for picture in (HERE / "results").glob("*.png"):
+            picture.unlink()  # of sections that are no more
         write_markdown(blocks, HERE / "RESULTS.md", HERE / "results")
     return [terminal_table(op, rows) for op, rows in _by_op(results)]
 

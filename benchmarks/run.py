@@ -69,6 +69,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.sizes and not options.op:
         parser.error("--sizes needs OP, the section that they are sizes of")
+    if options.publish and (options.op or options.only):
+        parser.error("--publish is for a whole run, without OP and --only")
     return options
 
 

@@ -1,10 +1,12 @@
 """The benchmarks' report: what a row says, and that HTML and Markdown are the same page, safe and in need of no other file."""
 
+import json
 import re
 from html.parser import HTMLParser
 
 import bench  # noqa: F401  (before any module of benchmarks/)
 import pytest
+import report
 from bench import BASE, FORWARD, OTHER, OWN, entry, made_up_run
 from bench_results import results_of
 from page import Bullets, Code, Details, Heading, Plot, Table, Text, Warn, plain
@@ -159,6 +161,20 @@ def test_a_whole_report_has_its_parts_in_both_forms(run, tmp_path):
         "speed_ups.png",
         "throughput_attention_forward.png",
     ]
+
+
+def test_publishing_puts_the_report_and_its_pictures_alone_into_the_repository(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    out, stale = tmp_path / "out", tmp_path / "results" / "stale.png"
+    for folder in (out, stale.parent):
+        folder.mkdir()
+    stale.touch()
+    out.joinpath(report.RUN).write_text(json.dumps(run))
+    report.write_report(out)
+    assert stale.exists() and not (tmp_path / "RESULTS.md").exists()
+    report.write_report(out, publish=True)
+    linked = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "RESULTS.md").read_text())
+    assert sorted(linked) == sorted(f"results/{path.name}" for path in stale.parent.iterdir()) and len(linked) == 4
 
 
 def test_a_disturbed_run_says_so_first(run, tmp_path):

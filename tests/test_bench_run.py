@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import bench
+import memory
 import pytest
 import rows
 import run as benchmark_run
@@ -161,6 +162,14 @@ def test_a_model_is_timed_and_judged_before_and_after():
     with pytest.raises(AssertionError, match="fastlm nothing: no op of fastlm ran in a layer"):
         contest.step("fastlm nothing")
     assert section.cost(setting).throughput(0.5) == 4
+
+
+def test_memory_that_is_kept_between_calls_is_not_taken_for_none(monkeypatch):
+    child = subprocess.CompletedProcess((), 0, stdout=json.dumps({"bytes": 0, "result_bytes": 1 << 20}), stderr="")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: child)
+    assert "keeps its memory" in memory.peak_extra_bytes("rows:fresh_step")["why_not"]
+    child.stdout = json.dumps({"bytes": 1 << 21, "result_bytes": 1 << 20})
+    assert memory.peak_extra_bytes("rows:fresh_step") == {"bytes": 1 << 21, "result_bytes": 1 << 20}
 
 
 # ---- the journal ------------------------------------------------------------------------------------------------------------
