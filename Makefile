@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc tests/cuda_on_host -type f)
+CXX_FILES := $(shell find csrc tests/cuda_on_host -type f) $(wildcard benchmarks/*.c)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -18,8 +18,8 @@ help: ## show this list
 test: $(VENV)/installed lint ## run the tests (TESTS="tests/test_kl.py -k sign" for some)
 	$(BIN)/pytest $(or $(TESTS),tests)
 
-bench: $(VENV)/installed ## the main job: check, time and train, then write build/bench/report.md
-	$(BIN)/python benchmarks/run.py $(BENCH)
+bench: $(VENV)/installed ## the main job: check, time and train, then report in build/bench (BENCH="--help" for more)
+	$(BIN)/fastlm bench $(BENCH)
 
 doctor: $(VENV)/installed ## what this machine, this torch and this build can do
 	$(BIN)/fastlm doctor

@@ -1,29 +1,23 @@
 """Times attention on a GPU: fastlm's Triton kernels beside torch's attention by each of its backends, FlexAttention and others.
 
-    python benchmarks/bench_gpu.py        # a table, and build/bench/gpu.json; part of `make bench` where torch sees a GPU
+    fastlm bench --only gpu        # a part of `make bench` where torch sees a GPU
 
 Each row is the median of CUDA events around single calls with a cold second-level cache (triton.testing.do_bench). What cannot
 run is a row that says why. Each fastlm row was checked against the reference in float32 before it was timed.
 """
 
-import json
 import math
-import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 
-OUT = Path(__file__).parents[1] / "build" / "bench" / "gpu.json"
 FASTLM = "fastlm triton"
 
 
@@ -202,26 +196,3 @@ def cells(row: dict) -> tuple[str, ...]:
         return work, row["implementation"], "–", row["why_not"], "–"
     rate = f"{row['gb_s']:.0f} GB/s" if "gb_s" in row else f"{row['tflop_s']:.1f} TFLOP/s"
     return work, row["implementation"], f"{row['ms']:.3f}", rate, f"{row['peak_mib']:.0f}"
-
-
-def table(rows: list[dict]) -> Table:
-    """For the terminal."""
-    shown = Table(*HEADER, title="Attention on this GPU, cold cache, medians")
-    for row in rows:
-        shown.add_row(*cells(row))
-    return shown
-
-
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("bench_gpu.py: torch sees no GPU", file=sys.stderr)
-        return 1
-    rows = run()
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=1))
-    Console().print(table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,27 +1,21 @@
 """Times the Gaussian latent on a GPU: fastlm's CUDA kernels beside the same thing in plain PyTorch and in torch.compile.
 
-    python benchmarks/bench_gpu_latent.py        # a table, and build/bench/gpu_latent.json; part of `make bench` with a GPU
+    fastlm bench --only gpu        # a part of `make bench` where torch sees a GPU
 
 Forward and backward of reparameterize_with_kl, medians of CUDA events with a cold second-level cache (bench_gpu.py). The share
 of bandwidth counts each input read once and each result written once per pass, against a large copy on the same GPU. Each
 fastlm row was checked against the reference before it was timed.
 """
 
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from bench_gpu import cold_median, peak_mib
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fastlm
 
-OUT = Path(__file__).parents[1] / "build" / "bench" / "gpu_latent.json"
 FASTLM = "fastlm cuda"
 COPY_BYTES = 1 << 30
 CHECKED = 1 << 20  # elements: the reference takes a hundred times their memory
@@ -155,26 +149,3 @@ def cells(row: dict, rows: list[dict]) -> tuple[str, ...]:
     eager = next((r.get("ms") for r in rows if r["implementation"] == "eager" and all(r[k] == row[k] for k in setting)), None)
     rates = f"{row['gelem_s']:.1f} Gelem/s", f"{row['of_bandwidth']:.0%}", f"{row['peak_mib']:.0f}"
     return work, row["implementation"], f"{row['ms']:.4f}", *rates, f"{eager / row['ms']:.1f} ×" if eager else "–"
-
-
-def table(rows: list[dict]) -> Table:
-    """For the terminal."""
-    shown = Table(*HEADER, title="The latent on this GPU, cold cache, medians")
-    for row in rows:
-        shown.add_row(*cells(row, rows))
-    return shown
-
-
-def main() -> int:
-    if not torch.cuda.is_available():
-        print("bench_gpu_latent.py: torch sees no GPU", file=sys.stderr)
-        return 1
-    rows = run()
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(rows, indent=1))
-    Console().print(table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,23 +1,21 @@
-"""The results of a run as the report reads them: one `Result` per row, merged from the JSON files of its steps."""
+"""A run as the report reads it: one `Result` per row, merged from the times and the memory in the run's JSON file."""
 
 import json
-import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from op_rows import Cost, all_rows, baseline, cost
+from figures import percentiles
+from rows import Cost, Row, Setting, rows_of, sections
 
 
 @dataclass
 class Result:
     """A row of the report. What was not measured is None; ``why_not`` says why there is no time."""
 
-    op: str
-    workload: str
-    dtype: str
-    implementation: str
+    row: Row
     cost: Cost
-    seconds: float | None = None  # median of all rounds
+    seconds: float | None = None  # the median of the rounds of all turns
     fast: float | None = None  # the 20th and 80th percentiles: how much the machine was at rest
     slow: float | None = None
     error: float | None = None  # share of the largest golden value
@@ -28,80 +26,95 @@ class Result:
     why_no_peak: str | None = None
     speed_up: float | None = None  # over the baseline of the same setting
     peak_ratio: float | None = None  # to the baseline's
+    noisy: bool = False  # its spread, or the baseline's, is wider than what the two differ by
 
     @property
-    def setting(self) -> tuple[str, str, str]:
-        return self.op, self.workload, self.dtype
+    def setting(self) -> Setting:
+        return self.row.setting
 
     @property
     def throughput(self) -> float | None:
         """In the unit of its cost."""
-        return self.cost.work / self.seconds / 1e9 if self.seconds else None
+        return self.cost.throughput(self.seconds) if self.seconds else None
 
-    def limit(self, machine: dict) -> float:
+    def limit(self, machine: dict) -> float | None:
         """The throughput that the machine's memory and its arithmetic allow, whichever is less: the roofline."""
+        if self.cost.bytes_moved is None:
+            return None
         by_memory = machine["bandwidth_gb_s"] * self.cost.work / max(self.cost.bytes_moved, 1)
-        return min(by_memory, machine["gemm_gflop_s"][self.dtype]) if self.cost.unit == "GFLOP/s" else by_memory
+        return min(by_memory, machine["peak_gflop_s"][self.row.dtype]) if self.cost.flops else by_memory
+
+    def share(self, machine: dict) -> float | None:
+        """Of that limit."""
+        limit = self.limit(machine)
+        return self.throughput / limit if limit and self.throughput else None
 
 
-def load(folder: Path, name: str):
-    """The content of ``name``.json, or None where that step was not run."""
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def read(path: Path) -> dict:
+    """A run's JSON file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a run's JSON file: {error}") from error
+    if not isinstance(run, dict) or "benchmarks" not in run:
+        raise ValueError(f"{path} is not a run's JSON file: it has no 'benchmarks'")
+    return run
 
 
-def results_of(ops: dict, memory: list[dict]) -> list[Result]:
-    """A row per op, size, dtype and implementation, in the order of the benchmarks."""
-    times: dict[tuple, list[float]] = {}
-    checks: dict[tuple, dict] = {}
-    for row in ops["benchmarks"]:
-        times.setdefault(_key(row["params"]), []).extend(row["stats"]["data"])  # the rounds of all turns
-        checks[_key(row["params"])] = {name: row["extra_info"].get(name) for name in ("error", "allowed")}
-    missing = {_key(row): row["why_not"] for row in ops["missing"]}
-    peaks = {_key(row): row for row in memory}
-    seen = [key for key in all_rows(full=True) if key in times or key in missing]
-    measured = [_result(key, times.get(key), checks.get(key, {}), missing.get(key), peaks.get(key, {})) for key in seen]
-    _compare(measured)
-    return measured
+def times_of(run: dict) -> dict[Row, list[float]]:
+    """The seconds of each row's rounds, of all its turns, in the order that they were measured in."""
+    times: dict[Row, list[float]] = {}
+    for entry in run["benchmarks"]:
+        times.setdefault(_row(entry["params"]), []).extend(entry["stats"]["data"])
+    return times
 
 
-def _result(key: tuple, times: list[float] | None, check: dict, why_not: str | None, peak: dict) -> Result:
-    result = Result(*key, cost(*key[:3]), why_not=why_not, why_no_peak=peak.get("why_not"), **check)
+def results_of(run: dict) -> list[Result]:
+    """A row per section, size, dtype and implementation, in the order of the sections."""
+    times, missing = times_of(run), {_row(row): row["why_not"] for row in run.get("missing", ())}
+    checks = {_row(entry["params"]): entry["extra_info"] for entry in run["benchmarks"]}
+    peaks = {_row(row): row for row in run.get("memory", ())}
+    rows = _in_order({**times, **missing})
+    results = [_result(row, times.get(row), checks.get(row, {}), missing.get(row), peaks.get(row, {})) for row in rows]
+    _compare(results)
+    return results
+
+
+def _in_order(rows: Iterable[Row]) -> list[Row]:
+    """By section, then setting as they were measured, then implementation as the section lists them."""
+    rows = list(rows)
+    op = {name: i for i, name in enumerate(sections())}
+    setting = {each: i for i, each in enumerate(dict.fromkeys(row.setting for row in rows))}
+    place = {row: i for each in setting for i, row in enumerate(rows_of(each, full=True))}
+    return sorted(rows, key=lambda row: (op[row.op], setting[row.setting], place[row]))
+
+
+def _result(row: Row, times: list[float] | None, check: dict, why_not: str | None, peak: dict) -> Result:
+    result = Result(row, sections()[row.op].cost(row.setting), error=check.get("error"), allowed=check.get("allowed"))
     if times:
-        result.seconds = statistics.median(times)
-        result.fast, *_, result.slow = statistics.quantiles(times, n=5)
+        result.fast, result.seconds, result.slow = percentiles(times)
+    result.why_not, result.why_no_peak = why_not, peak.get("why_not")
     result.peak_bytes, result.result_bytes = peak.get("bytes"), peak.get("result_bytes")
     return result
 
 
-def _key(row: dict) -> tuple[str, str, str, str]:
-    return row["op"], row["workload"], row["dtype"], row["implementation"]
+def _row(fields: dict) -> Row:
+    return Row(*(fields[name] for name in Row._fields))
 
 
 def _compare(results: list[Result]) -> None:
-    bases = {r.setting: r for r in results if r.implementation == baseline(r.op)}
+    bases = {r.setting: r for r in results if r.row.implementation == sections()[r.row.op].baseline}
     for result in results:
         base = bases.get(result.setting)
-        if base and base.seconds and result.seconds:
+        if base is None:
+            continue
+        if base.seconds and result.seconds:
             result.speed_up = base.seconds / result.seconds
-        if base and base.peak_bytes and result.peak_bytes:
+            spread = max(base.slow - base.fast, result.slow - result.fast)
+            result.noisy = base is not result and spread > abs(base.seconds - result.seconds)
+        if base.peak_bytes and result.peak_bytes:
             result.peak_ratio = result.peak_bytes / base.peak_bytes
-
-
-# ---- figures as text --------------------------------------------------------------------------------------------------------
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit: "172 µs", "2.31 ms"."""
-    value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms")
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-
-
-def size(count: int) -> str:
-    """Bytes in MiB: "12.1 MiB"."""
-    return f"{count / 2**20:.1f} MiB"
-
-
-def markdown_table(head: tuple, rows: list[tuple]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

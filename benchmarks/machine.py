@@ -1,24 +1,23 @@
 """The machine a report was measured on, and the memory bandwidth and arithmetic that it really has."""
 
 import datetime
+import importlib.util
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
+import peak
 import torch
 
 import fastlm
 
-FLOATS = 1 << 26  # 256 MiB of float32: beyond any cache
-ROUNDS = 10
-GEMM = 2048
+LIBRARIES = ("transformers", "diffusers", "timm", "onnxruntime", "jax")
 
 
 def describe() -> dict:
-    """What a reader needs to judge the figures, and to repeat them; bandwidths in GB/s (1e9 bytes)."""
+    """What a reader needs to judge the figures, and to repeat them."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -27,13 +26,28 @@ def describe() -> dict:
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **_versions(),
         "fastlm": fastlm.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "backends": fastlm.backends(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **_bandwidths(),
-        "gemm_gflop_s": _gemm_rates(),
     }
+
+
+def peaks() -> dict[str, dict[str, float]]:
+    """Bandwidths in GB/s (1e9 bytes) and rates in GFLOP/s; see peak.py."""
+    return peak.bandwidths() | peak.arithmetic()
+
+
+def best_peaks(measured: list[dict]) -> dict[str, dict[str, float]]:
+    """The best of several: a limit is what the machine does when nothing disturbs it."""
+    return {name: _best([each[name] for each in measured]) for name in measured[0]}
+
+
+def _best(values: list):
+    if isinstance(values[0], dict):
+        return {name: _best([value[name] for value in values]) for name in values[0]}
+    return max(values)
 
 
 class OthersShare:
@@ -70,41 +84,14 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def _versions() -> dict[str, str]:
+    """Of the libraries that are compared with or measured in, where they are installed."""
+    return {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)}
+
+
+def commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None  # not a checkout, or no git
-
-
-def _bandwidths() -> dict[str, float]:
-    """Of torch's own threads: ``copy_`` counts the bytes read and those written, ``sum`` reads alone."""
-    source, target = torch.ones(FLOATS), torch.empty(FLOATS)
-    size = source.numel() * source.element_size()
-    copy = 2 * size / _least_seconds(lambda: target.copy_(source)) / 1e9
-    read = size / _least_seconds(source.sum) / 1e9
-    return {"copy_gb_s": round(copy, 1), "read_gb_s": round(read, 1), "bandwidth_gb_s": round(max(copy, read), 1)}
-
-
-def _gemm_rates() -> dict[str, float]:
-    """What each dtype's arithmetic can reach: torch's matrix product, or float32's where that is faster, being converted to."""
-    single, half = _gemm_rate(torch.float32), _gemm_rate(torch.bfloat16)
-    return {"float32": single, "bfloat16": max(single, half), "float16": single, "float64": round(single / 2, 1)}
-
-
-def _gemm_rate(dtype: torch.dtype) -> float:
-    a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
-    return round(2 * GEMM**3 / _least_seconds(lambda: a @ b, rounds=3) / 1e9, 1)
-
-
-def _least_seconds(work: Callable, rounds: int = ROUNDS) -> float:
-    """The best of some rounds: a limit is what the machine does when nothing disturbs it."""
-    work()
-    return min(_seconds(work) for _ in range(rounds))
-
-
-def _seconds(work: Callable) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -1,13 +1,34 @@
-"""What the plots share: readable sizes, colours that the colour-blind can tell apart (Okabe and Ito), and a way to save."""
+"""What the plots share: readable sizes, colours that the colour-blind can tell apart (Okabe and Ito), and ways to save.
 
+A plot is drawn once and goes on white as well as on black: as SVG its colours become variables of the page's style sheet.
+"""
+
+import io
+import re
 from pathlib import Path
 
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-GREY = "#666666"
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+BROWN = "#8c6d46"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN)
+INK, GREY, GRID = "#1f2328", "#66707a", "#dfe3e8"
+DASHES = (0, (5, 4))
+
+# By colour: the variable's name, and what it is where the page is dark.
+VARIABLES = {
+    BLUE: ("blue", "#4aa8e0"),
+    VERMILION: ("vermilion", "#f08a4b"),
+    GREEN: ("green", "#2fc79a"),
+    PURPLE: ("purple", "#dd9cc0"),
+    ORANGE: ("orange", "#f0b429"),
+    SKY: ("sky", "#8fd0f5"),
+    BROWN: ("brown", "#c4a273"),
+    INK: ("ink", "#e6e9ec"),
+    GREY: ("grey", "#9aa4ae"),
+    GRID: ("grid", "#343a41"),
+}
 
 rcParams |= {
     "font.size": 12,
@@ -17,10 +38,13 @@ rcParams |= {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#E0E0E0",
+    "grid.color": GRID,
     "lines.linewidth": 2.2,
+    "svg.fonttype": "none",  # text stays text
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
 }
 
 
@@ -30,4 +54,21 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """As a PNG on white."""
     figure.savefig(path, dpi=150, facecolor="white")
+
+
+def svg(figure: Figure, name: str) -> str:
+    """An <svg> element that takes its colours from the page. ``name`` keeps its identifiers apart from other pictures'."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'(id="|href="#|url\(#)', lambda match: match.group(1) + name + "-", text)
+    width = f'style="max-width: {figure.get_figwidth():.2f}in"'
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" {width} role="img">', text, count=1)
+    text = text.replace("'DejaVu Sans', 'Bitstream Vera Sans'", "system-ui")
+    for colour, (variable, _) in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return text

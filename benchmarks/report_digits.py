@@ -1,42 +1,41 @@
 """The report's section on the digits VAE."""
 
+from functools import partial
 from pathlib import Path
 
 import report_plots
-from bench_results import markdown_table, size
+from figures import size
+from page import Block, Heading, Photo, Plot, Table, Text, plain
 
 
-def digits_section(digits: dict, out: Path) -> str:
-    report_plots.losses(digits, out / "losses.png")
-    return f"""\
-## Digits VAE
-
+def digits_blocks(digits: dict | None, out: Path) -> list[Block]:
+    if digits is None:
+        return []
+    about = f"""\
 A VAE trained on the handwritten digits of scikit-learn, with `fastlm.nn.GaussianLatent` and with the same layer in plain
 PyTorch: the same first weights, the same order of the images, the same noise. Steps per second are those of whole training
 steps of {digits["batch"]} images on one thread (a network this small gains nothing from more), each latent drawing noise in
 its own usual way. Peak memory is that of one step on all {digits["memory_batch"]:,} training images at once, beyond the model,
-its optimizer and the images.
-
-{_table(digits)}
-
-{_agreement(digits["agreement"])}
-
-![loss curves](losses.png)
-
-![digits](digits.png)
-
-Drawn by the fused model after it was saved and loaded again; pictures are interpolated.
-"""
+its optimizer and the images."""
+    return [
+        Heading(2, "Digits VAE"),
+        Text(about),
+        _table(digits),
+        Text(_agreement(digits["agreement"])),
+        Plot("losses", "loss curves", partial(report_plots.losses, digits)),
+        Photo(out / "digits.png", "digits"),
+        Text("Drawn by the fused model after it was saved and loaded again; pictures are interpolated."),
+    ]
 
 
-def _table(digits: dict) -> str:
+def _table(digits: dict) -> Table:
     rows = [_row(digits, latent) for latent in ("fused", "eager")]
-    return markdown_table(("latent", "steps/s", "peak extra memory", "test loss (nats per image)"), rows)
+    return Table(("latent", "steps/s", "peak extra memory", "test loss (nats per image)"), rows)
 
 
 def _row(digits: dict, latent: str) -> tuple:
     memory = digits["memory"][latent]
-    peak = size(memory["bytes"]) if "bytes" in memory else f"not measured: {memory['why_not']}"
+    peak = size(memory["bytes"]) if "bytes" in memory else plain(f"not measured: {memory['why_not']}")
     return latent, f"{digits['steps_per_second'][latent]:,.0f}", peak, f"{digits['test_loss'][latent]:.2f}"
 
 

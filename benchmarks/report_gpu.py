@@ -1,8 +1,10 @@
 """The report's sections on GPUs: what was measured on one, and what machine code lets expect, never in one table."""
 
+from collections.abc import Iterable
+
 import bench_gpu
 import bench_gpu_latent
-from report_tables import markdown_table
+from page import Block, Heading, Table, Text, plain
 
 ABOUT_PREDICTIONS = """\
 **Predictions, not measurements.** Each kernel was compiled for the GPU, with the settings that it would be launched with there,
@@ -16,24 +18,29 @@ ABOUT_LATENT = """\
 once per pass, against a copy of 1 GiB on the same GPU; *peak MiB* is what a call takes beyond its inputs, results included."""
 
 
-def predictions_section(predictions: dict | None) -> str:
+def prediction_blocks(predictions: dict | None) -> list[Block]:
     """A table of predictions, or why there is none."""
     if predictions is None:
-        return ""
+        return []
+    title = Heading(2, "GPU kernels: predictions")
     if "why_not" in predictions:
-        return f"## GPU kernels: predictions\n\nNone: {predictions['why_not']}."
-    rows = markdown_table(predictions["head"], predictions["rows"])
-    return f"## GPU kernels: predictions\n\n{ABOUT_PREDICTIONS}\n\n{rows}"
+        return [title, Text(plain(f"None: {predictions['why_not']}."))]
+    rows = [[plain(cell) for cell in row] for row in predictions["rows"]]
+    return [title, Text(ABOUT_PREDICTIONS), Table(predictions["head"], rows)]
 
 
-def measured_section(attention: list[dict] | None, latent: list[dict] | None) -> str:
+def measured_blocks(attention: list[dict] | None, latent: list[dict] | None) -> list[Block]:
     """What bench_gpu.py and bench_gpu_latent.py measured, or that nothing was."""
     if not attention and not latent:
-        return "## GPU\n\nNo GPU was at hand: nothing here was measured on one."
-    parts = ["## GPU", "Medians of single calls with a cold second-level cache."]
+        return [Heading(2, "GPU"), Text("No GPU was at hand: nothing here was measured on one.")]
+    blocks: list[Block] = [Heading(2, "GPU"), Text("Medians of single calls with a cold second-level cache.")]
     if attention:
-        parts += ["### Attention", markdown_table(bench_gpu.HEADER, [bench_gpu.cells(row) for row in attention])]
+        blocks += [Heading(3, "Attention"), _table(bench_gpu.HEADER, map(bench_gpu.cells, attention))]
     if latent:
         rows = [bench_gpu_latent.cells(row, latent) for row in latent]
-        parts += ["### The latent", ABOUT_LATENT, markdown_table(bench_gpu_latent.HEADER, rows)]
-    return "\n\n".join(parts)
+        blocks += [Heading(3, "The latent"), Text(ABOUT_LATENT), _table(bench_gpu_latent.HEADER, rows)]
+    return blocks
+
+
+def _table(head: tuple, rows: Iterable[tuple]) -> Table:
+    return Table(head, [[plain(cell) for cell in row] for row in rows])

@@ -1,10 +1,13 @@
-"""The main job, `make bench`: check, time and measure each op, train the digits VAE, compile GPU kernels, and write a report.
+"""The main job, `make bench` or `fastlm bench`: check, time and measure each op and model, train the digits VAE, and report.
 
-    python benchmarks/run.py [--only ops|digits|gpu] [--full] [--out DIR]
+    fastlm bench                                             # about ten minutes on two cores
+    fastlm bench --full                                      # the long sizes and every dtype too
+    fastlm bench "attention, forward" --sizes 1x8x512x64     # one section, at sizes of your own
+    fastlm bench --resume                                    # go on with a run that was interrupted
+    fastlm bench --compare A.json B.json                     # what got slower between two runs; exit code 1 where something did
 
-Leaves in DIR (build/bench): report.md and its pictures, and machine.json, ops.json (pytest-benchmark's format), memory.json,
-digits.json, gpu.json, gpu_latent.json and predictions.json, from which `report.py` can write it again. The exit code is 1 where
-an answer was wrong.
+Leaves in --out (build/bench) report.html, report.md and its pictures, and bench.json: all that was measured, the times in
+pytest-benchmark's format. While it runs, what is finished is in bench.jsonl. The exit code is 1 where an answer was wrong.
 """
 
 import argparse
@@ -14,94 +17,144 @@ from pathlib import Path
 
 import bench_gpu
 import bench_gpu_latent
+import compare
 import machine
 import torch
 from bench_digits import run_digits
-from bench_results import size
+from figures import size
+from journal import Journal
 from memory import peak_extra_bytes
-from op_rows import all_rows, find
-from ops_progress import bar, run_ops
-from report import DEFAULT_OUT, warning, write_report
+from report import DEFAULT_OUT, RUN, warning, write_report
+from report_tables import listed
 from rich.console import Console
+from rows import Row, Selection, rows_of, sections, settings
+from timing import bar, benchmark_json, time_rows
 
 from fastlm import cuda_kernels, triton_kernels
 
-STEPS = "machine", "ops", "memory", "digits", "gpu", "gpu_latent", "predictions"
 LOG_WIDTH = 128  # where the output is no terminal
+ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
+PARTS = "ops", "digits", "gpu"
 
 
-def main() -> None:
+def main() -> int:
     options = parse_options()
-    out, console = options.out.resolve(), Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in STEPS:
-        out.joinpath(f"{name}.json").unlink(missing_ok=True)  # a report is of one run
-    right = True
-    console.rule("The machine")
-    description = machine.describe()
-    console.print(
-        f"  {description['cpu']}, {description['threads']} threads, {description['bandwidth_gb_s']} GB/s, "
-        f"{description['gemm_gflop_s']['float32']} GFLOP/s"
-    )
-    if options.only in (None, "ops"):
-        console.rule("Ops: is the answer right, and how fast is it? (medians)")
-        with machine.OthersShare() as others:
-            right &= run_ops(out / "ops.json", options.full) == 0
-        description["others_share"] = others.share
-        console.rule("Ops: peak extra memory")
-        _save(out, "memory", measure_memory(console, options.full))
-    if options.only in (None, "digits"):
-        console.rule("Digits VAE: fused and eager")
-        right &= run_digits(console, out)
-    if options.only in (None, "gpu"):
-        console.rule("GPU kernels")
-        _save(out, "predictions", predict(console))
-        if torch.cuda.is_available():
-            rows = _save(out, "gpu", bench_gpu.run())
-            console.print(bench_gpu.table(rows))
-            _bench_latent(out, console)
-    console.rule("Report")
-    _save(out, "machine", description)
-    tables = write_report(out)
-    console.print(f"  {out / 'report.md'}", soft_wrap=True)
-    console.print(*tables)
-    console.print(warning(description), style="bold red")
-    if not right:
-        sys.exit("fastlm's benchmark: a check of the answers failed, see above")
-
-
-def _bench_latent(out: Path, console: Console) -> None:
-    """The CUDA kernels, where this build has them."""
-    if reason := cuda_kernels.unavailable(torch.cuda.current_device()):
-        console.print(f"  the latent: {reason}")
-        return
-    rows = _save(out, "gpu_latent", bench_gpu_latent.run())
-    console.print(bench_gpu_latent.table(rows))
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    try:
+        if options.compare:
+            return compare.show(tuple(options.compare), console)
+        return run(options, console)
+    except ValueError as error:
+        print(f"fastlm bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastlm bench: interrupted; what is finished is kept, and --resume goes on", file=sys.stderr)
+        return 130
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=("ops", "digits", "gpu"), help="one part; the report has that part alone")
+    parser = argparse.ArgumentParser(prog="fastlm bench", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "op", nargs="?", metavar="OP", help="one section, or all whose names have this in them, and nothing else"
+    )
+    parser.add_argument("--sizes", default="", help="in place of OP's own, with commas between: 1x8x512x64,1x8x1024x64")
+    parser.add_argument("--only", choices=PARTS, help="one part of the run; the report has that part alone")
     parser.add_argument("--full", action="store_true", help="the long sizes and every dtype too")
+    parser.add_argument("--resume", action="store_true", help="go on with a run of the same options that was interrupted")
+    parser.add_argument("--publish", action="store_true", help="also write benchmarks/RESULTS.md and its pictures")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="two runs' bench.json; runs nothing"
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.sizes and not options.op:
+        parser.error("--sizes needs OP, the section that they are sizes of")
+    if options.publish and (options.op or options.only):
+        parser.error("--publish is for a whole run, without OP and --only")
+    return options
 
 
-def measure_memory(console: Console, full: bool) -> list[dict]:
-    """Peak extra memory in float32 of the sizes that are worth it, each in a process of its own."""
-    names = ("op", "workload", "dtype", "implementation")
-    rows = [dict(zip(names, row)) for row in all_rows(full) if row[2] == "float32" and find(*row[:2])[1].memory]
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Measure what was asked for, and report it; 1 where an answer was wrong."""
+    selection = Selection(options.full, options.op, tuple(filter(None, options.sizes.split(","))))
+    settings(selection)  # raises where there is no such section or size, before anything is measured
+    parts = ("ops",) if options.op else (options.only,) if options.only else PARTS
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    what = {"op": selection.only, "sizes": selection.sizes, "full": selection.full, "parts": parts}
+    journal = Journal(out / "bench.jsonl", what | {"commit": machine.commit(), "torch": torch.__version__}, options.resume)
+    right = measure(journal, selection, parts, console, out)
+    console.rule("Report")
+    content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
+    content["machine"] |= machine.best_peaks(journal.of("peaks"))
+    content["machine"]["others_share"] = max(journal.of("others_share"), default=None)
+    content["command"] = command_of(options)
+    out.joinpath(RUN).write_text(json.dumps(content, indent=1))
+    tables = write_report(out, options.publish)
+    for name in ("report.html", "report.md", RUN):
+        console.print(f"  {out / name}", soft_wrap=True)
+    console.print(*tables)
+    console.print(warning(content["machine"]), style="bold red")
+    if not right:
+        print("fastlm bench: a check of the answers failed, see above", file=sys.stderr)
+    return 0 if right else 1
+
+
+def measure(journal: Journal, selection: Selection, parts: tuple[str, ...], console: Console, out: Path) -> bool:
+    """Every step that the journal does not have yet; whether all answers were right."""
+    console.rule("The machine")
+    description = journal.once("machine", machine.describe)
+    peaks = journal.once("peaks", machine.peaks)
+    console.print(
+        f"  {description['cpu']}, {description['threads']} threads, {peaks['bandwidth_gb_s']} GB/s, "
+        f"{peaks['peak_gflop_s']['float32']} GFLOP/s"
+    )
+    right = True
+    if "ops" in parts:
+        console.rule("Is the answer right, and how fast is it? (medians)")
+        with machine.OthersShare() as others:
+            right &= time_rows(journal, selection)
+        journal.add("others_share", others.share or 0.0)
+        journal.add("peaks", machine.peaks())
+        console.rule("Peak extra memory")
+        measure_memory(journal, selection, console)
+    if "digits" in parts:
+        console.rule("Digits VAE: fused and eager")
+        right &= journal.once("digits", lambda: run_digits(console, out))["agreement"]["agree"]
+    if "gpu" in parts:
+        console.rule("GPU kernels")
+        journal.once("predictions", lambda: predict(console))
+        if torch.cuda.is_available():
+            measure_gpu(journal, console)
+    return right
+
+
+def measure_memory(journal: Journal, selection: Selection, console: Console) -> None:
+    """Peak extra memory of the settings that are worth it, each row in a process of its own."""
+    worth = [setting for setting in settings(selection) if sections()[setting.op].has_memory(setting)]
+    done = {Row(*(row[name] for name in Row._fields)) for row in journal.of("memory")}
+    rows = [row for setting in worth for row in rows_of(setting, selection.full) if row not in done]
     with bar(console) as progress:
         task = progress.add_task("", total=len(rows))
         for row in rows:
-            name = " ".join(row.values())
-            progress.update(task, description=name)
-            row |= peak_extra_bytes("op_rows:fresh_step", **row)
+            progress.update(task, description=" ".join(row))
+            found = peak_extra_bytes("rows:fresh_step", **row._asdict())
+            journal.add("memory", row._asdict() | found)
             progress.advance(task)
-            console.print(
-                f"  {name}: {size(row['bytes']) if 'bytes' in row else row['why_not']}", highlight=False, soft_wrap=True
-            )
-    return rows
+            text = size(found["bytes"]) if "bytes" in found else found["why_not"]
+            console.print(f"  {' '.join(row)}: {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+def measure_gpu(journal: Journal, console: Console) -> None:
+    """Attention, and the latent where this build has its CUDA kernels."""
+    rows = journal.once("gpu", bench_gpu.run)
+    console.print(listed("Attention on this GPU, cold cache, medians", bench_gpu.HEADER, map(bench_gpu.cells, rows)))
+    if reason := cuda_kernels.unavailable(torch.cuda.current_device()):
+        console.print(f"  the latent: {reason}")
+    else:
+        rows = journal.once("gpu_latent", bench_gpu_latent.run)
+        cells = [bench_gpu_latent.cells(row, rows) for row in rows]
+        console.print(listed("The latent on this GPU, cold cache, medians", bench_gpu_latent.HEADER, cells))
 
 
 def predict(console: Console) -> dict:
@@ -116,10 +169,14 @@ def predict(console: Console) -> dict:
     return {"head": static_roofline.HEADER, "rows": rows}
 
 
-def _save(out: Path, name: str, content):
-    out.joinpath(f"{name}.json").write_text(json.dumps(content, indent=1))
-    return content
+def command_of(options: argparse.Namespace) -> str:
+    """What a reader types to have these figures of their own machine."""
+    words = ["fastlm bench"]
+    words += [f'"{options.op}"'] if options.op else []
+    words += [f"--sizes {options.sizes}"] if options.sizes else []
+    words += [f"--only {options.only}"] if options.only else []
+    return " ".join(words + ["--full"] * options.full)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

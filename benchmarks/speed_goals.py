@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bench_results import Result
-from op_rows import FASTLM, baseline
+from rows import Row, sections
 
 SPEED_UP, MEMORY = "speed-up over", "peak extra memory, as a share of that of"
 
@@ -21,7 +21,7 @@ class Goal:
     over: str | None = None  # the baseline
 
     def covers(self, result: Result) -> bool:
-        row = result.op, result.dtype, result.implementation.startswith(FASTLM)
+        row = result.row.op, result.row.dtype, result.row.own
         in_reach = self.fewest <= result.cost.size <= self.most and (self.ratio == SPEED_UP or result.peak_bytes is not None)
         return row == (self.op, self.dtype, True) and in_reach
 
@@ -31,7 +31,7 @@ class Verdict:
     """A goal held against one row."""
 
     figure: str
-    row: Result
+    result: Result
     measured: float | None
     goal: str
     met: bool
@@ -66,22 +66,22 @@ GOALS = (
 
 def judge(results: list[Result]) -> list[Verdict]:
     """Every goal against every row it covers. What was not measured does not meet it."""
-    by_row = {(*r.setting, r.implementation): r for r in results}
-    return [_verdict(goal, row, by_row) for goal in GOALS for row in results if goal.covers(row)]
+    by_row = {r.row: r for r in results}
+    return [_verdict(goal, result, by_row) for goal in GOALS for result in results if goal.covers(result)]
 
 
-def _verdict(goal: Goal, row: Result, by_row: dict[tuple, Result]) -> Verdict:
-    over = goal.over or baseline(goal.op)
-    peer = by_row.get((*row.setting, over))
+def _verdict(goal: Goal, result: Result, by_row: dict[Row, Result]) -> Verdict:
+    over = goal.over or sections()[goal.op].baseline
+    peer = by_row.get(result.row._replace(implementation=over))
     needed = None
     if goal.ratio == SPEED_UP:
-        measured, sign = _ratio(peer and peer.seconds, row.seconds), "≥"
+        measured, sign = _ratio(peer and peer.seconds, result.seconds), "≥"
         met = measured is not None and measured >= goal.bound
         needed = peer.throughput * goal.bound if measured else None
     else:
-        measured, sign = _ratio(row.peak_bytes, peer and peer.peak_bytes), "≤"
+        measured, sign = _ratio(result.peak_bytes, peer and peer.peak_bytes), "≤"
         met = measured is not None and measured <= goal.bound
-    return Verdict(f"{goal.ratio} {over}", row, measured, f"{sign} {goal.bound:.3g}", met, needed)
+    return Verdict(f"{goal.ratio} {over}", result, measured, f"{sign} {goal.bound:.3g}", met, needed)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import gpu_kernels
 from gpu_kernels import Variant
+from report_tables import listed
 from rich.console import Console
 from rich.table import Table
 
@@ -105,10 +106,7 @@ def _table_row(row: dict) -> tuple[str, ...]:
 
 def table(rows: list[tuple[str, ...]]) -> Table:
     """For the terminal."""
-    shown = Table(*HEADER, title="Predicted from machine code, bfloat16, nothing masked; not measured")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    return listed("Predicted from machine code, bfloat16, nothing masked; not measured", HEADER, rows)
 
 
 def main() -> None:

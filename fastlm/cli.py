@@ -1,21 +1,26 @@
-"""The command line: ``fastlm doctor``."""
+"""The command line: ``fastlm doctor`` and ``fastlm bench``."""
 
 import argparse
 import importlib.util
 import os
 import platform
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 
 from . import __version__, backends, native
 
+PACKAGE = Path(__file__).parent
+BENCH = Path("benchmarks", "run.py")
+BENCH_EXTRA = {"matplotlib", "pytest", "pytest_benchmark", "rich", "safetensors", "sklearn"}
 ENVIRONMENT = ("FASTLM_BACKEND", "FASTLM_CPU_ISA", "OMP_NUM_THREADS")
 
 
 def doctor() -> int:
     """Print what this machine, this torch and this build can do; 0 if a kernel backend is available, else 1."""
-    print(f"fastlm   {__version__}  ({os.path.dirname(__file__)})")
+    print(f"fastlm   {__version__}  ({PACKAGE})")
     print(f"python   {platform.python_version()}  ({sys.executable})")
     print(f"torch    {torch.__version__}  ({torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'not built in'})")
     print(f"machine  {platform.machine()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores")
@@ -37,11 +42,38 @@ def doctor() -> int:
     return 0 if kernels else 1
 
 
+def bench(arguments: list[str]) -> int:
+    """Run the checkout's benchmarks/run.py, whose options these are; its exit code, or 2 where there is no checkout."""
+    script = next((folder / BENCH for folder in (PACKAGE.parent, Path.cwd()) if (folder / BENCH).exists()), None)
+    if script is None:
+        message = (
+            f"fastlm bench: the benchmarks are in fastlm's repository, and not in its wheel. There is no {BENCH} in "
+            f"{PACKAGE.parent} or in {Path.cwd()}: run this in a clone of the repository, after pip install -e '.[bench]'."
+        )
+        print(message, file=sys.stderr)
+        return 2
+    sys.argv[:] = [str(script), *arguments]
+    sys.path[0] = str(script.parent)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except ModuleNotFoundError as error:
+        if error.name in BENCH_EXTRA:
+            print(f"fastlm bench needs {error.name}: pip install 'fastlm[bench]'", file=sys.stderr)
+            return 2
+        raise
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastlm", description="Fused attention and VAE kernels for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what this machine, this torch and this build can do, and why not more")
-    parser.parse_args(arguments)
+    commands.add_parser("bench", help="measure fastlm beside what you would use instead (--help for more)", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "bench":
+        return bench(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return doctor()
 
 

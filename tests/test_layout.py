@@ -156,6 +156,8 @@ def test_objects_for_an_instruction_set_hold_no_weak_symbols(path):
 
 @pytest.mark.parametrize("path", tracked_files(), ids=name_of)
 def test_no_source_file_is_longer_than_a_reader_can_hold(path):
+    if path == ROOT / "benchmarks" / "RESULTS.md":
+        return  # a run's report, which no one writes; its tables are folded away
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt", ".toml"} or path.name == "Makefile":
         assert len(path.read_text().splitlines()) <= MAX_LINES
 

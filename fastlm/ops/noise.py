@@ -119,6 +119,9 @@ BENCHMARKS = (
         dtypes=(torch.float32,),
         backends=("cpu",),
         workloads=(_workload(1 << 16), _workload(1 << 20), _workload(1 << 24, quick=())),
-        peers={"torch.randn": lambda shape, seed: torch.randn(shape)},
+        peers=("torch.randn",),
+        sizes="elements",
+        sized=_workload,
+        own_noise=True,
     ),
 )

@@ -193,13 +193,6 @@ def _run(op: str, tensors: tuple, options: tuple, backend: str | None, seed) -> 
 # ---- the specs ------------------------------------------------------------------------------------------------------------
 
 
-def _eager(mu: Tensor, logvar: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What users write."""
-    std = torch.exp(0.5 * logvar)
-    z = mu + torch.randn_like(std) * std
-    return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
-
-
 def _latent(dtype, *shape, chunk_dim=None, transpose=False, **options) -> dict:
     """The arguments of a call: mu and logvar as asked for, the rest as given; a prior is given by its shape."""
     if chunk_dim is None:
@@ -302,8 +295,10 @@ BENCHMARKS = (
             _workload(16384, 512),
             _workload(16384, 1024, quick=False),
         ),
-        peers={"eager": _eager},
+        peers=("eager", "eager, compiled"),
+        sizes="rows x columns",
+        sized=_workload,
         differentiable=("mu", "logvar"),
-        compiled=True,
+        own_noise=True,
     ),
 )

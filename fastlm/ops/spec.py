@@ -33,13 +33,15 @@ class Workload:
     numbers: int  # how many of the dtype must cross the memory bus, where each tensor crosses it once
     quick: tuple[torch.dtype, ...] = (torch.float32,)  # the dtypes in `make bench`; the long run has all
     memory: bool = False  # whether its peak memory is worth a row, in float32
+    threads: int | None = None  # torch's threads; None: as many as the process has
+    without: tuple[str, ...] = ()  # peers that this size is too large for
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """A section of the benchmark's report: one function and its peers at several sizes.
 
-    ``peers`` are what a user would write or pick instead, the first of them the baseline; they take a workload's arguments.
+    ``peers`` name what a user would write or pick instead, the first of them the baseline; benchmarks/peers.py has them.
     """
 
     name: str
@@ -49,10 +51,13 @@ class Benchmark:
     dtypes: tuple[torch.dtype, ...]
     backends: tuple[str, ...]
     workloads: tuple[Workload, ...]
-    peers: dict[str, Callable]
+    peers: tuple[str, ...]
+    sizes: str  # how a size of one's own is written, e.g. "BxHxSxD", ...
+    sized: Callable[..., Workload]  # ... and what makes a workload of its numbers
     differentiable: tuple[str, ...] = ()  # forward and backward are timed together; without any, the forward alone
     slow_in_half: tuple[str, ...] = ()  # peers that half precision makes so slow that only the long run times them there
-    compiled: bool = False  # the first peer under torch.compile is a peer too
+    own_noise: bool = False  # peers draw noise of their own: how wrong they are cannot be told
+    growth: bool = False  # whether nothing but the size differs between workloads, so that growth exponents say something
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -1,0 +1,89 @@
+"""What the machine can do at most, measured in the run that is compared with it: arithmetic by dtype, and memory bandwidth.
+
+The rate of a dtype is the best of torch's matrix product and of a loop of multiply-adds on all of torch's threads (peak_fma.c,
+which the C compiler builds for this machine): torch's float32 product uses half the vector width of some CPUs.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("peak_fma.c")
+FLOATS = 1 << 26  # 256 MiB of float32: beyond any cache
+GEMM = 2048
+FMA_ROUNDS = 5_000_000  # about 0.1 s
+REPEATS = 10
+
+
+def bandwidths() -> dict[str, float]:
+    """GB/s (1e9 bytes) of torch's own threads: ``copy_`` counts the bytes read and those written, ``sum`` reads alone."""
+    source, target = torch.ones(FLOATS), torch.empty(FLOATS)
+    size = source.numel() * source.element_size()
+    copy = 2 * size / _least_seconds(lambda: target.copy_(source)) / 1e9
+    read = size / _least_seconds(source.sum) / 1e9
+    return {"copy_gb_s": round(copy, 1), "read_gb_s": round(read, 1), "bandwidth_gb_s": round(max(copy, read), 1)}
+
+
+def arithmetic() -> dict[str, dict]:
+    """GFLOP/s: of torch's product and of multiply-adds, and the peak of each dtype, in which nothing can be faster.
+
+    bfloat16 is computed in float32 where that is faster, its numbers being converted, and float16 always: torch's product of
+    it takes a minute. float64 has half of float32's lanes.
+    """
+    gemm = {name: _gemm_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    fma, why_not = fma_rates()
+    rates = {name: max(rate, fma.get(name, 0.0)) for name, rate in gemm.items()}
+    single = rates["float32"]
+    peak = {"float32": single, "bfloat16": max(rates.values()), "float16": single, "float64": round(single / 2, 1)}
+    return {"gemm_gflop_s": gemm, "fma_gflop_s": fma or {"why_not": why_not}, "peak_gflop_s": peak}
+
+
+def fma_rates() -> tuple[dict[str, float], str | None]:
+    """GFLOP/s by dtype of all of torch's threads together; or nothing, and why."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return {}, "no C compiler was found"
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "peak_fma.so")
+        command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-o", library, SOURCE]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if built.returncode:
+            return {}, f"{compiler}: {(built.stderr.strip() or 'failed').splitlines()[0]}"
+        module = ctypes.CDLL(str(library))
+    rates = {name: _rate_of_threads(getattr(module, name)) for name in ("float32", "bfloat16")}
+    return {name: rate for name, rate in rates.items() if rate}, None
+
+
+def _rate_of_threads(function: Callable[[int], int]) -> float:
+    """ctypes lets go of the interpreter during a call, so that Python's threads run side by side."""
+    function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_int64
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        operations = sum(pool.map(function, [FMA_ROUNDS] * threads))
+        seconds = _least_seconds(lambda: list(pool.map(function, [FMA_ROUNDS] * threads)), repeats=3)
+    return round(operations / seconds / 1e9, 1)
+
+
+def _gemm_rate(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
+    return round(2 * GEMM**3 / _least_seconds(lambda: a @ b, repeats=3) / 1e9, 1)
+
+
+def _least_seconds(work: Callable, repeats: int = REPEATS) -> float:
+    """The best of some: a limit is what the machine does when nothing disturbs it."""
+    work()
+    return min(_seconds(work) for _ in range(repeats))
+
+
+def _seconds(work: Callable) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

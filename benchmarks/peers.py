@@ -1,0 +1,175 @@
+"""What a user would write or pick instead of fastlm's functions on a CPU, by the names that the ops' benchmarks give them.
+
+Each peer takes the keyword arguments of the function that it stands in for, gets ready (compiles, builds a graph, lays its
+inputs out as it likes them) and returns the call that is timed. It raises where it is not installed or does not do the call.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile starts no workers, to be busy beside what is timed
+
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+def _as_is(function: Callable) -> Callable[..., Call]:
+    """A peer that needs no preparation."""
+    return lambda **arguments: partial(function, **arguments)
+
+
+def _compiled(function: Callable) -> Callable[..., Call]:
+    """The same under torch.compile, for these shapes alone, as in a program that has one."""
+    return lambda **arguments: partial(torch.compile(function, dynamic=False), **arguments)
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------------
+
+
+def _seen(length: int, window: tuple[int | None, int | None] | None) -> Tensor:
+    """(L, L) bool: what a causal query sees, of a window where there is one."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return seen.triu(-window[0]) if window else seen
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, window=None) -> Call:
+    mask = _seen(query.shape[2], window) if window else None
+    return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal and mask is None)
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
+    scores = query @ key.mT / math.sqrt(query.shape[3])
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def _eager(query, key, value, causal: bool = False, window=None, attend: Callable = _softmax_attention) -> Call:
+    hidden = ~_seen(query.shape[2], window) if causal else None
+    return lambda: attend(query, key, value, hidden)
+
+
+def _eager_compiled(**arguments) -> Call:
+    return _eager(**arguments, attend=torch.compile(_softmax_attention, dynamic=False))
+
+
+def _flex_attention(query, key, value, causal: bool = False, window=None) -> Call:
+    """FlexAttention compiled for one length. On CPUs it has no backward."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(batch, head, row, column):
+        return (row >= column) & (row - column <= (window[0] if window else length))
+
+    length = query.shape[2]
+    blocks = create_block_mask(seen, None, None, length, length, device="cpu") if causal else None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return torch.no_grad()(lambda: compiled(query, key, value, block_mask=blocks))
+
+
+def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
+    """ONNX Runtime's fused MultiHeadAttention, which takes (B, L, H * D); inputs and output are bound where they lie."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    if window or query.dtype != torch.float32:
+        raise NotImplementedError(f"MultiHeadAttention on CPUs has no {'window' if window else query.dtype}")
+    batch, heads, length, _ = query.shape
+    inputs = {n: t.transpose(1, 2).flatten(2).contiguous() for n, t in (("query", query), ("key", key), ("value", value))}
+    out = torch.empty_like(inputs["query"])
+    described = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, t.shape) for n, t in (inputs | {"out": out}).items()}
+    options = {"domain": "com.microsoft", "num_heads": heads, "unidirectional": int(causal)}
+    node = helper.make_node("MultiHeadAttention", list(inputs), ["out"], **options)
+    graph = helper.make_graph([node], "attention", [described[n] for n in inputs], [described["out"]])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for name, tensor in inputs.items():
+        binding.bind_input(name, "cpu", 0, "float32", tuple(tensor.shape), tensor.data_ptr())
+    binding.bind_output("out", "cpu", 0, "float32", tuple(out.shape), out.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return out.view(batch, length, heads, -1).transpose(1, 2)
+
+    call.keeps = inputs  # the binding holds addresses alone
+    return call
+
+
+def _jax(query, key, value, causal: bool = False, window=None) -> Call:
+    """jax.nn.dot_product_attention, which takes (B, L, H, D), compiled by XLA."""
+    import jax
+
+    query, key, value = (jax.dlpack.from_dlpack(t.transpose(1, 2).contiguous()) for t in (query, key, value))
+    options = {"is_causal": causal, "local_window_size": window[0] if window else None}
+    attend = jax.jit(partial(jax.nn.dot_product_attention, **options))
+    return lambda: torch.from_dlpack(attend(query, key, value).block_until_ready()).transpose(1, 2)
+
+
+# ---- decoding, and packed sequences -----------------------------------------------------------------------------------------
+
+
+def _sdpa_of_cache(query, key_cache, value_cache, cache_seqlens) -> Tensor:
+    return F.scaled_dot_product_attention(query, key_cache, value_cache, enable_gqa=True)
+
+
+def _eager_of_cache(query, key_cache, value_cache, cache_seqlens) -> Tensor:
+    group = query.shape[1] // key_cache.shape[1]
+    return _softmax_attention(query, key_cache.repeat_interleave(group, 1), value_cache.repeat_interleave(group, 1), None)
+
+
+def _sdpa_each(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
+    """A call for each sequence."""
+    bounds = cu_seqlens_q.tolist()
+    outs = []
+    for begin, end in zip(bounds, bounds[1:]):
+        one = (t[begin:end].transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+        outs.append(F.scaled_dot_product_attention(*one, is_causal=causal).squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _sdpa_padded(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
+    """One call on sequences padded to the longest, and back. Causal: no query sees what was padded behind it."""
+    lengths = cu_seqlens_q.diff().long()
+    row = torch.arange(int(lengths.max()))
+    real = row < lengths[:, None]  # (B, L)
+    index = (cu_seqlens_q[:-1, None] + row).clamp(max=len(query) - 1)
+    padded = (t[index].transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(*padded, is_causal=causal).transpose(1, 2)[real]
+
+
+# ---- the latent -------------------------------------------------------------------------------------------------------------
+
+
+def _eager_latent(mu: Tensor, logvar: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """What users write."""
+    std = torch.exp(0.5 * logvar)
+    z = mu + torch.randn_like(std) * std
+    return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
+
+
+def _randn(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape)
+
+
+PEERS: dict[str, dict[str, Callable[..., Call]]] = {
+    "attention": {
+        "SDPA": _sdpa,
+        "eager": _eager,
+        "eager, compiled": _eager_compiled,
+        "FlexAttention": _flex_attention,
+        "ONNX Runtime": _onnx_runtime,
+        "JAX": _jax,
+    },
+    "varlen_attention": {"SDPA for each": _as_is(_sdpa_each), "SDPA padded": _as_is(_sdpa_padded)},
+    "kvcache_attention": {"SDPA": _as_is(_sdpa_of_cache), "eager": _as_is(_eager_of_cache)},
+    "reparameterize_with_kl": {"eager": _as_is(_eager_latent), "eager, compiled": _compiled(_eager_latent)},
+    "normal": {"torch.randn": _as_is(_randn)},
+}

@@ -1,0 +1,17 @@
+"""pytest's items as rows, and what the files that pytest loads share with timing.py, which runs pytest."""
+
+import pytest
+from rows import Row, Setting
+
+DONE = pytest.StashKey[set[Setting]]()  # what an interrupted run has already
+MISSING = pytest.StashKey[dict[Row, str]]()  # the rows that have no time, and why
+
+
+def row_of(item: pytest.Item) -> Row:
+    return Row(*(item.callspec.params[name] for name in Row._fields))
+
+
+def missing(config: pytest.Config, setting: Setting | None = None) -> list[dict[str, str]]:
+    """The rows without a time, of one setting or of all, each with "why_not"."""
+    why_not = config.stash[MISSING]
+    return [row._asdict() | {"why_not": why} for row, why in why_not.items() if setting in (None, row.setting)]

@@ -1,0 +1,38 @@
+"""Lets tests import the modules of benchmarks/, last on the path, as both folders have a conftest.py; and makes up a run."""
+
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+if str(BENCHMARKS) not in sys.path:
+    sys.path.append(str(BENCHMARKS))
+
+OWN, BASE, OTHER = "fastlm cpu", "SDPA", "eager"
+FORWARD = "attention, forward"
+
+
+def entry(
+    implementation: str, times: list[float], op: str = FORWARD, workload: str = "B4 H8 S512", turn: int = 0, **extra
+) -> dict:
+    """A benchmark as pytest-benchmark writes it."""
+    params = {"op": op, "workload": workload, "dtype": "float32", "turn": turn, "implementation": implementation}
+    return {"params": params, "extra_info": extra, "stats": {"data": times}}
+
+
+def made_up_run(*entries: dict, **more) -> dict:
+    """A run's JSON."""
+    rates = {"float32": 200.0, "bfloat16": 400.0, "float16": 200.0, "float64": 100.0}
+    machine = {
+        "cpu": "<b>a CPU</b> & co_",
+        "threads": 2,
+        "date": "2026-01-01",
+        "torch": "2.13.0",
+        "fastlm": "0.1.0",
+        "commit": "abc",
+        "backends": {"cpu": "available", "cuda": "no"},
+        "bandwidth_gb_s": 40.0,
+        "gemm_gflop_s": rates,
+        "fma_gflop_s": rates,
+        "peak_gflop_s": rates,
+    }
+    return {"benchmarks": list(entries), "missing": [], "machine": machine, "command": "fastlm bench"} | more

@@ -1,0 +1,287 @@
+"""The benchmarks' rows, and runs of them: what is asked for, what is missing, what is wrong, and what is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bench
+import memory
+import pytest
+import rows
+import run as benchmark_run
+import torch
+from bench_models import Model
+from journal import Journal
+from model_section import ModelSection
+from op_check import SOME_QUERIES, Judge
+from op_section import OpContest
+from peers import PEERS
+from rows import Row, Selection, Setting, Unavailable
+
+import fastlm
+from fastlm import cli
+from fastlm.ops.spec import all_benchmarks
+
+TINY = "attention, a tiny call"
+SMALL = {"BxHxSxD": (2, 2, 300, 16), "rows x columns": (9, 7), "elements": (99,)}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in all_benchmarks()}
+
+# ---- what is asked for ------------------------------------------------------------------------------------------------------
+
+
+def test_every_benchmark_has_peers_and_every_row_its_own_key():
+    found = [row for setting in rows.settings(Selection(full=True)) for row in rows.rows_of(setting, full=True)]
+    assert len(set(found)) == len(found)
+    for benchmark in BENCHMARKS.values():
+        assert set(benchmark.peers) <= set(PEERS[benchmark.function.__name__])
+
+
+def test_a_section_is_asked_for_by_its_name_or_a_part_of_names():
+    assert [s.name for s in rows.selected(Selection(only="attention, forward"))] == ["attention, forward"]
+    assert {s.name for s in rows.selected(Selection(only="GROWTH"))} == {n for n in rows.sections() if n.startswith("growth")}
+    with pytest.raises(ValueError, match="OP must be a part of a section's name; got 'nothing'.*varlen_attention, causal"):
+        rows.settings(Selection(only="nothing"))
+
+
+def test_sizes_of_ones_own():
+    found = rows.settings(Selection(only="attention, forward, causal", sizes=("1x2x64x32", "2x2x64x32")))
+    assert found == [Setting("attention, forward, causal", size, "float32") for size in ("1x2x64x32", "2x2x64x32")]
+    section = rows.sections()["attention, forward, causal"]
+    arguments = section.workload("2x2x64x32").make(torch.float32)
+    assert arguments["query"].shape == (2, 2, 64, 32) and arguments["causal"]
+    assert section.cost(found[1]).work == 2 * section.cost(found[0]).work == 4 * 2 * 2 * 64 * 64 * 32 // 2
+    with pytest.raises(ValueError, match="'attention, forward, causal' are written BxHxSxD; got '3xS'"):
+        rows.settings(Selection(only="attention, forward, causal", sizes=("3xS",)))
+    with pytest.raises(ValueError, match="--sizes needs one section"):
+        rows.settings(Selection(only="attention", sizes=("1x2x64x32",)))
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if not b.name.startswith("growth")])
+def test_peers_compute_what_fastlm_does(name):
+    """At the smallest size. Of a latent the noise is the peer's own; there fastlm alone is judged."""
+    benchmark = BENCHMARKS[name]
+    numbers = SMALL.get(benchmark.sizes, (2, 70))
+    contest = OpContest(benchmark, benchmark.sized(*numbers).make(torch.float32))
+    quick = [peer for peer in benchmark.peers if "compiled" not in peer and peer != "FlexAttention"]
+    for peer in (f"fastlm {benchmark.backends[0]}", *quick):
+        try:
+            contest.step(peer)
+        except Unavailable as reason:
+            assert "No module named" in str(reason) or "has no window" in str(reason)
+            continue
+        judged = contest.errors(peer)
+        assert judged or (benchmark.own_noise and peer in benchmark.peers)
+        assert all(j["error"] <= 4 * j["allowed"] for j in judged.values()), (peer, judged)
+
+
+def test_a_peer_that_fails_is_unavailable_and_a_bug_of_ours_is_not(monkeypatch):
+    contest = OpContest(BENCHMARKS[TINY], BENCHMARKS[TINY].workloads[0].make(torch.float32))
+
+    def fails(**arguments):
+        raise RuntimeError("does not do this\nand more")
+
+    monkeypatch.setitem(PEERS["attention"], "SDPA", fails)
+    with pytest.raises(Unavailable, match="^RuntimeError: does not do this$"):
+        contest.step("SDPA")
+    monkeypatch.setattr(contest, "_call", lambda implementation: fails)
+    with pytest.raises(RuntimeError, match="does not do this"):
+        contest.step("fastlm cpu")
+
+
+def test_a_wrong_answer_is_seen():
+    benchmark = BENCHMARKS[TINY]
+    arguments = benchmark.workloads[0].make(torch.float32)
+    right = fastlm.attention(**arguments)
+    for factor, ok in ((1.0, True), (1.001, False)):
+        judged = Judge(benchmark, arguments).errors(lambda factor=factor: right * factor)["output 0"]
+        assert (judged["error"] <= judged["allowed"]) == ok
+
+
+@pytest.mark.parametrize("name", ["attention, forward", "attention, forward, causal", "attention, forward, window 256"])
+def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
+    monkeypatch.setattr("op_check.MOST_SCORES", 1000)
+    benchmark = BENCHMARKS[name]
+    arguments = benchmark.sized(1, 2, 400, 16).make(torch.float32)
+    right, judge = fastlm.attention(**arguments), Judge(benchmark, arguments)
+    assert judge.golden["output 0"].shape[2] == SOME_QUERIES
+    assert all(j["error"] <= j["allowed"] for j in judge.errors(lambda: right).values())
+    wrong = right.clone()
+    wrong[:, :, -1] += 1e-3
+    judged = judge.errors(lambda: wrong)["output 0"]
+    assert judged["error"] > judged["allowed"]
+
+
+class Attending(torch.nn.Module):
+    """A model that fastlm can be put into."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.attend = torch.nn.Linear(8, 8), torch.nn.functional.scaled_dot_product_attention
+
+    def forward(self, x):
+        query = self.linear(x)
+        return self.attend(query, query, query)
+
+
+def swapped(model):
+    model.attend = fastlm.scaled_dot_product_attention
+    return torch.no_grad
+
+
+def missing(model):
+    raise ImportError("pip install it")
+
+
+def test_a_model_is_timed_and_judged_before_and_after():
+    x = torch.randn(2, 1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = Model(
+        name="a layer",
+        workload="B2",
+        unit="tokens/s",
+        items=2,
+        build=Attending,
+        ready=lambda m: lambda: (m(x.to(m.linear.weight.dtype)),),
+        put_in={"swap": swapped, "missing": missing, "nothing": lambda m: torch.no_grad},
+    )
+    section = ModelSection(model)
+    setting = next(iter(section.settings(Selection())))
+    assert section.implementations(setting, full=False) == ["fastlm swap", "fastlm missing", "fastlm nothing", "before"]
+    contest = section.contest(setting)
+    torch.testing.assert_close(contest.step("fastlm swap")()[0], contest.step("before")()[0])  # of the same first weights
+    judged = contest.errors("fastlm swap")["output"]
+    assert 0 < judged["error"] <= judged["allowed"]
+    with pytest.raises(Unavailable, match="ImportError: pip install it"):
+        contest.step("fastlm missing")
+    with pytest.raises(AssertionError, match="fastlm nothing: no op of fastlm ran in a layer"):
+        contest.step("fastlm nothing")
+    assert section.cost(setting).throughput(0.5) == 4
+
+
+def test_memory_that_is_kept_between_calls_is_not_taken_for_none(monkeypatch):
+    child = subprocess.CompletedProcess((), 0, stdout=json.dumps({"bytes": 0, "result_bytes": 1 << 20}), stderr="")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: child)
+    assert "keeps its memory" in memory.peak_extra_bytes("rows:fresh_step")["why_not"]
+    child.stdout = json.dumps({"bytes": 1 << 21, "result_bytes": 1 << 20})
+    assert memory.peak_extra_bytes("rows:fresh_step") == {"bytes": 1 << 21, "result_bytes": 1 << 20}
+
+
+# ---- the journal ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_journal_goes_on_where_it_was_cut_off(tmp_path):
+    path, run = tmp_path / "bench.jsonl", {"full": False, "sizes": ("1x2",)}
+    journal = Journal(path, run)
+    assert journal.once("machine", lambda: {"cores": 2}) == {"cores": 2}
+    journal.add("memory", {"bytes": 1})
+    with path.open("a") as file:
+        file.write('["memory", {"byt')  # killed while it wrote
+    resumed = Journal(path, run, resume=True)
+    assert resumed.of("memory") == [{"bytes": 1}]
+    assert resumed.once("machine", lambda: pytest.fail("measured again")) == {"cores": 2}
+    resumed.add("memory", {"bytes": 2})
+    assert Journal(path, run, resume=True).of("memory") == [{"bytes": 1}, {"bytes": 2}]
+    assert Journal(path, run).of("memory") == []
+
+
+def test_a_journal_of_another_run_is_not_gone_on_with(tmp_path):
+    with pytest.raises(ValueError, match="no interrupted run in"):
+        Journal(tmp_path / "bench.jsonl", {"full": False}, resume=True)
+    Journal(tmp_path / "bench.jsonl", {"full": False})
+    with pytest.raises(ValueError, match="is of another run: full was False and is True"):
+        Journal(tmp_path / "bench.jsonl", {"full": True}, resume=True)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from fastlm.cli import main; sys.exit(main())", "bench", *arguments]
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120)
+
+
+def main(monkeypatch, *arguments: str) -> int:
+    """The command in this process: where it measures nothing."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    return benchmark_run.main()
+
+
+def test_a_run_from_the_command_to_the_report_and_to_a_comparison(tmp_path, monkeypatch, capsys):
+    ran = run_command(TINY, "--sizes", "1x1x16x16,1x4x256x64", "--out", str(tmp_path / "a"))
+    assert ran.returncode == 0, ran.stderr
+    assert {"report.html", "report.md", "bench.json", "speed_ups.png"} <= {path.name for path in (tmp_path / "a").iterdir()}
+    run = json.loads((tmp_path / "a" / "bench.json").read_text())
+    implementations = [entry["params"]["implementation"] for entry in run["benchmarks"]]
+    assert implementations == ["fastlm cpu", "SDPA"] * 6  # two sizes; the implementations take turns, three each
+    assert {"machine_info", "commit_info", "version", "missing"} <= set(run)
+    assert all(row["bytes"] >= row["result_bytes"] * 0.5 for row in run["memory"]) and len(run["memory"]) == 2
+    assert all(entry["extra_info"]["error"] <= entry["extra_info"]["allowed"] for entry in run["benchmarks"])
+    assert run["machine"]["peak_gflop_s"]["float32"] >= run["machine"]["gemm_gflop_s"]["float32"] > 0
+
+    slower = json.loads(json.dumps(run))
+    for entry in slower["benchmarks"]:
+        if entry["params"]["implementation"] == "fastlm cpu":
+            entry["stats"]["data"] = [10 * seconds for seconds in entry["stats"]["data"]]
+    (tmp_path / "slower.json").write_text(json.dumps(slower))
+    paths = [str(tmp_path / "a" / "bench.json"), str(tmp_path / "slower.json")]
+    assert main(monkeypatch, "--compare", *paths) == 1 and "slower: 2" in capsys.readouterr().out
+    assert main(monkeypatch, "--compare", *reversed(paths)) == 0 and "faster: 2" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_gone_on_with(tmp_path):
+    """Killed once a setting is finished; what it had is not measured again."""
+    arguments = (TINY, "--sizes", ",".join(f"1x1x{16 * i}x16" for i in range(1, 5)), "--out", str(tmp_path))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    journal = tmp_path / "bench.jsonl"
+    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (journal.exists() and '["rows"' in journal.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kept = journal.read_text().rsplit("\n", 1)[0]
+    assert '["rows"' in kept and not (tmp_path / "bench.json").exists()
+    ran = run_command(*arguments, "--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert journal.read_text().startswith(kept)
+    run = json.loads((tmp_path / "bench.json").read_text())
+    sizes = [entry["params"]["workload"] for entry in run["benchmarks"]]
+    assert len(sizes) == 4 * 6 and len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nothing",), "OP must be a part of a section's name"),
+        (("--compare", "none.json", "none.json"), "none.json is not a run's JSON file"),
+        (("attention", "--sizes", "1x2x3x4"), "--sizes needs one section"),
+        (("--resume",), "there is no interrupted run"),
+    ],
+)
+def test_a_command_that_makes_no_sense_says_why(arguments, message, tmp_path, monkeypatch, capsys):
+    assert main(monkeypatch, *arguments, "--out", str(tmp_path)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_checkout_the_command_says_where_the_benchmarks_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "PACKAGE", tmp_path / "site-packages" / "fastlm")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench"]) == 2
+    assert "in fastlm's repository, and not in its wheel" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_benchmarks_is_the_repositorys():
+    assert (cli.PACKAGE.parent / cli.BENCH).parent == Path(bench.BENCHMARKS)
+    assert Row("op", "w", "float32", "fastlm cpu").own
