@@ -1,4 +1,4 @@
-"""The command line: ``fastlm doctor``."""
+"""The command line: ``fastlm doctor``, and ``fastlm lm …``, which is in `fastlm.lm.cli`."""
 
 import argparse
 import importlib.util
@@ -37,10 +37,24 @@ def doctor() -> int:
     return 0 if kernels else 1
 
 
+def language_model(arguments: list[str]) -> int:
+    """``fastlm lm …``; its libraries are an extra, and so imported only now."""
+    try:
+        from .lm.cli import main as lm
+    except ImportError as error:
+        print(f"fastlm lm: {error}", file=sys.stderr)
+        return 1
+    return lm(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["lm"]:
+        return language_model(arguments[1:])
     parser = argparse.ArgumentParser(prog="fastlm", description="Fused attention and VAE kernels for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what this machine, this torch and this build can do, and why not more")
+    commands.add_parser("lm", help="the language model, from text files to generated text: fastlm lm --help", add_help=False)
     parser.parse_args(arguments)
     return doctor()
 
