@@ -1,7 +1,5 @@
 """Augmentation of batches at training time: pure functions of token ids and a seed."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -29,14 +27,15 @@ def word_dropout(ids: Tensor, probability: float, mask_id: int, *, seed: int, ke
 def span_masking(
     ids: Tensor, share: float, mask_id: int, *, seed: int, mean_length: float = 3.0, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Spans of tokens become ``mask_id``s (after SpanBERT, Joshi et al. 2020); they begin anywhere, and may meet.
+    """Spans of tokens become ``mask_id``s (after SpanBERT, Joshi et al. 2020), with geometric lengths.
 
-    Lengths are geometric with mean ``mean_length``. With starts of density -ln(1 - share) / mean_length, a token is in no span
-    with about the probability 1 - share; the first few of a row, before which none begins, are a little less masked.
+    A two-state Markov chain along a row: a masked token is followed by an unmasked one with the probability 1 / mean_length,
+    and every token is masked with the probability ``share``, wherever it stands.
 
     Args:
         ids: token ids, an integer tensor (..., length).
         share: of the tokens to mask, in [0, 1).
+        mean_length: of the spans, in tokens; at least 1 / (1 - share), which tokens have that are masked each by itself.
         keep: as for `word_dropout`; a span that meets such tokens leaves them as they are.
 
     Returns:
@@ -48,18 +47,17 @@ def span_masking(
     _check(ids, keep)
     if not 0 <= share < 1:
         raise ValueError(f"share must be at least 0 and below 1; got {share}")
-    if not mean_length >= 1:
-        raise ValueError(f"mean_length must be at least 1 token; got {mean_length}")
-    generator = torch.Generator().manual_seed(seed)
-    density = -math.log1p(-share) / mean_length
-    starts = torch.rand(ids.shape, generator=generator, dtype=torch.float64) < density
-    lengths = torch.ones(ids.shape, dtype=torch.int64)
-    if mean_length > 1:
-        uniform = 1 - torch.rand(ids.shape, generator=generator, dtype=torch.float64)  # (0, 1]
-        lengths += (uniform.log() / math.log1p(-1 / mean_length)).long()
-    position = torch.arange(ids.shape[-1])
-    reach = torch.where(starts, position + lengths, 0).cummax(-1).values  # the end of the span that reaches furthest
-    return _masked(ids, position < reach, mask_id, keep)
+    if not mean_length >= 1 / (1 - share):
+        raise ValueError(f"mean_length must be at least 1 / (1 - share) = {1 / (1 - share):.3g} tokens; got {mean_length}")
+    uniform = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    stop = 1 / mean_length
+    start = stop * share / (1 - share)
+    # each token draws whether it is masked, is not, or is as the one before it; the first is not given the choice
+    masked, unmasked = uniform < start, (uniform >= start) & (uniform < start + stop)
+    masked[..., :1] = uniform[..., :1] < share
+    unmasked[..., :1] = ~masked[..., :1]
+    decided = torch.where(masked | unmasked, torch.arange(ids.shape[-1]), 0).cummax(-1).values  # the last that drew for itself
+    return _masked(ids, masked.gather(-1, decided), mask_id, keep)
 
 
 def _check(ids: Tensor, keep: Tensor | None) -> None:

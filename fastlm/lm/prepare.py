@@ -17,7 +17,7 @@ from .duplicates import Duplicates, normal_form
 from .files import replaced_together
 from .read import SHOWN, Document, Problems, documents
 from .tokenizer import FILE as TOKENIZER
-from .tokenizer import train_bpe
+from .tokenizer import check_bpe_size, train_bpe
 from .windows import windows
 
 SPLITS = ("train", "validation", "test")
@@ -117,6 +117,8 @@ def prepare(
     """
     settings = {name: value for name, value in locals().items() if name not in ("paths", "output")}
     _check(paths, validation, test, window, overlap)
+    if vocab_size:
+        check_bpe_size(vocab_size)
     report = Report([str(path) for path in paths or ()] or ["Python's own documentation"], settings)
     names = {"unit": unit, "text_field": text_field, "label_field": label_field, "encoding": encoding}
     read = documents(paths, report.problems, **names) if paths else default_corpus()
@@ -133,7 +135,7 @@ def prepare(
             raise ValueError(f"no text is left to train on in {', '.join(report.sources)}:\n{report}")
         if vocab_size:
             tokenizer = train_bpe(_texts(folder / "train.jsonl"), vocab_size)
-            tokenizer.save(str(folder / TOKENIZER))
+            (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")  # an OSError if the disk is full
             report.vocabulary = tokenizer.get_vocab_size()
         (folder / REPORT).write_text(json.dumps(vars(report), default=vars, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return report

@@ -162,7 +162,7 @@ def _text(lines: Lines, unit: str) -> Iterator[tuple[int, str]]:
         if line.strip():
             start = start if held else lines.number
         held.append(line)
-        size += len(line)
+        size += len(line) + 1
         if unit == "line" or size >= MAX_DOCUMENT or (unit == "paragraph" and not line.strip()):
             yield start, "\n".join(held)
             held, size = [], 0

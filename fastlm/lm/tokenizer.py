@@ -22,9 +22,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises:
         ValueError: ``vocab_size`` has no room for the bytes, or ``texts`` are too few to fill it.
     """
-    least = _BYTES + len(SPECIAL)
-    if vocab_size < least:
-        raise ValueError(f"vocab_size must be at least {least}, the bytes and the special tokens; got {vocab_size}")
+    check_bpe_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,6 +35,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _filled(tokenizer, vocab_size)
+
+
+def check_bpe_size(vocab_size: int) -> None:
+    """Raise a ValueError unless ``vocab_size`` has room for the bytes and the special tokens."""
+    least = _BYTES + len(SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least}, the bytes and the special tokens; got {vocab_size}")
 
 
 def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, min_frequency: int = 2) -> Tokenizer:
@@ -52,7 +57,7 @@ def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = Fals
         raise ValueError(f"vocab_size must be above {len(special)}, the special tokens; got {vocab_size}")
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer(clean_text=False, strip_accents=False, lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
     )

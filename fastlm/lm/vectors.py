@@ -45,9 +45,7 @@ def read_vectors(path: str | os.PathLike, *, binary: bool | None = None) -> Iter
         if binary is None:
             binary = header is not None and not _starts_as_text(file)
         if binary and not header:
-            raise ValueError(
-                f"{path} is no binary word2vec file: its first line must give the number of vectors and their width"
-            )
+            raise ValueError(f"{path} is no binary word2vec file, whose first line gives the number of vectors and their width")
         yield from _binary(file, path, count, width) if binary else _text(file, path, count, width)
 
 
@@ -72,14 +70,14 @@ def _is_number(field: bytes) -> bool:
 
 
 def _text(file: BinaryIO, path: Path, count: int | None, width: int) -> Iterator[tuple[str, np.ndarray]]:
-    offset = 1 if count is None else 2
-    found = 0
+    number, found = 0 if count is None else 1, 0
     while line := file.readline(_MAX_LINE):
-        where = f"{path}, line {found + offset}"
-        if found == count:
-            if line.strip():
-                raise ValueError(f"{where}: the header says {count} vectors, and more follow")
+        number += 1
+        where = f"{path}, line {number}"
+        if not line.strip():
             continue
+        if found == count:
+            raise ValueError(f"{where}: the header says {count} vectors, and more follow")
         fields = _fields(line)
         # GloVe has words with blanks in them, such as ". . ."; a number before the last `width` is a vector too wide
         numbers = fields[-width:] if len(fields) > width else []
@@ -87,7 +85,7 @@ def _text(file: BinaryIO, path: Path, count: int | None, width: int) -> Iterator
         if width < 1 or not numbers or (len(word) > 1 and _is_number(word[-1])):
             raise ValueError(f"{where}: expected a word and {max(width, 1)} numbers; got {len(fields) - 1} after the word")
         try:
-            vector = np.array([float(number) for number in numbers], dtype=np.float32)
+            vector = np.array(list(map(float, numbers)), dtype=np.float32)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         found += 1
@@ -99,9 +97,7 @@ def _text(file: BinaryIO, path: Path, count: int | None, width: int) -> Iterator
 def _binary(file: BinaryIO, path: Path, count: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
     left = os.fstat(file.fileno()).st_size - file.tell()
     if left < count * (4 * width + 2):  # a word has a byte at least, and a blank after it
-        raise ValueError(
-            f"{path} is cut short: {count} vectors of {width} numbers, as its header says, need more than {left} bytes"
-        )
+        raise ValueError(f"{path} is cut short: its header says {count} vectors of {width} numbers, and {left} bytes follow")
     for number in range(1, count + 1):
         where = f"{path}, vector {number} of {count}"
         word = bytearray()
