@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import printed, python
 
+from fastlm.cli import main
 from fastlm.lm.duplicates import SHINGLE, Duplicates, normal_form, signature
 from fastlm.lm.prepare import SPLITS, prepare, read_split, split_of
 from fastlm.lm.tokenizer import load_tokenizer
@@ -165,6 +166,24 @@ def test_the_same_corpus_gives_the_same_bytes(tmp_path):
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
     assert names == ["report.json", "test.jsonl", "tokenizer.json", "train.jsonl", "validation.jsonl"]
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+
+
+def test_names_and_labels_that_are_no_unicode(tmp_path, capsys):
+    """A lone surrogate in a label, a file's name that is not UTF-8: kept, and printed escaped."""
+    source = tmp_path / "in\udcff.jsonl"
+    write(source, ["A text that is long enough.", "short"], ["odd \ud800", None])
+    assert main(["lm", "prepare", str(source), "--output", str(tmp_path / "out"), "--vocab-size", "0"]) == 0
+    (record,) = [record for split in records(tmp_path / "out").values() for record in split]
+    assert record["label"] == "odd \ud800" and record["origin"] == f"{source}:1"
+    assert "in\\udcff.jsonl:2: 'short'" in capsys.readouterr().out
+
+
+def test_a_corpus_is_not_read_as_a_text_of_its_own(tmp_path):
+    source = write(tmp_path / "in.jsonl", ["A text that is long enough."])
+    for paths, output in [([tmp_path], tmp_path / "out"), ([source], tmp_path), ([tmp_path], tmp_path)]:
+        with pytest.raises(ValueError, match="output must be apart from what is read; .* lie one inside the other"):
+            prepare(paths, output)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def contents(folder):

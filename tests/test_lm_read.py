@@ -95,12 +95,14 @@ def test_a_folder(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "binary.txt").write_bytes(b"a\0b")
     (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "other.csv").write_bytes(b"x,y\n1,2\n")
     found, problems = read(tmp_path)
     assert [document.text for document in found] == ["ay", "see"]
-    assert problems.count == 2
+    assert problems.count == 3
     assert problems.first == [
         f"{tmp_path}/binary.txt: is binary, not text: it has a zero byte at offset 1",
         f"{tmp_path}/empty.txt: is empty",
+        f"{tmp_path}/other.csv: has no column 'text'; its header is x, y",
     ]
 
 

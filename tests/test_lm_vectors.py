@@ -62,7 +62,8 @@ def test_words_with_blanks_in_them(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a word and 1 numbers|cut short or empty"),
+        (b"", "is cut short or empty: 0 vectors, and the header says nothing"),
+        (b"2 2\na x 2\nb 3 4\n", "line 2: could not convert string to float"),
         (b"2 2\na 1 2\nb 3\n", "line 3: expected a word and 2 numbers; got 1"),
         (b"2 2\na 1 2\nb 3 4 5\n", "line 3: expected a word and 2 numbers; got 3"),
         (b"a 1 2\nb 3\n", "line 2: expected a word and 2 numbers; got 1"),

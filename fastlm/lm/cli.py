@@ -55,7 +55,8 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command", "paths", "output")}
-    print(prepare(arguments.paths, arguments.output, **options))
+    report = str(prepare(arguments.paths, arguments.output, **options))
+    print(report.encode(errors="backslashreplace").decode())  # names of files may hold lone surrogates
     print(f"\nThe corpus is in {Path(arguments.output).resolve()}")
 
 
@@ -70,4 +71,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"fastlm lm {parsed.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"fastlm lm {parsed.command}: interrupted; nothing was replaced", file=sys.stderr)
+        return 130
     return 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TextIO
 
 from .clean import clean, why_noise
 from .default_corpus import default_corpus
@@ -111,19 +112,20 @@ def prepare(
         vocab_size: tokens of the byte-level BPE trained on the training split; 0 for none.
 
     Raises:
-        ValueError: a bad argument; a file that cannot be read; nothing is left to train on; a corpus too small for
-            ``vocab_size``.
+        ValueError: a bad argument; ``output`` and a path lie one inside the other; a file that cannot be read; nothing is
+            left to train on; a corpus too small for ``vocab_size``.
         OSError: a missing file, or a full disk.
     """
     settings = {name: value for name, value in locals().items() if name not in ("paths", "output")}
     _check(paths, validation, test, window, overlap)
     if vocab_size:
         check_bpe_size(vocab_size)
+    output = Path(output)
+    _check_apart(paths or (), output)
     report = Report([str(path) for path in paths or ()] or ["Python's own documentation"], settings)
     names = {"unit": unit, "text_field": text_field, "label_field": label_field, "encoding": encoding}
     read = documents(paths, report.problems, **names) if paths else default_corpus()
     filters = {"min_characters": min_characters, "min_letters": min_letters}
-    output = Path(output)
     with replaced_together(output, [f"{name}.jsonl" for name in SPLITS] + [TOKENIZER, REPORT]) as folder:
         try:
             with TemporaryDirectory(dir=folder) as scratch, Duplicates(Path(scratch) / "index", similarity) as seen:
@@ -137,7 +139,8 @@ def prepare(
             tokenizer = train_bpe(_texts(folder / "train.jsonl"), vocab_size)
             (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")  # an OSError if the disk is full
             report.vocabulary = tokenizer.get_vocab_size()
-        (folder / REPORT).write_text(json.dumps(vars(report), default=vars, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        with _create(folder / REPORT) as file:
+            file.write(json.dumps(vars(report), default=vars, ensure_ascii=False, indent=1) + "\n")
     return report
 
 
@@ -147,6 +150,15 @@ def _check(paths: object, validation: float, test: float, window: int, overlap: 
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise ValueError(f"validation and test must be shares that leave some to train on; got {validation} and {test}")
     windows("", window, overlap)  # its checks
+
+
+def _check_apart(paths: Sequence[str | os.PathLike], output: Path) -> None:
+    """The corpus must not be read the next time as a text of its own, nor take the place of a text."""
+    output = output.resolve()
+    for path in paths:
+        resolved = Path(path).resolve()
+        if output.is_relative_to(resolved) or resolved.is_relative_to(output):
+            raise ValueError(f"output must be apart from what is read; {output} and {resolved} lie one inside the other")
 
 
 def _records(
@@ -171,11 +183,14 @@ def _records(
             yield number, text, document, cut
 
 
+def _create(path: Path) -> TextIO:
+    """A file for JSON. A lone surrogate, which labels and names of files may hold, becomes JSON's own escape of it."""
+    return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
 def _write_splits(folder: Path, records: Iterable[tuple], report: Report, validation: float, test: float) -> None:
     with ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open(folder / f"{name}.jsonl", "w", encoding="utf-8", newline="\n")) for name in SPLITS
-        }
+        files = {name: stack.enter_context(_create(folder / f"{name}.jsonl")) for name in SPLITS}
         report.splits = {name: dict.fromkeys(("records", "documents", "characters", "bytes"), 0) for name in SPLITS}
         for number, text, document, cut in records:
             name = split_of(text, validation, test)

@@ -197,20 +197,25 @@ def documents(
     for given in map(Path, paths):
         for path in _files(given):
             try:
-                check_file(path, encoding)
+                yield from _documents_of(path, problems, unit, text_field, label_field, encoding)
             except (OSError, ValueError) as error:
                 if path == given:
                     raise
                 problems.add(str(path), str(error).removeprefix(f"{path} "))
-                continue
-            if path.suffix.lower() in JSONL | CSV:
-                for number, row in rows(path, [text_field], problems, optional=[label_field], encoding=encoding):
-                    if row[text_field].strip():
-                        yield Document(row[text_field], row.get(label_field), f"{path}:{number}")
-            else:
-                for number, text in _text(Lines(path, encoding, problems), unit):
-                    if text.strip():
-                        yield Document(text, None, f"{path}:{number}")
+
+
+def _documents_of(
+    path: Path, problems: Problems, unit: str, text_field: str, label_field: str, encoding: str
+) -> Iterator[Document]:
+    if path.suffix.lower() in JSONL | CSV:
+        for number, row in rows(path, [text_field], problems, optional=[label_field], encoding=encoding):
+            if row[text_field].strip():
+                yield Document(row[text_field], row.get(label_field) or None, f"{path}:{number}")
+    else:
+        check_file(path, encoding)
+        for number, text in _text(Lines(path, encoding, problems), unit):
+            if text.strip():
+                yield Document(text, None, f"{path}:{number}")
 
 
 def _files(path: Path) -> list[Path]:

@@ -54,11 +54,17 @@ def _fields(line: bytes) -> list[bytes]:
 
 
 def _starts_as_text(file: BinaryIO) -> bool:
-    """Whether the next line is text: its second field, up to the next blank, is a number."""
+    """Whether the next line is text: its second field is a number, or else it holds no byte that text does not."""
     here = file.tell()
-    fields = _fields(file.readline(_MAX_LINE))
+    line = file.readline(_MAX_LINE)
     file.seek(here)
-    return len(fields) > 1 and _is_number(fields[1])
+    fields = _fields(line)
+    if len(fields) > 1 and _is_number(fields[1]):
+        return True
+    try:
+        return all(letter.isprintable() for letter in line.decode().strip())
+    except UnicodeDecodeError:
+        return False
 
 
 def _is_number(field: bytes) -> bool:
