@@ -9,7 +9,7 @@ import ftfy
 
 # What changes the meaning or the look of well-formed text is off: Chinese needs its full-width punctuation, quotes stay curly,
 # and "&amp;" may be what a text about HTML is about.
-_REPAIR = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False, normalization="NFC")
+_REPAIR = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False, normalization=None)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _BLANK = re.compile(r"[^\S\n]+")
 _AROUND_LINE_END = re.compile(r" ?\n ?")
