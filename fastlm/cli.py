@@ -1,4 +1,4 @@
-"""The command line: ``fastlm doctor`` and ``fastlm bench``."""
+"""The command line: ``fastlm doctor``, ``fastlm bench …``, and ``fastlm lm …``, which is in `fastlm.lm.cli`."""
 
 import argparse
 import importlib.util
@@ -64,14 +64,28 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
+def language_model(arguments: list[str]) -> int:
+    """``fastlm lm …``; its libraries are an extra, and so imported only now."""
+    try:
+        from .lm.cli import main as lm
+    except ImportError as error:
+        print(f"fastlm lm: {error}", file=sys.stderr)
+        return 1
+    return lm(arguments)
+
+
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="fastlm", description="Fused attention and VAE kernels for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what this machine, this torch and this build can do, and why not more")
     commands.add_parser("bench", help="measure fastlm beside what you would use instead (--help for more)", add_help=False)
+    commands.add_parser("lm", help="the language model, from text files to generated text: fastlm lm --help", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "bench":
         return bench(rest)
+    if options.command == "lm":
+        return language_model(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return doctor()

@@ -1,0 +1,94 @@
+"""Vocabularies, by the tokenizers library: a byte-level BPE for any language, or one of words, for pre-trained vectors."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+FILE = "tokenizer.json"
+SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}  # ids 0 to 3
+UNKNOWN = "<|unk|>"  # id 4 of a vocabulary of words; bytes know no unknown
+_BYTES = 256
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE trained on ``texts``, in a stream: decoding gives back every text, in any language, as it was.
+
+    Nothing is put before or after a text: whoever trains a model adds <|bos|> and <|eos|>. Memory grows with the number of
+    different words. The same texts give the same vocabulary.
+
+    Raises:
+        ValueError: ``vocab_size`` has no room for the bytes, or ``texts`` are too few to fill it.
+    """
+    check_bpe_size(vocab_size)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _filled(tokenizer, vocab_size)
+
+
+def check_bpe_size(vocab_size: int) -> None:
+    """Raise a ValueError unless ``vocab_size`` has room for the bytes and the special tokens."""
+    least = _BYTES + len(SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size must be at least {least}, the bytes and the special tokens; got {vocab_size}")
+
+
+def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, min_frequency: int = 2) -> Tokenizer:
+    """The most frequent words and punctuation marks of ``texts``; each Chinese character is a word; the rest is <|unk|>.
+
+    White space is lost: decoding puts one blank between words.
+
+    Raises:
+        ValueError: ``texts`` have fewer words of ``min_frequency`` than ``vocab_size`` asks for.
+    """
+    special = [*SPECIAL.values(), UNKNOWN]
+    if vocab_size <= len(special):
+        raise ValueError(f"vocab_size must be above {len(special)}, the special tokens; got {vocab_size}")
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(clean_text=False, strip_accents=False, lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _filled(tokenizer, vocab_size)
+
+
+def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    if (size := tokenizer.get_vocab_size()) < vocab_size:
+        raise ValueError(
+            f"the corpus is too small for its vocabulary: vocab_size is {vocab_size}, and it yields {size} tokens; "
+            f"give more text, or a vocab_size of at most {size}"
+        )
+    return tokenizer
+
+
+def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+    """A trained tokenizer for transformers, with its special tokens set, from a tokenizer.json or the folder that holds it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or is no tokenizer of fastlm.lm.
+    """
+    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{path} is no tokenizer, or damaged: {error}") from error
+    if missing := [token for token in SPECIAL.values() if tokenizer.token_to_id(token) is None]:
+        raise ValueError(f"{path} is no tokenizer of fastlm.lm: it lacks {', '.join(missing)}")
+    unknown = {"unk_token": UNKNOWN} if tokenizer.token_to_id(UNKNOWN) is not None else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL, **unknown)
