@@ -32,9 +32,7 @@ class Model:
     build: Callable[[], nn.Module]
     ready: Callable[[nn.Module], Step]  # makes the inputs, and returns the step that is timed
     put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # how fastlm gets in, below
-    judged: Callable[[nn.Module], Step] | None = (
-        None  # a step without noise or changed weights, if ``ready`` makes another kind
-    )
+    judged: Callable[[nn.Module], Step] | None = None  # without noise or changed weights, where ``ready``'s step has some
 
 
 # ---- how fastlm gets in -----------------------------------------------------------------------------------------------------
@@ -55,9 +53,18 @@ def used(model: nn.Module) -> Entry:
 
 
 def replaced_and_used(model: nn.Module, integration: str) -> Entry:
-    importlib.import_module(f"fastlm.integrations.{integration}")
-    replaced(model)
+    replaced_of(model, integration)
     return fastlm.use
+
+
+def replaced_of(model: nn.Module, integration: str) -> Entry:
+    importlib.import_module(f"fastlm.integrations.{integration}")
+    return replaced(model)
+
+
+def own_normal(model: nn.Module) -> Entry:
+    model.normal = importlib.import_module("fastlm.integrations.distributions").Normal
+    return nullcontext
 
 
 def by_name(model: nn.Module) -> Entry:
@@ -101,6 +108,30 @@ def vision_transformer() -> nn.Module:
     return import_timm().create_model("vit_small_patch16_224", pretrained=False).eval()
 
 
+class DistributionsVAE(nn.Module):
+    """A VAE as its users write one with torch.distributions, on flat images of 784 numbers."""
+
+    normal = torch.distributions.Normal
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 2 * 128))
+        self.decoder = nn.Sequential(nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 784))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions (B, 784) of x (B, 784), and the KL, 0-d."""
+        mu, logvar = self.encoder(x).chunk(2, dim=-1)
+        posterior = self.normal(mu, torch.exp(0.5 * logvar))
+        kl = torch.distributions.kl_divergence(posterior, self.normal(torch.zeros_like(mu), torch.ones_like(mu)))
+        return self.decoder(posterior.rsample()), kl.sum(-1).mean()
+
+
+def pythae_vae() -> nn.Module:
+    from pythae.models import VAE, VAEConfig
+
+    return VAE(VAEConfig(input_dim=(1, 28, 28), latent_dim=128))
+
+
 # ---- steps ------------------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +152,11 @@ def _padding(batch: int, length: int) -> Tensor:
 def forward_of(model: nn.Module, *shape: int) -> Step:
     x = _normals(model, *shape)
     return torch.inference_mode()(lambda: (model(x),))
+
+
+def padded_encoder(model: nn.Module, batch: int, length: int) -> Step:
+    x, padding = _normals(model, batch, length, 768), _padding(batch, length) == 0
+    return torch.inference_mode()(lambda: (model(x, src_key_padding_mask=padding),))
 
 
 def padded_forward(model: nn.Module, batch: int, length: int) -> Step:
@@ -163,6 +199,26 @@ def encoding(model: nn.Module, batch: int, side: int, sample: bool = True) -> St
     return torch.inference_mode()(lambda: (draw(model.encode(x).latent_dist),))
 
 
+def vae_gradients(model: nn.Module, batch: int, part: str = "loss") -> Step:
+    """Forward and backward of a VAE's "loss", or of its "kl", which knows no noise, on images of 28 x 28."""
+    x = _normals(model, batch, 784).sigmoid()
+
+    def losses() -> dict[str, Tensor]:
+        if isinstance(model, DistributionsVAE):
+            reconstruction, kl = model(x)
+            return {"loss": (reconstruction - x).square().sum(-1).mean() + kl, "kl": kl}
+        outputs = model({"data": x.view(batch, 1, 28, 28)})
+        return {"loss": outputs.loss, "kl": outputs.reg_loss}
+
+    def step() -> tuple[Tensor, ...]:
+        model.zero_grad(set_to_none=True)
+        chosen = losses()[part]
+        chosen.backward()
+        return chosen.detach(), next(p.grad for p in model.parameters() if p.grad is not None)
+
+    return step
+
+
 MODELS = (
     Model(
         name="TransformerEncoder of BERT-base's size, inference",
@@ -171,6 +227,15 @@ MODELS = (
         items=2 * 512,
         build=torch_encoder,
         ready=lambda model: forward_of(model, 2, 512, 768),
+        put_in={"replace": replaced},
+    ),
+    Model(
+        name="TransformerEncoder of BERT-base's size, padded, inference",
+        workload="B4 S256",
+        unit="tokens/s",
+        items=4 * 256,
+        build=torch_encoder,
+        ready=lambda model: padded_encoder(model, 4, 256),
         put_in={"replace": replaced},
     ),
     Model(
@@ -220,6 +285,26 @@ MODELS = (
         ready=lambda model: encoding(model, 4, 128),
         put_in={"replace, use": partial(replaced_and_used, integration="diffusers")},
         judged=lambda model: encoding(model, 4, 128, sample=False),
+    ),
+    Model(
+        name="pythae's VAE, forward and backward",
+        workload="B512 latent 128",
+        unit="images/s",
+        items=512,
+        build=pythae_vae,
+        ready=lambda model: vae_gradients(model, 512),
+        put_in={"replace": partial(replaced_of, integration="pythae")},
+        judged=lambda model: vae_gradients(model, 512, "kl"),
+    ),
+    Model(
+        name="VAE of torch.distributions, forward and backward",
+        workload="B512 latent 128",
+        unit="images/s",
+        items=512,
+        build=DistributionsVAE,
+        ready=lambda model: vae_gradients(model, 512),
+        put_in={"Normal": own_normal},
+        judged=lambda model: vae_gradients(model, 512, "kl"),
     ),
     Model(
         name="Vision transformer, small, inference",

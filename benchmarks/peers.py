@@ -89,6 +89,7 @@ def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # it would go on spinning while others are timed
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for name, tensor in inputs.items():
