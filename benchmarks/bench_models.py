@@ -33,6 +33,7 @@ class Model:
     ready: Callable[[nn.Module], Step]  # makes the inputs, and returns the step that is timed
     put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # how fastlm gets in, below
     judged: Callable[[nn.Module], Step] | None = None  # without noise or changed weights, where ``ready``'s step has some
+    memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
 
 
 # ---- how fastlm gets in -----------------------------------------------------------------------------------------------------
@@ -165,7 +166,10 @@ def padded_forward(model: nn.Module, batch: int, length: int) -> Step:
 
 
 def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimize: bool = False) -> Step:
-    """Forward and backward, and with ``optimize`` a step of AdamW; the model's output and its first weights' gradient."""
+    """Forward and backward, and with ``optimize`` a step of AdamW; the model's output and its first weights' gradient.
+
+    No gradient stays on the model, so that its memory counts as the step's own.
+    """
     model.train()
     ids = _tokens(batch, length)
     inputs = {"input_ids": ids} | ({"attention_mask": _padding(batch, length)} if padded else {})
@@ -173,13 +177,14 @@ def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimi
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimize else None
 
     def step() -> tuple[Tensor, ...]:
-        model.zero_grad(set_to_none=True)
         outputs = model(**inputs) if padded else model(**inputs, labels=ids)
         loss = (outputs.last_hidden_state * weights).mean() if padded else outputs.loss
         loss.backward()
         if optimizer:
             optimizer.step()
-        return outputs[0 if padded else 1].detach(), next(model.parameters()).grad
+        results = outputs[0 if padded else 1].detach(), next(model.parameters()).grad
+        model.zero_grad(set_to_none=True)
+        return results
 
     return step
 
@@ -211,10 +216,11 @@ def vae_gradients(model: nn.Module, batch: int, part: str = "loss") -> Step:
         return {"loss": outputs.loss, "kl": outputs.reg_loss}
 
     def step() -> tuple[Tensor, ...]:
-        model.zero_grad(set_to_none=True)
         chosen = losses()[part]
         chosen.backward()
-        return chosen.detach(), next(p.grad for p in model.parameters() if p.grad is not None)
+        results = chosen.detach(), next(p.grad for p in model.parameters() if p.grad is not None)
+        model.zero_grad(set_to_none=True)
+        return results
 
     return step
 
@@ -256,6 +262,7 @@ MODELS = (
         ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
         put_in={"transformers": by_name},
         judged=lambda model: gradients_of(model, 2, 256, padded=True),
+        memory=True,
     ),
     Model(
         name="GPT-2, small, training",
@@ -266,6 +273,7 @@ MODELS = (
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
         put_in={"transformers": by_name},
         judged=lambda model: gradients_of(model, 1, 512, padded=False),
+        memory=True,
     ),
     Model(
         name="GPT-2, small, generation",
@@ -285,6 +293,7 @@ MODELS = (
         ready=lambda model: encoding(model, 4, 128),
         put_in={"replace, use": partial(replaced_and_used, integration="diffusers")},
         judged=lambda model: encoding(model, 4, 128, sample=False),
+        memory=True,
     ),
     Model(
         name="pythae's VAE, forward and backward",

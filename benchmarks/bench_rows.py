@@ -7,6 +7,7 @@ Each fastlm row is first checked against the reference. The implementations of o
 that what else the machine is doing hits all alike; a row's percentiles are taken over the rounds of all its turns.
 """
 
+import gc
 import time
 from functools import cache, lru_cache
 
@@ -56,6 +57,7 @@ class Entrants:
 
 @lru_cache(maxsize=1)  # the tensors of one setting at a time
 def entrants(setting: Setting) -> Entrants:
+    gc.collect()  # the last setting's models and tensors, which refer to each other
     return Entrants(setting)
 
 

@@ -38,7 +38,7 @@ class ModelSection:
         return None
 
     def has_memory(self, setting: Setting) -> bool:
-        return setting.dtype == "float32"
+        return setting.dtype == "float32" and self.model.memory
 
     def contest(self, setting: Setting) -> "ModelContest":
         return ModelContest(self.model, getattr(torch, setting.dtype))
