@@ -2,6 +2,21 @@
 
 from importlib.util import find_spec
 
-_missing = [library for library in ("ftfy", "tokenizers", "transformers") if find_spec(library) is None]
+_missing = [
+    library
+    for library in (
+        "accelerate",
+        "ftfy",
+        "matplotlib",
+        "peft",
+        "sacrebleu",
+        "safetensors",
+        "sklearn",
+        "tokenizers",
+        "tqdm",
+        "transformers",
+    )
+    if find_spec(library) is None
+]
 if _missing:
     raise ImportError(f"fastlm.lm needs {', '.join(_missing)}: pip install 'fastlm[lm]'")

@@ -43,7 +43,12 @@ class GaussianLatent(torch.nn.Module):
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
         """Draw from the posterior of ``x``: z (*, D), or (num_samples, *, D), and its KL from N(0, 1), (*)."""
-        mu, logvar = self.parameters_of(x)
+        return self.sample(*self.parameters_of(x), seed=seed, num_samples=num_samples)
+
+    def sample(
+        self, mu: Tensor, logvar: Tensor, *, seed: int | Tensor | None = None, num_samples: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw from a posterior at hand, each half (*, D), as `parameters_of` gives them: z and its KL as `forward` has them."""
         return reparameterize_with_kl(
             mu, logvar, free_bits=self.free_bits, logvar_clamp=self.logvar_clamp, num_samples=num_samples, seed=seed
         )

@@ -1,0 +1,69 @@
+"""Models to train, by name: a plain decoder, or a `TextVAE` around the same decoder."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import EuroBertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import fastlm.integrations.transformers  # noqa: F401  registers attn_implementation="fastlm"
+
+from .text_vae import TextVAE, TextVAEConfig
+
+KINDS = ("vae", "decoder")
+ATTENTION = "fastlm"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of a model; the defaults of training that go with it are `fastlm.lm.train.Settings`' own."""
+
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    layers: int  # of the decoder
+    encoder_layers: int
+    latent_dim: int
+    max_tokens: int
+
+
+PRESETS = {
+    "tiny": Preset(64, 176, 4, 2, 2, 1, 16, 128),  # to try things out, and for the tests
+    "small": Preset(256, 704, 4, 2, 4, 2, 32, 320),  # minutes on two cores
+    "base": Preset(768, 2048, 12, 4, 12, 6, 64, 1024),  # hours on a GPU
+}
+
+
+def build(
+    kind: str, preset: str, tokenizer: PreTrainedTokenizerBase, *, free_bits: float = 0.0, seed: int = 0
+) -> PreTrainedModel:
+    """A model with fresh weights for the tokenizer's vocabulary, on fastlm's attention; the same seed gives the same weights.
+
+    Raises:
+        ValueError: no such kind or preset.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"model must be one of {', '.join(KINDS)}; got {kind!r}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    size = PRESETS[preset]
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": size.max_tokens,
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    decoder = LlamaConfig(**common, num_hidden_layers=size.layers, num_key_value_heads=size.kv_heads)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "decoder":
+            return LlamaForCausalLM._from_config(decoder, attn_implementation=ATTENTION)
+        own = {"num_hidden_layers": size.encoder_layers, "mask_token_id": tokenizer.mask_token_id}
+        encoder = EuroBertConfig(**common | {"tie_word_embeddings": False}, **own)
+        config = TextVAEConfig(encoder=encoder, decoder=decoder, latent_dim=size.latent_dim, free_bits=free_bits)
+        return TextVAE._from_config(config, attn_implementation=ATTENTION)
