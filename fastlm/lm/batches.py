@@ -1,4 +1,4 @@
-"""Batches to train on: the texts of a prepared corpus as token ids, in an order and with a noise that depend on the seed alone."""
+"""Batches to train on: the texts of a prepared corpus as ids, in an order and with a noise that depend on the seed alone."""
 
 import os
 from collections.abc import Iterator

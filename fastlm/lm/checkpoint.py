@@ -1,4 +1,4 @@
-"""Checkpoints: a folder as transformers' `save_pretrained` writes it, with the tokenizer, and nothing in it that is unpickled."""
+"""Checkpoints: a folder as transformers' `save_pretrained` writes it, with the tokenizer, and nothing that is unpickled."""
 
 import json
 import os

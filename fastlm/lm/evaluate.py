@@ -23,7 +23,7 @@ class Evaluation:
     """Of a model on held-out texts, in nats; the last five are of a `TextVAE` only.
 
     Attributes:
-        texts, tokens, words: how many there are; tokens as the vocabulary cuts them, with each text's end; words between blanks.
+        texts, tokens, words: how many there are; tokens with each text's end; words are what blanks part.
         nll_per_token, nll_per_word: negative log-likelihood. Of a `TextVAE` it is an upper bound, by importance sampling
             (Burda et al. 2016).
         perplexity: e to the ``nll_per_word``.

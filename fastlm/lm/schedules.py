@@ -1,4 +1,4 @@
-"""The weight of the KL over the course of training: too much of it too early, and the decoder learns to do without the latent."""
+"""The weight of the KL over training: too much of it too early, and the decoder learns to do without the latent."""
 
 from collections.abc import Callable
 
@@ -23,8 +23,8 @@ SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cycli
 
 
 def kl_weight(schedule: str, done: float, *, beta: float = 1.0, warm_start: float = 0.0) -> float:
-    """The weight when a share ``done`` of training is behind: none in the first ``warm_start`` of it, where the model learns as a
-    plain autoencoder (Li et al. 2019, arXiv:1909.00868), then the schedule's, of ``beta`` at most."""
+    """The weight when a share ``done`` of training is behind: none in the first ``warm_start`` of it, where the model learns as
+    a plain autoencoder (Li et al. 2019, arXiv:1909.00868), then the schedule's, of ``beta`` at most."""
     if done < warm_start:
         return 0.0
     return beta * SCHEDULES[schedule]((done - warm_start) / (1 - warm_start) if warm_start < 1 else 1.0)

@@ -2,8 +2,8 @@
 
     text -> bidirectional encoder -> mean of its tokens -> (mu, logvar) -> z -> autoregressive decoder -> text
 
-The decoder is told z in two ways, after Optimus (Li et al. 2020, arXiv:2004.04092): in each layer as a key and value in front of
-those of the tokens ("memory"), and added to the embedding of each token.
+The decoder is told z in two ways, after Optimus (Li et al. 2020, arXiv:2004.04092): in each layer as a key and value in front
+of those of the tokens ("memory"), and added to the embedding of each token.
 """
 
 from dataclasses import dataclass

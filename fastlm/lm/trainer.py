@@ -1,4 +1,4 @@
-"""transformers' Trainer for texts: batches by length, the parts of the loss in the log, and checkpoints that are whole or absent."""
+"""transformers' Trainer for texts: batches by length, the parts of the loss in the log, checkpoints whole or absent."""
 
 import math
 import shutil

@@ -48,7 +48,7 @@ class GaussianLatent(torch.nn.Module):
     def sample(
         self, mu: Tensor, logvar: Tensor, *, seed: int | Tensor | None = None, num_samples: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw from a posterior at hand, each half (*, D), as `parameters_of` gives them: z and its KL as `forward` has them."""
+        """Draw from a posterior at hand: mu and logvar (*, D), as `parameters_of` gives them, -> z and kl, as `forward`."""
         return reparameterize_with_kl(
             mu, logvar, free_bits=self.free_bits, logvar_clamp=self.logvar_clamp, num_samples=num_samples, seed=seed
         )
