@@ -1,14 +1,14 @@
 """Batches to train on: the texts of a prepared corpus as ids, in an order and with a noise that depend on the seed alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from .augment import span_masking, word_dropout
@@ -22,7 +22,7 @@ class Texts(Dataset):
     """A split of a prepared corpus as token ids, each text between <|bos|> and <|eos|>, cut at ``max_tokens``.
 
     The ids lie in a file without a name, so that memory holds but a number for each text. Item i is (ids (L,), the text's seed
-    in this epoch).
+    in this epoch). ``words`` is how many words, parted by white space, all of them have.
 
     Raises:
         FileNotFoundError, ValueError: `fastlm.lm.prepare.read_split`'s; the split is empty.
@@ -31,11 +31,13 @@ class Texts(Dataset):
     def __init__(
         self, corpus: str | os.PathLike, split: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, seed: int = 0
     ) -> None:
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.words = seed, 0, 0
         ends = [0]
         with TemporaryFile() as file:
             for record in read_split(corpus, split):
                 ids = framed(record["text"], tokenizer, max_tokens)
+                cut = ids[-1] != tokenizer.eos_token_id
+                self.words += len((tokenizer.decode(ids[1:]) if cut else record["text"]).split())
                 np.array(ids, np.int32).tofile(file)
                 ends.append(ends[-1] + len(ids))
             if len(ends) == 1:
@@ -56,6 +58,10 @@ class Texts(Dataset):
         """Of the texts, in tokens."""
         return np.diff(self.ends).tolist()
 
+    def batches(self, size: int, collate: Callable) -> DataLoader:
+        """All texts once, from short to long: for evaluation."""
+        return DataLoader(self, size, sampler=np.argsort(self.lengths, kind="stable").tolist(), collate_fn=collate)
+
     def set_epoch(self, epoch: int) -> None:
         """Each epoch has noise of its own; the data loader says when one begins."""
         self.epoch = epoch
@@ -75,23 +81,26 @@ def seed_of(seed: int, epoch: int, index: int) -> int:
 class ByLength(Sampler):
     """The texts in random order, but those of a batch of about the same length, so that little is padding.
 
-    Pools of POOL batches, drawn at random, are sorted by length and cut into batches, which are given in random order.
+    Pools of POOL batches, drawn at random, are sorted by length and cut into batches, which are given in random order. The few
+    that make no whole batch are left out, others in each epoch.
+
+    Raises:
+        ValueError: there are not enough texts for a batch.
     """
 
     def __init__(self, texts: Texts, batch: int):
         self.texts, self.batch, self.lengths = texts, batch, torch.tensor(texts.lengths)
+        if len(texts) < batch:
+            raise ValueError(f"batch_size must be at most the number of texts, {len(texts)}; got {batch}")
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.texts) // self.batch * self.batch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(self.texts.seed, self.texts.epoch, 0))
-        pools = torch.randperm(len(self), generator=generator).split(POOL * self.batch)
-        batches = [part for pool in pools for part in pool[self.lengths[pool].argsort(stable=True)].split(self.batch)]
-        whole = [part for part in batches if len(part) == self.batch]
-        order = torch.randperm(len(whole), generator=generator).tolist()
-        rest = [part for part in batches if len(part) < self.batch]  # at the end, of the last pool
-        return iter(torch.cat([whole[i] for i in order] + rest).tolist())
+        pools = torch.randperm(len(self.texts), generator=generator)[: len(self)].split(POOL * self.batch)
+        batches = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).view(-1, self.batch)
+        return iter(batches[torch.randperm(len(batches), generator=generator)].flatten().tolist())
 
 
 class Collator:

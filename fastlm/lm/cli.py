@@ -1,12 +1,14 @@
-"""The command line of the language model: ``fastlm lm prepare``."""
+"""The command line of the language model: ``fastlm lm prepare | train | evaluate``."""
 
 import argparse
 import inspect
 import sys
 from pathlib import Path
 
+from .cli_train import add_evaluate, add_train
 from .prepare import prepare
 from .read import UNITS
+from .train import Interrupted
 
 PREPARE = """\
 Make a corpus of your texts, ready to train on: repair wrong characters, drop noise and duplicates, cut long texts into windows
@@ -64,13 +66,17 @@ def main(arguments: list[str]) -> int:
     """Run one command; 1 if its input is at fault, which standard error then names."""
     parser = argparse.ArgumentParser(prog="fastlm lm", description="The language model, from text files to generated text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_prepare(commands)
+    for add in (add_prepare, add_train, add_evaluate):
+        add(commands)
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"fastlm lm {parsed.command}: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"fastlm lm {parsed.command}: interrupted; {stop}, and --resume goes on from it", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"fastlm lm {parsed.command}: interrupted; nothing was replaced", file=sys.stderr)
         return 130

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ops.reparameterize import reparameterize_with_kl
-from .batches import ByLength, Collator, Texts
+from .batches import Collator, Texts
 from .text_vae import IGNORED, TextVAE
 
 ACTIVE = 0.01  # variance of mu over texts from which a unit is active (Burda et al. 2016, arXiv:1509.00519)
@@ -89,11 +88,17 @@ def nll_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, texts: Texts, collator: Collator, words: int, samples: int = 32) -> Evaluation:
-    """Evaluate a `TextVAE`, or a decoder without a latent, on ``texts``, which have ``words`` words."""
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, samples: int = 32) -> Evaluation:
+    """Evaluate a `TextVAE`, or a decoder without a latent, on ``texts``; each text's noise comes from its seed.
+
+    Raises:
+        ValueError: ``samples`` is not positive.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1; got {samples}")
     model.eval()
-    batches = DataLoader(texts, BATCH, sampler=ByLength(texts, BATCH), collate_fn=collator.plain())
-    tokens = sum(texts.lengths) - len(texts)
+    batches = texts.batches(BATCH, Collator(tokenizer, encoder=isinstance(model, TextVAE)))
+    tokens, words = sum(texts.lengths) - len(texts), max(texts.words, 1)
     found, nll = {}, 0.0
     posteriors = []
     for batch in batches:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
@@ -116,6 +117,11 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         self.to_embedding = nn.Linear(config.latent_dim, decoder.hidden_size)
         self.kl_weight = 1.0
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is getattr(self, "to_embedding", None):
+            init.zeros_(module.weight)  # else a latent that says nothing yet drowns the embeddings
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()

@@ -2,19 +2,22 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
 from .batches import Collator, Texts
-from .checkpoint import quiet, save
+from .checkpoint import CONFIG, WEIGHTS, check_whole, quiet, save
 from .curves import write_curves
 from .prepare import REPORT, prepare
 from .presets import KINDS, PRESETS, build
 from .schedules import SCHEDULES
+from .tokenizer import FILE as TOKENIZER
 from .tokenizer import load_tokenizer
 from .trainer import Annealing, Interrupt, Progress, TextTrainer, last_checkpoint
 
@@ -90,14 +93,15 @@ def train(
     Args:
         corpus: a folder that `prepare` made; None for the documentation inside Python, prepared in ``output``/corpus.
         settings: None for the defaults, or, where a run is resumed, for that run's.
-        resume: go on from the last checkpoint, to the same bits as without the interruption.
+        resume: go on from the last checkpoint, or from the beginning if there is none yet, to the same bits as without the
+            interruption.
         callbacks: of the Trainer; a progress bar by default.
 
     Returns:
         ``output``.
 
     Raises:
-        ValueError: bad settings, or ``output`` holds another run.
+        ValueError: bad settings; ``output`` holds another run; what is to be resumed is damaged, or its corpus has changed.
         FileNotFoundError: no such corpus; nothing to resume.
         OSError: the disk is full; the checkpoints before are whole.
         Interrupted: by Ctrl-C or SIGTERM; a checkpoint was left.
@@ -112,35 +116,22 @@ def train(
             if not (corpus / REPORT).exists():
                 prepare(None, corpus)
     tokenizer = load_tokenizer(corpus)
-    set_seed(settings.seed)
-    model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
-    most = PRESETS[settings.preset].max_tokens
-    texts, validation = (Texts(corpus, split, tokenizer, most, settings.seed) for split in ("train", "validation"))
-    arguments.eval_steps = arguments.save_steps = min(SAVE_STEPS, -(-len(texts) // settings.batch_size))
+    kept = asdict(settings) | {"corpus": str(Path(corpus).resolve()), "corpus_digest": digest_of(corpus)}
+    last = _last_checkpoint(output, kept) if resume else None
+    interrupt = Interrupt()
+    shown = [Progress()] * first if callbacks is None else callbacks
+    trainer = _trainer(settings, corpus, tokenizer, arguments, [interrupt, *shown])
     if first and not resume:
         output.mkdir(parents=True, exist_ok=True)
-        kept = asdict(settings) | {"corpus": str(Path(corpus).resolve())}
         (output / SETTINGS).write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
-    interrupt = Interrupt()
-    shown = [Progress()] * first if callbacks is None else list(callbacks)
-    annealing = [Annealing(settings.kl_schedule, settings.beta, settings.warm_start)] * (settings.model == "vae")
-    trainer = TextTrainer(
-        model,
-        arguments,
-        Collator(tokenizer, encoder=settings.model == "vae", dropout=settings.word_dropout, masking=settings.span_masking),
-        texts,
-        validation,
-        batch_size=settings.batch_size,
-        callbacks=[*annealing, interrupt, *shown],
-    )
     with quiet():
-        trainer.train(resume_from_checkpoint=str(last_checkpoint(output / "checkpoints")) if resume else None)
+        trainer.train(resume_from_checkpoint=last and str(last))
     if first:
         write_curves(trainer.state.log_history, output)
     if interrupt.asked:
         raise Interrupted(f"a checkpoint is in {last_checkpoint(output / 'checkpoints')}")
     if first:
-        save(model, tokenizer, output)
+        save(trainer.model, tokenizer, output)
     trainer.accelerator.wait_for_everyone()
     return output
 
@@ -166,8 +157,8 @@ def _course(
 ) -> tuple[Settings, Path | None]:
     """The settings and the corpus to train with; errors before anything is overwritten."""
     if not resume:
-        if (output / SETTINGS).exists():
-            raise ValueError(f"output must be a new folder; {output} holds a run: go on with it by --resume, or name another")
+        if (output / SETTINGS).exists() or (output / CONFIG).exists():
+            raise ValueError(f"output must be a new folder; {output} holds a model: go on with it by --resume, or name another")
         return settings or Settings(), Path(corpus) if corpus else None
     before, corpus_before = settings_of(output)
     if settings not in (None, before):
@@ -175,9 +166,48 @@ def _course(
         raise ValueError(f"a run is resumed with its own settings; {output} has another {', '.join(differ)}")
     if corpus is not None and Path(corpus).resolve() != corpus_before:
         raise ValueError(f"a run is resumed on its own corpus; {output} was trained on {corpus_before}, not on {corpus}")
-    if last_checkpoint(output / "checkpoints") is None:
-        raise FileNotFoundError(f"{output} has no whole checkpoint to resume from: train from the beginning, in another folder")
     return before, corpus_before
+
+
+def _last_checkpoint(output: Path, kept: dict) -> Path | None:
+    """What to resume from, looked at before it is; None if there is no checkpoint yet."""
+    if json.loads((output / SETTINGS).read_text("utf-8")) != kept:
+        raise ValueError(f"{kept['corpus']} has changed since {output} was begun: a run is resumed on its own corpus")
+    last = last_checkpoint(output / "checkpoints")
+    if last is not None:
+        check_whole(last / WEIGHTS)
+        for path in last.glob("*.pt*"):
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path} is damaged or cut short: remove {last}, and resume from the checkpoint before it")
+    return last
+
+
+def digest_of(corpus: str | os.PathLike) -> str:
+    """Of a prepared corpus: its vocabulary, and what its report says of its texts."""
+    digest = blake2b(digest_size=16)
+    for name in (TOKENIZER, REPORT):
+        digest.update((Path(corpus) / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _trainer(
+    settings: Settings,
+    corpus: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+) -> TextTrainer:
+    set_seed(settings.seed)
+    vae = settings.model == "vae"
+    model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
+    most = PRESETS[settings.preset].max_tokens
+    texts, validation = (Texts(corpus, split, tokenizer, most, settings.seed) for split in ("train", "validation"))
+    arguments.eval_steps = arguments.save_steps = min(SAVE_STEPS, -(-len(texts) // settings.batch_size))
+    collate = Collator(tokenizer, encoder=vae, dropout=settings.word_dropout, masking=settings.span_masking)
+    annealing = [Annealing(settings.kl_schedule, settings.beta, settings.warm_start)] if vae else []
+    return TextTrainer(
+        model, arguments, collate, texts, validation, batch_size=settings.batch_size, callbacks=[*annealing, *callbacks]
+    )
 
 
 def _arguments(output: Path, settings: Settings) -> TrainingArguments:

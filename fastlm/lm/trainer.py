@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
@@ -57,10 +56,8 @@ class TextTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The negative ELBO per token on the validation texts, in nats; without a latent, the negative log-likelihood."""
         texts = eval_dataset or self.eval_dataset
-        order, collate = ByLength(texts, self.batch_size), self.data_collator.plain()
-        found = elbo(
-            self.accelerator.unwrap_model(self.model), DataLoader(texts, self.batch_size, sampler=order, collate_fn=collate)
-        )
+        batches = texts.batches(self.batch_size, self.data_collator.plain())
+        found = elbo(self.accelerator.unwrap_model(self.model), batches)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
