@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from copy import copy
+from hashlib import blake2b
 from tempfile import TemporaryFile
 
 import numpy as np
@@ -74,8 +75,9 @@ def framed(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> li
 
 
 def seed_of(seed: int, epoch: int, index: int) -> int:
-    """Of a text in an epoch, whatever else is in its batch: the generators make independent streams of different seeds."""
-    return ((seed * 8191 + epoch) << 32 | index) & (2**63 - 1)
+    """Of a text in an epoch, whatever else is in its batch; a hash, as torch's CPU generator looks at 32 bits of a seed only."""
+    digest = blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class ByLength(Sampler):
