@@ -75,7 +75,7 @@ def framed(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> li
 
 
 def seed_of(seed: int, epoch: int, index: int) -> int:
-    """Of a text in an epoch, whatever else is in its batch; a hash, as torch's CPU generator looks at 32 bits of a seed only."""
+    """Of a text in an epoch, whatever else is in its batch; a hash, as torch's CPU generator reads 32 bits of a seed only."""
     digest = blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
