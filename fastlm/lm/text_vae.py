@@ -34,6 +34,10 @@ from ..ops.reparameterize import gaussian_kl
 IGNORED = -100  # a label that is not predicted
 
 
+_BERT_BASE = {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+_BERT_BASE |= {"num_attention_heads": 12, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
 class TextVAEConfig(PreTrainedConfig):
     """What a `TextVAE` is made of: two configs of transformers, and the latent between them.
 
@@ -46,9 +50,9 @@ class TextVAEConfig(PreTrainedConfig):
     """
 
     model_type = "fastlm_text_vae"
-    sub_configs_defaults = {
-        "encoder": SubConfigSpec(config_class=EuroBertConfig, model_type="eurobert"),
-        "decoder": SubConfigSpec(config_class=LlamaConfig, model_type="llama"),
+    sub_configs_defaults = {  # their own defaults do not fit each other
+        "encoder": SubConfigSpec(config_class=EuroBertConfig, model_type="eurobert", init_kwargs=_BERT_BASE),
+        "decoder": SubConfigSpec(config_class=LlamaConfig, model_type="llama", init_kwargs=_BERT_BASE),
     }
 
     encoder: PreTrainedConfig | dict | None = None
