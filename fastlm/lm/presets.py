@@ -29,7 +29,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(64, 176, 4, 2, 2, 1, 16, 128),  # to try things out, and for the tests
-    "small": Preset(256, 704, 4, 2, 4, 2, 32, 320),  # minutes on two cores
+    "small": Preset(256, 704, 4, 2, 4, 2, 16, 320),  # minutes on two cores
     "base": Preset(768, 2048, 12, 4, 12, 6, 64, 1024),  # hours on a GPU
 }
 

@@ -32,6 +32,7 @@ from ..nn import GaussianLatent
 from ..ops.reparameterize import gaussian_kl
 
 IGNORED = -100  # a label that is not predicted
+FIRST_LOGVAR = -3.0  # of the posterior: a decoder that at first hears nothing but noise learns not to listen
 
 
 _BERT_BASE = {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -126,6 +127,8 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if module is getattr(self, "to_embedding", None):
             init.zeros_(module.weight)  # else a latent that says nothing yet drowns the embeddings
+        if module is getattr(getattr(self, "latent", None), "linear", None):
+            init.constant_(module.bias[self.config.latent_dim :], FIRST_LOGVAR)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
