@@ -32,18 +32,17 @@ class Inside:
 def page_of(inside: Inside) -> str:
     """The whole page, as HTML that needs nothing else, and no script."""
     sentence = escape(inside.sentence)
-    cut = f" The sentence is longer: only its first {inside.tokens} tokens are looked at." if inside.cut else ""
+    tokens = f"The first {inside.tokens} tokens; the rest is left out." if inside.cut else f"{inside.tokens} tokens."
     body = [
         f"<h1>Inside the model</h1><blockquote>{sentence}</blockquote>",
-        f"<p>{inside.tokens} tokens, with &lt;|bos|&gt; before the text and &lt;|eos|&gt; after it.{cut}</p>",
-        f"<p>{_extremes(inside.attentions)}</p>",
+        f"<p>{tokens} {_extremes(inside.attentions)}</p>",
         *map(_attention, inside.attentions),
         "<h2>Latent</h2>" + _latent(inside),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Inside the model: {sentence}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Inside the model: {escape(inside.sentence[:60])}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -156,21 +155,23 @@ def _traversal(traversal: Traversal) -> str:
 def _map(plane: Map) -> str:
     """A scatter of the texts; a label's color is that of its class in the style sheet."""
     classes = {label: f"label{i}" for i, (label, _) in enumerate(plane.labels)}
-    every = np.vstack([plane.points, plane.sentence])
+    every = np.vstack([plane.points, plane.sentence]) * (1, -1)  # an SVG's y grows downwards
     low, span = every.min(0), np.ptp(every, 0).clip(1e-6)
     (*places, (x, y)) = ((every - low) / span * (680, 440) + 20).round(1).tolist()
+    behind = sorted(zip(plane.records, places), key=lambda dot: dot[0]["label"] in classes)  # the others
     dots = "".join(
         f'<circle class="{classes.get(record["label"], "other")}" cx="{cx}" cy="{cy}" r="4"><title>'
         f"{escape(str(record['label'] or 'no label'))}: {escape(record['text'][:80])}</title></circle>"
-        for record, (cx, cy) in zip(plane.records, places)
+        for record, (cx, cy) in behind
     )
     rest = len(plane.records) - sum(count for _, count in plane.labels)
     named = [(classes[label], escape(label), count) for label, count in plane.labels] + [("other", "others", rest)] * bool(rest)
     legend = "".join(f'<li><span class="{name}"></span>{label} <i>{count}</i></li>' for name, label, count in named)
     first, second = (f"{100 * share:.0f}%" for share in plane.explained)
     return (
-        f"<h2>Map of the corpus</h2><p>The posterior means of {len(plane.records)} texts that the model was not trained on, by "
-        f"their two principal components, which hold {first} (across) and {second} (up) of the variance. The ring is the "
-        f'sentence.</p><svg class="map" viewBox="0 0 720 480" role="img" aria-label="map of the corpus">{dots}'
+        f"<h2>Map of the corpus</h2><p>The posterior means of {len(plane.records)} test and validation texts, by their two "
+        f"principal components, which hold {first} (across) and {second} (up) of the variance, each at a scale of its own. The "
+        "ring is the sentence.</p>"
+        f'<svg class="map" viewBox="0 0 720 480" role="img" aria-label="map of the corpus">{dots}'
         f'<circle class="sentence" cx="{x}" cy="{y}" r="10"/></svg><ul class="legend">{legend}</ul>'
     )

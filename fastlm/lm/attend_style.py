@@ -35,7 +35,8 @@ th { font-weight: 600; white-space: nowrap; }
 .table td { white-space: nowrap; }
 .traversals td { overflow-wrap: anywhere; }
 .map { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
-.map circle { fill: currentColor; fill-opacity: .75; } .map .sentence { fill: none; stroke: var(--ink); stroke-width: 3; }
+.map circle { fill: currentColor; fill-opacity: .8; } .map .other { fill-opacity: .4; }
+.map .sentence { fill: none; stroke: var(--ink); stroke-width: 3; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; font-size: .9rem; }
 .legend span { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; border-radius: 50%;
   background: currentColor; }
