@@ -361,8 +361,9 @@ def test_what_is_not_there_is_named_and_the_last_page_stays(runs, tmp_path):
     page.write_text("before")
     with pytest.raises(FileNotFoundError, match="nowhere is no checkpoint"):
         attend(tmp_path / "nowhere", SENTENCE, page)
-    with pytest.raises(FileNotFoundError, match="nowhere is no prepared corpus"):
-        attend(runs / "vae", SENTENCE, page, tmp_path / "nowhere")
+    for kind in ("vae", "decoder"):
+        with pytest.raises(FileNotFoundError, match="nowhere is no prepared corpus"):
+            attend(runs / kind, SENTENCE, page, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="character 3 is a lone surrogate"):
         attend(runs / "vae", "ab\udc80", page)
     with pytest.raises(ValueError, match="output must be a file"):

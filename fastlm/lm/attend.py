@@ -62,6 +62,7 @@ def corpus_of(checkpoint: Path) -> Path | None:
 def look(checkpoint: str | os.PathLike, sentence: str, corpus: str | os.PathLike | None = None) -> Inside:
     """The numbers of the page; without a map where there is no ``corpus``."""
     model, tokenizer = checkpoints.load(checkpoint, attention="eager")
+    records = None if corpus is None else held_out(corpus, MAX_TEXTS)
     most = min(MAX_TOKENS, model.config.get_text_config().max_position_embeddings)
     read = framed(sentence, tokenizer, most + 1)
     ids = torch.tensor([read[:most]])
@@ -69,8 +70,6 @@ def look(checkpoint: str | os.PathLike, sentence: str, corpus: str | os.PathLike
     if not isinstance(model, TextVAE):
         return Inside(*found)
     z = means_of(model, tokenizer, [sentence], most)[0]
-    if corpus is None:
-        return Inside(*found, traverse(model, tokenizer, z, active_units(z, None, UNITS)))
-    records = held_out(corpus, MAX_TEXTS)
-    means = means_of(model, tokenizer, [record["text"] for record in records])
-    return Inside(*found, traverse(model, tokenizer, z, active_units(z, means, UNITS)), map_of(means, z, records))
+    means = None if records is None else means_of(model, tokenizer, [record["text"] for record in records])
+    traversals = traverse(model, tokenizer, z, active_units(z, means, UNITS))
+    return Inside(*found, traversals, None if records is None else map_of(means, z, records))
