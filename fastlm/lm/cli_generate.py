@@ -22,7 +22,7 @@ examples:
 The same seed gives the same texts. A text ends where the model ends it, or at the length that the model was made for."""
 
 INTERPOLATE = """\
-Write the texts that lie between two: the model's latents of both are joined by a straight line, and each of --steps points on it
+Write the texts that lie between two: the latents of both are joined by a straight line, and each of --steps points on it
 is written as a text, the two ends included."""
 
 INTERPOLATE_EXAMPLES = """\
