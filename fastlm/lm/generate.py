@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ..ops.reparameterize import reparameterize
-from .batches import framed, padded, seed_of
+from .batches import framed, padded
 from .checkpoint import quiet
 from .text_vae import TextVAE
 
@@ -248,7 +248,9 @@ class Writer:
 
 def seeds_of(seed: int, count: int) -> list[int]:
     """Of ``count`` texts: that of the first is the same, however many there are."""
-    return [seed_of(seed, 0, index) for index in range(count)]
+    if seed not in range(2**32):  # what torch's generator on the CPU heeds
+        raise ValueError(f"seed must be from 0 to 2**32 - 1; got {seed}")
+    return torch.randint(2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
