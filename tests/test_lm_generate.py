@@ -329,6 +329,11 @@ def test_other_bad_input(teller):
         teller.vary("a", 0)
     with pytest.raises(TypeError, match="top_q"):
         teller.sample(top_q=1)
+    for write in (lambda text: teller.sample(prompt=text), teller.stream, teller.reconstruct, teller.vary):
+        with pytest.raises(ValueError, match="a text must be Unicode: .* position 1: surrogates not allowed"):
+            write("a\udcff")
+    with pytest.raises(TypeError, match="a text must be a str; got int"):
+        teller.reconstruct(["a", 3])
 
 
 def test_a_decoder_alone_has_no_latent(models, tokenizer):

@@ -171,6 +171,8 @@ class Writer:
         """(mu, logvar), each (B, D), of texts cut at ``max_tokens``."""
         if not isinstance(self.model, TextVAE):
             raise ValueError(f"this needs a model with a latent, a TextVAE; got a {type(self.model).__name__}")
+        for text in texts:
+            _check_text(text)
         rows = [torch.tensor(framed(text, self.tokenizer, self.max_tokens)) for text in texts]
         ids, mask = padded(rows, self.tokenizer.pad_token_id), padded([torch.ones_like(row) for row in rows], 0)
         return self.model.posterior(ids.to(self.model.device), mask.to(self.model.device))
@@ -186,6 +188,7 @@ class Writer:
         return torch.tensor(seeds, device=self.model.device)
 
     def _prompt(self, text: str) -> list[int]:
+        _check_text(text)
         ids = [self.tokenizer.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         if len(ids) >= self.max_tokens:
             most = self.max_tokens - 2  # beside <|bos|> and a token to write
@@ -255,3 +258,12 @@ def seeds_of(seed: int, count: int) -> list[int]:
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be a str; got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text must be Unicode: {error}") from None
