@@ -203,7 +203,8 @@ def test_the_command_trains_a_decoder_and_evaluates_both(whole, corpus, tmp_path
     options = ["--model", "decoder", "--preset", "tiny", "--epochs", "0.5", "--batch-size", "16"]
     assert main(["lm", "train", "--corpus", str(corpus), "--output", str(run), *options]) == 0
     assert main(["lm", "train", "--corpus", str(corpus), "--output", str(run), *options]) == 1
-    assert "output must be a new folder" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "output must be a new folder" in captured.err and f"The model is in {run}. It writes, for example:" in captured.out
     found = tmp_path / "found.json"
     assert main(["lm", "evaluate", str(whole), "--against", str(run), "--samples", "4", "--json", str(found)]) == 0
     out = capsys.readouterr().out

@@ -1,10 +1,12 @@
-"""The command line of the language model: ``fastlm lm prepare | train | evaluate``."""
+"""The command line of the language model: ``fastlm lm prepare``, and those that have files of their own."""
 
 import argparse
 import inspect
 import sys
 from pathlib import Path
 
+from .cli_attend import add_attend
+from .cli_generate import add_generate, add_interpolate
 from .cli_train import add_evaluate, add_train
 from .prepare import prepare
 from .read import UNITS
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> int:
     """Run one command; 1 if its input is at fault, which standard error then names."""
     parser = argparse.ArgumentParser(prog="fastlm lm", description="The language model, from text files to generated text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_prepare, add_train, add_evaluate):
+    for add in (add_prepare, add_train, add_generate, add_interpolate, add_evaluate, add_attend):
         add(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -2,16 +2,21 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from .batches import Texts
 from .checkpoint import load
+from .cli_generate import show
 from .evaluate import evaluate
+from .generate import Writer
 from .prepare import SPLITS
 from .presets import KINDS, PRESETS
 from .schedules import SCHEDULES
 from .train import Settings, settings_of, train
+
+SHOWN = 3  # texts that a new model writes
 
 TRAIN = """\
 Train a language model from nothing: a variational autoencoder of texts ("vae"), or its decoder alone ("decoder"). With nothing
@@ -76,6 +81,9 @@ def run_train(arguments: argparse.Namespace) -> None:
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
     settings = replace(settings_of(output)[0] if arguments.resume else Settings(), **given)
     train(output, arguments.corpus, settings, resume=arguments.resume)
+    if int(os.environ.get("RANK", 0)) == 0:  # torchrun's first process
+        print(f"The model is in {output.resolve()}. It writes, for example:\n")
+        show(Writer(*load(output)).sample(SHOWN, temperature=0.7, max_new_tokens=60))
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
