@@ -165,11 +165,40 @@ def test_a_model_is_timed_and_judged_before_and_after():
 
 
 def test_memory_that_is_kept_between_calls_is_not_taken_for_none(monkeypatch):
-    child = subprocess.CompletedProcess((), 0, stdout=json.dumps({"bytes": 0, "result_bytes": 1 << 20}), stderr="")
-    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: child)
+    found = {"bytes": 0, "result_bytes": 1 << 20}
+    monkeypatch.setattr(memory, "_ask", lambda target, arguments: found)
     assert "keeps its memory" in memory.peak_extra_bytes("rows:fresh_step")["why_not"]
-    child.stdout = json.dumps({"bytes": 1 << 21, "result_bytes": 1 << 20})
+    found["bytes"] = 1 << 21
     assert memory.peak_extra_bytes("rows:fresh_step") == {"bytes": 1 << 21, "result_bytes": 1 << 20}
+
+
+def test_memory_is_measured_in_a_process_of_its_own_and_a_failure_or_a_crash_is_told_from_a_figure(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    memory._server.cache_clear()
+    large = memory.peak_extra_bytes("test_bench_run:takes", megabytes=32, returned=8)
+    assert large["result_bytes"] == 8 << 20 and 40 << 20 <= large["bytes"] < 42 << 20
+    assert memory.peak_extra_bytes("test_bench_run:fails") == {"why_not": "RuntimeError: not today"}
+    assert memory.peak_extra_bytes("test_bench_run:crashes") == {"why_not": "exit code 7"}
+    assert memory.peak_extra_bytes("test_bench_run:takes", megabytes=1, returned=8)["bytes"] >= 9 << 20  # and it goes on
+    memory._server.cache_clear()
+
+
+def takes(megabytes: int, returned: int):
+    """A call that takes so much and gives it back, and so much that it returns."""
+
+    def call():
+        taken, result = torch.ones(megabytes << 18), torch.ones(returned << 18)  # float32
+        return (result.add_(taken[0]),)
+
+    return call
+
+
+def fails():
+    raise RuntimeError("not today\nnor tomorrow")
+
+
+def crashes():
+    return lambda: os._exit(7)
 
 
 # ---- the journal ------------------------------------------------------------------------------------------------------------
