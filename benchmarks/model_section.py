@@ -91,7 +91,7 @@ class ModelContest:
         return step
 
     def seconds(self, implementation: str, step: Step) -> float:
-        """Of the first run, in which nothing is compiled."""
+        """Of the first run, in which nothing is compiled; counting makes many small operations slower than they are."""
         return self.first_seconds[implementation]
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:

@@ -43,8 +43,8 @@ METHOD = [
             "to that; those whose noise is their own have no error. Of calls with more than 2²⁵ scores the last 64 queries are "
             "checked.",
             "**Time** is the median (p50) of a forward and backward where there are gradients, of the forward alone elsewhere; "
-            "beside it the 20th and the 80th percentile. The implementations of one setting take turns, three each, of one call "
-            "where it takes half a second and more. Allocating "
+            "beside it the 20th and the 80th percentile. The implementations of one setting take turns, three each, of one "
+            "call where it takes half a second and more. Allocating "
             "the results counts, compiling and laying out inputs does not.",
             "**≈** behind a speed-up: one of the two spreads (p80 − p20) is wider than the difference of the medians, so that "
             "the figure says little.",
