@@ -62,7 +62,7 @@ METHOD = [
             "**compiled** is `torch.compile`, for each size anew. A peer that is not installed (`pip install fastlm[peers]` "
             "has ONNX Runtime and JAX) or cannot do a call is named "
             "below its table, with the reason.",
-            "In half precision a run without `--full` leaves out the peers that are far slower than SDPA there: eager code; of "
+            "In half precision a run without `--full` leaves out peers far slower than the first one there: eager code; of "
             "the forward without a mask, FlexAttention and JAX; of the latent, the compiled one.",
             "Speed-ups and ratios compare within one run, on the same threads.",
         ]
