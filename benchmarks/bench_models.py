@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from bench_text_vae import noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
 from rows import Step
 from timm_alone import import_timm
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 import fastlm
 
 VOCABULARY = 30522
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Model:
     build: Callable[[], nn.Module]
     ready: Callable[[nn.Module], Step]  # makes the inputs, and returns the step that is timed
     put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # how fastlm gets in, below
-    judged: Callable[[nn.Module], Step] | None = None  # without noise or changed weights, where ``ready``'s step has some
+    judged: Callable[[nn.Module], Step] | None = None  # as ``ready``, without noise or changed weights, and a small one
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
 
 
@@ -234,6 +235,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: forward_of(model, 2, 512, 768),
         put_in={"replace": replaced},
+        judged=lambda model: forward_of(model, 1, 128, 768),
     ),
     Model(
         name="TransformerEncoder of BERT-base's size, padded, inference",
@@ -243,6 +245,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: padded_encoder(model, 4, 256),
         put_in={"replace": replaced},
+        judged=lambda model: padded_encoder(model, 2, 64),
     ),
     Model(
         name="BertModel, base, padded, inference",
@@ -252,6 +255,7 @@ MODELS = (
         build=bert,
         ready=lambda model: padded_forward(model, 4, 256),
         put_in={"transformers": by_name},
+        judged=lambda model: padded_forward(model, 2, 64),
     ),
     Model(
         name="BertModel, base, padded, training",
@@ -261,7 +265,7 @@ MODELS = (
         build=bert,
         ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
         put_in={"transformers": by_name},
-        judged=lambda model: gradients_of(model, 2, 256, padded=True),
+        judged=lambda model: gradients_of(model, 2, 64, padded=True),
         memory=True,
     ),
     Model(
@@ -272,8 +276,7 @@ MODELS = (
         build=gpt2,
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
         put_in={"transformers": by_name},
-        judged=lambda model: gradients_of(model, 1, 512, padded=False),
-        memory=True,
+        judged=lambda model: gradients_of(model, 1, 128, padded=False),
     ),
     Model(
         name="GPT-2, small, generation",
@@ -283,6 +286,28 @@ MODELS = (
         build=gpt2,
         ready=lambda model: generation(model, 4, 256),
         put_in={"transformers": by_name},
+        judged=lambda model: generation(model, 1, 64),
+    ),
+    Model(
+        name="TextVAE, small, training",
+        workload="B32 S72",
+        unit="tokens/s",
+        items=32 * 72,
+        build=text_vae,
+        ready=lambda model: text_gradients(model, 32, 72),
+        put_in={"kernels": on_kernels},
+        judged=lambda model: noiseless_gradients(model, 4, 72),
+        memory=True,
+    ),
+    Model(
+        name="TextVAE, small, generation",
+        workload="B8, 64 from z",
+        unit="tokens/s",
+        items=8 * 64,
+        build=text_vae,
+        ready=lambda model: text_generation(model, 8, 64),
+        put_in={"kernels": on_kernels},
+        judged=lambda model: text_generation(model, 2, 16),
     ),
     Model(
         name="AutoencoderKL, encoding and sampling",
@@ -292,7 +317,7 @@ MODELS = (
         build=autoencoder,
         ready=lambda model: encoding(model, 4, 128),
         put_in={"replace, use": partial(replaced_and_used, integration="diffusers")},
-        judged=lambda model: encoding(model, 4, 128, sample=False),
+        judged=lambda model: encoding(model, 1, 64, sample=False),
         memory=True,
     ),
     Model(
@@ -323,5 +348,6 @@ MODELS = (
         build=vision_transformer,
         ready=lambda model: forward_of(model, 8, 3, 224, 224),
         put_in={"use": used},
+        judged=lambda model: forward_of(model, 1, 3, 224, 224),
     ),
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 from figures import percentiles
 from rows import Cost, Row, Setting, rows_of, sections
 
+FROM_CHECKS = "error", "allowed", "flops"  # what a row's "extra_info" has
+
 
 @dataclass
 class Result:
@@ -20,6 +22,7 @@ class Result:
     slow: float | None = None
     error: float | None = None  # share of the largest golden value
     allowed: float | None = None
+    flops: int | None = None  # of a call, where they were counted and not computed
     peak_bytes: int | None = None  # peak extra memory, results included
     result_bytes: int | None = None  # outputs and gradients alone
     why_not: str | None = None
@@ -45,9 +48,13 @@ class Result:
         return min(by_memory, machine["peak_gflop_s"][self.row.dtype]) if self.cost.flops else by_memory
 
     def share(self, machine: dict) -> float | None:
-        """Of that limit."""
+        """Of that limit; of the arithmetic's peak where operations were counted."""
+        if not self.seconds:
+            return None
+        if self.flops:
+            return self.flops / self.seconds / 1e9 / machine["peak_gflop_s"][self.row.dtype]
         limit = self.limit(machine)
-        return self.throughput / limit if limit and self.throughput else None
+        return self.throughput / limit if limit else None
 
 
 def read(path: Path) -> dict:
@@ -94,7 +101,7 @@ def _in_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def _result(row: Row, times: list[float] | None, check: dict, why_not: str | None, peak: dict) -> Result:
-    result = Result(row, sections()[row.op].cost(row.setting), error=check.get("error"), allowed=check.get("allowed"))
+    result = Result(row, sections()[row.op].cost(row.setting), **{name: check.get(name) for name in FROM_CHECKS})
     if times:
         result.fast, result.seconds, result.slow = percentiles(times)
     result.why_not, result.why_no_peak = why_not, peak.get("why_not")

@@ -8,7 +8,7 @@ that what else the machine is doing hits all alike; a row's percentiles are take
 """
 
 import gc
-import time
+import math
 from functools import cache, lru_cache
 
 import pytest
@@ -18,7 +18,7 @@ from rows import Row, Selection, Setting, Step, Unavailable, rows_of, sections, 
 
 TURNS = 3
 ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
-SLOW = 0.5  # seconds of a call from which a turn is one round
+ENOUGH = 0.5  # seconds of calls after which a turn of a slow one ends, be it the first round
 ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
 
 
@@ -50,9 +50,7 @@ class Entrants:
             return reason
 
     def _seconds(self, implementation: str) -> float:
-        start = time.perf_counter()
-        self.step(implementation)()
-        return time.perf_counter() - start
+        return self.contest.seconds(implementation, self.step(implementation))
 
 
 @lru_cache(maxsize=1)  # the tensors of one setting at a time
@@ -71,13 +69,14 @@ def test_row(benchmark, op, workload, dtype, turn, implementation):
             pytest.skip(str(step))
         benchmark.group = " ".join(row.setting)
         judged = setting.errors(implementation)
-        benchmark.extra_info |= {"errors": judged, **worst(judged)}
+        benchmark.extra_info |= {"errors": judged, "flops": setting.contest.flops, **worst(judged)}
         wrong = [(name, j["error"], j["allowed"]) for name, j in judged.items() if not j["error"] <= j["allowed"]]
         if row.own:
             assert not wrong, "wrong: " + ", ".join(
                 f"{name} by {error:.1e} ({most:.1e} allowed)" for name, error, most in wrong
             )
-        if setting.seconds(implementation) > SLOW:
-            benchmark.pedantic(step)  # one round
+        rounds = math.ceil(ENOUGH / setting.seconds(implementation))
+        if rounds <= ROUNDS:
+            benchmark.pedantic(step, rounds=rounds)
         else:
             benchmark(step)

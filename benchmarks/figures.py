@@ -36,5 +36,15 @@ def count(n: int) -> str:
     return f"{n / 2**20:.3g}M" if n >= 2**20 else f"{n / 2**10:.3g}K" if n >= 2**14 else f"{n:,}"
 
 
+def rate(value: float) -> str:
+    """Three digits: "0.0275", "194", "27,500"."""
+    return f"{value:.3g}" if value < 999.5 else f"{float(f'{value:.3g}'):,.0f}"
+
+
+def times(ratio: float) -> str:
+    """Two digits: "0.98 ×", "1.0 ×", "28 ×"."""
+    return (f"{ratio:#.2g}".removesuffix(".") if ratio < 99.5 else f"{ratio:.0f}") + " ×"
+
+
 def or_dash(value: float | None, write) -> str:
     return "–" if value is None else write(value)

@@ -3,23 +3,25 @@
 Counted is all that the call allocates, results and gradients included; its inputs are there before. Linux only: the high-water
 mark of the resident set is reset by writing 5 to /proc/self/clear_refs (man 5 proc).
 
-    python benchmarks/memory.py rows:fresh_step '{"op": "normal", "workload": "1,048,576", …}'
+The processes are forks of one that has imported what all need and computed nothing: this file, run as a program.
 """
 
 import ctypes
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 # Every block of 64 KiB and more comes from the system and goes back when freed, so that none is counted twice or not at all.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-WARM_UPS = 2
 
 
 def peak_extra_bytes(target: str, **arguments) -> dict:
@@ -29,27 +31,63 @@ def peak_extra_bytes(target: str, **arguments) -> dict:
     """
     if not CLEAR_REFS.exists():
         return {"why_not": f"measured on Linux only: no {CLEAR_REFS}"}
-    command = [sys.executable, __file__, target, json.dumps(arguments)]
-    child = subprocess.run(command, env={**os.environ, **MALLOC}, capture_output=True, text=True)
-    if child.returncode:
-        last = (child.stderr.strip() or f"exit code {child.returncode}").splitlines()[-1]
-        return {"why_not": last.removeprefix("rows.Unavailable: ")}
-    found = json.loads(child.stdout.splitlines()[-1])
-    if found["bytes"] < found["result_bytes"] / 2:
+    found = _ask(target, arguments)
+    if "bytes" in found and found["bytes"] < found["result_bytes"] / 2:
         return {"why_not": "it keeps its memory from call to call, so that none is seen to be taken"}
     return found
 
 
-def _status(field: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+# ---- the process that asks --------------------------------------------------------------------------------------------------
+
+
+@cache
+def _server() -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, __file__], env={**os.environ, **MALLOC}, text=True, **pipes)
+
+
+def _ask(target: str, arguments: dict) -> dict:
+    server = _server()
+    print(json.dumps([target, arguments]), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
+
+
+# ---- the process that forks, and its forks ----------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer lines of the standard input, each [target, arguments], until it ends."""
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("rows").sections()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    fork = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        receiver, sender = fork.Pipe(duplex=False)
+        child = fork.Process(target=_answer, args=(sender, *json.loads(line)))
+        child.start()
+        sender.close()
+        try:
+            found = receiver.recv()
+        except EOFError:
+            found = None
+        child.join()
+        print(json.dumps(found or {"why_not": f"exit code {child.exitcode}"}), file=answers, flush=True)
+
+
+def _answer(sender: Connection, target: str, arguments: dict) -> None:
+    try:
+        module, function = target.split(":")
+        found = _measure(getattr(importlib.import_module(module), function)(**arguments))
+    except Exception as error:
+        reason = str(error) if type(error).__name__ == "Unavailable" else f"{type(error).__name__}: {error}"
+        found = {"why_not": reason.splitlines()[0]}
+    sender.send(found)
 
 
 def _measure(call: Callable) -> dict:
-    """The warm-ups bring in code pages, thread stacks and compiled kernels; what they leave in the heap goes back."""
-    for _ in range(WARM_UPS):
-        call()
+    """The warm-up brings in code pages, thread stacks and compiled kernels; what it leaves in the heap goes back."""
+    call()
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc
@@ -61,11 +99,11 @@ def _measure(call: Callable) -> dict:
     return {"bytes": peak, "result_bytes": sum(t.nbytes for t in result) if isinstance(result, tuple) else 0}
 
 
-def main(target: str, arguments: str) -> None:
-    module, function = target.split(":")
-    call = getattr(importlib.import_module(module), function)(**json.loads(arguments))
-    print(json.dumps(_measure(call)))
+def _status(field: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -1,5 +1,7 @@
 """A section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
 
+import copy
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -9,9 +11,16 @@ from op_check import judge
 from rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 BEFORE = "before"
 SEED = 0  # of the weights
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ITS_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+COUNTED = {  # by torch's counter on GPUs alone; of shapes
+    _ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    _ITS_BACKWARD: lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value),
+}
 
 
 class ModelSection:
@@ -55,25 +64,35 @@ class _Ops(TorchDispatchMode):
 
 
 class ModelContest:
-    """See `rows.Contest`. Each implementation has a model of its own, of the same first weights."""
+    """See `rows.Contest`. Each implementation has a copy of the model of its own, of the same first weights."""
 
     def __init__(self, model: Model, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
         self.judged = model.judged or model.ready
+        self.first_seconds: dict[str, float] = {}
+        self.flops = None
 
     def step(self, implementation: str) -> Step:
         """It has run once."""
         try:
             step = self._step(implementation, self.dtype, self.model.ready)
-            with _Ops() as ops:
+            with _Ops() as ops, FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+                start = time.perf_counter()
                 step()
+                self.first_seconds[implementation] = time.perf_counter() - start
         except Exception as error:
             if implementation != BEFORE and not isinstance(error, (ImportError, NotImplementedError)):
                 raise  # a bug of ours, not something missing
             raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
         if ops.ours != (implementation != BEFORE):
             raise AssertionError(f"{implementation}: {'no op' if not ops.ours else 'an op'} of fastlm ran in {self.model.name}")
+        if implementation == BEFORE:
+            self.flops = counter.get_total_flops() or None
         return step
+
+    def seconds(self, implementation: str, step: Step) -> float:
+        """Of the first run, in which nothing is compiled; counting makes many small operations slower than they are."""
+        return self.first_seconds[implementation]
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
         """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
@@ -87,9 +106,13 @@ class ModelContest:
         """The results of the model as it is, in the dtype of the contest and in float64."""
         return [self._step(BEFORE, dtype, self.judged)() for dtype in (self.dtype, torch.float64)]
 
-    def _step(self, implementation: str, dtype: torch.dtype, ready: Callable[[nn.Module], Step]) -> Step:
+    @cached_property
+    def built(self) -> nn.Module:
         torch.manual_seed(SEED)
-        module: nn.Module = self.model.build().to(dtype)
+        return self.model.build()
+
+    def _step(self, implementation: str, dtype: torch.dtype, ready: Callable[[nn.Module], Step]) -> Step:
+        module = copy.deepcopy(self.built).to(dtype)
         if implementation == BEFORE:
             return ready(module)
         enter = self.model.put_in[implementation.removeprefix(FASTLM)](module)

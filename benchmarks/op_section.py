@@ -1,5 +1,6 @@
 """A section of the report from what an op says of itself: fastlm's backends beside the peers of peers.py."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
@@ -72,6 +73,8 @@ class OpSection:
 class OpContest:
     """See `rows.Contest`: forward and backward are one step, or the forward alone where nothing gets a gradient."""
 
+    flops = None  # the section's cost has them
+
     def __init__(self, benchmark: Benchmark, arguments: dict):
         self.benchmark, self.arguments = benchmark, arguments
         self.leaves = {n: arguments[n].requires_grad_() for n in benchmark.differentiable if isinstance(arguments[n], Tensor)}
@@ -104,6 +107,11 @@ class OpContest:
             return *outputs, *torch.autograd.grad(outputs, leaves, gradients)
 
         return step
+
+    def seconds(self, implementation: str, step: Step) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
         if not implementation.startswith(FASTLM) and self.benchmark.own_noise:

@@ -16,7 +16,7 @@ STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --band: #f4f6f8; --warn: #fff1e5; LIGHT }
 @media (prefers-color-scheme: dark) { :root { --paper: #15181c; --band: #1d2227; --warn: #3a2a1c; DARK } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 66rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--grid); font-size: 1.3rem; }
 h3 { font-size: 1.1rem; }
@@ -26,7 +26,7 @@ pre { padding: 0.8rem; overflow-x: auto; }
 .warn { background: var(--warn); border-left: 4px solid var(--vermilion); padding: 0.6rem 1rem; font-weight: 600; }
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th, td { padding: 0.3rem 0.45rem; text-align: left; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 td:last-child { white-space: normal; min-width: 10rem; }
 th { background: var(--band); } tr:hover td { background: var(--band); }
 figure { margin: 1.2rem 0; } figure svg { display: block; width: 100%; height: auto; }

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch
 from bench_results import Result
-from figures import count, growth_exponent, size
+from figures import count, growth_exponent, size, times
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -165,6 +165,7 @@ def _roofline_points(axis: Axes, rows: list[Result]) -> None:
 def _roof(axis: Axes, machine: dict, dtype: str) -> None:
     peak, bandwidth = machine["peak_gflop_s"][dtype], machine["bandwidth_gb_s"]
     axis.set(xscale="log", yscale="log")
+    axis.margins(y=0.1)  # room for the peak's figure
     left, right = axis.get_xlim()
     left = min(left, peak / bandwidth / 4)
     right = max(right, peak / bandwidth * 8)
@@ -200,7 +201,7 @@ def speed_ups(results: list[Result], columns: int) -> Figure:
     axis = figure.subplots()
     place = 0.0
     for name, by_dtype in bars.items():
-        where = (0, place), (2, 0), ("axes fraction", "data"), "offset points"
+        where = (1, place), (4, 0), "data", "offset points"  # beside the line, which would strike it through
         axis.annotate(name, *where, va="center", weight="bold", fontsize=10 if columns > 1 else 9)
         for dtype, ratios in by_dtype.items():
             place -= 0.55 if dtype == next(iter(by_dtype)) else 0.36
@@ -220,7 +221,7 @@ def _speed_up_bar(axis: Axes, place: float, dtype: str, ratios: list[float]) -> 
     axis.barh(place, middle - 1, left=1, height=0.3, color=colour, alpha=0.75)
     axis.plot(ratios, [place] * len(ratios), "o", color=INK, markersize=3)
     far = max(*ratios, 1.0)
-    label = f"{dtype} {middle:.2g} ×"
+    label = f"{dtype} {times(middle)}"
     axis.annotate(label, (far, place), (6, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
 
 
@@ -267,7 +268,7 @@ def losses(digits: dict, columns: int) -> Figure:
         distance = (curves[name] - curves["float64"]).abs().cummax(dim=0).values
         right.plot(range(1, len(distance) + 1), distance, color=colour, linewidth=width, label=name)
     left.set(xlabel="epoch", ylabel="mean loss (nats per image)", title="One seed, one noise, two latents")
-    right.set(xlabel="step", ylabel="largest distance so far (nats)", title="From the training in float64")
+    right.set(xlabel="step", ylabel="largest distance so far (nats)", title="How far from the training in float64")
     right.set(xscale="log", yscale="log")
     check = digits["agreement"]
     right.hlines(check["first_allowed"], 1, check["first_steps"], color=GREY, linestyle=DASHES, linewidth=1.5)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from bench_results import Result
-from figures import duration, growth_exponent, or_dash, size
+from figures import duration, growth_exponent, or_dash, rate, size
 from page import Bullets, Table, plain
 from rich import box
 from rich.table import Table as Shown
@@ -26,7 +26,7 @@ def goals_table(results: list[Result], machine: dict) -> Table:
 def _goal_cells(v: Verdict, machine: dict) -> tuple[str, ...]:
     reach, throughput, limit = "", "", v.result.limit(machine)
     if v.result.seconds and v.figure.startswith(SPEED_UP):
-        throughput, reach = f"{v.result.throughput:.3g} {v.result.cost.unit}", f"{v.result.throughput / limit:.0%}"
+        throughput, reach = f"{rate(v.result.throughput)} {v.result.cost.unit}", f"{v.result.throughput / limit:.0%}"
     outcome = "not measured" if v.measured is None else "met" if v.met else "**missed**"
     if not v.met and v.needed and v.needed > limit:
         outcome = "**out of reach here**"
@@ -48,7 +48,7 @@ def _full_cells(r: Result, machine: dict) -> tuple[str, ...]:
         f"**{name}**" if r.row.own else name,
         or_dash(r.seconds, duration),
         f"{duration(r.fast)} – {duration(r.slow)}" if r.seconds else "–",
-        or_dash(r.throughput, "{:.3g}".format),
+        or_dash(r.throughput, rate),
         or_dash(r.share(machine), "{:.0%}".format),
         or_dash(r.speed_up, "{:.2f} ×".format) + NOISE * r.noisy,
         or_dash(r.peak_bytes, size),
@@ -142,7 +142,7 @@ def terminal_table(op: str, results: list[Result]) -> Shown:
             first.row.dtype,
             *(or_dash(rows[name].seconds if name in rows else None, duration) for name in implementations),
             or_dash(first.speed_up, "{:.1f} ×".format) + NOISE * first.noisy,
-            or_dash(first.throughput, "{:.3g}".format),
+            or_dash(first.throughput, rate),
             or_dash(first.peak_ratio, "{:.2f} ×".format),
         )
     return table

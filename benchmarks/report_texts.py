@@ -13,7 +13,10 @@ rest: the memory's bandwidth to the left, the peak of the arithmetic to the righ
 
 ABOUT_MODELS = """\
 Models as they are (*before*) and with fastlm in them, by the one line that the row is named for; weights are random. *error* is
-of the model's output (in training, of its first weights' gradient too) against the unchanged model in float64."""
+of the model's output (in training, of its first weights' gradient too) against the unchanged model in float64, on a smaller
+input. *of limit* is the share of the arithmetic's peak: the floating-point operations of the products and convolutions of the
+model as it is, padding included, over the time; a dash where torch runs a whole layer as one operation and does not count
+it. fastlm's own TextVAE is *before* on torch's attention, with its latent written out in plain PyTorch."""
 
 ABOUT_GROWTH = """\
 Time and memory as one size grows and nothing else does. The exponent b of a·n^b is fitted to the logarithms by least squares:
@@ -37,10 +40,11 @@ METHOD = [
             "**Answers first.** Each fastlm row was checked against the reference in float64 before it was timed. *error* is "
             "that of its worst result (output or gradient): the largest error over the largest value. Each result is allowed "
             "twice what plain PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not held "
-            "to that; those whose noise is their own have no error. Of calls with more than 2²⁷ scores the last 64 queries are "
+            "to that; those whose noise is their own have no error. Of calls with more than 2²⁵ scores the last 64 queries are "
             "checked.",
             "**Time** is the median (p50) of a forward and backward where there are gradients, of the forward alone elsewhere; "
-            "beside it the 20th and the 80th percentile. The implementations of one setting take turns, three each. Allocating "
+            "beside it the 20th and the 80th percentile. The implementations of one setting take turns, three each, of one "
+            "call where it takes half a second and more. Allocating "
             "the results counts, compiling and laying out inputs does not.",
             "**≈** behind a speed-up: one of the two spreads (p80 − p20) is wider than the difference of the medians, so that "
             "the figure says little.",
@@ -58,6 +62,8 @@ METHOD = [
             "**compiled** is `torch.compile`, for each size anew. A peer that is not installed (`pip install fastlm[peers]` "
             "has ONNX Runtime and JAX) or cannot do a call is named "
             "below its table, with the reason.",
+            "In half precision a run without `--full` leaves out peers far slower than the first one there: eager code; of "
+            "the forward without a mask, FlexAttention and JAX; of the latent, the compiled one.",
             "Speed-ups and ratios compare within one run, on the same threads.",
         ]
     ),

@@ -6,7 +6,7 @@ import bench  # noqa: F401  (before any module of benchmarks/)
 import compare
 import pytest
 from bench import BASE, FORWARD, OTHER, OWN, entry, made_up_run
-from figures import count, duration, growth_exponent, percentiles
+from figures import count, duration, growth_exponent, percentiles, rate, times
 from report_plots import apart
 
 SIZES = ("B16 H8 S128", "B4 H8 S512", "B1 H8 S2048")
@@ -34,6 +34,8 @@ def test_there_is_no_growth_without_two_sizes():
 def test_figures_have_three_digits_and_a_unit():
     assert [duration(s) for s in (4.321e-6, 0.0123456, 2.5, 999.6e-6)] == ["4.32 µs", "12.3 ms", "2.5 s", "1000 µs"]
     assert [count(n) for n in (3200, 65536, 1 << 20)] == ["3,200", "64K", "1M"]
+    assert [rate(r) for r in (0.02751, 193.6, 999.7, 27532.0)] == ["0.0275", "194", "1,000", "27,500"]
+    assert [times(r) for r in (0.984, 1.0, 2.25, 28.4, 128.0)] == ["0.98 ×", "1.0 ×", "2.2 ×", "28 ×", "128 ×"]
 
 
 def test_labels_are_moved_apart_and_stay_inside():

@@ -48,6 +48,13 @@ def test_a_row_has_the_rounds_of_all_its_turns(run):
     assert (own.peak_ratio, own.error) == (0.75, 1e-7)
 
 
+def test_a_model_has_the_share_of_the_peak_that_its_counted_operations_are(run):
+    counted = {"op": "GPT-2, small, training", "workload": "B1 S512", "flops": 50 * 10**9}
+    run["benchmarks"] += [entry("fastlm transformers", [0.5, 0.5], **counted), entry("before", [1.0, 1.0], **counted)]
+    shares = {r.row.implementation: r.share(run["machine"]) for r in results_of(run) if r.row.op == counted["op"]}
+    assert shares == {"fastlm transformers": pytest.approx(100 / 200.0), "before": pytest.approx(50 / 200.0)}
+
+
 def test_a_spread_wider_than_the_difference_is_told(run):
     noisy = {(r.row.workload, r.row.implementation): r.noisy for r in results_of(run)}
     assert noisy[("B1 H8 S2048", OWN)] and not noisy[("B4 H8 S512", OWN)]

@@ -1,14 +1,18 @@
 """The benchmarks' rows, and runs of them: what is asked for, what is missing, what is wrong, and what is interrupted."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import bench
+import bench_text_vae
 import memory
 import pytest
 import rows
@@ -164,12 +168,89 @@ def test_a_model_is_timed_and_judged_before_and_after():
     assert section.cost(setting).throughput(0.5) == 4
 
 
+def test_operations_of_a_model_are_counted_attention_and_its_backward_included():
+    batch, length, width = 2, 5, 8
+
+    def ready(module):
+        x = torch.randn(batch, 1, length, width)
+
+        def step():
+            out = module(x)
+            out.sum().backward()
+            return (out,)
+
+        return step
+
+    model = Model("a layer", "B2", "tokens/s", 2, Attending, ready, {"swap": lambda model: swapped(model) and nullcontext})
+    contest = ModelSection(model).contest(Setting("a layer", "B2", "float32"))
+    contest.step("fastlm swap")
+    assert contest.flops is None
+    contest.step("before")
+    product, scores = 2 * batch * length * width * width, 2 * batch * length * length * width
+    assert contest.flops == 2 * product + (2 + 5) * scores  # x has no gradient; the backward computes the scores once more
+
+
+def test_the_text_vae_is_the_same_model_before_and_on_kernels():
+    """The same loss of the posterior's mean, the same texts; each with its own latent, neither with the other's."""
+    torch.manual_seed(0)
+    mu, logvar = torch.randn(4000, 3), torch.randn(4000, 3)
+    z, kl = bench_text_vae.eager_latent(mu, logvar)
+    posterior = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+    golden = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(-1)
+    torch.testing.assert_close(kl, golden, rtol=1e-5, atol=1e-5)
+    noise = (z - mu) / (0.5 * logvar).exp()
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+    before = bench_text_vae.text_vae()
+    after = copy.deepcopy(before)
+    bench_text_vae.on_kernels(after)
+    implementations = [{m.config._attn_implementation for m in (v, v.encoder, v.decoder.model)} for v in (before, after)]
+    assert implementations == [{"sdpa"}, {"fastlm"}]
+    assert before.latent.sample is bench_text_vae.eager_latent and "sample" not in vars(after.latent)
+    for step in (
+        partial(bench_text_vae.noiseless_gradients, batch=2, length=12),
+        partial(bench_text_vae.text_generation, batch=2, new_tokens=4),
+    ):
+        for ours, theirs in zip(step(after)(), step(before)()):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert bench_text_vae.text_gradients(after, 2, 12)()[0].shape == (2, 12, bench_text_vae.VOCABULARY)
+
+
 def test_memory_that_is_kept_between_calls_is_not_taken_for_none(monkeypatch):
-    child = subprocess.CompletedProcess((), 0, stdout=json.dumps({"bytes": 0, "result_bytes": 1 << 20}), stderr="")
-    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **options: child)
+    found = {"bytes": 0, "result_bytes": 1 << 20}
+    monkeypatch.setattr(memory, "_ask", lambda target, arguments: found)
     assert "keeps its memory" in memory.peak_extra_bytes("rows:fresh_step")["why_not"]
-    child.stdout = json.dumps({"bytes": 1 << 21, "result_bytes": 1 << 20})
+    found["bytes"] = 1 << 21
     assert memory.peak_extra_bytes("rows:fresh_step") == {"bytes": 1 << 21, "result_bytes": 1 << 20}
+
+
+def test_memory_is_measured_in_a_process_of_its_own_and_a_failure_or_a_crash_is_told_from_a_figure(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    memory._server.cache_clear()
+    large = memory.peak_extra_bytes("test_bench_run:takes", megabytes=32, returned=8)
+    assert large["result_bytes"] == 8 << 20 and 39 << 20 <= large["bytes"] < 42 << 20
+    assert memory.peak_extra_bytes("test_bench_run:fails") == {"why_not": "RuntimeError: not today"}
+    assert memory.peak_extra_bytes("test_bench_run:crashes") == {"why_not": "exit code 7"}
+    assert memory.peak_extra_bytes("test_bench_run:takes", megabytes=1, returned=8)["bytes"] >= 8 << 20  # and it goes on
+    memory._server.cache_clear()
+
+
+def takes(megabytes: int, returned: int):
+    """A call that takes so much and gives it back, and so much that it returns."""
+
+    def call():
+        taken, result = torch.ones(megabytes << 18), torch.ones(returned << 18)  # float32
+        return (result.add_(taken[0]),)
+
+    return call
+
+
+def fails():
+    raise RuntimeError("not today\nnor tomorrow")
+
+
+def crashes():
+    return lambda: os._exit(7)
 
 
 # ---- the journal ------------------------------------------------------------------------------------------------------------
