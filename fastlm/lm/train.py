@@ -52,13 +52,13 @@ class Settings:
     preset: str = "small"
     epochs: float = 6.0
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     kl_schedule: str = "linear"
     beta: float = 1.0
     warm_start: float = 0.0
     free_bits: float = 0.25
-    word_dropout: float = 0.1
+    word_dropout: float = 0.0
     span_masking: float = 0.0
     seed: int = 0
     bfloat16: bool = False
