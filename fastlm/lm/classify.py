@@ -207,7 +207,7 @@ def scores(examples: Examples, found: Sequence[str]) -> dict[str, float]:
 
 
 def write_confusion(wanted: Sequence[str], found: Sequence[str], labels: Sequence[str], path: Path) -> None:
-    """A picture: which labels are taken for which, in numbers of texts, coloured by their share of the label's texts."""
+    """A picture: which labels are taken for which, in numbers of texts."""
     size = 3 + 0.45 * len(labels)
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()

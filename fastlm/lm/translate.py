@@ -42,7 +42,7 @@ class Translation:
 
     Attributes:
         train, validation, test: how many pairs there were to train on, to choose the epoch by and to test on.
-        bleu: of the test pairs, 0 to 100, by sacrebleu.
+        bleu: of the test pairs, 0 to 100, by sacrebleu; it counts up to four words in a row, and is 0 where no target has four.
         signature: sacrebleu's, of how it was computed.
         exact: the share of the test pairs whose prediction is the target.
         problems: rows that could not be read.
@@ -77,8 +77,9 @@ def translate(
 ) -> Translation:
     """Make a model that goes from source to target of a checkpoint of `fastlm.lm`, and test it.
 
-    ``output`` then holds the model, a checkpoint that transformers' ``AutoModelForCausalLM`` and ``pipeline("text-generation")``
-    read, with metrics.json and predictions.csv of the test pairs. A source takes up to half of the model's places.
+    ``output`` then holds the model, a checkpoint that transformers' ``AutoModelForCausalLM`` and
+    ``pipeline("text-generation")`` read, with metrics.json and predictions.csv of the test pairs. A source takes up to half of
+    the model's places.
 
     Args:
         checkpoint: of a decoder, or of a `TextVAE`, of which the decoder is taken.
