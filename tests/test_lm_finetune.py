@@ -243,8 +243,9 @@ def test_the_seed_decides(tmp_path, checkpoints, corpus):
 
 
 def test_summaries_of_the_corpus():
-    assert translation.summary({"text": "Do it.\n\nNow,\n\nthen"}) == ("Now,\n\nthen", "Do it.")
-    assert translation.summary({"text": "Do it."}) is None and translation.summary({"text": "Do\nit.\n\nNow"}) is None
+    texts = [(0, "Do it.\n\nNow,\n\nthen"), (0, "A later window.\n\nRest"), (1, "Do it."), (2, "Do\nit.\n\nNow"), (3, "A\n\nB")]
+    records = [{"document": document, "text": text} for document, text in texts]
+    assert list(translation.summaries(records)) == [("Now,\n\nthen", "Do it."), ("B", "A")]
 
 
 def test_the_decoder_of_a_text_vae(checkpoints):

@@ -132,7 +132,7 @@ def corpus_examples(corpus: str | os.PathLike, classes: int) -> Examples:
     if len(counts) < 2:
         raise ValueError(f"{corpus} has {len(counts)} labels, and at least 2 are needed: give a file of texts and labels")
     kept = {label for label, _ in counts.most_common(classes)}
-    return examples_of(corpus, lambda record: (record["text"], record["label"]) if record["label"] in kept else None)
+    return examples_of(corpus, lambda records: [(it["text"], it["label"]) for it in records if it["label"] in kept])
 
 
 def labels_of(examples: Examples, source: object) -> list[str]:

@@ -123,14 +123,13 @@ def _read(path: Path, fields: Sequence[str], problems: Problems) -> Iterator[Exa
             problems.add(f"{path}:{line}", f"the field {fields[example.index('')]!r} is missing or empty")
 
 
-def examples_of(corpus: str | os.PathLike, example: Callable[[dict], Example | None]) -> Examples:
-    """The examples that ``example`` makes of the records of a prepared corpus, in its own splits.
+def examples_of(corpus: str | os.PathLike, make: Callable[[Iterable[dict]], Iterable[Example]]) -> Examples:
+    """The examples that ``make`` makes of the records of a prepared corpus, in its own splits.
 
     Raises:
         FileNotFoundError, ValueError: `fastlm.lm.prepare.read_split`'s; a part has no example.
     """
-    parts = {split: [found for record in read_split(corpus, split) if (found := example(record))] for split in SPLITS}
-    examples = Examples(**parts)
+    examples = Examples(**{split: list(make(read_split(corpus, split))) for split in SPLITS})
     examples.check(corpus)
     return examples
 

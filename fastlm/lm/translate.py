@@ -6,7 +6,7 @@ A decoder reads the source and goes on with the target; the second <|bos|> says 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,7 @@ def translate(
 
     Args:
         checkpoint: of a decoder, or of a `TextVAE`, of which the decoder is taken.
-        data: a .csv, .tsv or .jsonl file; None for the summaries of ``corpus``: see `summary`.
+        data: a .csv, .tsv or .jsonl file; None for the summaries of ``corpus``: see `summaries`.
         test, fields: see `fastlm.lm.finetune.read_examples`; ``fields`` are the source's and the target's name.
         corpus: a folder that `prepare` made.
 
@@ -93,7 +93,7 @@ def translate(
         OSError: the disk is full; ``output`` is as before.
     """
     output, tuning = check_new(output), tuning or Tuning()
-    examples = read_examples(data, fields, test) if data else examples_of(corpus, summary)
+    examples = read_examples(data, fields, test) if data else examples_of(corpus, summaries)
     base, tokenizer = load(checkpoint)
     model = decoder_of(base)
     places = model.config.max_position_embeddings
@@ -110,10 +110,14 @@ def translate(
     return result
 
 
-def summary(record: dict) -> Example | None:
-    """(the rest, the first line) of a text whose first line stands alone, as docstrings' summaries do (PEP 257)."""
-    first, _, rest = record["text"].partition("\n\n")
-    return (rest, first) if rest and "\n" not in first else None
+def summaries(records: Iterable[dict]) -> Iterator[Example]:
+    """(the rest, the first line) of each document whose first line stands alone, as docstrings' summaries do (PEP 257)."""
+    document = None
+    for record in records:
+        first, _, rest = record["text"].partition("\n\n")
+        if record["document"] != document and rest and "\n" not in first:  # later windows begin anywhere
+            yield rest, first
+        document = record["document"]
 
 
 def decoder_of(base: PreTrainedModel) -> LlamaForCausalLM:
