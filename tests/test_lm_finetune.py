@@ -225,8 +225,9 @@ def test_what_is_generated_depends_on_no_other_source(checkpoints):
     model, tokenizer = load(checkpoints / "decoder")
     frame(tokenizer, tokenizer.bos_token, 64)
     tokenizer.padding_side = "left"
-    with torch.no_grad():  # far from a uniform guess, so that rounding decides nothing
-        model.model.embed_tokens.weight *= 10
+    with torch.no_grad():  # so that what is attended to decides, and rounding does not
+        for name, weight in model.model.layers.named_parameters():
+            weight *= 10 if "_proj" in name else 1
     model.generation_config.max_new_tokens = 5
     sources = ["the old lamp near the door with some salt", "salt", "a tide"]
     assert generate(model, tokenizer, sources) == [generate(model, tokenizer, [source])[0] for source in sources]
