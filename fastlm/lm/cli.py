@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .cli_attend import add_attend
+from .cli_finetune import add_finetune
 from .cli_generate import add_generate, add_interpolate
 from .cli_train import add_evaluate, add_train
 from .prepare import prepare
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
     """Run one command; 1 if its input is at fault, which standard error then names."""
     parser = argparse.ArgumentParser(prog="fastlm lm", description="The language model, from text files to generated text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_prepare, add_train, add_generate, add_interpolate, add_evaluate, add_attend):
+    for add in (add_prepare, add_train, add_finetune, add_generate, add_interpolate, add_evaluate, add_attend):
         add(commands)
     parsed = parser.parse_args(arguments)
     try:
