@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str
             with quiet():
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
+            shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # safetensors leaves it to the owner alone
         except SafetensorError as error:
             raise OSError(f"{folder}: the weights could not be written: {error}") from error
 

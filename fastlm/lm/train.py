@@ -56,8 +56,8 @@ class Settings:
     weight_decay: float = 0.1
     kl_schedule: str = "linear"
     beta: float = 1.0
-    warm_start: float = 0.0
-    free_bits: float = 0.25
+    warm_start: float = 0.2
+    free_bits: float = 0.5
     word_dropout: float = 0.0
     span_masking: float = 0.0
     seed: int = 0
