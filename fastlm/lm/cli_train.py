@@ -20,7 +20,7 @@ SHOWN = 3  # texts that a new model writes
 
 TRAIN = """\
 Train a language model from nothing: a variational autoencoder of texts ("vae"), or its decoder alone ("decoder"). With nothing
-else given, the small preset learns the documentation inside Python, in about a quarter of an hour on two cores, and then writes."""
+else given, the small preset learns the documentation inside Python, in a quarter of an hour on two cores, and then writes."""
 
 TRAIN_EXAMPLES = """\
 examples:
