@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .cli_attend import add_attend
+from .cli_command import command
 from .cli_finetune import add_finetune
 from .cli_generate import add_generate, add_interpolate
 from .cli_train import add_evaluate, add_train
@@ -28,14 +29,8 @@ report.json: what was read, what was dropped, and why."""
 
 
 def add_prepare(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "prepare",
-        help="make a corpus of text files: clean, without duplicates, split, with a vocabulary",
-        description=PREPARE,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run_prepare)
+    help = "make a corpus of text files: clean, without duplicates, split, with a vocabulary"
+    parser = command(commands, run_prepare, "prepare", help, PREPARE, EXAMPLES)
     defaults = {name: parameter.default for name, parameter in inspect.signature(prepare).parameters.items()}
 
     def option(name: str, what: str, **kind) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .cli_command import command
+
 ATTEND = """\
 Look inside a trained model: write an HTML page on what it makes of a sentence. It shows where each head of attention looks, and
 how sharply; of a model with a latent also what the most active units of the latent change, and a map of a corpus' texts."""
@@ -14,14 +16,8 @@ examples:
 
 
 def add_attend(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "attend",
-        help="write a page on where a model's attention looks, and on its latent",
-        description=ATTEND,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run_attend)
+    help = "write a page on where a model's attention looks, and on its latent"
+    parser = command(commands, run_attend, "attend", help, ATTEND, EXAMPLES)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a trained model")
     parser.add_argument("sentence", metavar="SENTENCE", help="what it reads; the first 64 tokens")
     parser.add_argument("--output", default="attend.html", metavar="FILE", help="the page (default: attend.html)")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from .classify import classify
+from .cli_command import command
 from .finetune import Tuning
 from .translate import translate
 
@@ -25,14 +26,8 @@ predictions.csv (those texts); and for classify confusion.png (which labels are 
 
 
 def add_finetune(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="teach a trained model to classify texts, or to translate",
-        description=FINETUNE,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run_finetune)
+    help = "teach a trained model to classify texts, or to translate"
+    parser = command(commands, run_finetune, "finetune", help, FINETUNE, EXAMPLES)
     defaults = Tuning()
 
     def option(name: str, what: str, **kind) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from .checkpoint import load
+from .cli_command import command
 from .generate import Sampling, Writer
 
 GENERATE = """\
@@ -32,17 +33,13 @@ example:
 It needs a model with a latent: fastlm lm train --model vae."""
 
 
-def _add(commands: argparse._SubParsersAction, name: str, what: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, help=what, description=description, epilog=epilog, formatter_class=shape)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a trained model, as fastlm lm train leaves it")
-    return parser
+CHECKPOINT = "folder of a trained model, as fastlm lm train leaves it"
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
-    what = "write texts: new ones, continuations of a prompt, reconstructions, variations"
-    parser = _add(commands, "generate", what, GENERATE, GENERATE_EXAMPLES)
-    parser.set_defaults(run=run_generate)
+    help = "write texts: new ones, continuations of a prompt, reconstructions, variations"
+    parser = command(commands, run_generate, "generate", help, GENERATE, GENERATE_EXAMPLES)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     defaults = Sampling()
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what the texts begin with (default: nothing)")
     parser.add_argument("--count", type=int, default=1, metavar="N", help="texts, for each prompt (default: 1)")
@@ -86,8 +83,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def add_interpolate(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "interpolate", "write the texts between two", INTERPOLATE, INTERPOLATE_EXAMPLES)
-    parser.set_defaults(run=run_interpolate)
+    help = "write the texts between two"
+    parser = command(commands, run_interpolate, "interpolate", help, INTERPOLATE, INTERPOLATE_EXAMPLES)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("first", metavar="FIRST", help="the text to start from")
     parser.add_argument("second", metavar="SECOND", help="the text to arrive at")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="texts in all, both ends included (default: 5)")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .batches import Texts
 from .checkpoint import load
+from .cli_command import command
 from .cli_generate import show
 from .evaluate import evaluate
 from .generate import Writer
@@ -43,14 +44,8 @@ examples:
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="train a language model on a prepared corpus",
-        description=TRAIN,
-        epilog=TRAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run_train)
+    help = "train a language model on a prepared corpus"
+    parser = command(commands, run_train, "train", help, TRAIN, TRAIN_EXAMPLES)
     defaults = asdict(Settings())
 
     def option(name: str, what: str, **kind) -> None:  # those not given are absent, so that a resumed run keeps its own
@@ -87,14 +82,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        help="how good a model is on texts it has not seen, and whether its latent is used",
-        description=EVALUATE,
-        epilog=EVALUATE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run_evaluate)
+    help = "how good a model is on texts it has not seen, and whether its latent is used"
+    parser = command(commands, run_evaluate, "evaluate", help, EVALUATE, EVALUATE_EXAMPLES)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model that fastlm lm train made")
     parser.add_argument("--against", metavar="CHECKPOINT", help="another model, to compare the likelihood with")
     parser.add_argument("--corpus", help="folder that fastlm lm prepare made (default: the one that it was trained on)")
