@@ -1,7 +1,7 @@
 """Batches to train on: the texts of a prepared corpus as ids, in an order and with a noise that depend on the seed alone."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from hashlib import blake2b
 from tempfile import TemporaryFile
@@ -143,6 +143,12 @@ class Collator:
         return span_masking(ids, self.masking, self.mask, seed=seed + 1, keep=ids == self.bos)[0] if self.masking else ids
 
 
-def padded(rows: Iterator[Tensor] | tuple[Tensor, ...], value: int) -> Tensor:
+def padded_ids(rows: Sequence[Tensor], pad: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """(ids, mask), each (B, L) of the longest, of texts given as ids; the mask is 1 at tokens, 0 at padding."""
+    mask = padded([torch.ones_like(row) for row in rows], 0, side)
+    return padded(rows, pad, side), mask
+
+
+def padded(rows: Iterable[Tensor], value: int, side: str = "right") -> Tensor:
     """(B, L) of the longest."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)

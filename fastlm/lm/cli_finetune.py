@@ -3,12 +3,10 @@
 import argparse
 from pathlib import Path
 
-from .classify import classify
 from .cli_command import command
 from .finetune import Tuning
-from .translate import translate
 
-TASKS = {"classify": classify, "translate": translate}
+TASKS = ("classify", "translate")
 
 FINETUNE = """\
 Teach a trained model a task by examples: classify puts a label on a text (sentiment, topics), translate goes from a source to
@@ -50,11 +48,15 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
+    from .classify import classify  # here, as they bring libraries that no other command needs
+    from .translate import translate
+
     names = ("epochs", "batch_size", "learning_rate", "lora", "seed")
     options = {"test": arguments.test, "corpus": arguments.corpus}
     if arguments.fields:
         options["fields"] = arguments.fields
     tuning = Tuning(**{name: getattr(arguments, name) for name in names})
-    result = str(TASKS[arguments.task](arguments.checkpoint, arguments.output, arguments.data, tuning=tuning, **options))
+    task = {"classify": classify, "translate": translate}[arguments.task]
+    result = str(task(arguments.checkpoint, arguments.output, arguments.data, tuning=tuning, **options))
     print(result.encode(errors="backslashreplace").decode())
     print(f"\nThe model is in {Path(arguments.output).resolve()}")

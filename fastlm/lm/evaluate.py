@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..ops.reparameterize import reparameterize_with_kl
 from .batches import Collator, Texts
-from .text_vae import IGNORED, TextVAE
+from .text_vae import IGNORED, TextVAE, nll_of
 
 ACTIVE = 0.01  # variance of mu over texts from which a unit is active (Burda et al. 2016, arXiv:1509.00519)
 BATCH = 32
@@ -79,12 +78,6 @@ def elbo(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[s
     model.train(was_training)
     found = {name: value / labels for name, value in sums.items()}
     return {"loss": sum(found.values())} | found
-
-
-def nll_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,): -log p of each row of labels (B, L) by the logits (B, L, vocabulary) of the places before."""
-    predicted = logits[:, :-1].transpose(1, 2).float()
-    return F.cross_entropy(predicted, labels[:, 1:], reduction="none", ignore_index=IGNORED).sum(1)
 
 
 @torch.inference_mode()

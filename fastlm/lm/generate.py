@@ -8,7 +8,6 @@ from threading import Event
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from ..ops.reparameterize import reparameterize
-from .batches import framed, padded
+from .batches import framed, padded_ids
 from .checkpoint import quiet
 from .text_vae import TextVAE
 
@@ -174,7 +173,7 @@ class Writer:
         for text in texts:
             _check_text(text)
         rows = [torch.tensor(framed(text, self.tokenizer, self.max_tokens)) for text in texts]
-        ids, mask = padded(rows, self.tokenizer.pad_token_id), padded([torch.ones_like(row) for row in rows], 0)
+        ids, mask = padded_ids(rows, self.tokenizer.pad_token_id)
         return self.model.posterior(ids.to(self.model.device), mask.to(self.model.device))
 
     def _prior(self, seeds: list[int]) -> Tensor | None:
@@ -217,9 +216,7 @@ class Writer:
 
         All rows go on for as long as the shortest has room, so that what a longer one gets beyond its own is to be cut off.
         """
-        rows = [torch.tensor(ids) for ids in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        ids, mask = padded_ids([torch.tensor(ids) for ids in prompts], self.tokenizer.pad_token_id, "left")
         inputs = {
             "input_ids": ids.to(self.model.device),
             "attention_mask": mask.to(self.model.device),

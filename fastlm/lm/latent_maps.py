@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batches import framed, padded
+from .batches import framed, padded_ids
 from .prepare import read_split
 from .text_vae import TextVAE
 
@@ -67,9 +67,7 @@ def means_of(model: TextVAE, tokenizer: PreTrainedTokenizerBase, texts: Sequence
     means = torch.empty(len(rows), model.config.latent_dim)
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        ids = padded([rows[i] for i in part], tokenizer.pad_token_id)
-        mask = padded([torch.ones_like(rows[i]) for i in part], 0)
-        means[part] = model.posterior(ids, mask)[0]
+        means[part] = model.posterior(*padded_ids([rows[i] for i in part], tokenizer.pad_token_id))[0]
     return means
 
 

@@ -185,8 +185,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
             kl = gaussian_kl(mu.detach(), logvar.detach()) if self.config.free_bits else free_kl.detach()
         logits, cache = self._decode(input_ids, attention_mask, position_ids, cache, latents, logits_to_keep, **kwargs)
         if labels is not None:
-            predicted = logits[:, :-1].transpose(1, 2).float()  # (B, vocabulary, L - 1)
-            reconstruction = F.cross_entropy(predicted, labels[:, 1:], reduction="none", ignore_index=IGNORED).sum(1)
+            reconstruction = nll_of(logits, labels)
             loss = reconstruction.sum()
             if free_kl is not None:
                 loss = loss + (self.kl_weight * free_kl if self.training else kl).sum()
@@ -231,6 +230,12 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         keys, values = (project(latents).view(shape).unbind(1) for project in (self.to_keys, self.to_values))
         for layer, (key, value) in enumerate(zip(keys, values)):
             cache.update(key, value, layer)
+
+
+def nll_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,): -log p of each row of labels (B, L) by the logits (B, L, vocabulary) of the places before."""
+    predicted = logits[:, :-1].transpose(1, 2).float()
+    return F.cross_entropy(predicted, labels[:, 1:], reduction="none", ignore_index=IGNORED).sum(1)
 
 
 AutoConfig.register(TextVAEConfig.model_type, TextVAEConfig)

@@ -35,7 +35,7 @@ class TextTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The Trainer's; takes note of the parts of a `TextVAE`'s loss, of this process."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.tokens += int(num_items_in_batch)
+        self.tokens = self.tokens + num_items_in_batch  # on a GPU a tensor, which is not waited for
         parts = {"labels": (inputs["labels"][:, 1:] >= 0).sum()}
         if getattr(outputs, "kl", None) is not None:
             parts |= {"kl": outputs.kl.sum(), "reconstruction": outputs.reconstruction.sum()}
@@ -49,7 +49,7 @@ class TextTrainer(Trainer):
             if "kl" in self._sums:
                 logs["kl_weight"] = self.accelerator.unwrap_model(self.model).kl_weight
             now = time.perf_counter()
-            logs["tokens_per_second"] = self.tokens / (now - self._start)
+            logs["tokens_per_second"] = float(self.tokens) / (now - self._start)
             self._sums, self.tokens, self._start = {}, 0, now
         super().log(logs, *arguments, **keywords)
 
