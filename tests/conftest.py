@@ -60,3 +60,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A prepared corpus of a few dozen short texts, for the tests of the language model; not to be changed."""
+    from lm_corpus import small_corpus  # here, as few tests need it
+
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    """Its vocabulary, of 290 tokens."""
+    from fastlm.lm.tokenizer import load_tokenizer
+
+    return load_tokenizer(corpus)

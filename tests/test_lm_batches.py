@@ -2,22 +2,10 @@
 
 import pytest
 import torch
-from lm_corpus import small_corpus
 
 from fastlm.lm.batches import ByLength, Collator, Texts, framed, seed_of
 from fastlm.lm.prepare import read_split
 from fastlm.lm.text_vae import IGNORED
-from fastlm.lm.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return load_tokenizer(corpus)
 
 
 @pytest.fixture

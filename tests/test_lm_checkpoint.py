@@ -4,19 +4,12 @@ import json
 
 import pytest
 import torch
-from lm_corpus import small_corpus
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, LlamaForCausalLM
 
 from fastlm.lm.checkpoint import FILES, load, save
 from fastlm.lm.presets import build
 from fastlm.lm.text_vae import TextVAE
-from fastlm.lm.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return load_tokenizer(small_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 @pytest.fixture(params=["vae", "decoder"])

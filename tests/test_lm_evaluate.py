@@ -5,24 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lm_corpus import small_corpus
 from torch.distributions import Normal
 
 from fastlm.lm.batches import Texts, framed
 from fastlm.lm.evaluate import ACTIVE, evaluate, importance_nll, log_density, mutual_information
 from fastlm.lm.prepare import read_split
 from fastlm.lm.presets import build
-from fastlm.lm.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return load_tokenizer(corpus)
 
 
 def seeds(count):

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from lm_corpus import small_corpus
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -22,11 +21,6 @@ from fastlm.lm.text_vae import TextVAE
 from fastlm.lm.train import Interrupted, Settings, train
 
 SETTINGS = Settings(preset="tiny", epochs=2, batch_size=16, free_bits=0.1, kl_schedule="cyclical", span_masking=0.1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
