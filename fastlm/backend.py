@@ -52,9 +52,18 @@ class Explanation(Exception):
 
 
 def select(
-    op: str, implementations: Sequence[Implementation], tensors: tuple[torch.Tensor, ...], backend: str | None
+    op: str,
+    implementations: Sequence[Implementation],
+    tensors: tuple[torch.Tensor, ...],
+    backend: str | None,
+    reference_only: str | None = None,
 ) -> Callable:
-    """The function that runs this call: the named backend's, or the fastest one's that can."""
+    """Return the function that runs this call: the named backend's, or the fastest one's that can.
+
+    ``tensors`` are those that decide; ``reference_only`` says why the call must be made of torch's own ops, or is None.
+    """
+    if reference_only is not None:
+        implementations = [_barred(i, reference_only) if i.backend != "reference" else i for i in implementations]
     if isinstance(backend, Explanation):
         raise _explained(implementations, tensors, backend)
     requested = backend or DEFAULT
@@ -66,6 +75,11 @@ def select(
                 _warn_of_reference(op, implementations, tensors)
             return implementation.run
     raise UnsupportedError(f"{op}: no backend runs on {tensors[0].device}")
+
+
+def _barred(implementation: Implementation, reason: str) -> Implementation:
+    """The implementation, which cannot take this call for a reason that does not lie in its tensors' kind."""
+    return Implementation(implementation.backend, implementation.run, lambda *tensors: implementation.why_not(*tensors) or reason)
 
 
 def _check_name(name: str) -> None:

@@ -24,9 +24,11 @@ from .attention_checks import (
     check_per_head,
     check_rows,
     limits,
+    no_columns,
     score_options,
 )
 from .noise import check_seed, seed_tensor
+from .torch_op import reference_only
 
 
 def attention(
@@ -77,7 +79,7 @@ def attention(
     """
     no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
     if no_option and dropout_p == 0.0 and seed is None and not return_lse:
-        out = attend_plainly(query, key, value, scale, causal, backend)
+        out = fast_path(query, key, value, scale, causal, backend)
         if out is not None:
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -96,7 +98,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def attend_plainly(
+def fast_path(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,13 +108,13 @@ def attend_plainly(
     top_left: bool = False,
     grouped: bool = True,
 ) -> Tensor | None:
-    """The output of a small call without options on the CPU, at the least cost; None where it is not that, or not right.
+    """Return the output of a small call without options on the CPU, at the least cost; None where it is not that, or not right.
 
     ``top_left``: the causal mask is aligned at the first query and key; ``grouped``: query heads may share heads of keys.
     """
     backend = backend or DEFAULT
     if (backend is None or backend == "cpu") and isinstance(causal, bool) and (scale is None or isinstance(scale, float)):
-        return attention_cpu.attend_plainly(query, key, value, scale, causal, top_left, grouped)
+        return attention_cpu.fast_path(query, key, value, scale, causal, top_left, grouped)
     return None
 
 
@@ -124,14 +126,16 @@ def run_attention(
     ``tensors`` are query, key, value, mask, alibi_slopes and sinks, ``options`` left, right, scale, softcap and dropout_p.
     """
     query = tensors[0]
-    attend = select(op, IMPLEMENTATIONS, (query, tensors[2]), backend)
+    attend = select(op, IMPLEMENTATIONS, (query, tensors[2]), backend, reference_only(*tensors))
     seed = seed_tensor(seed, query) if options[-1] else None
     return attend(*tensors, seed, *cu_seqlens, *options)
 
 
 def attention_cpu_why_not(query: Tensor, value: Tensor) -> str | None:
-    """Why the C++ kernels cannot take a call."""
-    return "float64 runs on the reference" if query.dtype == torch.float64 else cpu_why_not(query)
+    """Return why the C++ kernels cannot take a call, or None."""
+    if query.dtype == torch.float64:
+        return "float64 runs on the reference"
+    return cpu_why_not(query) or no_columns(query, value)
 
 
 IMPLEMENTATIONS = (

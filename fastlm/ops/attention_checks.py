@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import check_number, check_tensor
+from .checks import as_integer, check_number, check_tensor, is_integer
 
 BATCHED = "batch, heads, rows, head_dim"
 VARLEN = "total, heads, head_dim"
@@ -18,13 +18,16 @@ PAGED = "pages, rows of a page, heads, head_dim"
 
 
 def check_rows(name: str, tensor: Tensor, order: str) -> None:
-    """A tensor with the dimensions that ``order`` names, e.g. "total, heads, head_dim", and a head_dim of at least 1."""
+    """Check for a tensor with the dimensions that ``order`` names, e.g. "total, heads, head_dim"."""
     check_tensor(name, tensor)
     dims = 3 if order is VARLEN else 4
     if tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions ({order}); got shape {tuple(tensor.shape)}")
-    if tensor.shape[-1] == 0:
-        raise ValueError(f"{name} must have a head_dim of at least 1; got shape {tuple(tensor.shape)}")
+
+
+def no_columns(query: Tensor, value: Tensor) -> str | None:
+    """Return why no kernel takes a head_dim of 0, where torch answers (all keys weigh the same); None where there is none."""
+    return None if query.shape[-1] and value.shape[-1] else "a head_dim of 0 runs on the reference"
 
 
 def check_keys(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str] = ("key", "value")) -> None:
@@ -81,7 +84,7 @@ def check_per_head(slopes: Tensor | None, sinks: Tensor | None, batch: int, quer
             raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}); got {tuple(slopes.shape)}")
         if slopes.device != query.device:
             raise ValueError(f"alibi_slopes must be on query's device {query.device}; got {slopes.device}")
-        if slopes.requires_grad:
+        if slopes.requires_grad and torch.is_grad_enabled():
             raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a float mask, which gets one")
     if sinks is not None:
         check_tensor("sinks", sinks)
@@ -107,41 +110,56 @@ def check_indices(name: str, tensor: Tensor, shape: tuple[int | None, ...], devi
 # ---- options ----------------------------------------------------------------------------------------------------------------
 
 
+_FAR = 1 << 48  # keys: a wider side of a window is none
+
+
 def limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """(left, right): how many keys to each side of its own place a query sees; None is all of them."""
+    """Return (left, right): how many keys to each side of its own place a query sees; None is all of them."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool; got {type(causal).__name__}")
     left = right = None
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise TypeError(f"window must be a pair (left, right); got {window!r}")
-        left, right = window
-        for side in window:
-            if side is None:
-                continue
-            if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-                raise TypeError(f"window must hold integers or None; got {window!r}")
-            if side < 0:
-                raise ValueError(f"window must not be negative; got {window!r}")
+        left, right = (_window_side(side, window) for side in window)
     return left, (0 if causal else right)
 
 
+def _window_side(side: int | None, window: tuple) -> int | None:
+    if side is None:
+        return None
+    if not is_integer(side):
+        raise TypeError(f"window must hold integers or None; got {window!r}")
+    if side < 0:
+        raise ValueError(f"window must not be negative; got {window!r}")
+    return as_integer(side) if side < _FAR else None
+
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_SOFTCAPS = 2.0**-126, 2.0**100  # to float32's rounding, a smaller cap is as this one (no score counts), a larger one as none
+
+
 def score_options(scale: float | None, softcap: float | None, head_dim: int) -> tuple[float, float]:
-    """(scale, softcap) as floats: 1 / sqrt(head_dim) where there is no scale, 0 where there is no softcap."""
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else check_number("scale", scale, -math.inf)
+    """Return (scale, softcap) as floats: 1 / sqrt(head_dim) where there is no scale, 0 where there is no softcap."""
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    else:
+        scale = check_number("scale", scale, -math.inf)
+        if abs(scale) > _FLOAT32_MAX:
+            raise ValueError(f"scale must be a number of float32's range; got {scale}")
     if softcap is None:
         return scale, 0.0
     softcap = check_number("softcap", softcap, 0.0)
     if softcap == 0.0:
         raise ValueError("softcap must be positive, or None for no softcap; got 0.0")
-    return scale, softcap
+    return scale, min(max(softcap, _SOFTCAPS[0]), _SOFTCAPS[1])
 
 
 def check_dropout_p(dropout_p: float) -> float:
-    """A probability below 1."""
+    """Check for a probability; 1 drops all weights, as torch's attention does."""
     dropout_p = check_number("dropout_p", dropout_p, 0.0)
-    if not dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be below 1; got {dropout_p}")
+    if dropout_p > 1.0:
+        raise ValueError(f"dropout_p must lie between 0 and 1; got {dropout_p}")
     return dropout_p
 
 

@@ -9,15 +9,14 @@ from .. import native
 from ..native import empty, view
 from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, sink_gradient
 from .sums import sum_to
-from .torch_op import unobserved
+from .torch_op import may_bypass_dispatcher
 
 # ---- what the C++ code is told ----------------------------------------------------------------------------------------------
 
 
 def empty_results(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call, to be written."""
-    batch, heads, rows, _ = query.shape
-    return empty_like(query, value_dim, empty), torch.empty(batch, heads, rows, dtype=torch.float32)
+    """Make (out, lse) of a call, to be written."""
+    return empty_like(query, value_dim, empty), empty(query.shape[:3], torch.float32)
 
 
 def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -49,9 +48,12 @@ def arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, c
 
 def _forward(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
     out, lse = empty_results(query, value.shape[3])
+    statistics = empty((*query.shape[:3], 2), torch.float32)
     inputs = arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
-    native.C.attention_forward(inputs, numbers(*options), view(out), view(lse), torch.get_num_threads())
-    return out, lse
+    native.C.attention_forward(
+        inputs, numbers(*options), view(out), view(lse), view(statistics), torch.get_num_threads()
+    )
+    return out, lse, statistics
 
 
 # Queries that share a row of the mask's gradient where the mask is one for all: kBlockRows of csrc/cpu/attention.h.
@@ -63,10 +65,10 @@ def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     batch, heads, rows, _ = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if rows == 1:
         rows = -(-query.shape[2] // _MASK_BLOCK)
-    return torch.zeros(batch, heads, rows, key.shape[2])
+    return torch.zeros(batch, heads, rows, key.shape[2], dtype=torch.float32, device="cpu")
 
 
-def _backward(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *rest):
+def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask, sinks, *rest):
     need_mask, need_sinks, options = *rest[4:6], rest[6:]
     grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
     grad_mask = _mask_gradient_buffer(mask, query, key) if need_mask else None
@@ -74,11 +76,11 @@ def _backward(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *res
     if need_mask:
         expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
     grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
-    delta = torch.empty_like(lse)
+    delta = empty(lse.shape, torch.float32)
     native.C.attention_backward(
         arranged(query, key, value, mask, sinks, *rest[:4]),
         numbers(*options),
-        tuple(map(view, (out, grad_out, lse, grad_lse, delta))),
+        tuple(map(view, (rows_of(out), grad_out, statistics.contiguous(), grad_lse, delta))),
         (*map(view, grads), view(expanded)),
         need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
         torch.get_num_threads(),
@@ -94,13 +96,19 @@ attend = attention_op("attention", _forward, _backward, ("CPU",))
 _SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or might be
 
 
-def attend_plainly(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
-    """The output of a small call that has no options and needs no gradient, at the least cost; None where it is not that."""
-    if native.C is None or not unobserved(query, key, value) or query.numel() > _SMALL or torch.is_autocast_enabled("cpu"):
+def fast_path(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
+    """Return the output of a small call that has no options and needs no gradient, at the least cost; None where it is not that."""
+    if native.C is None or query is None or key is None or value is None:
+        return None
+    if not may_bypass_dispatcher(query, key, value) or query.numel() > _SMALL or torch.is_autocast_enabled("cpu"):
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
+    if scale is None:
+        shape = query.shape
+        if len(shape) != 4 or not shape[3]:
+            return None
+        scale = 1.0 / math.sqrt(shape[3])
     out = torch.empty_like(query)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     threads = torch.get_num_threads()
     return out if native.C.attention_plain(query, key, value, out, scale, causal, top_left, grouped, threads) else None

@@ -1,8 +1,13 @@
 """The torch ops behind attention, a pair for each backend: schema, fake tensors, vmap and autograd around its two functions.
 
-fastlm::attention returns (out, lse) and fastlm::attention_backward the gradients of query, key, value, mask and sinks; one that
-is not wanted is an empty tensor, as an op returns no None. Tensors are (batch, head, row, column); with cu_seqlens, sequences
-lie one after the other along the rows of a batch of one. attention_cpu.py and attention_triton.py hold the functions.
+fastlm::attention returns (out, lse, statistics) and fastlm::attention_backward the gradients of query, key, value, mask and
+sinks; one that is not wanted is an empty tensor, as an op returns no None. Tensors are (batch, head, row, column); with
+cu_seqlens, sequences lie one after the other along the rows of a batch of one. attention_cpu.py and attention_triton.py hold the
+functions.
+
+``statistics`` (B, Hq, Lq, 2) is what a backend's own backward draws the weights again from: the largest score that a row was
+weighed against, in the backend's unit, and log2 of the sum of its weights. The log-sum-exp cannot serve, as it is their sum: where
+all scores of a row lie near -1e9, float32 has no room beside it for the logarithm of the number of keys.
 """
 
 import math
@@ -11,9 +16,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..reference.attention import drop_below
+from ..reference.attention import drop_below, keep_scale
 from .sums import sum_to
-from .torch_op import define_op, unobserved, with_gradient
+from .torch_op import define_op, may_bypass_dispatcher, with_gradient
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
@@ -35,12 +40,13 @@ def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
 
 
 def attention_fake(query, key, value, *rest):
-    """(out, lse) to be written, on the query's device."""
+    """Make (out, lse, statistics) to be written, on the query's device."""
     out = empty_like(query, value.shape[3], lambda shape, dtype: query.new_empty(shape, dtype=dtype))
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+    rows = query.shape[:3]
+    return out, query.new_empty(rows, dtype=torch.float32), query.new_empty((*rows, 2), dtype=torch.float32)
 
 
-def backward_fake(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *rest):
+def backward_fake(grad_out, grad_lse, out, lse, statistics, query, key, value, mask, sinks, *rest):
     """The gradients to be written; empty ones that are not wanted."""
     need_mask, need_sinks = rest[4:6]
 
@@ -61,9 +67,11 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def numbers(left, right, scale, softcap, dropout_p) -> tuple:
-    """The options as kernels read them: the probability as the first of the generator's words to be kept, and a factor."""
+    """Convert options for the kernels: dropout_p becomes the first of the generator's words to be kept, 2**32 where none is, and
+    the factor 1 / (1 - dropout_p) of what is kept.
+    """
     if dropout_p:
-        return left, right, scale, softcap, drop_below(dropout_p), 1.0 / (1.0 - dropout_p)
+        return left, right, scale, softcap, drop_below(dropout_p), keep_scale(dropout_p)
     return left, right, scale, softcap, 0, 1.0
 
 
@@ -107,14 +115,14 @@ def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
 def _forward_vmap(op, info, in_dims, *args):
     size, inputs = info.batch_size, args[:_TENSORS]
     if not _is_one_batch(in_dims[:_TENSORS], inputs):
-        return _one_by_one(op, size, in_dims, args), (0, 0)
+        return _one_by_one(op, size, in_dims, args), (0, 0, 0)
     folded = (_folded(t, d, size) for t, d in zip(inputs[:3], in_dims))
     results = op(*folded, *args[3:])
-    return tuple(result.unflatten(0, (size, -1)) for result in results), (0, 0)
+    return tuple(result.unflatten(0, (size, -1)) for result in results), (0, 0, 0)
 
 
 def _backward_vmap(op, info, in_dims, *args):
-    size, first = info.batch_size, 4  # after grad_out, grad_lse, out and lse
+    size, first = info.batch_size, 5  # after grad_out, grad_lse, out, lse and statistics
     inputs, wanted = args[first : first + _TENSORS], args[first + _TENSORS : first + _TENSORS + 2]
     if not _is_one_batch(in_dims[first : first + _TENSORS], inputs, wanted):
         return _one_by_one(op, size, in_dims, args), (0,) * 5
@@ -132,13 +140,19 @@ def _any_requires_grad(query, key, value, mask, sinks) -> bool:
 
 
 def attention_op(name: str, forward: Callable, backward: Callable, devices: tuple[str, ...]) -> Callable:
-    """A backend's ``attend``: (out, lse) by its torch op, with gradients where an input asks for them."""
+    """Make a backend's ``attend``: (out, lse) by its torch op, with gradients where an input asks for them."""
     forward_op = define_op(
-        name, f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)", forward, attention_fake, devices, _forward_vmap
+        name,
+        f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor statistics)",
+        forward,
+        attention_fake,
+        devices,
+        _forward_vmap,
     )
     backward_op = define_op(
         f"{name}_backward",
-        f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_INPUTS}, bool need_mask, bool need_sinks, {_OPTIONS}) "
+        f"(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor statistics, {_INPUTS}, bool need_mask, "
+        f"bool need_sinks, {_OPTIONS}) "
         "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
         backward,
         backward_fake,
@@ -146,29 +160,29 @@ def attention_op(name: str, forward: Callable, backward: Callable, devices: tupl
         _backward_vmap,
     )
 
-    def run(query, key, value, *rest):
-        return (forward if unobserved(query, key, value) else forward_op)(query, key, value, *rest)
-
     def save(ctx, args, outputs) -> None:
         ctx.save_for_backward(*args[:_TENSORS], *outputs)
         ctx.options = args[_TENSORS:]
+        ctx.mark_non_differentiable(outputs[2])
         ctx.set_materialize_grads(False)
 
-    def gradients(ctx, grad_out, grad_lse) -> tuple:
-        *tensors, out, lse = ctx.saved_tensors
+    def gradients(ctx, grad_out, grad_lse, _) -> tuple:
+        *tensors, out, lse, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
-        grads = backward_op(grad_out, grad_lse, out, lse, *tensors, *needed[3:], *ctx.options)
+        grads = backward_op(grad_out, grad_lse, out, lse, statistics, *tensors, *needed[3:], *ctx.options)
         unused = (None,) * (_TENSORS - _DIFFERENTIABLE + len(ctx.options))
         return *(grad if need else None for grad, need in zip(grads, needed)), *unused
 
-    differentiable = with_gradient(run, forward_op, save, gradients)
+    differentiable = with_gradient(forward, forward_op, save, gradients)
 
     def attend(
         query, key, value, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap, dropout_p
     ) -> tuple[Tensor, Tensor]:
-        args = (query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
-        args += (left, right, scale, softcap, dropout_p)
-        wanted = torch.is_grad_enabled() and _any_requires_grad(*args[:_DIFFERENTIABLE])
-        return (differentiable if wanted else run)(*args)
+        tensors = (query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
+        args = (*tensors, left, right, scale, softcap, dropout_p)
+        direct = may_bypass_dispatcher(*tensors)
+        if torch.is_grad_enabled() and _any_requires_grad(*tensors[:_DIFFERENTIABLE]):
+            return differentiable(direct, *args)[:2]
+        return (forward if direct else forward_op)(*args)[:2]
 
     return attend

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,27 +10,39 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """A dense tensor of a floating dtype that the kernels know."""
+    """Check for a dense tensor of a floating dtype that the kernels know."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {tensor.dtype}")
-    if tensor.layout != torch.strided:
+    if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor; got layout {tensor.layout}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor; got a nested one")
+
+
+def is_integer(value) -> bool:
+    """Tell whether a value counts as an integer: Python's, torch's symbolic and NumPy's, but no bool."""
+    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
+
+
+def as_integer(value: int) -> int:
+    """Convert what `is_integer` to what torch's ops take."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def check_integer(name: str, value: int, low: int, high: int) -> int:
-    """An integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    """Check for an integer in [low, high], and return it as torch's ops take it."""
+    if not is_integer(value):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name} must lie between {low} and {high}; got {value}")
-    return value
+    return as_integer(value)
 
 
 def check_number(name: str, value: float, low: float) -> float:
-    """A finite number of at least ``low``, which may be -inf."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+    """Check for a finite number of at least ``low``, which may be -inf."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
     if not low <= value < math.inf or value == -math.inf:  # also where it is NaN
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -math.inf else ''}; got {value}")

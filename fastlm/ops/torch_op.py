@@ -1,4 +1,4 @@
-"""What the torch ops share: how one is registered, when a call may pass the dispatcher by, and gradients, which cannot be
+"""What the torch ops share: how one is registered, when a call may bypass the dispatcher, and gradients, which cannot be
 differentiated again."""
 
 import functools
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("fastlm", "FRAGMENT")
 
@@ -25,14 +26,66 @@ def define_op(
     return op
 
 
-def unobserved(*tensors: Tensor) -> bool:
-    """Whether nothing watches or replaces calls of ops, so that the way through torch's dispatcher, 8 us, can be saved."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+# ---- which calls may go to a kernel past torch's dispatcher, and which may not reach a kernel at all --------------------------
+
+
+def _keys(*names: str) -> torch._C.DispatchKeySet:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+# The dispatch keys of a tensor that nothing listens to, as autograd knows it and as inference mode makes it ...
+_PLAIN_TENSOR = tuple(
+    keys
+    for device in ("CPU", "CUDA")
+    for keys in (_keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"), _keys(device, f"Autocast{device}"))
+)
+# ... and those of a thread in which no mode, transform or tracer listens: ordinary, and in inference mode.
+_PLAIN_THREAD = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
+
+
+def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
+    """Tell whether nothing watches, replaces or differentiates forward the ops of this call, so that torch's dispatcher, 8 us,
+    may be saved.
+
+    A whitelist, over every tensor of the call: exact types and dispatch keys say what a tensor is (dense, not negated, not a
+    ZeroTensor, no wrapper), the thread's own keys which modes are on. Whatever is not known to be plain goes through the op.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+        return False
+    if torch._C._dispatch_tls_local_include_set() not in _PLAIN_THREAD or torch._C._len_torch_function_stack():
         return False
     for tensor in tensors:
-        if (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter) or tensor.is_neg():
-            return False  # a subclass that wants to be asked; a view that negates
-    return not torch._C._are_functorch_transforms_active()
+        if tensor is None:
+            continue
+        kind = type(tensor)
+        if (kind is not Tensor and kind is not torch.nn.Parameter) or torch._C._dispatch_keys(tensor) not in _PLAIN_TENSOR:
+            return False
+    return True
+
+
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+_exports_to_onnx._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does: nothing to look into
+
+
+def reference_only(*tensors: Tensor | None) -> str | None:
+    """Return why only the reference, which is made of torch's own ops, can run a call with these tensors, or None."""
+    if forward_ad._current_level < 0:
+        builds_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        return "ONNX knows torch's own ops alone" if builds_graph and _exports_to_onnx() else None
+    # Under a transform of torch.func the tangent may hide inside a wrapper; the reference is right with and without one.
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        return "the kernels have no forward-mode derivatives"
+    return None
+
+
+# ---- gradients --------------------------------------------------------------------------------------------------------------
 
 
 class _Final(torch.autograd.Function):
@@ -74,10 +127,11 @@ def differentiable_once(backward):
     return once
 
 
-def with_gradient(forward: Callable, op: Callable, save: Callable, backward: Callable) -> Callable:
-    """``forward(*args)`` with a gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
+def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> Callable:
+    """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
 
-    ``forward`` may pass the dispatcher by; under torch.func's transforms, which have to see it, the ``op`` itself is called.
+    Returns ``apply(direct, *args)``: a ``direct`` call runs the ``kernel`` past the dispatcher, any other the ``op``, which
+    torch.func's transforms and whatever else listens have to see.
     """
 
     class Direct(torch.autograd.Function):
@@ -85,11 +139,11 @@ def with_gradient(forward: Callable, op: Callable, save: Callable, backward: Cal
 
         @staticmethod
         def forward(ctx, *args):
-            outputs = forward(*args)
+            outputs = kernel(*args)
             save(ctx, args, outputs)
             return outputs
 
-    class ForFunctorch(torch.autograd.Function):
+    class Dispatched(torch.autograd.Function):
         """torch.func asks for the two halves of forward apart."""
 
         generate_vmap_rule = True
@@ -99,9 +153,9 @@ def with_gradient(forward: Callable, op: Callable, save: Callable, backward: Cal
         def forward(*args):
             return op(*args)
 
-    Direct.backward = ForFunctorch.backward = staticmethod(differentiable_once(backward))
+    Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward))
 
-    def apply(*args):
-        return (ForFunctorch if torch._C._are_functorch_transforms_active() else Direct).apply(*args)
+    def apply(direct: bool, *args):
+        return (Direct if direct else Dispatched).apply(*args)
 
     return apply

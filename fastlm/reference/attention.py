@@ -82,7 +82,7 @@ def _attend(query, key, value, mask, alibi_slopes, sinks, seed, left, right, sca
     p = torch.where(alive, torch.exp(s - lse), 0.0)[..., :keys]
     if seed is not None:
         keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
-        p = torch.where(keep, p / (1.0 - dropout_p), 0.0)
+        p = torch.where(keep, p * keep_scale(dropout_p), 0.0)
     group = query.shape[1] // key.shape[1]
     out = torch.matmul(p.to(value.dtype).unflatten(1, (-1, group)), value.unsqueeze(2)).flatten(1, 2)
     return _in_order_of(query, out), torch.where(alive, lse, -math.inf).squeeze(3)
@@ -132,8 +132,13 @@ def keep_mask(
 
 
 def drop_below(dropout_p: float) -> int:
-    """The smallest word that is kept: the first with (word + 1/2) / 2**32 >= dropout_p, exactly."""
+    """Return the smallest word that is kept: the first with (word + 1/2) / 2**32 >= dropout_p, exactly; 2**32 where none is."""
     return math.ceil(Fraction(dropout_p) * 2**32 - Fraction(1, 2))
+
+
+def keep_scale(dropout_p: float) -> float:
+    """Return 1 / (1 - dropout_p), which what is kept is multiplied by; 0 where nothing is kept, so that no inf meets a zero."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
