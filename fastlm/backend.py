@@ -79,7 +79,9 @@ def select(
 
 def _barred(implementation: Implementation, reason: str) -> Implementation:
     """The implementation, which cannot take this call for a reason that does not lie in its tensors' kind."""
-    return Implementation(implementation.backend, implementation.run, lambda *tensors: implementation.why_not(*tensors) or reason)
+    return Implementation(
+        implementation.backend, implementation.run, lambda *tensors: implementation.why_not(*tensors) or reason
+    )
 
 
 def _check_name(name: str) -> None:

@@ -12,9 +12,18 @@ from types import ModuleType
 
 import torch
 
-# Codes of the dtypes in csrc/common/view.h; indices have none, as theirs is known.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.bool: 4}
-OTHER = 5
+# Codes of the dtypes in csrc/common/view.h.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.bool: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+}
+OTHER = 7
+CPU, CUDA = 1, 2  # DLPack's codes of devices
 
 
 def _use_torch_threads(module: ModuleType) -> None:
@@ -52,10 +61,11 @@ def _itself(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _described(tensor: torch.Tensor | None) -> tuple | None:
-    """(address, dtype code, strides, shape), and the tensor, so that it lives as long as the tuple."""
+    """Return (address, dtype code, strides, shape, device code, the tensor, so that it lives as long as the tuple)."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), DTYPE_CODES.get(tensor.dtype, OTHER), tensor.stride(), tuple(tensor.shape), tensor
+    device = CPU if tensor.is_cpu else CUDA
+    return tensor.data_ptr(), DTYPE_CODES.get(tensor.dtype, OTHER), tensor.stride(), tuple(tensor.shape), device, tensor
 
 
 # What the C++ code takes for a tensor (csrc/common/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
@@ -75,8 +85,11 @@ HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """`torch.empty` on the CPU for a kernel's output. A large one is asked to live in huge pages, as NumPy's arrays are."""
-    tensor = torch.empty(*shape, dtype=dtype) if shape else torch.empty((), dtype=dtype)  # a tuple would cost 1 us
+    """Make an output of a kernel on the CPU. A large one is asked to live in huge pages, as NumPy's arrays are.
+
+    Default dtype and device are the user's, so both are named.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor

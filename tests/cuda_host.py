@@ -78,8 +78,9 @@ def use():
         yield
         return
     kernels, modules = _on_host(), (noise, reparameterize)
-    saved = reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, [module.IMPLEMENTATIONS for module in modules]
-    reparameterize_op.KERNELS["cpu"], cuda_kernels.launch = kernels, kernels.launch
+    saved = reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, cuda_kernels.view
+    implementations = [module.IMPLEMENTATIONS for module in modules]
+    reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, cuda_kernels.view = kernels, kernels.launch, kernels.view
     for module in modules:
         module.IMPLEMENTATIONS = tuple(
             dataclasses.replace(one, why_not=lambda tensor: None) if one.backend == "cuda" else one
@@ -88,7 +89,7 @@ def use():
     try:
         yield
     finally:
-        reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, implementations = saved
+        reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, cuda_kernels.view = saved
         for module, before in zip(modules, implementations):
             module.IMPLEMENTATIONS = before
 

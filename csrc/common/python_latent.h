@@ -1,4 +1,4 @@
-// The Gaussian latent's arguments as Python hands them over, for the CPU's module and the GPU's alike; fastlm/ops checked them.
+// The Gaussian latent's arguments as Python hands them over, for the CPU's module and the GPU's alike.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,21 +14,35 @@ namespace fastlm {
 
 namespace py = pybind11;
 
-// View of a tensor; `skip` leading strides are not part of the shape.
-inline View view_of(py::handle tensor, int skip = 0) {
-  const TensorView t(tensor);
+inline bool is_float(int dtype) { return dtype == kFloat32 || dtype == kFloat64 || dtype == kBFloat16 || dtype == kFloat16; }
+
+inline int accumulation_dtype(int dtype) { return dtype == kFloat64 ? kFloat64 : kFloat32; }
+
+inline Shape shape_of(const TensorView& t) {
+  Shape shape;
+  shape.dims = t.dims;
+  std::copy_n(t.shape, t.dims, shape.size);
+  return shape;
+}
+
+// View of a tensor of that shape behind `skip` leading dimensions, with any strides; absent where there is none.
+inline View view_of(const char* name, const TensorView& t, const TensorView& mu, int skip = 0) {
   View view;
+  if (!t.given) return view;
+  const bool fits = t.device == mu.device && is_float(t.dtype) && t.dims == mu.dims + skip;
+  expect(fits && std::equal(mu.shape, mu.shape + mu.dims, t.shape + skip), name, t, "mu's shape and device");
   view.data = t.data;
   view.dtype = t.dtype;
-  for (int d = skip; d < t.dims; ++d) view.stride[d - skip] = t.stride[d];
+  std::copy_n(t.stride + skip, mu.dims, view.stride);
   return view;
 }
 
-inline Shape shape_of(const py::tuple& sizes) {
-  if (sizes.size() > kMaxDims) throw py::value_error("too many dimensions");
-  Shape shape;
-  for (const py::handle size : sizes) shape.size[shape.dims++] = size.cast<int64_t>();
-  return shape;
+// Memory for `count` numbers of a dtype, one after the other; null where the tensor is absent.
+inline char* array_of(const char* name, const TensorView& t, const TensorView& mu, int dtype, int64_t count) {
+  if (!t.given) return nullptr;
+  const bool fits = t.device == mu.device && t.dtype == dtype && t.elements() == count && t.is_contiguous();
+  expect(fits, name, t, "a contiguous tensor of its dtype on mu's device, with a number for each of its own");
+  return t.data;
 }
 
 // Merges neighbouring dimensions that all views walk through as one, so that most loops see a single long dimension.
@@ -58,48 +72,69 @@ inline int64_t product(const Shape& shape, int first_dim = 0) {
 
 using LatentNumbers = std::tuple<double, double, double, double>;
 
-inline void fill(Latent& a, const py::tuple& shape, const py::tuple& inputs, intptr_t seeds, int64_t streams, int64_t samples,
+// inputs: mu, logvar, prior_mu and prior_logvar, the priors expanded or None; seeds: int64, one for each entry of mu's leading
+// dimensions, or one for all; or None, where nothing is drawn.
+inline void fill(Latent& a, const TensorView& mu, const py::tuple& inputs, const TensorView& seeds, int64_t samples,
                  const LatentNumbers& numbers) {
-  a.shape = shape_of(shape);
+  a.shape = shape_of(mu);
   a.elements = product(a.shape);
-  a.mu = view_of(inputs[0]);
-  a.logvar = view_of(inputs[1]);
-  a.prior_mu = view_of(inputs[2]);
-  a.prior_logvar = view_of(inputs[3]);
-  a.seeds = reinterpret_cast<const int64_t*>(seeds);
+  a.mu = view_of("mu", mu, mu);
+  a.logvar = view_of("logvar", TensorView(inputs[1]), mu);
+  expect(a.logvar.dtype == a.mu.dtype, "logvar", mu, "mu's dtype");
+  a.prior_mu = view_of("prior_mu", TensorView(inputs[2]), mu);
+  a.prior_logvar = view_of("prior_logvar", TensorView(inputs[3]), mu);
+  const bool leads = seeds.dims <= mu.dims && std::equal(seeds.shape, seeds.shape + seeds.dims, mu.shape);
+  expect(!seeds.given || leads, "seed", seeds, "one number, or one for each of mu's leading entries");
+  const int64_t streams = seeds.given ? seeds.elements() : 1;
+  a.seeds = reinterpret_cast<const int64_t*>(array_of("seed", seeds, mu, kInt64, streams));
   a.stream = a.elements / std::max<int64_t>(streams, 1);
   a.samples = std::max<int64_t>(samples, 1);  // 0: one, without a leading dimension
   std::tie(a.free_bits, a.low, a.high, a.temperature) = numbers;
 }
 
-inline LatentForward latent_forward_of(const py::tuple& shape, const py::tuple& inputs, const py::object& z,
-                                       const py::object& kl, intptr_t seeds, int64_t streams, int event_dims, int64_t samples,
-                                       const LatentNumbers& numbers) {
+// Elements that one number of the KL sums up.
+inline int64_t event_of(const TensorView& mu, int event_dims) {
+  expect(0 <= event_dims && event_dims <= mu.dims, "event_dims", mu, "at most mu's dimensions");
+  return product(shape_of(mu), mu.dims - event_dims);
+}
+
+inline int64_t rows_of(const Latent& a, int64_t event) { return event ? a.elements / event : 0; }
+
+inline LatentForward latent_forward_of(const py::tuple& inputs, const py::object& z, const py::object& kl,
+                                       const py::object& seed, int event_dims, int64_t samples, const LatentNumbers& numbers) {
   LatentForward a;
-  fill(a, shape, inputs, seeds, streams, samples, numbers);
-  a.z = TensorView(z).data;
-  a.kl = TensorView(kl).data;
-  a.event = a.kl ? product(a.shape, a.shape.dims - event_dims) : 1;
+  const TensorView mu(inputs[0]), seeds(seed);
+  fill(a, mu, inputs, seeds, samples, numbers);
+  a.z = array_of("z", TensorView(z), mu, mu.dtype, a.samples * a.elements);
+  expect(!a.z || a.seeds, "seed", seeds, "to be given with z");
+  const int64_t event = event_of(mu, event_dims);
+  a.kl = array_of("kl", TensorView(kl), mu, accumulation_dtype(mu.dtype), rows_of(a, event));
+  a.event = a.kl ? event : 1;
   coalesce(a.shape, {&a.mu, &a.logvar, &a.prior_mu, &a.prior_logvar});
   return a;
 }
 
-inline LatentBackward latent_backward_of(const py::tuple& shape, const py::tuple& inputs, const py::object& grad_z,
-                                         const py::object& grad_kl, const py::tuple& outputs, intptr_t seeds, int64_t streams,
-                                         int event_dims, int64_t samples, const LatentNumbers& numbers) {
+inline LatentBackward latent_backward_of(const py::tuple& inputs, const py::object& grad_z, const py::object& grad_kl,
+                                         const py::tuple& outputs, const py::object& seed, int event_dims, int64_t samples,
+                                         const LatentNumbers& numbers) {
   LatentBackward a;
-  fill(a, shape, inputs, seeds, streams, samples, numbers);
-  a.grad_z = view_of(grad_z, samples > 0 ? 1 : 0);
-  a.grad_z_sample = samples > 0 && a.grad_z.data ? TensorView(grad_z).stride[0] : 0;
-  a.grad_kl = TensorView(grad_kl).data;
-  a.event = product(a.shape, a.shape.dims - event_dims);
-  a.grad_mu = TensorView(outputs[0]).data;
-  a.grad_logvar = TensorView(outputs[1]).data;
-  const View grad_prior_mu = view_of(outputs[2]), grad_prior_logvar = view_of(outputs[3]);
-  a.grad_prior_mu = grad_prior_mu.data;
-  a.prior_mu_dtype = grad_prior_mu.dtype;
-  a.grad_prior_logvar = grad_prior_logvar.data;
-  a.prior_logvar_dtype = grad_prior_logvar.dtype;
+  const TensorView mu(inputs[0]), seeds(seed), of_z(grad_z), of_kl(grad_kl);
+  fill(a, mu, inputs, seeds, samples, numbers);
+  const int skip = samples > 0 ? 1 : 0;
+  a.grad_z = view_of("grad_z", of_z, mu, skip);
+  expect(!of_z.given || (of_z.dtype == mu.dtype && a.seeds), "grad_z", of_z, "z's dtype, and a seed with it");
+  expect(!of_z.given || !skip || of_z.shape[0] == samples, "grad_z", of_z, "as many samples as z");
+  a.grad_z_sample = skip && of_z.data ? of_z.stride[0] : 0;
+  a.event = event_of(mu, event_dims);
+  a.grad_kl = array_of("grad_kl", of_kl, mu, accumulation_dtype(mu.dtype), rows_of(a, a.event));
+  a.grad_mu = array_of("grad_mu", TensorView(outputs[0]), mu, mu.dtype, a.elements);
+  a.grad_logvar = array_of("grad_logvar", TensorView(outputs[1]), mu, mu.dtype, a.elements);
+  const TensorView of_prior_mu(outputs[2]), of_prior_logvar(outputs[3]);
+  expect(is_float(of_prior_mu.dtype) && is_float(of_prior_logvar.dtype), "grad_prior", mu, "gradients of a floating dtype");
+  a.prior_mu_dtype = of_prior_mu.dtype;
+  a.prior_logvar_dtype = of_prior_logvar.dtype;
+  a.grad_prior_mu = array_of("grad_prior_mu", of_prior_mu, mu, of_prior_mu.dtype, a.elements);
+  a.grad_prior_logvar = array_of("grad_prior_logvar", of_prior_logvar, mu, of_prior_logvar.dtype, a.elements);
   coalesce(a.shape, {&a.mu, &a.logvar, &a.prior_mu, &a.prior_logvar, &a.grad_z});
   return a;
 }

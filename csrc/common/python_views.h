@@ -1,10 +1,16 @@
 // Tensors as Python hands them over: None; torch's own, read through the C exchange API of DLPack 1.3, which torch offers and
 // which costs no Python (dmlc.github.io/dlpack); or, where torch has none, what fastlm/native.py says of them in a tuple.
+//
+// fastlm/ops checks what users pass, with the better messages. What is checked here of dtypes, shapes, strides and devices are
+// the conditions under which a kernel stays inside its tensors, so that neither a fault in Python nor a call of
+// torch.ops.fastlm.* past those checks can corrupt memory.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <string>
 
 #include "view.h"
 
@@ -34,7 +40,7 @@ struct DLPackExchangeAPI {
   void* current_work_stream;
 };
 inline const DLPackExchangeAPI* exchange = nullptr;
-constexpr int kCPU = 1;
+constexpr int kCPU = 1, kCUDA = 2;
 
 // From now on, tensors may come as they are; returned is whether this torch's API is one that is understood here.
 inline bool use_exchange(const pybind11::capsule& api) {
@@ -44,9 +50,10 @@ inline bool use_exchange(const pybind11::capsule& api) {
   return understood;
 }
 
-// Absent (data is null) where Python has None.
+// Absent (given is false) where Python has None.
 class TensorView {
  public:
+  bool given = false;
   char* data = nullptr;
   int dtype = kFloat32;
   int dims = 0, device = kCPU;
@@ -54,9 +61,39 @@ class TensorView {
 
   explicit TensorView(pybind11::handle tensor) {
     if (tensor.is_none()) return;
+    given = true;
     PyTuple_Check(tensor.ptr()) ? read_tuple(tensor) : read_tensor(tensor);
+    if (dims > kMaxDims) throw pybind11::value_error("a tensor has too many dimensions");
+    if (!data && elements())
+      throw pybind11::value_error("a tensor has elements but no memory, as fake and meta tensors have none");
   }
   TensorView(const TensorView&) = delete;
+
+  int64_t elements() const {
+    int64_t n = 1;
+    for (int d = 0; d < dims; ++d) n *= shape[d];
+    return n;
+  }
+
+  bool has_shape(std::initializer_list<int64_t> wanted) const {
+    return dims == int(wanted.size()) && std::equal(wanted.begin(), wanted.end(), shape);
+  }
+
+  // In row-major order without gaps, from dimension `from` on.
+  bool is_contiguous(int from = 0) const {
+    int64_t step = 1;
+    for (int d = dims - 1; d >= from; --d) {
+      if (shape[d] != 1 && stride[d] != step) return elements() == 0;
+      step *= shape[d];
+    }
+    return true;
+  }
+
+  std::string describe() const {
+    std::string text = "(";
+    for (int d = 0; d < dims; ++d) text += (d ? ", " : "") + std::to_string(shape[d]);
+    return text + ")";
+  }
 
  private:
   int64_t own_[2][kMaxDims];
@@ -79,15 +116,28 @@ class TensorView {
     for (int i = 0; i < 2; ++i) {
       for (int d = 0; d < std::min(dims, kMaxDims); ++d) own_[i][d] = integer(PyTuple_GET_ITEM(item(tuple, 2 + i), d));
     }
+    device = int(integer(item(tuple, 4)));
     stride = own_[0];
     shape = own_[1];
   }
 
   static int code_of(DLDataType type) {
-    constexpr uint8_t kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
-    if (type.code == kDLFloat) return type.bits == 16 ? kFloat16 : type.bits == 32 ? kFloat32 : kFloat64;
-    return type.code == kDLBfloat ? kBFloat16 : type.code == kDLBool ? kBool : kOther;
+    constexpr uint8_t kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6;
+    if (type.lanes != 1) return kOther;
+    switch (type.code) {
+      case kDLInt: return type.bits == 32 ? kInt32 : type.bits == 64 ? kInt64 : kOther;
+      case kDLFloat: return type.bits == 16 ? kFloat16 : type.bits == 32 ? kFloat32 : type.bits == 64 ? kFloat64 : kOther;
+      case kDLBfloat: return kBFloat16;
+      default: return type.code == kDLBool ? kBool : kOther;
+    }
   }
 };
+
+// Refuses an argument by its name.
+inline void expect(bool fits, const char* name, const TensorView& tensor, const char* wanted) {
+  if (fits) return;
+  throw pybind11::value_error(std::string(name) + " does not fit the kernel, which needs " + wanted + "; got shape " +
+                              tensor.describe());
+}
 
 }  // namespace fastlm

@@ -54,7 +54,7 @@ struct Attention {
   float scale, softcap;  // softcap 0: none
   const int64_t* seeds;  // null: no dropout
   int64_t seed_stride;   // 0: one for all; 1: one per sequence
-  uint32_t drop_below;   // words below are dropped
+  uint64_t drop_below;   // words below are dropped: all of them from 2^32 on
   float keep_scale;      // 1 / (1 - dropout_p)
 };
 
@@ -96,14 +96,15 @@ struct AttentionUnit {
 
 struct AttentionForward : Attention {
   Rows out;
-  Statistic lse;  // or none
+  Statistic lse;         // or none
+  Statistic statistics;  // or none. Pairs: the maximum that a row's weights are against, and log2 of their sum, sink included
 };
 
 struct AttentionBackward : Attention {
   Rows out, grad_out, grad_query, grad_key, grad_value;
-  Statistic lse, grad_lse, delta;  // delta_i = out_i . grad_out_i - grad_lse_i
-  Rows grad_mask;                  // float32, zeros at first, broadcast by strides of 0; data null: not wanted
-  bool grad_mask_by_block;         // its rows are blocks of kBlockRows queries, as the mask is one for all queries
+  Statistic statistics, grad_lse, delta;  // delta_i = out_i . grad_out_i - grad_lse_i
+  Rows grad_mask;                         // float32, zeros at first, broadcast by strides of 0; data null: not wanted
+  bool grad_mask_by_block;                // its rows are blocks of kBlockRows queries, as the mask is one for all queries
 };
 
 using AttentionForwardKernel = void(const AttentionForward&, const AttentionUnit&, char* workspace);

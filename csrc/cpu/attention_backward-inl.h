@@ -1,4 +1,4 @@
-// Attention backward. With the weights P drawn again from the saved log-sum-exp, and delta_i = out_i . dO_i:
+// Attention backward. With the weights P drawn again from the saved statistics, and delta_i = out_i . dO_i:
 //   dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
 // A tile of P and dS serves all three products, so a unit that has all rows and all keys of a group does five of them. Where
 // there are too few groups for the threads, units of a block of keys compute dK and dV, and units of a block of rows dQ: seven
@@ -78,22 +78,32 @@ struct BackwardArrays {
 // P and dS of a tile, from its products, in place; the mask's gradient is added to.
 template <class Unit>
 static void score_gradients(const AttentionBackward& a, const Sequence& s, BackwardArrays<Unit>& t, const AttentionUnit& u,
-                            int64_t count, int64_t first_key, int64_t keys, float factor) {
-  const F32 scale(factor);
+                            int64_t count, int64_t first_key, int64_t keys) {
+  const float factor = exponent_factor(a);
+  const F32 scale(factor), zero(0.0f);
   for (int64_t r = 0; r < count; ++r) {
     const ScoreRow& row = t.rows[r];
-    const float lse = *a.lse.at(s.batch, row.head, s.q_first + row.query);
-    const F32 shift(lse == -kInfinity ? -kInfinity : -lse * kLog2E);  // a row that sees nothing has weights 2^-inf
+    const float* statistics = a.statistics.at(s.batch, row.head, 2 * (s.q_first + row.query));
+    const float maximum = statistics[0], log_total = statistics[1];
     const F32 delta(*a.delta.at(s.batch, row.head, s.q_first + row.query));
     float *p_row = t.scores + r * kTileRow, *g_row = t.grads + r * kTileRow;
     if (a.seeds) draw_keep(a, s, row, first_key, t.keep);
-    for (int64_t k = 0; k < padded(keys); k += kLanes) {
-      F32 p = exp2_nonpositive(mul_add(F32::load(p_row + k), scale, shift)), g = F32::load(g_row + k);
-      if (a.seeds) g = g * F32::load(t.keep + k);
-      g = p * (g - delta);
-      if (a.seeds) p = p * F32::load(t.keep + k);
-      p.store(p_row + k);
-      g.store(g_row + k);
+    const auto weigh = [&](const auto& exponent) FASTLM_LAMBDA {
+      for (int64_t k = 0; k < padded(keys); k += kLanes) {
+        F32 p = exp2_nonpositive(exponent(F32::load(p_row + k))), g = F32::load(g_row + k);
+        if (a.seeds) g = g * F32::load(t.keep + k);
+        g = p * (g - delta);
+        if (a.seeds) p = p * F32::load(t.keep + k);
+        p.store(p_row + k);
+        g.store(g_row + k);
+      }
+    };
+    if (maximum != -kInfinity && is_far(maximum, factor)) {
+      // No weight is above 1, though a score that is added up in another order than in the forward may be a step higher.
+      weigh([&](F32 x) FASTLM_LAMBDA { return min(zero, mul_add(x - F32(maximum), scale, F32(-log_total))); });
+    } else {
+      const F32 shift(maximum == -kInfinity ? -kInfinity : -(maximum * factor + log_total));  // nothing seen: weights 2^-inf
+      weigh([&](F32 x) FASTLM_LAMBDA { return mul_add(x, scale, shift); });
     }
     if (a.grad_mask.data && u.of_queries) {
       float* to =
@@ -140,12 +150,10 @@ static void backward_tile(const AttentionBackward& a, const Sequence& s, Backwar
                  Right<Unit>{t.key_transposed, t.key_row}, t.scores, kTileRow);
   product<false>(count, columns, units<Unit>(a.value_dim), Left<Unit>{t.grad_out.left, t.grad_out.left_row, 1},
                  Right<Unit>{t.value_transposed, t.key_row}, t.grads, kTileRow);
-  float factor = a.scale * kLog2E;
   if (covered != Coverage::kWhole || !scores_are_products(a)) {
     score_tile(a, t.rows, count, first_key, keys, t.scores, t.cap_slope);
-    factor = 1.0f;
   }
-  score_gradients(a, s, t, u, count, first_key, keys, factor);
+  score_gradients(a, s, t, u, count, first_key, keys);
   cross(t.scores, count, keys, t.weights, false);
   cross(t.grads, count, keys, t.grad_scores, true);
   if (u.of_keys) {

@@ -3,7 +3,7 @@
 //
 // A block of keys and values is brought into tiles once and used by every row of the unit; tiles that no row sees are skipped,
 // and tiles that every row sees whole go from the product straight to the exponential, which takes the scale along.
-// Everything is in base 2: p = 2^(s log2(e) - max).
+// Everything is in base 2: p = 2^(factor (score - maximum)), the unit of scores and the factor as in scores-inl.h.
 #pragma once
 
 #include "scores-inl.h"
@@ -44,37 +44,53 @@ struct ForwardArrays {
 FASTLM_SIMD void store_weights(F32 p, float* to, int64_t k) { p.store(to + k); }
 FASTLM_SIMD void store_weights(F32 p, uint32_t* to, int64_t k) { p.store(reinterpret_cast<BFloat16*>(to) + k); }
 
-// A row's weights are 2^(s - maximum), and its maximum is raised only when a score is past it by more than this: weights may be
-// up to 256, which floats hold as well as 1, and after its first tiles a row is hardly ever rescaled.
+// A row's maximum is raised only when a score is past it by more than this many powers of 2: weights may be up to 256, which
+// floats hold as well as 1, and after its first tiles a row is hardly ever rescaled.
 constexpr float kHeadroom = 8.0f;
 
+// The exponent of what turns weights against one maximum into weights against a larger one. It takes the same roundings as the
+// weights do, so that they cancel.
+FASTLM_SIMD float rescale_exponent(float from, float to, float factor) {
+  return is_far(to, factor) ? (from - to) * factor : from * factor - to * factor;
+}
+
 template <class Unit>
-static void raise_maximum(ForwardArrays<Unit>& t, int64_t row, float to) {
-  const F32 shrink = exp2_nonpositive(F32(t.maximum[row] - to));
+static void raise_maximum(ForwardArrays<Unit>& t, int64_t row, float to, float factor) {
+  const F32 shrink = exp2_nonpositive(F32(rescale_exponent(t.maximum[row], to, factor)));
   float *sums = t.sums + row * kLanes, *out = t.out + row * t.out_row;
   (F32::load(sums) * shrink).store(sums);
   for (int64_t d = 0; d < t.out_row; d += kLanes) (F32::load(out + d) * shrink).store(out + d);
   t.maximum[row] = to;
 }
 
-// Scores (times `factor`, times log2(e)) become weights; the running maxima, sums and outputs of the rows follow.
+// Turns scores into weights; the running maxima, sums and outputs of the rows follow.
 template <bool kDropout, class Unit, class Weight>
 static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>& t, int64_t first_row, int64_t count,
-                         int64_t first_key, int64_t keys, float factor, Weight* weights) {
+                         int64_t first_key, int64_t keys, Weight* weights) {
+  const float factor = exponent_factor(a);
+  const float headroom = kHeadroom < factor * -kLowest ? kHeadroom / factor : -kLowest;  // finite: -inf + inf would be NaN
   const F32 scale(factor);
   for (int64_t r = 0; r < count; ++r, weights += units<Weight>(kTileRow)) {
     const int64_t row = first_row + r;
     const float* scores = t.scores + r * kTileRow;
     F32 most = F32::load(scores);
     for (int64_t k = kLanes; k < padded(keys); k += kLanes) most = max(most, F32::load(scores + k));
-    if (any_less(F32(t.maximum[row] + kHeadroom), most * scale)) raise_maximum(t, row, largest(most) * factor);
-    const F32 shift(t.maximum[row] == -kInfinity ? 0.0f : -t.maximum[row]);  // 0 for a row that has not seen a key
+    if (any_less(F32(t.maximum[row] + headroom), most)) raise_maximum(t, row, largest(most), factor);
+    const float maximum = t.maximum[row] == -kInfinity ? 0.0f : t.maximum[row];  // 0 for a row that has not seen a key
     if (kDropout) draw_keep(a, s, t.rows[row], first_key, t.keep);
     F32 sum = F32::load(t.sums + row * kLanes);
-    for (int64_t k = 0; k < padded(keys); k += kLanes) {
-      const F32 p = exp2_nonpositive(mul_add(F32::load(scores + k), scale, shift));
-      sum = sum + p;
-      store_weights(kDropout ? p * F32::load(t.keep + k) : p, weights, k);
+    const auto weigh = [&](const auto& exponent) FASTLM_LAMBDA {
+      for (int64_t k = 0; k < padded(keys); k += kLanes) {
+        const F32 p = exp2_nonpositive(exponent(F32::load(scores + k)));
+        sum = sum + p;
+        store_weights(kDropout ? p * F32::load(t.keep + k) : p, weights, k);
+      }
+    };
+    if (is_far(maximum, factor)) {
+      weigh([&](F32 x) FASTLM_LAMBDA { return (x - F32(maximum)) * scale; });
+    } else {
+      const F32 shift(-(maximum * factor));
+      weigh([&](F32 x) FASTLM_LAMBDA { return mul_add(x, scale, shift); });
     }
     sum.store(t.sums + row * kLanes);
   }
@@ -82,18 +98,17 @@ static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Un
 
 template <class Unit, class Weight>
 static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>& t, int64_t first_row, int64_t count,
-                         int64_t first_key, int64_t keys, float factor, Weight* weights) {
-  a.seeds ? softmax_tile<true>(a, s, t, first_row, count, first_key, keys, factor, weights)
-          : softmax_tile<false>(a, s, t, first_row, count, first_key, keys, factor, weights);
+                         int64_t first_key, int64_t keys, Weight* weights) {
+  a.seeds ? softmax_tile<true>(a, s, t, first_row, count, first_key, keys, weights)
+          : softmax_tile<false>(a, s, t, first_row, count, first_key, keys, weights);
 }
 
-// Products become scores, where something is between the two; what is left to multiply them with is returned.
+// Turns products into scores, where something is between the two.
 template <class Unit>
-static float finish_scores(const Attention& a, ForwardArrays<Unit>& t, int64_t first_row, int64_t count, int64_t first_key,
-                           int64_t keys, Coverage covered) {
-  if (covered == Coverage::kWhole && scores_are_products(a)) return a.scale * kLog2E;
+static void finish_scores(const Attention& a, ForwardArrays<Unit>& t, int64_t first_row, int64_t count, int64_t first_key,
+                          int64_t keys, Coverage covered) {
+  if (covered == Coverage::kWhole && scores_are_products(a)) return;
   score_tile(a, t.rows + first_row, count, first_key, keys, t.scores);
-  return 1.0f;
 }
 
 template <class Unit>
@@ -101,8 +116,8 @@ static void forward_tile(const Attention& a, const Sequence& s, ForwardArrays<Un
                          int64_t first_key, int64_t keys, Coverage covered) {
   const Left<Unit> query{t.query + first_row * t.query_row, t.query_row, 1};
   product<false>(count, padded(keys), units<Unit>(a.head_dim), query, Right<Unit>{t.key, t.key_row}, t.scores, kTileRow);
-  const float factor = finish_scores(a, t, first_row, count, first_key, keys, covered);
-  softmax_tile(a, s, t, first_row, count, first_key, keys, factor, t.weights);
+  finish_scores(a, t, first_row, count, first_key, keys, covered);
+  softmax_tile(a, s, t, first_row, count, first_key, keys, t.weights);
   const Left<Unit> weights{t.weights, units<Unit>(kTileRow), 1};
   product<true>(count, t.out_row, units<Unit>(keys), weights, Right<Unit>{t.value, t.value_row}, t.out + first_row * t.out_row,
                 t.out_row);
@@ -115,8 +130,8 @@ static void thin_tile(const Attention& a, const Sequence& s, ForwardArrays<Unit>
   const ThinRows key = thin_rows(a, s, a.key, a.head_dim, kv_head, first_key, keys, end, t.pointers);
   const ThinRows value = thin_rows(a, s, a.value, a.value_dim, kv_head, first_key, keys, end, t.pointers + kThinPointers);
   thin_scores(a.key.dtype, t.query, t.query_row, count, key, keys, a.head_dim, t.scores, kTileRow);
-  const float factor = finish_scores(a, t, 0, count, first_key, keys, covered);
-  softmax_tile(a, s, t, 0, count, first_key, keys, factor, t.scores);
+  finish_scores(a, t, 0, count, first_key, keys, covered);
+  softmax_tile(a, s, t, 0, count, first_key, keys, t.scores);
   thin_values(a.value.dtype, t.scores, kTileRow, count, value, keys, a.value_dim, t.out, t.out_row);
 }
 
@@ -129,26 +144,38 @@ static void load_keys(const Attention& a, const Sequence& s, int64_t kv_head, Fo
   load_right(a.value.dtype, t.pointers, keys, a.value_dim, t.value, t.value_row);
 }
 
-// The sink joins, the sum divides, and the row is written with its log-sum-exp.
+// log2(2^a + 2^b); neither is +inf, and NaN stays.
+FASTLM_SIMD double log2_of_sum(double a, double b) {
+  const double high = b > a ? b : a, low = b > a ? a : b;
+  return low == -double(kInfinity) ? high : high + __builtin_log2(1.0 + __builtin_exp2(low - high));
+}
+
+// Lets the sink join, divides by the sum, and writes the row with its statistics and its log-sum-exp.
 static void finish_row(const AttentionForward& a, const Sequence& s, int64_t query, int64_t head, float maximum, float total,
                        const float* out) {
-  float factor = 1.0f;
+  constexpr double kLog2EDouble = 1.4426950408889634;
+  const float factor = exponent_factor(a);
+  const bool empty = total == 0.0f;  // of what a row sees, one weight is near 1
+  // What weights are relative to, as an exponent of 2, and log2 of their sum.
+  const double base = empty ? 0.0 : is_far(maximum, factor) ? double(maximum) * factor : double(maximum * factor);
+  double log_total = empty ? -double(kInfinity) : __builtin_log2(double(total));
+  float share = empty ? 0.0f : 1.0f / total;
   if (a.sinks) {
-    const float sink = a.sinks[head] * kLog2E, now = sink > maximum ? sink : maximum;
-    if (now > -kInfinity) {
-      factor = __builtin_exp2f(maximum - now);
-      total = total * factor + __builtin_exp2f(sink - now);
-      maximum = now;
-    }
+    const double sink = double(a.sinks[head]) * kLog2EDouble;
+    log_total = sink != sink ? sink : log2_of_sum(log_total, sink - base);
+    if (!empty) share = float(__builtin_exp2(-log_total));
+    if (sink != sink) share = float(sink);
   }
-  const bool empty = total == 0.0f;  // of what a row sees, one weight is 1
   with_float_dtype(a.out.dtype, [&](auto type) FASTLM_LAMBDA {
     auto* to = reinterpret_cast<decltype(type)*>(a.out.at(s.batch, head, s.q_first + query));
-    narrow_row(out, empty ? 0.0f : factor / total, a.value_dim, to);
+    narrow_row(out, share, a.value_dim, to);
   });
-  if (!a.lse.data) return;
-  const double lse = (double(maximum) + __builtin_log2(double(total))) * 0.6931471805599453;
-  *a.lse.at(s.batch, head, s.q_first + query) = empty ? -kInfinity : float(lse);
+  if (a.lse.data) *a.lse.at(s.batch, head, s.q_first + query) = float((base + log_total) / kLog2EDouble);
+  if (a.statistics.data) {
+    float* to = a.statistics.at(s.batch, head, 2 * (s.q_first + query));
+    to[0] = maximum;
+    to[1] = float(log_total);
+  }
 }
 
 // What a unit with a part of the keys leaves of a row: its maximum, its sum and its output, not yet divided by the sum.
@@ -162,12 +189,13 @@ static void store_partial(const Attention& a, float maximum, float total, const 
 
 // The parts of a row, `stride` apart, become one, in their order, in the first.
 static void combine_parts(const Attention& a, float* parts, int64_t count, int64_t stride) {
+  const float factor = exponent_factor(a);
   float maximum = -kInfinity;
   for (int64_t i = 0; i < count; ++i) maximum = parts[i * stride] > maximum ? parts[i * stride] : maximum;
-  const float shift = maximum == -kInfinity ? 0.0f : maximum;
+  const float base = maximum == -kInfinity ? 0.0f : maximum;
   float total = 0.0f;
   for (int64_t i = 0; i < count; ++i) {
-    const float share = __builtin_exp2f(parts[i * stride] - shift);
+    const float share = __builtin_exp2f(rescale_exponent(parts[i * stride], base, factor));
     total += share * parts[i * stride + 1];
     const F32 factor(share);
     for (int64_t d = kLanes; d < partial_row(a); d += kLanes) {

@@ -1,5 +1,5 @@
-// fastlm._C: the CPU kernels for Python. It knows nothing of torch: tensors come as python_views.h says, checked by fastlm/ops,
-// which also owns every output.
+// fastlm._C: the CPU kernels for Python. It knows nothing of torch: tensors come as python_views.h says, which checks them;
+// fastlm/ops owns every output.
 #include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,29 +22,43 @@ void bind_attention(py::module_&);  // bind_attention.cpp
 
 namespace {
 
-void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, const py::object& z, const py::object& kl,
-                            intptr_t seeds, int64_t streams, int event_dims, int64_t samples, const LatentNumbers& numbers) {
-  LatentForward a = latent_forward_of(shape, inputs, z, kl, seeds, streams, event_dims, samples, numbers);
+void reparameterize_forward(const py::tuple& inputs, const py::object& z, const py::object& kl, const py::object& seed,
+                            int event_dims, int64_t samples, const LatentNumbers& numbers) {
+  LatentForward a = latent_forward_of(inputs, z, kl, seed, event_dims, samples, numbers);
+  if (a.elements == 0) return;
   py::gil_scoped_release nogil;
   latent_forward(a);
 }
 
-void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, const py::object& grad_z,
-                             const py::object& grad_kl, const py::tuple& outputs, intptr_t seeds, int64_t streams,
-                             int event_dims, int64_t samples, const LatentNumbers& numbers) {
-  LatentBackward a = latent_backward_of(shape, inputs, grad_z, grad_kl, outputs, seeds, streams, event_dims, samples, numbers);
+void reparameterize_backward(const py::tuple& inputs, const py::object& grad_z, const py::object& grad_kl,
+                             const py::tuple& outputs, const py::object& seed, int event_dims, int64_t samples,
+                             const LatentNumbers& numbers) {
+  LatentBackward a = latent_backward_of(inputs, grad_z, grad_kl, outputs, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::gil_scoped_release nogil;
   latent_backward(a);
 }
 
-void sum_rows_of(intptr_t matrix, int dtype, int64_t rows, int64_t columns, intptr_t total) {
+// matrix: (rows, columns) of float32 or float64, contiguous; total: (columns,) in its dtype.
+void sum_rows_of(const py::handle& matrix, const py::handle& total) {
+  const TensorView from(matrix), to(total);
+  const bool fits = from.device == kCPU && from.dims == 2 && from.is_contiguous();
+  expect(fits && (from.dtype == kFloat32 || from.dtype == kFloat64), "matrix", from, "float32 or float64 rows on the CPU");
+  expect(to.dtype == from.dtype && to.has_shape({from.shape[1]}) && to.is_contiguous(), "total", to,
+         "a number for each column");
   py::gil_scoped_release nogil;
-  if (dtype == kFloat64) {
-    sum_rows(reinterpret_cast<const double*>(matrix), rows, columns, reinterpret_cast<double*>(total));
+  if (from.dtype == kFloat64) {
+    sum_rows(reinterpret_cast<const double*>(from.data), from.shape[0], from.shape[1], reinterpret_cast<double*>(to.data));
   } else {
-    sum_rows(reinterpret_cast<const float*>(matrix), rows, columns, reinterpret_cast<float*>(total));
+    sum_rows(reinterpret_cast<const float*>(from.data), from.shape[0], from.shape[1], reinterpret_cast<float*>(to.data));
   }
+}
+
+void normal_of(int64_t seed, int64_t position, const py::handle& out) {
+  const TensorView to(out);
+  expect(to.device == kCPU && to.dtype == kFloat32 && to.is_contiguous(), "out", to, "contiguous float32 on the CPU");
+  py::gil_scoped_release nogil;
+  normal(uint64_t(seed), uint64_t(position), to.elements(), reinterpret_cast<float*>(to.data));
 }
 
 py::list isas() {
@@ -81,10 +95,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return isa_names[current_isa()]; }, "The instruction set in use.");
   m.def("set_isa", &set_isa);
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("normal", [](int64_t seed, int64_t position, intptr_t out, int64_t count) {
-    py::gil_scoped_release nogil;
-    normal(uint64_t(seed), uint64_t(position), count, reinterpret_cast<float*>(out));
-  });
+  m.def("normal", &normal_of);
   m.def("reparameterize_forward", &reparameterize_forward);
   m.def("reparameterize_backward", &reparameterize_backward);
   m.def("sum_rows", &sum_rows_of);

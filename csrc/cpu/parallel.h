@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 namespace fastlm {
 
@@ -10,7 +12,8 @@ using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, LoopBody 
 
 inline ParallelFor torch_parallel_for = nullptr;
 
-// body(begin, end) over parts of [0, count); it must not throw. One unit runs here and now.
+// Calls body(begin, end) for parts of [0, count); it must not throw. One unit runs here and now. Throws where torch could not
+// run the loop, as outputs would be left unwritten.
 template <class Body>
 void parallel_for(int64_t count, const Body& body) {
   if (count <= 1 || torch_parallel_for == nullptr) {
@@ -18,7 +21,8 @@ void parallel_for(int64_t count, const Body& body) {
     return;
   }
   const LoopBody call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
-  torch_parallel_for(0, count, 1, call, const_cast<Body*>(&body));
+  const int error = torch_parallel_for(0, count, 1, call, const_cast<Body*>(&body));
+  if (error) throw std::runtime_error("torch_parallel_for failed with code " + std::to_string(error));
 }
 
 }  // namespace fastlm

@@ -17,8 +17,8 @@ static bool in_pairs(const Attention& a) { return kBFloat16Pairs && a.query.dtyp
 // What a row of a group needs to know of itself.
 struct ScoreRow {
   int64_t low, high;  // it sees the keys [low, high)
-  int64_t query, head;
-  float position, slope;
+  int64_t query, head, position;
+  float slope;
   const char* mask;  // of its first key
 };
 
@@ -40,8 +40,8 @@ static void fill_score_rows(const Attention& a, const Sequence& s, int64_t kv_he
   for_rows(a, kv_head, first, count, [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA {
     const int64_t position = query + s.k_len - s.q_len;
     const int64_t low = position - a.left, high = position + a.right + 1;
-    rows[r] = {low > 0 ? low : 0, high < s.k_len ? high : s.k_len, query, head, float(position), 0.0f, nullptr};
-    if (a.slopes) rows[r].slope = a.slopes[s.b * a.slope_batch + head] * kLog2E;
+    rows[r] = {low > 0 ? low : 0, high < s.k_len ? high : s.k_len, query, head, position, 0.0f, nullptr};
+    if (a.slopes) rows[r].slope = a.slopes[s.b * a.slope_batch + head];
     if (a.mask.data) rows[r].mask = a.mask.at(s.b, head, query);
   });
 }
@@ -122,6 +122,26 @@ static Coverage coverage(const Attention& a, const ScoreRow* rows, int64_t count
 }
 
 // ---- from products to scores -----------------------------------------------------------------------------------------------
+//
+// Scores are kept in one unit for a whole call, and 2^(factor (score - maximum)) is a weight. Where nothing but a positive
+// factor stands between products and scores, the unit is the products': a tile that is seen whole goes straight to the
+// exponential. Otherwise scores are natural, added up as torch adds them: in units of log2 the most negative float of a mask
+// would overflow.
+
+static bool scores_are_products(const Attention& a) {
+  const bool has_bias = a.slopes || (a.mask.data && !a.mask_is_bool);
+  return a.softcap == 0.0f && !has_bias && a.scale > 0.0f && a.scale * kLog2E < kInfinity;
+}
+
+static float exponent_factor(const Attention& a) { return scores_are_products(a) ? a.scale * kLog2E : kLog2E; }
+
+// Whether a row's maximum is so far from 0 that factor * score - factor * maximum, in one fused multiply-add, would show how
+// the second product was rounded: at 2^31 by more than any exponent. Such rows subtract first, which is exact near the maximum.
+constexpr float kFar = 128.0f;
+FASTLM_SIMD bool is_far(float maximum, float factor) {
+  const float exponent = maximum * factor;
+  return exponent > kFar || exponent < -kFar;
+}
 
 struct Lanes {
   float lane[kBlockKeys];
@@ -131,7 +151,7 @@ struct Lanes {
 };
 alignas(64) constexpr Lanes kKeyOfLane;
 
-// What the mask adds to each key of a row, times log2(e); -inf where it hides one.
+// What the mask adds to each key of a row; -inf where it hides one.
 static void load_bias(const Attention& a, const char* mask, int64_t first_key, int64_t keys, float* bias) {
   const int64_t n = a.mask_key ? keys : 1;
   if (a.mask_is_bool) {
@@ -141,26 +161,28 @@ static void load_bias(const Attention& a, const char* mask, int64_t first_key, i
     with_float_dtype(a.mask.dtype, [&](auto type) FASTLM_LAMBDA {
       widen_row(reinterpret_cast<const decltype(type)*>(mask) + (a.mask_key ? first_key : 0), n, bias);
     });
-    for (int64_t k = 0; k < padded(n); ++k) bias[k] *= kLog2E;
   }
   if (!a.mask_key) {
     for (int64_t k = 1; k < padded(keys); ++k) bias[k] = bias[0];
   }
 }
 
-// A tile's products become scores times log2(e), -inf where a row does not see a key. `cap_slope`, where given, gets the
-// derivative of the softcap, 1 - tanh^2.
+// Turns a tile's products into scores, -inf where a row does not see a key. `cap_slope`, where given, gets the derivative of
+// the softcap, 1 - tanh^2.
 template <bool kCap, bool kSlope, bool kMask>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
                        float* cap_slope) {
-  const F32 factor(kCap ? a.scale / a.softcap : a.scale * kLog2E), cap(a.softcap * kLog2E), hidden(-kInfinity), one(1.0f);
+  const float inner = a.scale / a.softcap;  // finite, so that it leaves a product of 0 at 0
+  const float outer = scores_are_products(a) ? 1.0f : a.scale;
+  const F32 factor(kCap ? (inner > -kLowest ? -kLowest : inner < kLowest ? kLowest : inner) : outer);
+  const F32 cap(a.softcap), hidden(-kInfinity), one(1.0f);
   alignas(64) float bias[kBlockKeys];
   const char* loaded = nullptr;
   for (int64_t r = 0; r < count; ++r) {
     const ScoreRow& row = rows[r];
     if (kMask && row.mask != loaded) load_bias(a, loaded = row.mask, first_key, keys, bias);
     const F32 low(float(row.low - first_key)), high(float(row.high - first_key)), slope(row.slope);
-    const F32 position(row.position - float(first_key));
+    const F32 position(float(row.position - first_key));  // whole numbers, which floats are not beyond 2^24
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
       float* at = scores + r * kTileRow + k;
       const F32 lane = F32::load(kKeyOfLane.lane + k);
@@ -183,9 +205,6 @@ static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, 
     }
   }
 }
-
-// Whether a tile that is seen whole can leave scaling to the exponential: there is nothing between the two.
-static bool scores_are_products(const Attention& a) { return a.softcap == 0.0f && !a.slopes && a.scale > 0.0f; }
 
 template <bool kCap, bool kSlope>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,

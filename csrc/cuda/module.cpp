@@ -1,6 +1,6 @@
-// fastlm._cuda: the CUDA kernels for Python. It knows nothing of torch: tensors come as common/python_views.h says, checked by
-// fastlm/ops, which owns every output; fastlm/cuda_kernels.py makes their device current and hands over torch's stream and a
-// function that allocates what a launch needs besides.
+// fastlm._cuda: the CUDA kernels for Python. It knows nothing of torch: tensors come as common/python_views.h says, which
+// checks them; fastlm/ops owns every output; fastlm/cuda_kernels.py makes their device current and hands over torch's stream
+// and a function that allocates what a launch needs besides.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -16,10 +16,10 @@ void check(const char* error) {
   if (error) throw std::runtime_error(std::string("CUDA: ") + error);
 }
 
-void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, const py::object& z, const py::object& kl,
-                            intptr_t seeds, int64_t streams, int event_dims, int64_t samples, const LatentNumbers& numbers,
-                            const py::function& allocate, intptr_t stream) {
-  LatentForward a = latent_forward_of(shape, inputs, z, kl, seeds, streams, event_dims, samples, numbers);
+void reparameterize_forward(const py::tuple& inputs, const py::object& z, const py::object& kl, const py::object& seed,
+                            int event_dims, int64_t samples, const LatentNumbers& numbers, const py::function& allocate,
+                            intptr_t stream) {
+  LatentForward a = latent_forward_of(inputs, z, kl, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::object room;  // lives until the launch is made; the allocator gives it to later work of this stream only
   a.pieces = nullptr;
@@ -31,20 +31,21 @@ void reparameterize_forward(const py::tuple& shape, const py::tuple& inputs, con
   check(latent_forward(a, reinterpret_cast<void*>(stream)));
 }
 
-void reparameterize_backward(const py::tuple& shape, const py::tuple& inputs, const py::object& grad_z,
-                             const py::object& grad_kl, const py::tuple& outputs, intptr_t seeds, int64_t streams,
-                             int event_dims, int64_t samples, const LatentNumbers& numbers, const py::function&,
-                             intptr_t stream) {
-  const LatentBackward a =
-      latent_backward_of(shape, inputs, grad_z, grad_kl, outputs, seeds, streams, event_dims, samples, numbers);
+void reparameterize_backward(const py::tuple& inputs, const py::object& grad_z, const py::object& grad_kl,
+                             const py::tuple& outputs, const py::object& seed, int event_dims, int64_t samples,
+                             const LatentNumbers& numbers, const py::function&, intptr_t stream) {
+  const LatentBackward a = latent_backward_of(inputs, grad_z, grad_kl, outputs, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::gil_scoped_release nogil;
   check(latent_backward(a, reinterpret_cast<void*>(stream)));
 }
 
-void normal_of(intptr_t seed, int64_t position, intptr_t out, int64_t count, const py::function&, intptr_t stream) {
+void normal_of(const py::object& seed, int64_t position, const py::object& out, const py::function&, intptr_t stream) {
+  const TensorView to(out);
+  const char* seeds = array_of("seed", TensorView(seed), to, kInt64, 1);
+  array_of("out", to, to, kFloat32, to.elements());
   py::gil_scoped_release nogil;
-  check(normal(reinterpret_cast<const int64_t*>(seed), uint64_t(position), count, reinterpret_cast<float*>(out),
+  check(normal(reinterpret_cast<const int64_t*>(seeds), uint64_t(position), to.elements(), reinterpret_cast<float*>(to.data),
                reinterpret_cast<void*>(stream)));
 }
 

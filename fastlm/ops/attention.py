@@ -21,6 +21,7 @@ from .attention_checks import (
     check_groups,
     check_keys,
     check_mask,
+    check_no_gradient,
     check_per_head,
     check_rows,
     limits,
@@ -63,7 +64,7 @@ def attention(
         softcap: scores become ``softcap * tanh(s / softcap)`` before masks and slopes are added.
         alibi_slopes: (Hq,) or (B, Hq), floating: subtracts ``slope * |i + Lk - Lq - j|``. No gradient.
         sinks: (Hq,), floating: a logit per head that takes part in the softmax and has no value. They get gradients.
-        dropout_p: the share of weights that are dropped, in [0, 1); the others are scaled by 1 / (1 - dropout_p).
+        dropout_p: the share of weights that are dropped, in [0, 1]; the others are scaled by 1 / (1 - dropout_p).
         seed: of the dropout: an int, a 0-d int64 tensor, or an int64 tensor (B,), one stream per example. None draws one from
             torch's default generator. The same seed drops the same weights on every backend.
         return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
@@ -91,6 +92,7 @@ def attention(
     check_groups(query.shape[1], key.shape[1])
     check_mask(mask, (*query.shape[:3], key.shape[2]), query.device)
     check_per_head(alibi_slopes, sinks, query.shape[0], query, query.shape[1])
+    check_no_gradient(alibi_slopes)
     options = (*limits(causal, window), *score_options(scale, softcap, query.shape[3]), check_dropout_p(dropout_p))
     check_seed(seed, query)
     tensors = (query, key, value, mask, alibi_slopes, sinks)

@@ -84,14 +84,26 @@ def check_per_head(slopes: Tensor | None, sinks: Tensor | None, batch: int, quer
             raise ValueError(f"alibi_slopes must have shape ({heads},) or ({batch}, {heads}); got {tuple(slopes.shape)}")
         if slopes.device != query.device:
             raise ValueError(f"alibi_slopes must be on query's device {query.device}; got {slopes.device}")
-        if slopes.requires_grad and torch.is_grad_enabled():
-            raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a float mask, which gets one")
     if sinks is not None:
         check_tensor("sinks", sinks)
         if tuple(sinks.shape) != (heads,):
             raise ValueError(f"sinks must have shape ({heads},), one per query head; got {tuple(sinks.shape)}")
         if sinks.device != query.device:
             raise ValueError(f"sinks must be on query's device {query.device}; got {sinks.device}")
+
+
+def check_no_gradient(slopes: Tensor | None) -> None:
+    """Refuse slopes whose gradient would silently be missing."""
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a float mask, which gets one")
+
+
+def check_writable(name: str, cache: Tensor) -> None:
+    """Check for a cache that may be written in place, unseen by autograd: as torch's in-place operations do."""
+    if cache.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} is written in place, without a gradient: pass {name}.detach(), or call under torch.no_grad()")
+    if any(step == 0 and length > 1 for step, length in zip(cache.stride(), cache.shape)):
+        raise ValueError(f"{name} is written in place: its rows must not share memory, as those of an expanded tensor do")
 
 
 def check_indices(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:

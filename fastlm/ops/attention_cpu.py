@@ -50,9 +50,7 @@ def _forward(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, c
     out, lse = empty_results(query, value.shape[3])
     statistics = empty((*query.shape[:3], 2), torch.float32)
     inputs = arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
-    native.C.attention_forward(
-        inputs, numbers(*options), view(out), view(lse), view(statistics), torch.get_num_threads()
-    )
+    native.C.attention_forward(inputs, numbers(*options), view(out), view(lse), view(statistics), torch.get_num_threads())
     return out, lse, statistics
 
 
@@ -97,7 +95,7 @@ _SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or m
 
 
 def fast_path(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
-    """Return the output of a small call that has no options and needs no gradient, at the least cost; None where it is not that."""
+    """Return the output of a small call without options and gradients, at the least cost; None where it is not that."""
     if native.C is None or query is None or key is None or value is None:
         return None
     if not may_bypass_dispatcher(query, key, value) or query.numel() > _SMALL or torch.is_autocast_enabled("cpu"):

@@ -2,12 +2,12 @@
 
 fastlm::attention returns (out, lse, statistics) and fastlm::attention_backward the gradients of query, key, value, mask and
 sinks; one that is not wanted is an empty tensor, as an op returns no None. Tensors are (batch, head, row, column); with
-cu_seqlens, sequences lie one after the other along the rows of a batch of one. attention_cpu.py and attention_triton.py hold the
-functions.
+cu_seqlens, sequences lie one after the other along the rows of a batch of one. attention_cpu.py and attention_triton.py hold
+the functions.
 
-``statistics`` (B, Hq, Lq, 2) is what a backend's own backward draws the weights again from: the largest score that a row was
-weighed against, in the backend's unit, and log2 of the sum of its weights. The log-sum-exp cannot serve, as it is their sum: where
-all scores of a row lie near -1e9, float32 has no room beside it for the logarithm of the number of keys.
+``statistics`` (B, Hq, Lq, 2) is what a backend's own backward computes the weights again from: the score that a row's weights
+were taken against, in the backend's unit, and log2 of the sum of these weights. The log-sum-exp, which adds the two, cannot
+serve: beside scores near -1e9, float32 has no room for the logarithm of the number of keys.
 """
 
 import math
@@ -67,8 +67,8 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def numbers(left, right, scale, softcap, dropout_p) -> tuple:
-    """Convert options for the kernels: dropout_p becomes the first of the generator's words to be kept, 2**32 where none is, and
-    the factor 1 / (1 - dropout_p) of what is kept.
+    """Convert options for the kernels: dropout_p becomes the first word of the generator to be kept (2**32: none is), and the
+    factor 1 / (1 - dropout_p) of what is kept.
     """
     if dropout_p:
         return left, right, scale, softcap, drop_below(dropout_p), keep_scale(dropout_p)

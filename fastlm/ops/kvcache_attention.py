@@ -15,10 +15,12 @@ from .attention_checks import (
     check_keys,
     check_per_head,
     check_rows,
+    check_writable,
     limits,
     score_options,
 )
 from .attention_triton import triton_why_not
+from .torch_op import reference_only
 
 
 def kvcache_attention(
@@ -81,9 +83,12 @@ def kvcache_attention(
     check_indices("cache_seqlens", cache_seqlens, (batch,), query.device)
     if key is not None:
         _check_appended(query, key, value, (batch, kv_heads), value_cache.shape[3])
+        check_writable("key_cache", key_cache)
+        check_writable("value_cache", value_cache)
     check_per_head(alibi_slopes, sinks, batch, query, heads)
     options = (*limits(causal, window), *score_options(scale, softcap, head_dim))
-    attend = select("kvcache_attention", IMPLEMENTATIONS, (query, value_cache), backend)
+    barred = reference_only(query, key_cache, value_cache, key, value, alibi_slopes, sinks)
+    attend = select("kvcache_attention", IMPLEMENTATIONS, (query, value_cache), backend, barred)
     out, lse = attend(query, key_cache, value_cache, cache_seqlens, key, value, block_table, alibi_slopes, sinks, *options)
     return (out, lse) if return_lse else out
 

@@ -10,7 +10,7 @@ from ..native import view
 from .attention_cpu import arranged, empty_results
 from .attention_op import attention_fake, numbers, rows_of
 from .attention_triton import allow_tf32
-from .torch_op import define_op, unobserved
+from .torch_op import define_op, may_bypass_dispatcher
 
 # ---- the CPU ----------------------------------------------------------------------------------------------------------------
 
@@ -69,19 +69,32 @@ _SIGNATURE = (
 )
 
 
+def _note_writes(*caches: Tensor) -> None:
+    """Tell autograd that tensors were written, so that a backward which saved one of them before raises."""
+    if not torch.compiler.is_compiling():  # there the schema tells
+        for cache in caches:
+            if not cache.is_inference():
+                torch.autograd.graph.increment_version(cache)
+
+
 def _fake(query, key_cache, value_cache, *rest):
-    return attention_fake(query, None, value_cache)
+    return attention_fake(query, None, value_cache)[:2]
 
 
 def _cache_op(name: str, run: Callable, devices: tuple[str, ...]) -> Callable:
-    """A backend's ``attend_cache``: (out, lse) by its torch op; without a gradient, whatever the inputs ask for."""
+    """Make a backend's ``attend_cache``: (out, lse) by its torch op; without a gradient, whatever the inputs ask for."""
     op = define_op(name, _SIGNATURE, run, _fake, devices)
 
-    def attend_cache(query, key_cache, value_cache, *rest) -> tuple[Tensor, Tensor]:
-        if unobserved(query, key_cache, value_cache):
-            return run(query, key_cache, value_cache, *rest)
-        with torch.no_grad():
-            return op(query, key_cache, value_cache, *rest)
+    def attend_cache(query, key_cache, value_cache, cache_seqlens, key, value, block_table, slopes, sinks, *options):
+        tensors = (query, key_cache, value_cache, cache_seqlens, key, value, block_table, slopes, sinks)
+        if may_bypass_dispatcher(*tensors):
+            results = run(*tensors, *options)
+        else:
+            with torch.no_grad():
+                results = op(*tensors, *options)
+        if key is not None:
+            _note_writes(key_cache, value_cache)
+        return results
 
     return attend_cache
 

@@ -6,20 +6,20 @@ from torch import Tensor
 from .. import cuda_kernels, native
 from ..backend import Implementation, cpu_why_not, select
 from ..reference import noise as reference
-from .checks import check_integer
+from .checks import check_integer, is_integer
 from .spec import Benchmark, Spec, Workload
 
 SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
 
 def check_seed(seed: int | Tensor | None, like: Tensor) -> None:
-    """A seed is None, an int, or an int64 tensor on the device of ``like``: 0-d, or (B,) with B = ``like.shape[0]``."""
+    """Check for None, an int, or an int64 tensor on the device of ``like``: 0-d, or (B,) with B = ``like.shape[0]``."""
     if seed is None:
         return
     if not isinstance(seed, Tensor):
-        if not isinstance(seed, int) or isinstance(seed, bool):
+        if not is_integer(seed):
             raise TypeError(f"seed must be an int, an int64 tensor or None; got {type(seed).__name__}")
-        if seed not in SEED_RANGE:
+        if int(seed) not in SEED_RANGE:
             raise ValueError(f"seed must lie in [-2**63, 2**64); got {seed}")
         return
     if seed.dtype != torch.int64:
@@ -41,17 +41,18 @@ def seed_tensor(seed: int | Tensor | None, like: Tensor) -> Tensor:
         return torch.randint(2**63 - 1, (), device=like.device)
     if isinstance(seed, Tensor):
         return seed
+    seed = int(seed)
     return torch.scalar_tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=like.device)
 
 
 def _normal_cpu(out: Tensor, seed: Tensor, position: int) -> Tensor:
-    native.C.normal(seed.item(), position, out.data_ptr(), out.numel())
+    native.C.normal(seed.item(), position, native.view(out))
     return out
 
 
 def _normal_cuda(out: Tensor, seed: Tensor, position: int) -> Tensor:
     """The seed is read on the device."""
-    cuda_kernels.launch("normal", out.device, seed.data_ptr(), position, out.data_ptr(), out.numel())
+    cuda_kernels.launch("normal", out.device, cuda_kernels.view(seed), position, cuda_kernels.view(out))
     return out
 
 
@@ -79,9 +80,9 @@ def normal(
 
     The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
     """
-    check_integer("position", position, 0, 2**63 - 1)
+    position = check_integer("position", position, 0, 2**63 - 1)
     on_cpu = native.C and torch.device(device).type == "cpu"
-    out = native.empty(shape, torch.float32) if on_cpu else torch.empty(shape, device=device)
+    out = native.empty(shape, torch.float32) if on_cpu else torch.empty(shape, dtype=torch.float32, device=device)
     scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
     check_seed(seed, scalar)
     return select("normal", IMPLEMENTATIONS, (out,), backend)(out, seed_tensor(seed, scalar), position)

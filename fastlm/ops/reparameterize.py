@@ -22,19 +22,25 @@ from .checks import check_integer, check_number, check_tensor
 from .noise import check_seed, seed_tensor
 from .reparameterize_op import latent
 from .spec import FLOATS, Benchmark, Spec, Workload, seeded_normal
+from .torch_op import EXPORTS, reference_only
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
 
 
-def _check_posterior(mu: Tensor, logvar: Tensor) -> None:
+def _posterior(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """Check mu and logvar, and return them; under autocast in one dtype, as torch promotes them there."""
     check_tensor("mu", mu)
     check_tensor("logvar", logvar)
+    if logvar.dtype is not mu.dtype and torch.is_autocast_enabled(mu.device.type):
+        wider = torch.promote_types(mu.dtype, logvar.dtype)
+        mu, logvar = mu.to(wider), logvar.to(wider)
     if logvar.shape != mu.shape:
         raise ValueError(f"logvar must have mu's shape {tuple(mu.shape)}; got {tuple(logvar.shape)}")
     if logvar.dtype != mu.dtype:
         raise TypeError(f"logvar must have mu's dtype {mu.dtype}; got {logvar.dtype}")
     if logvar.device != mu.device:
         raise ValueError(f"logvar must be on mu's device {mu.device}; got {logvar.device}")
+    return mu, logvar
 
 
 def _check_prior(name: str, prior: Tensor | None, mu: Tensor) -> None:
@@ -84,7 +90,7 @@ def reparameterize(
         TypeError, ValueError: naming the argument that does not fit.
         UnsupportedError: the named ``backend`` cannot do the call.
     """
-    _check_posterior(mu, logvar)
+    mu, logvar = _posterior(mu, logvar)
     options = (False, 0, 0.0, -math.inf, math.inf, None, check_number("temperature", temperature, 0.0))
     check_seed(seed, mu)
     return _run("reparameterize", (mu, logvar, None, None), options, backend, seed)[0]
@@ -123,8 +129,9 @@ def reparameterize_with_kl(
         UnsupportedError: the named ``backend`` cannot do the call.
     """
     if num_samples is not None:
-        check_integer("num_samples", num_samples, 1, 2**31 - 1)
-    options = _kl_options(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
+        num_samples = check_integer("num_samples", num_samples, 1, 2**31 - 1)
+    mu, logvar = _posterior(mu, logvar)
+    options = _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
     check_seed(seed, mu)
     return _run("reparameterize_with_kl", (mu, logvar, prior_mu, prior_logvar), (*options, num_samples, 1.0), backend, seed)
 
@@ -144,26 +151,27 @@ def gaussian_kl(
 
     Arguments, result and errors are those of `reparameterize_with_kl`, without the sampling.
     """
-    options = _kl_options(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
+    mu, logvar = _posterior(mu, logvar)
+    options = _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
     return _run("gaussian_kl", (mu, logvar, prior_mu, prior_logvar), (*options, None, 1.0), backend, _NO_SAMPLE)[1]
 
 
-def _kl_options(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp) -> tuple:
-    """Check what the two functions with a KL share; the first options of the op."""
-    _check_posterior(mu, logvar)
+def _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp) -> tuple:
+    """Check what the two functions with a KL share, and return the first options of the op."""
     _check_prior("prior_mu", prior_mu, mu)
     _check_prior("prior_logvar", prior_logvar, mu)
-    check_integer("event_dims", event_dims, 0, mu.dim())
+    event_dims = check_integer("event_dims", event_dims, 0, mu.dim())
     return True, event_dims, check_number("free_bits", free_bits, 0.0), *_clamp(logvar_clamp)
 
 
 # ---- the backends ---------------------------------------------------------------------------------------------------------
 
 
-def _run_reference(tensors: tuple, options: tuple) -> tuple[Tensor | None, Tensor | None]:
+def _run_reference(tensors: tuple, options: tuple, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
     with_kl, event_dims, free_bits, low, high, num_samples, temperature = options
     return reference.reparameterize(
         *tensors,
+        eps=eps,
         with_kl=with_kl,
         event_dims=event_dims,
         free_bits=free_bits,
@@ -180,13 +188,21 @@ IMPLEMENTATIONS = (
 )
 
 
+def _exported_noise(mu: Tensor, num_samples: int | None) -> Tensor:
+    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
+    return torch.randn(shape, dtype=torch.float32, device=mu.device)
+
+
 _NO_SAMPLE = object()  # in place of a seed: only the KL is wanted
 
 
 def _run(op: str, tensors: tuple, options: tuple, backend: str | None, seed) -> tuple:
     """Choose the backend, then draw the seed, so that explain() leaves torch's generator alone; then run."""
     mu = tensors[0]
-    run = select(op, IMPLEMENTATIONS, (mu,), backend)
+    only_reference = reference_only(*tensors)
+    run = select(op, IMPLEMENTATIONS, (mu,), backend, only_reference)
+    if seed is None and only_reference is EXPORTS:  # ONNX has a generator, but not ours
+        return _run_reference((*tensors, None), options, _exported_noise(mu, num_samples=options[5]))
     return run((*tensors, None if seed is _NO_SAMPLE else seed_tensor(seed, mu)), options)
 
 

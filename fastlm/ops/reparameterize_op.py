@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import cuda_kernels, native
 from ..reference.reparameterize import accumulation_dtype
 from .sums import sum_to
-from .torch_op import define_op, unobserved, with_gradient
+from .torch_op import define_op, may_bypass_dispatcher, with_gradient
 
 # By a device's type: what makes outputs and launches kernels there. They are told the same.
 KERNELS = {"cpu": native, "cuda": cuda_kernels}
@@ -53,12 +53,10 @@ def _run_forward(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
     kernels.launch(
         "reparameterize_forward",
         device,
-        tuple(mu.shape),
         _views(kernels.view, mu, logvar, prior_mu, prior_logvar),
         kernels.view(z if seed is not None else None),
         kernels.view(kl if with_kl else None),
-        seed.data_ptr() if seed is not None else 0,
-        seed.numel() if seed is not None else 1,
+        kernels.view(seed),
         event_dims,
         num_samples or 0,
         (free_bits, low, high, temperature),
@@ -68,7 +66,7 @@ def _run_forward(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
 
 def _backward_fake(grad_z, grad_kl, mu, logvar, prior_mu, prior_logvar, seed, need_prior_mu, need_prior_logvar, *options):
     def like(tensor, needed):
-        return tensor.new_empty(tensor.shape) if needed else torch.empty(0, device=mu.device)
+        return tensor.new_empty(tensor.shape) if needed else mu.new_empty(0)
 
     return like(mu, True), like(logvar, True), like(prior_mu, need_prior_mu), like(prior_logvar, need_prior_logvar)
 
@@ -90,13 +88,11 @@ def _run_backward(
     kernels.launch(
         "reparameterize_backward",
         device,
-        tuple(mu.shape),
         _views(view, mu, logvar, prior_mu, prior_logvar),
         view(grad_z),
         view(grad_kl),
         (view(grad_mu), view(grad_logvar), view(grad_prior_mu), view(grad_prior_logvar)),
-        seed.data_ptr() if seed is not None else 0,
-        seed.numel() if seed is not None else 1,
+        view(seed),
         event_dims,
         num_samples or 0,
         (free_bits, low, high, temperature),
@@ -104,8 +100,8 @@ def _run_backward(
     return (
         grad_mu,
         grad_logvar,
-        sum_to(grad_prior_mu, prior_mu) if need_prior_mu else torch.empty(0, device=device),
-        sum_to(grad_prior_logvar, prior_logvar) if need_prior_logvar else torch.empty(0, device=device),
+        sum_to(grad_prior_mu, prior_mu) if need_prior_mu else mu.new_empty(0),
+        sum_to(grad_prior_logvar, prior_logvar) if need_prior_logvar else mu.new_empty(0),
     )
 
 
@@ -184,10 +180,6 @@ _backward_op = define_op(
 # ---- autograd -------------------------------------------------------------------------------------------------------------
 
 
-def _forward(mu, logvar, *rest):
-    return (_run_forward if unobserved(mu, logvar) else _forward_op)(mu, logvar, *rest)
-
-
 def _save(ctx, args, outputs) -> None:
     ctx.save_for_backward(*args[:5])
     ctx.options = args[5:]
@@ -200,10 +192,12 @@ def _gradients(ctx, grad_z, grad_kl) -> tuple:
     return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
 
-_differentiable = with_gradient(_forward, _forward_op, _save, _gradients)
+_differentiable = with_gradient(_run_forward, _forward_op, _save, _gradients)
 
 
 def latent(tensors: tuple, options: tuple) -> tuple[Tensor, Tensor]:
-    """(z, kl) by the op, with gradients where an input asks for them. Tensors and options in the order of the schema."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4])
-    return (_differentiable if wanted else _forward)(*tensors, *options)
+    """Run (z, kl) by the op, with gradients where an input asks for them. Tensors and options in the order of the schema."""
+    direct = may_bypass_dispatcher(*tensors)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
+        return _differentiable(direct, *tensors, *options)
+    return (_run_forward if direct else _forward_op)(*tensors, *options)

@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
         key: (..., Hkv, Lk, D); leading dimensions broadcast against query's. Hkv is Hq, or divides it with ``enable_gqa``.
         value: (..., Hkv, Lk, Dv).
         attn_mask: bool (True: attend) or floating (added to the scores), broadcastable to (..., Hq, Lq, Lk).
-        dropout_p: the share of weights that are dropped, in [0, 1), by a seed from torch's default generator.
+        dropout_p: the share of weights that are dropped, in [0, 1], by a seed from torch's default generator.
         is_causal: query i sees keys j <= i: aligned at the first query and key, as torch has it. Excludes ``attn_mask``.
         scale: multiplies the scores; None is 1 / sqrt(D).
         enable_gqa: query heads may share heads of keys and values.
@@ -46,8 +46,8 @@ def scaled_dot_product_attention(
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
-        if tensor.dim() < 2 or tensor.shape[-1] == 0:
-            raise ValueError(f"{name} must have shape (..., rows, head_dim), head_dim at least 1; got {tuple(tensor.shape)}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have shape (..., rows, head_dim); got {tuple(tensor.shape)}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool; got {type(is_causal).__name__}")
     if is_causal and attn_mask is not None:

@@ -23,6 +23,6 @@ def sum_to(gradient: Tensor, target: Tensor) -> Tensor:
     if native.C is None or not gradient.is_cpu:
         return gradient.sum(summed, keepdim=True).reshape(target.shape).to(target.dtype)
     rows = gradient.permute(*summed, *kept).reshape(-1, target.numel()).contiguous()
-    total = gradient.new_empty(target.shape)
-    native.C.sum_rows(rows.data_ptr(), native.DTYPE_CODES[rows.dtype], rows.shape[0], rows.shape[1], total.data_ptr())
-    return total.to(target.dtype)
+    total = gradient.new_empty(target.numel())
+    native.C.sum_rows(native.view(rows), native.view(total))
+    return total.reshape(target.shape).to(target.dtype)

@@ -26,7 +26,7 @@ def define_op(
     return op
 
 
-# ---- which calls may go to a kernel past torch's dispatcher, and which may not reach a kernel at all --------------------------
+# ---- which calls may go to a kernel past torch's dispatcher, and which may not reach a kernel at all -------------------------
 
 
 def _keys(*names: str) -> torch._C.DispatchKeySet:
@@ -66,6 +66,9 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     return True
 
 
+EXPORTS = "ONNX knows torch's own ops alone"
+
+
 def _exports_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
@@ -77,7 +80,7 @@ def reference_only(*tensors: Tensor | None) -> str | None:
     """Return why only the reference, which is made of torch's own ops, can run a call with these tensors, or None."""
     if forward_ad._current_level < 0:
         builds_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        return "ONNX knows torch's own ops alone" if builds_graph and _exports_to_onnx() else None
+        return EXPORTS if builds_graph and _exports_to_onnx() else None
     # Under a transform of torch.func the tangent may hide inside a wrapper; the reference is right with and without one.
     transformed = torch._C._are_functorch_transforms_active()
     if transformed or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):

@@ -10,6 +10,7 @@ from .attention_checks import (
     check_groups,
     check_indices,
     check_keys,
+    check_no_gradient,
     check_per_head,
     check_rows,
     limits,
@@ -75,6 +76,7 @@ def varlen_attention(
         if longest is not None:
             check_integer(name, longest, 0, 2**31 - 1)
     check_per_head(alibi_slopes, sinks, cu_seqlens_q.shape[0] - 1, query, heads)
+    check_no_gradient(alibi_slopes)
     options = (*limits(causal, window), *score_options(scale, softcap, query.shape[2]), check_dropout_p(dropout_p))
     if seed is not None:
         check_seed(seed, cu_seqlens_q[1:])

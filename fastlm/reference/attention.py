@@ -78,14 +78,27 @@ def _attend(query, key, value, mask, alibi_slopes, sinks, seed, left, right, sca
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
     alive = (s != -math.inf).any(dim=3, keepdim=True)
     s = torch.where(alive, s, 0.0)  # a row with nothing to attend to stays finite, so that its gradients are clean zeros
-    lse = torch.logsumexp(s, dim=3, keepdim=True)
-    p = torch.where(alive, torch.exp(s - lse), 0.0)[..., :keys]
+    p, lse = _softmax(s)
+    p = torch.where(alive, p, 0.0)[..., :keys]
     if seed is not None:
         keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
         p = torch.where(keep, p * keep_scale(dropout_p), 0.0)
     group = query.shape[1] // key.shape[1]
     out = torch.matmul(p.to(value.dtype).unflatten(1, (-1, group)), value.unsqueeze(2)).flatten(1, 2)
     return _in_order_of(query, out), torch.where(alive, lse, -math.inf).squeeze(3)
+
+
+def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the softmax of (..., n) and its log-sum-exp (..., 1).
+
+    The weights are divided by their sum, not taken from the log-sum-exp: beside a maximum of -1e9 that has no room for log(n).
+    """
+    if s.shape[-1] == 0:
+        return s, s.sum(dim=-1, keepdim=True)
+    top = s.amax(dim=-1, keepdim=True).detach()  # any shift gives the same softmax, so it needs no gradient
+    e = torch.exp(s - top)
+    total = e.sum(dim=-1, keepdim=True)
+    return e / total, top + torch.log(total)
 
 
 def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:

@@ -37,11 +37,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sample(mu: Tensor, logvar: Tensor, seed: Tensor, *, temperature: float = 1.0, num_samples: int | None = None) -> Tensor:
-    """z = mu + temperature * exp(logvar / 2) * eps, in mu's dtype: (*mu.shape), or (num_samples, *mu.shape)."""
-    eps = normal_like(mu, seed, num_samples or 1)
-    if num_samples is None:
-        eps = eps[0]
+def sample(mu: Tensor, logvar: Tensor, eps: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return z = mu + temperature * exp(logvar / 2) * eps in mu's dtype; eps, and so z, is (*mu.shape) or (K, *mu.shape)."""
     dtype = accumulation_dtype(mu.dtype)
     std = temperature * torch.exp(0.5 * logvar.to(dtype))
     return (mu.to(dtype) + std * eps.to(dtype)).to(mu.dtype)
@@ -76,6 +73,7 @@ def reparameterize(
     prior_logvar: Tensor | None = None,
     seed: Tensor | None = None,
     *,
+    eps: Tensor | None = None,
     with_kl: bool = True,
     event_dims: int = 1,
     free_bits: float = 0.0,
@@ -83,15 +81,19 @@ def reparameterize(
     num_samples: int | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(z, kl) of a Gaussian latent; z is None without a ``seed`` and kl is None unless ``with_kl``.
+    """Return (z, kl) of a Gaussian latent; z is None without a ``seed`` and kl is None unless ``with_kl``.
 
-    Takes what ``fastlm.reparameterize_with_kl`` takes, checked, with the seed as an int64 tensor, 0-d or (B,).
+    Takes what ``fastlm.reparameterize_with_kl`` takes, checked, with the seed as an int64 tensor, 0-d or (B,); or, in its
+    place, noise ``eps`` that was drawn elsewhere.
     """
     if logvar_clamp is not None:
         logvar = clamp(logvar.to(accumulation_dtype(mu.dtype)), *logvar_clamp)
     z = kl = None
     if seed is not None:
-        z = sample(mu, logvar, seed, temperature=temperature, num_samples=num_samples)
+        eps = normal_like(mu, seed, num_samples or 1)
+        eps = eps[0] if num_samples is None else eps
+    if eps is not None:
+        z = sample(mu, logvar, eps, temperature=temperature)
     if with_kl:
         kl = kl_divergence(mu, logvar, prior_mu, prior_logvar, event_dims=event_dims, free_bits=free_bits)
     return z, kl
