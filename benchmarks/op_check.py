@@ -1,7 +1,6 @@
 """Is the answer right? Asked of every row that can be asked before it is timed. The rule is that of DESIGN.md, 'Numbers'."""
 
-from collections.abc import Callable
-from functools import partial
+import time
 
 import torch
 from torch import Tensor
@@ -10,7 +9,8 @@ from fastlm.ops.spec import Benchmark, seeded_normal
 
 VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
 MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
-SOME_QUERIES = 64  # that are checked of a call with more
+MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
+SOME_QUERIES = 64  # that are checked of a call that is too large or too slow
 
 Results = dict[str, Tensor]
 
@@ -28,15 +28,20 @@ class Judge:
     def __init__(self, benchmark: Benchmark, arguments: dict):
         self.benchmark, self.arguments = benchmark, arguments
         self.dtype = arguments[benchmark.differentiable[0]].dtype if benchmark.differentiable else None
-        self.queries = SOME_QUERIES if _too_large(benchmark, arguments) else None
-        if self.queries:  # the last ones, which see the same keys without the others, causal or not
-            arguments = arguments | {"query": arguments["query"][:, :, -self.queries :]}
+        self.queries = None
+        if _has_queries_apart(benchmark, arguments):  # the last ones, which see the same keys without the others, causal or not
+            some = arguments | {"query": arguments["query"][:, :, -SOME_QUERIES:]}
+            if _scores(arguments) > MOST_SCORES or self._seconds(some) * _scores(arguments) / _scores(some) > MOST_SECONDS:
+                self.queries, arguments = SOME_QUERIES, some
         self.plain = self._reference(arguments)
         self.golden = self._reference({name: _double(value) for name, value in arguments.items()})
 
-    def errors(self, call: Callable) -> dict[str, dict[str, float]]:
-        """How wrong each result of ``call()`` is, and may be: {"output 0": {"error": …, "allowed": …}, "gradient of mu": …}."""
-        actual = _results(self.benchmark, self.arguments, call, self.dtype)
+    def errors(self, results: tuple[Tensor, ...]) -> dict[str, dict[str, float]]:
+        """Tell how wrong each result is, and may be: {"output 0": {"error": …, "allowed": …}, "gradient of mu": …}.
+
+        ``results`` are the outputs and then the gradients, for `output_gradients`, of what is differentiable.
+        """
+        actual = self._named(results)
         if self.queries:
             actual = {"output 0": actual["output 0"][:, :, -self.queries :]}
         return {name: judge(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
@@ -44,8 +49,26 @@ class Judge:
     def _reference(self, arguments: dict) -> Results:
         for name in self.benchmark.differentiable:
             arguments[name].requires_grad_()
-        call = partial(self.benchmark.function, **arguments, backend="reference")
-        return _results(self.benchmark, arguments, call, self.dtype)
+        outputs = outputs_of(self.benchmark.function(**arguments, backend="reference"))
+        if not self.benchmark.differentiable:
+            return self._named(outputs)
+        leaves = [arguments[name] for name in self.benchmark.differentiable]
+        return self._named((*outputs, *torch.autograd.grad(outputs, leaves, output_gradients(outputs, self.dtype))))
+
+    def _seconds(self, arguments: dict) -> float:
+        start = time.perf_counter()
+        self._reference(arguments)
+        return time.perf_counter() - start
+
+    def _named(self, results: tuple[Tensor, ...]) -> Results:
+        outputs = len(results) - len(self.benchmark.differentiable)
+        names = [f"output {i}" for i in range(outputs)] + [f"gradient of {name}" for name in self.benchmark.differentiable]
+        return {name: result.detach() for name, result in zip(names, results)}
+
+
+def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Draw the outputs' gradients for a backward. They are rounded to ``dtype``, whatever the call computes in."""
+    return [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
 
 
 def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
@@ -70,24 +93,17 @@ def worst(judged: dict[str, dict[str, float]]) -> dict[str, float]:
     return max(judged.values(), key=lambda j: j["error"], default={})
 
 
-def _too_large(benchmark: Benchmark, arguments: dict) -> bool:
+def _has_queries_apart(benchmark: Benchmark, arguments: dict) -> bool:
+    """Say whether some queries of the call can be checked without the others."""
     query = arguments.get("query")
     if benchmark.differentiable or query is None or query.dim() != 4 or "key" not in arguments:
         return False
-    return query.shape[:3].numel() * arguments["key"].shape[2] > MOST_SCORES
+    return query.shape[2] > SOME_QUERIES
+
+
+def _scores(arguments: dict) -> int:
+    return arguments["query"].shape[:3].numel() * arguments["key"].shape[2]
 
 
 def _double(value):
     return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _results(benchmark: Benchmark, arguments: dict, call: Callable, dtype: torch.dtype | None) -> Results:
-    """Outputs and gradients by name. The gradients of the outputs are rounded to ``dtype``, whatever the call computes in."""
-    outputs = outputs_of(call())
-    results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    if benchmark.differentiable:
-        leaves = [arguments[name] for name in benchmark.differentiable]
-        gradients = [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
-        grads = torch.autograd.grad(outputs, leaves, gradients)
-        results |= {f"gradient of {name}": grad for name, grad in zip(benchmark.differentiable, grads)}
-    return results

@@ -74,6 +74,7 @@ class Contest(Protocol):
     """The implementations of one setting, ready to run on the same inputs."""
 
     flops: int | None  # of a call, where they are counted as the baseline's first one runs
+    first_seconds: dict[str, float]  # what each implementation's first run took, compiling included
 
     def step(self, implementation: str) -> Step:
         """It has run once.
@@ -81,11 +82,8 @@ class Contest(Protocol):
         Raises Unavailable where a peer fails to import, to compile or to run, or fastlm does not have it here.
         """
 
-    def seconds(self, implementation: str, step: Step) -> float:
-        """About what a call of its step takes."""
-
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
-        """How wrong each result is, and may be, as op_check.judge has it; empty where that cannot be told."""
+        """How wrong each result is, and may be, as op_check.judge has it; empty where that cannot be told. Asked once."""
 
 
 class Section(Protocol):

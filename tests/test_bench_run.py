@@ -104,7 +104,7 @@ def test_a_wrong_answer_is_seen():
     arguments = benchmark.workloads[0].make(torch.float32)
     right = fastlm.attention(**arguments)
     for factor, ok in ((1.0, True), (1.001, False)):
-        judged = Judge(benchmark, arguments).errors(lambda factor=factor: right * factor)["output 0"]
+        judged = Judge(benchmark, arguments).errors((right * factor,))["output 0"]
         assert (judged["error"] <= judged["allowed"]) == ok
 
 
@@ -115,10 +115,10 @@ def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
     arguments = benchmark.sized(1, 2, 400, 16).make(torch.float32)
     right, judge = fastlm.attention(**arguments), Judge(benchmark, arguments)
     assert judge.golden["output 0"].shape[2] == SOME_QUERIES
-    assert all(j["error"] <= j["allowed"] for j in judge.errors(lambda: right).values())
+    assert all(j["error"] <= j["allowed"] for j in judge.errors((right,)).values())
     wrong = right.clone()
     wrong[:, :, -1] += 1e-3
-    judged = judge.errors(lambda: wrong)["output 0"]
+    judged = judge.errors((wrong,))["output 0"]
     assert judged["error"] > judged["allowed"]
 
 
@@ -218,7 +218,7 @@ def test_the_text_vae_is_the_same_model_before_and_on_kernels():
 
 def test_memory_that_is_kept_between_calls_is_not_taken_for_none(monkeypatch):
     found = {"bytes": 0, "result_bytes": 1 << 20}
-    monkeypatch.setattr(memory, "_ask", lambda target, arguments: found)
+    monkeypatch.setattr(memory, "_ask", lambda target, arguments, seconds: found)
     assert "keeps its memory" in memory.peak_extra_bytes("rows:fresh_step")["why_not"]
     found["bytes"] = 1 << 21
     assert memory.peak_extra_bytes("rows:fresh_step") == {"bytes": 1 << 21, "result_bytes": 1 << 20}

@@ -1,0 +1,63 @@
+"""Share out a run's time, so that it ends in time on a machine of any kind.
+
+Each setting has a fair share of the time that is left. The first calls of its implementations may take several times as much,
+as compiling does, while repeating them may take the share alone. What a setting does not use is there for those behind it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Hashable
+
+GENEROUS = 4.0  # First calls may take so many fair shares. Most settings use less than one.
+UNLIMITED_SHARE = 120.0  # Seconds of a setting's repetitions in a run without a limit.
+
+
+class Budget:
+    """Tell whether there is time for a call that is expected to take so many seconds. None as ``seconds`` sets no limit."""
+
+    def __init__(self, seconds: float | None = None, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.seconds = clock, math.inf if seconds is None else seconds
+        self.end = clock() + self.seconds
+        self.weights: dict[Hashable, int] = {}
+        self.current: Hashable = None
+        self.share = UNLIMITED_SHARE
+        self.began, self.repeating = clock(), 0.0
+
+    @property
+    def left(self) -> float:
+        """The seconds that the whole run has left."""
+        return self.end - self.clock()
+
+    @property
+    def unlimited(self) -> bool:
+        return math.isinf(self.seconds)
+
+    def before(self, seconds: float) -> "Budget":
+        """Return the part of this budget that ends so many seconds before its end."""
+        return self if self.unlimited else Budget(self.left - seconds, self.clock)
+
+    def plan(self, weights: dict[Hashable, int]) -> None:
+        """Expect these settings, each to take time in proportion to its weight."""
+        self.weights = dict(weights)
+
+    def enter(self, setting: Hashable) -> None:
+        """Begin a setting, and so end the one before it. Entering it again changes nothing."""
+        if setting == self.current:
+            return
+        self.weights.pop(self.current, None)
+        self.current, self.began, self.repeating = setting, self.clock(), 0.0
+        if not self.unlimited:
+            part = self.weights.get(setting, 1) / max(1, sum(self.weights.values()))
+            self.share = max(0.0, self.left * part)
+
+    def allows_first(self, seconds: float = 0.0) -> bool:
+        """Say whether an implementation's first calls may go on for so many seconds."""
+        spent = self.clock() - self.began - self.repeating
+        return self.left > 0 and spent + seconds <= GENEROUS * self.share
+
+    def allows_repeating(self, seconds: float) -> bool:
+        """Say whether a call that took so many seconds may be repeated; they count as spent."""
+        if self.left <= 0 or self.repeating + seconds > self.share:
+            return False
+        self.repeating += seconds
+        return True
