@@ -94,7 +94,7 @@ def _answer(target: str, arguments: dict, seconds: float) -> dict:
         child.kill()
         if ready:
             sys.exit()
-        found = {"why_not": f"it was not measured within {seconds:.0f} s"}
+        found = {"why_not": f"it was not measured within {seconds:.3g} s"}
     else:
         try:
             found = receiver.recv()

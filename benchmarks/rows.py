@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 OPS, GROWTH, MODELS = "ops", "growth", "models"  # in GROWTH nothing but the size differs between workloads
+MODEL_WEIGHT = 4  # A model's row takes about so many times as long as an op's.
 FASTLM = "fastlm "  # how the names of fastlm's own implementations begin
 
 Step = Callable[[], tuple[Tensor, ...]]  # what is timed; returns all that a call computes
@@ -148,6 +149,11 @@ def settings(selection: Selection) -> list[Setting]:
 
 def rows_of(setting: Setting, full: bool) -> list[Row]:
     return [Row(*setting, name) for name in sections()[setting.op].implementations(setting, full)]
+
+
+def weight(setting: Setting, full: bool) -> int:
+    """Estimate the setting's part of a run's time, in any unit."""
+    return len(rows_of(setting, full)) * (MODEL_WEIGHT if sections()[setting.op].group == MODELS else 1)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from progress import Activity
 from pytest_benchmark import __version__
 from rich.console import Console
 from row_items import BUDGET, DONE, SAY, missing, row_of
-from rows import Row, Selection, Setting, rows_of
+from rows import Row, Selection, Setting, rows_of, weight
 
 HERE = Path(__file__).parent
 HEAD, STEP = "head", "rows"  # of the journal
@@ -63,7 +63,7 @@ class _Recorder:
         for item in session.items:
             setting = row_of(item).setting
             self.left[setting] = self.left.get(setting, 0) + 1
-        self.budget.plan({setting: len(rows_of(setting, self.selection.full)) for setting in self.left})
+        self.budget.plan({setting: weight(setting, self.selection.full) for setting in self.left})
         self.activity = Activity(self.console, len(session.items))
         self.activity.__enter__()
 

@@ -18,6 +18,7 @@ import pytest
 import rows
 import run as benchmark_run
 import torch
+from bench import HANG
 from bench_models import Model
 from journal import Journal
 from model_section import ModelSection
@@ -120,6 +121,32 @@ def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
     wrong[:, :, -1] += 1e-3
     judged = judge.errors((wrong,))["output 0"]
     assert judged["error"] > judged["allowed"]
+
+
+def test_of_a_slow_call_the_last_queries_are_judged(monkeypatch):
+    benchmark = BENCHMARKS["attention, forward"]
+    arguments = benchmark.sized(1, 2, 400, 16).make(torch.bfloat16)
+    assert Judge(benchmark, arguments).golden["output 0"].shape[2] == 400
+    monkeypatch.setattr("op_check.MOST_SECONDS", 0.0)
+    assert Judge(benchmark, arguments).golden["output 0"].shape[2] == SOME_QUERIES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_large_latent_the_first_rows_are_judged(dtype, monkeypatch):
+    """Noise, outputs and gradients of these rows are the whole call's."""
+    monkeypatch.setattr("op_check.MOST_NUMBERS", 100)
+    benchmark = BENCHMARKS["reparameterize_with_kl"]
+    contest = OpContest(benchmark, benchmark.sized(50, 30).make(dtype))
+    results = contest.step("fastlm cpu")()
+    judged = contest.judge.errors(results)
+    assert set(judged) == {"output 0", "output 1", "gradient of mu", "gradient of logvar"}
+    assert all(j["error"] <= j["allowed"] for j in judged.values()), judged
+    assert contest.judge.golden["output 0"].shape == (3, 30)
+    for i, name in enumerate(judged):
+        wrong = [result.detach().clone() for result in results]
+        wrong[i][2] *= 1.5
+        j = contest.judge.errors(tuple(wrong))[name]
+        assert j["error"] > j["allowed"], name
 
 
 class Attending(torch.nn.Module):
@@ -288,7 +315,7 @@ def command(*arguments: str) -> list[str]:
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=HANG)
 
 
 def main(monkeypatch, *arguments: str) -> int:
@@ -326,8 +353,10 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     journal = tmp_path / "bench.jsonl"
     process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and '["rows"' in journal.read_text()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + HANG
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and '["rows"' in journal.read_text():
+                break
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
