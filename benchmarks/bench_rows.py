@@ -12,7 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 
 import pytest
 from budget import Budget
@@ -20,7 +20,7 @@ from figures import duration
 from op_check import worst
 from pytest_benchmark.fixture import BenchmarkFixture
 from row_items import BUDGET, DONE, SAY
-from rows import Row, Selection, Setting, Step, Unavailable, rows_of, sections, settings, threads_of
+from rows import Contest, Row, Selection, Setting, Step, Unavailable, rows_of, sections, settings, threads_of
 
 TURNS = 3
 ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
@@ -47,9 +47,14 @@ class Entrants:
     """The steps of a setting's implementations, each made once; why there is none is kept, so that no turn fails anew."""
 
     def __init__(self, setting: Setting):
-        self.contest = sections()[setting.op].contest(setting)
-        self.step, self.errors = cache(self._step), cache(self.contest.errors)
+        self.setting = setting
+        self.step, self.errors = cache(self._step), cache(lambda implementation: self.contest.errors(implementation))
         self.seconds: dict[str, float] = {}  # what a call takes
+
+    @cached_property
+    def contest(self) -> Contest:
+        """Make the inputs when the first row asks for them: there may be no time for any."""
+        return sections()[self.setting.op].contest(self.setting)
 
     def _step(self, implementation: str) -> Step | Unavailable:
         try:
@@ -78,7 +83,7 @@ def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation)
 
 def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Make the row's step, check what it computes, and time it where there is time for another call."""
-    if not budget.allows_first():
+    if not budget.allows_first(needed=row.own or row.implementation == sections()[row.op].baseline):
         pytest.skip(NO_TIME.format("its first call"))
     say("first call")
     setting = entrants(row.setting)
@@ -88,7 +93,7 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
     say("checking")
     check(benchmark, setting, row)
     first = setting.contest.first_seconds[row.implementation]
-    if not budget.allows_first(first):
+    if not budget.allows_second(first):
         pytest.skip(NO_TIME.format(f"another call, where the first one took {duration(first)}"))
     say("timing")
     if first > ENOUGH:  # it is slow, or it was compiled
@@ -103,15 +108,12 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
 def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Time the row again, where there is time."""
     setting = entrants(row.setting)
-    step = setting.step(row.implementation)
     seconds = setting.seconds.get(row.implementation)
-    if isinstance(step, Unavailable):
-        pytest.skip(str(step))
     if seconds is None or not budget.allows_repeating(max(seconds, SECONDS)):
         return  # the row has the rounds of its first turn, or the reason why there are none
     say("timing")
     check(benchmark, setting, row)
-    timed(benchmark, step, math.ceil(ENOUGH / seconds))
+    timed(benchmark, setting.step(row.implementation), math.ceil(ENOUGH / seconds))
 
 
 def check(benchmark: BenchmarkFixture, setting: Entrants, row: Row) -> None:

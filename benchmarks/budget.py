@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Hashable
 
+GUARANTEED = 0.75  # A setting leaves to those behind it so much of what they were to have at first.
 GENEROUS = 4.0  # First calls may take so many fair shares. Most settings use less than one.
 UNLIMITED_SHARE = 120.0  # Seconds of a setting's repetitions in a run without a limit.
 
@@ -19,8 +20,9 @@ class Budget:
         self.clock, self.seconds = clock, math.inf if seconds is None else seconds
         self.end = clock() + self.seconds
         self.weights: dict[Hashable, int] = {}
+        self.rate = 0.0
         self.current: Hashable = None
-        self.share = UNLIMITED_SHARE
+        self.share, self.most = UNLIMITED_SHARE, GENEROUS * UNLIMITED_SHARE
         self.began, self.repeating = clock(), 0.0
 
     @property
@@ -39,6 +41,7 @@ class Budget:
     def plan(self, weights: dict[Hashable, int]) -> None:
         """Expect these settings, each to take time in proportion to its weight."""
         self.weights = dict(weights)
+        self.rate = self.left / max(1, sum(weights.values()))  # seconds per weight
 
     def enter(self, setting: Hashable) -> None:
         """Begin a setting, and so end the one before it. Entering it again changes nothing."""
@@ -47,13 +50,22 @@ class Budget:
         self.weights.pop(self.current, None)
         self.current, self.began, self.repeating = setting, self.clock(), 0.0
         if not self.unlimited:
-            part = self.weights.get(setting, 1) / max(1, sum(self.weights.values()))
-            self.share = max(0.0, self.left * part)
+            weight, total = self.weights.get(setting, 1), max(1, sum(self.weights.values()))
+            self.share = max(0.0, self.left * weight / total)
+            spare = self.left - GUARANTEED * self.rate * (total - weight)
+            self.most = min(GENEROUS * self.share, max(self.share, spare))
 
-    def allows_first(self, seconds: float = 0.0) -> bool:
-        """Say whether an implementation's first calls may go on for so many seconds."""
-        spent = self.clock() - self.began - self.repeating
-        return self.left > 0 and spent + seconds <= GENEROUS * self.share
+    def allows_first(self, needed: bool = False) -> bool:
+        """Say whether another implementation may be called. One that is needed may while the run has time at all."""
+        spent = self.clock() - self.began
+        return self.left > 0 and (needed or spent <= self.most)
+
+    def allows_second(self, seconds: float) -> bool:
+        """Say whether an implementation whose first call took so many seconds may be called again, to be timed.
+
+        How long others or a check took is no reason to do without a call that takes little.
+        """
+        return seconds <= min(self.left, self.most)
 
     def allows_repeating(self, seconds: float) -> bool:
         """Say whether a call that took so many seconds may be repeated; they count as spent."""

@@ -1,6 +1,7 @@
 """Is the answer right? Asked of every row that can be asked before it is timed. The rule is that of DESIGN.md, 'Numbers'."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
 MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
 MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
 MOST_NUMBERS = 1 << 20  # of a latent, whose reference draws its noise in many passes: 6 s for so many on a busy core
-SOME_QUERIES = 64  # that are checked of a call that is too large or too slow
+SOME_QUERIES = 64  # that are checked of such a call
 
 Results = dict[str, Tensor]
 
@@ -20,22 +21,36 @@ def outputs_of(result) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is checked of a call where all would be too much. It depends on nothing outside it."""
+
+    names: tuple[str, ...]  # of the arguments that are cut; results are cut alike
+    dim: int
+    whole: int  # how many there are along that dimension
+    start: int
+    length: int
+
+    def take(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.length)
+
+    def arguments(self, arguments: dict) -> dict:
+        return arguments | {name: self.take(arguments[name].detach()) for name in self.names}
+
+
 class Judge:
     """Of the answers to one call, whoever gives them.
 
-    Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype. Of a large or a
-    slow call a part is checked that does not depend on the rest: the last queries of attention, the first rows of a latent.
+    Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype.
     """
 
     def __init__(self, benchmark: Benchmark, arguments: dict):
         self.benchmark = benchmark
         self.dtype = arguments[benchmark.differentiable[0]].dtype if benchmark.differentiable else None
-        self.take, self.rows = None, None
-        if "mu" in arguments and arguments["mu"].numel() > MOST_NUMBERS:
-            self._check_rows(arguments)
-        elif _has_queries_apart(benchmark, arguments):
-            self._check_queries(arguments)
-        arguments = self._part(arguments)
+        self.part = _part_of(benchmark, arguments)
+        if self.part and not self._too_much(arguments):
+            self.part = None
+        arguments = self.part.arguments(arguments) if self.part else arguments
         self.plain = self._reference(arguments)
         self.golden = self._reference({name: _double(value) for name, value in arguments.items()})
 
@@ -44,27 +59,19 @@ class Judge:
 
         ``results`` are the outputs and then the gradients, for `output_gradients`, of what is differentiable.
         """
-        actual = {name: self.take(result) if self.take else result for name, result in self._named(results).items()}
+        actual = {name: self.part.take(result) if self.part else result for name, result in self._named(results).items()}
         return {name: judge(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
 
-    def _check_rows(self, arguments: dict) -> None:
-        self.rows, columns = arguments["mu"].shape
-        self.take = lambda result: result[: max(1, MOST_NUMBERS // columns)]
-
-    def _check_queries(self, arguments: dict) -> None:
-        """Choose the last queries, which see the same keys without the others, causal or not, where all would be too much."""
-        self.take = lambda tensor: tensor[:, :, -SOME_QUERIES:]
-        some = self._part(arguments)
-        if _scores(arguments) <= MOST_SCORES:
-            start = time.perf_counter()
-            self._reference(some)
-            if (time.perf_counter() - start) * _scores(arguments) / _scores(some) <= MOST_SECONDS:
-                self.take = None
-
-    def _part(self, arguments: dict) -> dict:
-        """Cut what has as many rows as the results have."""
-        names = [name for name in ("query", "mu", "logvar") if self.take and name in arguments]
-        return arguments | {name: self.take(arguments[name].detach()) for name in names}
+    def _too_much(self, arguments: dict) -> bool:
+        """Try the reference on the part, and expect the whole to take as much longer as it is larger."""
+        if self.part.length == self.part.whole:
+            return False
+        if _too_large(self.benchmark, arguments):
+            return True
+        part = self.part.arguments(arguments)
+        start = time.perf_counter()
+        self._reference(part)
+        return (time.perf_counter() - start) * self.part.whole / self.part.length > MOST_SECONDS
 
     def _reference(self, arguments: dict) -> Results:
         for name in self.benchmark.differentiable:
@@ -73,7 +80,7 @@ class Judge:
         if not self.benchmark.differentiable:
             return self._named(outputs)
         leaves = [arguments[name] for name in self.benchmark.differentiable]
-        return self._named((*outputs, *torch.autograd.grad(outputs, leaves, output_gradients(outputs, self.dtype, self.rows))))
+        return self._named((*outputs, *torch.autograd.grad(outputs, leaves, output_gradients(outputs, self.dtype, self.part))))
 
     def _named(self, results: tuple[Tensor, ...]) -> Results:
         outputs = len(results) - len(self.benchmark.differentiable)
@@ -81,14 +88,19 @@ class Judge:
         return {name: result.detach() for name, result in zip(names, results)}
 
 
-def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, rows: int | None = None) -> list[Tensor]:
+def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, part: Part | None = None) -> list[Tensor]:
     """Draw the outputs' gradients for a backward, rounded to ``dtype``, whatever the call computes in.
 
-    Where the outputs are the first of so many ``rows``, their gradients are those of these rows.
+    Where the outputs are ``part`` of others, so are their gradients.
     """
-    shapes = [(rows or len(out), *out.shape[1:]) for out in outputs]
-    gradients = [seeded_normal(100 + i, shape, dtype) for i, shape in enumerate(shapes)]
-    return [gradient[: len(out)].to(out.dtype) for gradient, out in zip(gradients, outputs)]
+    gradients = []
+    for i, out in enumerate(outputs):
+        shape = list(out.shape)
+        if part:
+            shape[part.dim] = part.whole
+        gradient = seeded_normal(100 + i, tuple(shape), dtype).to(out.dtype)
+        gradients.append(part.take(gradient) if part else gradient)
+    return gradients
 
 
 def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
@@ -113,16 +125,28 @@ def worst(judged: dict[str, dict[str, float]]) -> dict[str, float]:
     return max(judged.values(), key=lambda j: j["error"], default={})
 
 
-def _has_queries_apart(benchmark: Benchmark, arguments: dict) -> bool:
-    """Say whether some queries of the call can be checked without the others."""
-    query = arguments.get("query")
-    if benchmark.differentiable or query is None or query.dim() != 4 or "key" not in arguments:
-        return False
-    return query.shape[2] > SOME_QUERIES
+def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
+    """Return a latent's first rows; of attention the last queries, or the last head where keys and values get gradients."""
+    if "mu" in arguments:
+        rows, columns = arguments["mu"].shape
+        return Part(("mu", "logvar"), 0, rows, 0, min(rows, max(1, MOST_NUMBERS // columns)))
+    if "query" not in arguments or "key" not in arguments:
+        return None
+    query, key = arguments["query"], arguments["key"]
+    if query.dim() == 4 and not benchmark.differentiable:  # the last ones see the same keys without the others, causal or not
+        queries = min(SOME_QUERIES, query.shape[2])
+        return Part(("query",), 2, query.shape[2], query.shape[2] - queries, queries)
+    if query.shape[1] == key.shape[1]:  # (B, H, L, D) or (total, H, D)
+        return Part(("query", "key", "value"), 1, query.shape[1], query.shape[1] - 1, 1)
+    return None
 
 
-def _scores(arguments: dict) -> int:
-    return arguments["query"].shape[:3].numel() * arguments["key"].shape[2]
+def _too_large(benchmark: Benchmark, arguments: dict) -> bool:
+    """Say whether the whole is not even to be thought of."""
+    if "mu" in arguments:
+        return arguments["mu"].numel() > MOST_NUMBERS
+    query, key = arguments["query"], arguments["key"]
+    return query.dim() == 4 and not benchmark.differentiable and query.shape[:3].numel() * key.shape[2] > MOST_SCORES
 
 
 def _double(value):

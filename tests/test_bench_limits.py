@@ -81,7 +81,7 @@ def run_of(call_seconds: list[float], seconds: float | None) -> tuple[float, lis
         budget.enter(setting)
         if budget.allows_first():
             call()
-            if budget.allows_first(each):
+            if budget.allows_second(each):
                 call()
                 for _ in range(2):
                     if budget.allows_repeating(each):
@@ -139,7 +139,9 @@ def row_of(monkeypatch):
     """Run the first turn of a row whose first call took so long, with so much time."""
 
     def run(slow: Slow, seconds: float):
-        monkeypatch.setattr(bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(contest=lambda setting: slow)})
+        monkeypatch.setattr(
+            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(contest=lambda setting: slow, baseline="SDPA")}
+        )
         bench_rows.entrants.cache_clear()
         budget, parts = Budget(seconds), []
         budget.plan({ROW.setting: 1})

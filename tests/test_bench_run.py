@@ -123,12 +123,29 @@ def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
     assert judged["error"] > judged["allowed"]
 
 
-def test_of_a_slow_call_the_last_queries_are_judged(monkeypatch):
-    benchmark = BENCHMARKS["attention, forward"]
-    arguments = benchmark.sized(1, 2, 400, 16).make(torch.bfloat16)
-    assert Judge(benchmark, arguments).golden["output 0"].shape[2] == 400
+@pytest.mark.parametrize(
+    ("name", "sizes", "whole", "part"),
+    [
+        ("attention, forward", (1, 2, 400, 16), (1, 2, 400, 16), (1, 2, SOME_QUERIES, 16)),
+        ("attention, forward + backward, causal", (2, 3, 70, 16), (2, 3, 70, 16), (2, 1, 70, 16)),
+        ("varlen_attention, causal", (2, 30), (45, 8, 64), (45, 1, 64)),
+    ],
+)
+def test_of_a_slow_call_a_part_is_judged(name, sizes, whole, part, monkeypatch):
+    """Its results and gradients are the whole call's."""
+    benchmark = BENCHMARKS[name]
+    contest = OpContest(benchmark, benchmark.sized(*sizes).make(torch.bfloat16))
+    assert contest.judge.golden["output 0"].shape == whole
     monkeypatch.setattr("op_check.MOST_SECONDS", 0.0)
-    assert Judge(benchmark, arguments).golden["output 0"].shape[2] == SOME_QUERIES
+    results, judge = contest.step("fastlm cpu")(), Judge(benchmark, contest.arguments)
+    judged = judge.errors(results)
+    assert len(judged) == len(results) and judge.golden["output 0"].shape == part
+    assert all(j["error"] <= j["allowed"] for j in judged.values()), judged
+    for i, name in enumerate(judged):
+        wrong = [result.detach().clone() for result in results]
+        wrong[i][:, -1:] += 1.0
+        j = judge.errors(tuple(wrong))[name]
+        assert j["error"] > j["allowed"], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
