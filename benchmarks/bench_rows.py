@@ -25,7 +25,6 @@ from rows import Contest, Row, Selection, Setting, Step, Unavailable, rows_of, s
 TURNS = 3
 ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
 ENOUGH = 0.5  # seconds of calls after which a turn of a slow one ends, be it the first round
-NO_TIME = "this run had no time for {}; it has all it needs in `fastlm bench OP` and in `fastlm bench --full`"
 ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
 
 
@@ -84,7 +83,7 @@ def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation)
 def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Make the row's step, check what it computes, and time it where there is time for another call."""
     if not budget.allows_first(needed=row.own or row.implementation == sections()[row.op].baseline):
-        pytest.skip(NO_TIME.format("its first call"))
+        pytest.skip(budget.why_not("its first call"))
     say("first call")
     setting = entrants(row.setting)
     step = setting.step(row.implementation)
@@ -94,7 +93,7 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
     check(benchmark, setting, row)
     first = setting.contest.first_seconds[row.implementation]
     if not budget.allows_second(first):
-        pytest.skip(NO_TIME.format(f"another call, where the first one took {duration(first)}"))
+        pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
     say("timing")
     if first > ENOUGH:  # it is slow, or it was compiled
         setting.seconds[row.implementation] = timed(benchmark, step, 1)

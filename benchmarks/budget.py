@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 
 GUARANTEED = 0.75  # A setting leaves to those behind it so much of what they were to have at first.
 GENEROUS = 4.0  # First calls may take so many fair shares. Most settings use less than one.
-UNLIMITED_SHARE = 120.0  # Seconds of a setting's repetitions in a run without a limit.
+UNLIMITED_SHARE = 30.0  # Seconds, in a run without a limit. There too nothing is repeated for hours.
 
 
 class Budget:
@@ -33,6 +33,11 @@ class Budget:
     @property
     def unlimited(self) -> bool:
         return math.isinf(self.seconds)
+
+    def why_not(self, what: str) -> str:
+        """Say what there was no time for, and which run has more."""
+        more = "" if self.unlimited else "; `fastlm bench --full` and `fastlm bench OP` take more"
+        return f"this run had no time for {what}{more}"
 
     def before(self, seconds: float) -> "Budget":
         """Return the part of this budget that ends so many seconds before its end."""

@@ -54,5 +54,5 @@ class Activity:
     def _break_silence(self) -> None:
         while not self.ended.wait(self.silence / 10):
             now = time.monotonic()
-            if now - max(self.printed, self.since) >= self.silence and self.text:
+            if now - self.printed >= self.silence and self.text:
                 self.print(f"  … {self.text}, {now - self.since:.0f} s", highlight=False, soft_wrap=True, markup=False)

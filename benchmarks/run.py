@@ -39,7 +39,6 @@ ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one r
 PARTS = "ops", "digits", "gpu"
 RUN_SECONDS = 650.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
 AFTER_ROWS, AFTER_MEMORY = 170.0, 90.0  # seconds that are kept for what follows
-OVER = "this run's time was over; `fastlm bench --full` has no limit, nor has `fastlm bench OP`"
 
 
 def main() -> int:
@@ -132,7 +131,7 @@ def measure(
             right &= journal.once("digits", lambda: run_digits(activity, out))["agreement"]["agree"]
     if "gpu" in parts:
         console.rule("GPU kernels")
-        journal.once("predictions", lambda: predict(console) if budget.left > 0 else {"why_not": OVER})
+        journal.once("predictions", lambda: predict(console) if budget.left > 0 else {"why_not": budget.why_not("them")})
         if torch.cuda.is_available():
             measure_gpu(journal, console)
     return right
@@ -146,8 +145,10 @@ def measure_memory(journal: Journal, selection: Selection, console: Console, bud
     with Activity(console, len(rows)) as activity:
         for row in rows:
             activity.say(" ".join(row))
-            left = min(SECONDS, budget.left)
-            found = peak_extra_bytes("rows:fresh_step", seconds=left, **row._asdict()) if left > 0 else {"why_not": OVER}
+            if budget.left > 0:
+                found = peak_extra_bytes("rows:fresh_step", seconds=min(SECONDS, budget.left), **row._asdict())
+            else:
+                found = {"why_not": budget.why_not("it")}
             journal.add("memory", row._asdict() | found)
             activity.advance()
             text = size(found["bytes"]) if "bytes" in found else found["why_not"]

@@ -17,7 +17,7 @@ import peak
 import pytest
 import torch
 from bench import HANG
-from budget import GENEROUS, Budget
+from budget import GENEROUS, GUARANTEED, UNLIMITED_SHARE, Budget
 from journal import Journal
 from progress import Activity
 from rich.console import Console
@@ -106,9 +106,31 @@ def test_one_slow_setting_leaves_time_for_the_others():
     assert took <= 40.0
 
 
-def test_a_run_without_a_limit_repeats_what_takes_a_minute_once():
-    assert run_of([70.0], None) == (3 * 70.0, [3])
-    assert run_of([GENEROUS * 120.0 + 1], None)[1] == [1]
+def test_the_settings_behind_keep_most_of_what_they_were_to_have():
+    """However slow those in front are: 10 s each at first, of which three quarters are kept."""
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    budget.plan({setting: 1 for setting in range(10)})
+    for setting in range(9):
+        budget.enter(setting)
+        clock.spend(budget.most)
+        assert budget.left >= GUARANTEED * 10.0 * (9 - setting) - 1e-6
+    assert clock.now > 90.0 - 1e-6
+
+
+def test_a_check_that_took_long_does_not_cost_a_quick_row_its_time():
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    budget.plan({"a": 1, "b": 9})
+    budget.enter("a")
+    clock.spend(50.0)
+    assert budget.allows_second(0.1) and budget.allows_first(needed=True)
+    assert not budget.allows_first() and not budget.allows_second(60.0)
+
+
+def test_a_run_without_a_limit_does_not_repeat_what_is_slow_for_hours():
+    assert run_of([20.0], None) == (3 * 20.0, [3])
+    assert run_of([GENEROUS * UNLIMITED_SHARE + 1], None)[1] == [1]
 
 
 def test_models_get_more_time_than_ops():
@@ -201,6 +223,15 @@ def test_a_log_gets_a_line_when_nothing_was_printed_for_a_while():
         activity.print("  compiled")
     assert log.getvalue().startswith("  … compiling, 0 s\n  … compiling, 0 s\n")
     assert log.getvalue().endswith("  compiled\n")
+
+
+def test_a_log_moves_where_many_short_things_are_done():
+    log = io.StringIO()
+    with Activity(Console(file=log, width=100), 2, silence=0.1) as activity:
+        end = time.monotonic() + HANG
+        while "…" not in log.getvalue() and time.monotonic() < end:
+            activity.say("a short thing")
+    assert "  … a short thing, 0 s\n" in log.getvalue()
 
 
 def test_a_log_gets_no_such_line_where_something_is_printed_often_enough():
