@@ -1,7 +1,8 @@
 """Share out a run's time, so that it ends in time on a machine of any kind.
 
 Each setting has a fair share of the time that is left. The first calls of its implementations may take several times as much,
-as compiling does, while repeating them may take the share alone. What a setting does not use is there for those behind it.
+as compiling does, while repeating them may take the share alone, and less where the run is late. What a setting does not use is
+there for those behind it.
 """
 
 import math
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Hashable
 
 GUARANTEED = 0.75  # A setting leaves to those behind it so much of what they were to have at first.
+LATE = 0.25  # The part of a share for repetitions where less is left than that.
 GENEROUS = 4.0  # First calls may take so many fair shares. Most settings use less than one.
 UNLIMITED_SHARE = 30.0  # Seconds, in a run without a limit. There too nothing is repeated for hours.
 
@@ -20,7 +22,7 @@ class Budget:
         self.clock, self.seconds = clock, math.inf if seconds is None else seconds
         self.end = clock() + self.seconds
         self.weights: dict[Hashable, int] = {}
-        self.rate = 0.0
+        self.rate, self.kept = 0.0, 0.0
         self.current: Hashable = None
         self.share, self.most = UNLIMITED_SHARE, GENEROUS * UNLIMITED_SHARE
         self.began, self.repeating = clock(), 0.0
@@ -57,8 +59,8 @@ class Budget:
         if not self.unlimited:
             weight, total = self.weights.get(setting, 1), max(1, sum(self.weights.values()))
             self.share = max(0.0, self.left * weight / total)
-            spare = self.left - GUARANTEED * self.rate * (total - weight)
-            self.most = min(GENEROUS * self.share, max(self.share, spare))
+            self.kept = GUARANTEED * self.rate * (total - weight)
+            self.most = min(GENEROUS * self.share, max(self.share, self.left - self.kept))
 
     def allows_first(self, needed: bool = False) -> bool:
         """Say whether another implementation may be called. One that is needed may while the run has time at all."""
@@ -74,7 +76,8 @@ class Budget:
 
     def allows_repeating(self, seconds: float) -> bool:
         """Say whether a call that took so many seconds may be repeated; they count as spent."""
-        if self.left <= 0 or self.repeating + seconds > self.share:
+        late = self.left < self.kept
+        if self.repeating + seconds > min(self.left, self.share * (LATE if late else 1.0)):
             return False
         self.repeating += seconds
         return True

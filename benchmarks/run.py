@@ -38,6 +38,7 @@ LOG_WIDTH = 128  # where the output is no terminal
 ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
 PARTS = "ops", "digits", "gpu"
 RUN_SECONDS = 650.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
+LEAST = 5.0  # seconds of a row's memory
 AFTER_ROWS, AFTER_MEMORY = 170.0, 90.0  # seconds that are kept for what follows
 
 
@@ -142,17 +143,23 @@ def measure_memory(journal: Journal, selection: Selection, console: Console, bud
     worth = [setting for setting in settings(selection) if sections()[setting.op].has_memory(setting)]
     done = {Row(*(row[name] for name in Row._fields)) for row in journal.of("memory")}
     rows = [row for setting in worth for row in rows_of(setting, selection.full) if row not in done]
+    budget.plan(dict.fromkeys(rows, 1))
+    left_out = 0
     with Activity(console, len(rows)) as activity:
         for row in rows:
             activity.say(" ".join(row))
+            budget.enter(row)
             if budget.left > 0:
-                found = peak_extra_bytes("rows:fresh_step", seconds=min(SECONDS, budget.left), **row._asdict())
+                found = peak_extra_bytes("rows:fresh_step", seconds=min(SECONDS, max(LEAST, budget.most)), **row._asdict())
+                text = size(found["bytes"]) if "bytes" in found else found["why_not"]
+                activity.print(f"  {' '.join(row)}: {text}", highlight=False, soft_wrap=True, markup=False)
             else:
                 found = {"why_not": budget.why_not("it")}
+                left_out += 1
             journal.add("memory", row._asdict() | found)
             activity.advance()
-            text = size(found["bytes"]) if "bytes" in found else found["why_not"]
-            activity.print(f"  {' '.join(row)}: {text}", highlight=False, soft_wrap=True, markup=False)
+    if left_out:
+        console.print(f"  {left_out} more rows: {budget.why_not('them')}", highlight=False, soft_wrap=True)
 
 
 def measure_gpu(journal: Journal, console: Console) -> None:

@@ -91,7 +91,8 @@ class _Recorder:
         for entry in entries:
             rounds[entry["params"]["implementation"]] += entry["stats"]["data"]
         medians = [f"{name} {duration(statistics.median(times)) if times else '-'}" for name, times in rounds.items()]
-        self.activity.print(f"  {' '.join(setting)}: {', '.join(medians)}", highlight=False)
+        told = ", ".join(medians) if entries else next((row["why_not"] for row in missing(config, setting)), "-")
+        self.activity.print(f"  {' '.join(setting)}: {told}", highlight=False, markup=False)
 
     def _say(self, row: Row, part: str) -> None:
         self.activity.say(f"{' '.join(row.setting)}, {row.implementation}: {part}")

@@ -96,13 +96,14 @@ def test_a_fast_machine_repeats_everything():
 def test_a_slow_machine_ends_in_time_and_leaves_none_out_while_there_is_time():
     took, calls = run_of([0.1] * 25 + [8.0] * 25, 200.0)
     assert took <= 200.0 + 8.0  # a call that was begun ends
-    assert calls[:25] == [4] * 25 and calls[25] == 2 and max(calls[26:]) <= 2
+    assert calls[:25] == [4] * 25 and max(calls[25:]) <= 3 and max(calls[30:]) <= 2  # late: nothing is repeated
     assert sum(n > 0 for n in calls[25:]) >= 12
 
 
 def test_one_slow_setting_leaves_time_for_the_others():
     took, calls = run_of([30.0] + [0.1] * 20, 40.0)
-    assert calls == [1] + [4] * 20, "its first call is as much as 40 s allow"
+    assert calls[0] == 1, "its first call is as much as 40 s allow"
+    assert min(calls[1:]) >= 3
     assert took <= 40.0
 
 
