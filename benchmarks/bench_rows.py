@@ -106,6 +106,8 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
 
 def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Time the row again, where there is time."""
+    if budget.left <= 0:
+        return
     setting = entrants(row.setting)
     seconds = setting.seconds.get(row.implementation)
     if seconds is None or not budget.allows_repeating(max(seconds, SECONDS)):
