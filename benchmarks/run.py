@@ -193,9 +193,8 @@ def predict(console: Console, budget: Budget) -> dict:
         rows = static_roofline.table_rows(variants, go_on)
     console.print(static_roofline.table(rows))
     missing = len(variants) - len(rows)
-    return {"head": static_roofline.HEADER, "rows": rows} | (
-        {"why_not_all": budget.why_not(f"{missing} more")} if missing else {}
-    )
+    why_not_all = budget.why_not(f"{missing} more") if missing else None
+    return {"head": static_roofline.HEADER, "rows": rows, "why_not_all": why_not_all}
 
 
 def command_of(options: argparse.Namespace) -> str:

@@ -206,6 +206,22 @@ def test_rows_that_were_not_reached_are_in_the_journal_with_the_reason(tmp_path)
     assert all("this run had no time for its first call" in row["why_not"] for row in finished["missing"])
 
 
+def test_predictions_stop_where_there_is_no_time(monkeypatch):
+    static_roofline = pytest.importorskip("static_roofline")  # imports Triton
+    variants, asked = static_roofline.default_variants(("sm_80",)), []
+
+    def inspect_all(variants, jobs):
+        for variant in variants:
+            asked.append(variant)
+            yield {**variant._asdict(), "error": "not compiled"}
+
+    monkeypatch.setattr(static_roofline.gpu_kernels, "inspect_all", inspect_all)
+    assert len(static_roofline.table_rows(variants)) == len(variants)
+    asked.clear()
+    rows = static_roofline.table_rows(variants, lambda: len(asked) < 2)
+    assert len(rows) == len(asked) == 2
+
+
 def python(code: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, env=environment)
