@@ -82,7 +82,8 @@ def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation)
 
 def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Make the row's step, check what it computes, and time it where there is time for another call."""
-    if not budget.allows_first(needed=row.own or row.implementation == sections()[row.op].baseline):
+    needed = row.own or row.implementation == sections()[row.op].baseline  # without these two, a setting says nothing
+    if not budget.allows_first(needed):
         pytest.skip(budget.why_not("its first call"))
     say("first call")
     setting = entrants(row.setting)
@@ -92,7 +93,7 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
     say("checking")
     check(benchmark, setting, row)
     first = setting.contest.first_seconds[row.implementation]
-    if not budget.allows_second(first):
+    if not budget.allows_second(first, needed):
         pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
     say("timing")
     if first > ENOUGH:  # it is slow, or it was compiled

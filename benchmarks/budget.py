@@ -67,12 +67,12 @@ class Budget:
         spent = self.clock() - self.began
         return self.left > 0 and (needed or spent <= self.most)
 
-    def allows_second(self, seconds: float) -> bool:
+    def allows_second(self, seconds: float, needed: bool = False) -> bool:
         """Say whether an implementation whose first call took so many seconds may be called again, to be timed.
 
         How long others or a check took is no reason to do without a call that takes little.
         """
-        return seconds <= min(self.left, self.most)
+        return seconds <= min(self.left, GENEROUS * self.share if needed else self.most)
 
     def allows_repeating(self, seconds: float) -> bool:
         """Say whether a call that took so many seconds may be repeated; they count as spent."""

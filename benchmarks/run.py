@@ -38,7 +38,7 @@ LOG_WIDTH = 128  # where the output is no terminal
 ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
 PARTS = "ops", "digits", "gpu"
 RUN_SECONDS = 640.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
-LEAST = 5.0  # seconds of a row's memory
+LEAST = 8.0  # seconds of a row's memory
 AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # seconds that are kept for what follows
 
 

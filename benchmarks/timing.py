@@ -51,6 +51,7 @@ class _Recorder:
         # A copy of the standard output: pytest captures the original while a row runs.
         self.console = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
         self.failures: set[str] = set()
+        self.why_not: str | None = None  # of the last setting, where nothing of it was timed
 
     def pytest_configure(self, config):
         config.stash[DONE] = {Setting(*setting["setting"]) for setting in self.journal.of(STEP)}
@@ -91,7 +92,9 @@ class _Recorder:
         for entry in entries:
             rounds[entry["params"]["implementation"]] += entry["stats"]["data"]
         medians = [f"{name} {duration(statistics.median(times)) if times else '-'}" for name, times in rounds.items()]
-        told = ", ".join(medians) if entries else next((row["why_not"] for row in missing(config, setting)), "-")
+        why_not = None if entries else next((row["why_not"] for row in missing(config, setting)), "-")
+        told = ", ".join(medians) if entries else "as above" if why_not == self.why_not else why_not
+        self.why_not = why_not
         self.activity.print(f"  {' '.join(setting)}: {told}", highlight=False, markup=False)
 
     def _say(self, row: Row, part: str) -> None:

@@ -126,7 +126,17 @@ def test_a_check_that_took_long_does_not_cost_a_quick_row_its_time():
     budget.enter("a")
     clock.spend(50.0)
     assert budget.allows_second(0.1) and budget.allows_first(needed=True)
-    assert not budget.allows_first() and not budget.allows_second(60.0)
+    assert not budget.allows_first() and not budget.allows_second(60.0, needed=True)
+
+
+def test_the_two_that_a_setting_is_about_get_more_time_than_others_where_the_run_is_late():
+    clock = Clock()
+    budget = Budget(100.0, clock)
+    budget.plan({"a": 1, "b": 1, "c": 8})
+    clock.spend(60.0)
+    budget.enter("a")
+    assert budget.share == budget.most == 4.0
+    assert budget.allows_second(10.0, needed=True) and not budget.allows_second(10.0)
 
 
 def test_a_run_without_a_limit_does_not_repeat_what_is_slow_for_hours():
