@@ -38,7 +38,7 @@ class Budget:
 
     def why_not(self, what: str) -> str:
         """Say what there was no time for, and which run has more."""
-        more = "" if self.unlimited else "; `fastlm bench --full` and `fastlm bench OP` take more"
+        more = "" if self.unlimited else " (fastlm bench --full and fastlm bench OP take more)"
         return f"this run had no time for {what}{more}"
 
     def before(self, seconds: float) -> "Budget":
