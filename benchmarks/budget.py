@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Hashable
 
 GUARANTEED = 0.75  # A setting leaves to those behind it so much of what they were to have at first.
+LATEST = 2 / 3  # A setting is left out where less than this part of that is left.
 LATE = 0.25  # The part of a share for repetitions where less is left than that.
 GENEROUS = 4.0  # First calls may take so many fair shares. Most settings use less than one.
 UNLIMITED_SHARE = 30.0  # Seconds, in a run without a limit. There too nothing is repeated for hours.
@@ -22,7 +23,7 @@ class Budget:
         self.clock, self.seconds = clock, math.inf if seconds is None else seconds
         self.end = clock() + self.seconds
         self.weights: dict[Hashable, int] = {}
-        self.rate, self.kept = 0.0, 0.0
+        self.rate, self.kept, self.reached = 0.0, 0.0, True
         self.current: Hashable = None
         self.share, self.most = UNLIMITED_SHARE, GENEROUS * UNLIMITED_SHARE
         self.began, self.repeating = clock(), 0.0
@@ -60,12 +61,13 @@ class Budget:
             weight, total = self.weights.get(setting, 1), max(1, sum(self.weights.values()))
             self.share = max(0.0, self.left * weight / total)
             self.kept = GUARANTEED * self.rate * (total - weight)
+            self.reached = self.left > LATEST * self.kept
             self.most = min(GENEROUS * self.share, max(self.share, self.left - self.kept))
 
     def allows_first(self, needed: bool = False) -> bool:
-        """Say whether another implementation may be called. One that is needed may while the run has time at all."""
+        """Say whether another implementation may be called. One that is needed may unless its whole setting is left out."""
         spent = self.clock() - self.began
-        return self.left > 0 and (needed or spent <= self.most)
+        return self.left > 0 and (self.reached if needed else spent <= self.most)
 
     def allows_second(self, seconds: float, needed: bool = False) -> bool:
         """Say whether an implementation whose first call took so many seconds may be called again, to be timed.

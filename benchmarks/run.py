@@ -96,7 +96,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     content["machine"]["others_share"] = max(journal.of("others_share"), default=None)
     content["command"] = command_of(options)
     out.joinpath(RUN).write_text(json.dumps(content, indent=1))
-    tables = write_report(out, options.publish)
+    with Activity(console, 1) as activity:
+        activity.say("drawing and writing the report")
+        tables = write_report(out, options.publish)
     for name in ("report.html", "report.md", RUN):
         console.print(f"  {out / name}", soft_wrap=True)
     console.print(*tables)
