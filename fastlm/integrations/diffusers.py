@@ -184,6 +184,7 @@ class _AutoencoderSwap(Swap):
 
     original = ModelMixin
     subclasses = True
+    methods = ("encode",)
 
     def why_not(self, module: ModelMixin) -> str | None:
         cls = type(module)
@@ -192,8 +193,6 @@ class _AutoencoderSwap(Swap):
         builds = any(home.get("DiagonalGaussianDistribution") is theirs.DiagonalGaussianDistribution for home in homes)
         if not builds or not hasattr(cls, "encode"):
             return f"{cls.__name__} does not encode to diffusers' DiagonalGaussianDistribution"
-        if "encode" in vars(module):
-            return f"an encode was set on this {cls.__name__}, which would hide that of fastlm's class: swap first"
         return None
 
     def is_swapped(self, module: torch.nn.Module) -> bool:

@@ -74,6 +74,7 @@ class _LatentSwap(Swap):
 
     original = VAE
     subclasses = True
+    methods = ("forward",)
 
     def why_not(self, module: VAE) -> str | None:
         if type(module) not in _FUSED:

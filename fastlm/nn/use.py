@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.attention import has_kernel
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .functional import MultiHeadCall
+from .why_not import PLAIN, SUBCLASS, call_why_not
 
 
 class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)
@@ -21,7 +22,8 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
     backward of what ran inside may run anywhere, but the recomputation of torch.utils.checkpoint has to be inside as well.
 
     What kernels cannot do goes to torch's own function: other dtypes and devices, nested tensors and other subclasses of
-    Tensor, calls for attention weights, and bad input, which so raises what torch raises.
+    Tensor (DTensor among them), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace,
+    and bad input, which so raises what torch raises.
 
     Attributes, which compiled code does not count in:
         routed: how many calls ran on fastlm.
@@ -48,7 +50,8 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
         return func(*args, **kwargs)
 
     def _attend(self, types: tuple, args: tuple, kwargs: dict) -> Tensor:
-        reason = _SUBCLASS if _subclassed(types) else _why_not(*args, **kwargs)
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        reason = _class_why_not(types) or call_why_not(tensors) or _why_not(*args, **kwargs)
         if reason is None:
             try:
                 out = scaled_dot_product_attention(*args, **kwargs)
@@ -61,7 +64,7 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
 
     def _attend_with_projections(self, types: tuple, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         call = MultiHeadCall(*args, **kwargs)
-        reason = _SUBCLASS if _subclassed(types) else call.why_not()
+        reason = _class_why_not(types) or call.why_not()
         self._count(reason)
         return call.run() if reason is None else F.multi_head_attention_forward(*args, **kwargs)
 
@@ -74,11 +77,9 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
             self.left[reason] += 1
 
 
-_SUBCLASS = "a subclass of Tensor"
-
-
-def _subclassed(types: tuple[type, ...]) -> bool:
-    return any(t is not Tensor and t is not torch.nn.Parameter for t in types)
+def _class_why_not(types: tuple[type, ...]) -> str | None:
+    """Why a call with arguments of these classes, tensors or not, is left to torch, or None."""
+    return None if all(cls in PLAIN for cls in types) else SUBCLASS
 
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> str | None:
