@@ -78,7 +78,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         leaf = call_of_leaf(self, src, mask, padding, is_causal)
         if leaf is not None:
             return leaf
-        if torch.jit.is_tracing() or src.is_nested:
+        if torch.jit.is_tracing() or src.is_nested or not are_plain((src, mask, padding)):
             return super().forward(src, mask, padding, is_causal)
         other = F._none_or_dtype(mask)  # the two canonical masks are as torch's forward has them, for its errors and warnings
         padding = F._canonical_mask(padding, "src_key_padding_mask", other, "mask", src.dtype)
@@ -96,7 +96,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if not torch.backends.mha.get_fastpath_enabled() or not getattr(self, "use_nested_tensor", False):
             return False
         first, check = self.layers[0], getattr(self, "mask_check", True)
-        if first.training or src.dim() != 3 or padding is None or not are_plain((src, padding)) or not src.numel():
+        if first.training or src.dim() != 3 or padding is None or not src.numel():
             return False
         if check and (torch.compiler.is_compiling() or not _is_padded_at_end(src, padding)):
             return False
