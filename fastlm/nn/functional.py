@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import attention, has_kernel
-from .why_not import call_why_not
+from .why_not import call_why_not, mask_dtype_fits
 
 
 @dataclass
@@ -82,19 +82,29 @@ class MultiHeadCall:
             given = all(w is not None for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
         else:
             given = self.in_proj_weight is not None and self.key.shape == self.value.shape
-        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout < 1.0
+        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout < 1.0 and self._dtypes_fit()
+
+    def _dtypes_fit(self) -> bool:
+        """Say whether all products are of one dtype, or autocast makes it one."""
+        if torch.is_autocast_enabled(self.query.device.type):
+            return True
+        weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.out_proj_weight)
+        return all(t is None or t.dtype == self.query.dtype for t in (self.key, self.value, *weights, self.in_proj_bias))
 
     def _masks_fit(self) -> bool:
         rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch
         padding, mask = self.key_padding_mask, self.attn_mask
-        if self.is_causal and (mask is None or rows != keys or self.bias_k is not None):
+        added = self.bias_k is not None or self.add_zero_attn  # a key behind all others, which torch's causal hint hides
+        if self.is_causal and (mask is None or rows != keys or added):
             return False
         if padding is not None and padding.shape != ((batch, keys) if self._batched else (keys,)):
             return False
         if mask is not None and mask.shape not in ((rows, keys), (batch * self.num_heads, rows, keys)):
             return False
         given = [m for m in (padding, mask) if m is not None]
-        return all(m.dtype == torch.bool for m in given) or all(m.is_floating_point() for m in given)
+        if all(m.dtype == torch.bool for m in given):
+            return True
+        return all(m.is_floating_point() and mask_dtype_fits(m, self.query) for m in given)
 
     # ---- sizes --------------------------------------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ def _why_not(swap: Swap, module: nn.Module) -> str | None:
 def _own_method(swap: Swap, module: nn.Module) -> str | None:
     """Why a swap, either way, would change nothing: a method on the module itself, which may hold on to the class's old one."""
     own = next((method for method in swap.methods if method in vars(module)), None)
-    return own and f"a {own} was set on this module itself (as accelerate's hooks do), which hides that of its class"
+    return own and f"{own} was set on this module itself (as accelerate's hooks do), which hides that of its class"
 
 
 def _name(cls: type) -> str:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.attention import has_kernel
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .functional import MultiHeadCall
-from .why_not import PLAIN, SUBCLASS, call_why_not
+from .why_not import PLAIN, SUBCLASS, call_why_not, mask_dtype_fits
 
 
 class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)
@@ -82,10 +82,25 @@ def _class_why_not(types: tuple[type, ...]) -> str | None:
     return None if all(cls in PLAIN for cls in types) else SUBCLASS
 
 
-def _why_not(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> str | None:
+def _why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str | None:
     """Why a call of ``F.scaled_dot_product_attention`` is left to torch, or None."""
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors are not fused"
+    if not query.shape[-1]:
+        return "the vectors of query have no elements"
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        return "enable_gqa without a dimension of heads"
+    if attn_mask is not None and (attn_mask.dim() < 2 or not mask_dtype_fits(attn_mask, query)):
+        return "attn_mask is not of the dimensions or dtypes that torch takes"
     if not has_kernel(query, value):
         return f"no kernel takes {query.dtype} on {query.device}"
     return None

@@ -34,3 +34,8 @@ def only_math_is_enabled() -> bool:
     """Say whether the user has switched off torch's own fused attention, as one does for derivatives of any order."""
     cuda = torch.backends.cuda  # torch's name for the switches of all devices
     return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
+
+
+def mask_dtype_fits(mask: Tensor, query: Tensor) -> bool:
+    """Say whether torch's scaled_dot_product_attention takes a mask of this dtype. Autocast makes them one."""
+    return mask.dtype in (torch.bool, torch.float32, query.dtype) or torch.is_autocast_enabled(query.device.type)
