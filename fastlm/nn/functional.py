@@ -66,9 +66,13 @@ class MultiHeadCall:
 
     @property
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        inputs = (self.query, self.key, self.value, self.key_padding_mask, self.attn_mask)
-        weights = (self.in_proj_weight, self.in_proj_bias, self.out_proj_weight, self.out_proj_bias, self.bias_k, self.bias_v)
-        return *inputs, *weights, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        return self.query, self.key, self.value, self.key_padding_mask, self.attn_mask, *self._weights
+
+    @property
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        one, separate = (self.in_proj_weight,), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        projections = separate if self.use_separate_proj_weight else one
+        return *projections, self.in_proj_bias, self.out_proj_weight, self.out_proj_bias, self.bias_k, self.bias_v
 
     def _inputs_fit(self) -> bool:
         query, key, value, embed_dim = self.query, self.key, self.value, self.embed_dim_to_check
@@ -86,10 +90,9 @@ class MultiHeadCall:
 
     def _dtypes_fit(self) -> bool:
         """Say whether all products are of one dtype, or autocast makes it one."""
-        if torch.is_autocast_enabled(self.query.device.type):
-            return True
-        weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.out_proj_weight)
-        return all(t is None or t.dtype == self.query.dtype for t in (self.key, self.value, *weights, self.in_proj_bias))
+        dtype = self.query.dtype
+        same = all(tensor is None or tensor.dtype == dtype for tensor in (self.key, self.value, *self._weights))
+        return same or torch.is_autocast_enabled(self.query.device.type)
 
     def _masks_fit(self) -> bool:
         rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch

@@ -7,16 +7,16 @@ from torch import nn
 from torch.fx import Proxy
 
 
-def call_of_leaf(module: nn.Module, *args, **kwargs) -> Proxy | None:
+def call_of_leaf(module: nn.Module, *args) -> Proxy | None:
     """Record the call of ``module`` as one node where torch.fx.symbolic_trace makes it; return None everywhere else.
 
     torch.fx looks into every module but those whose class lies in torch.nn, and cannot follow what depends on shapes.
     """
-    proxy = next((a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)), None)
-    if proxy is None:
-        return None
-    path = proxy.tracer.path_of_module(module)
-    return proxy.tracer.create_proxy("call_module", path, args, kwargs) if path else None  # the root itself is no leaf
+    for proxy in args:
+        if isinstance(proxy, Proxy):
+            path = proxy.tracer.path_of_module(module)
+            return proxy.tracer.create_proxy("call_module", path, args, {}) if path else None  # the root itself is no leaf
+    return None
 
 
 def forward_for_script(cls: type[nn.Module]) -> Callable:

@@ -15,7 +15,7 @@ from ..ops.attention import has_kernel
 from .multihead_attention import MultiheadAttention
 from .replace import ClassSwap, register
 from .tracing import call_of_leaf, forward_for_script
-from .why_not import PLAIN, are_plain, only_math_is_enabled
+from .why_not import are_plain, only_math_is_enabled
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -155,8 +155,9 @@ def _is_at_rest(module: nn.Module) -> bool:
     """Say whether ``module`` is in eval mode, has no hooks, runs its class's code, and has plain weights without gradients."""
     if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False
-    weights = [weight for weight in module._parameters.values() if weight is not None]
-    return all(type(w) in PLAIN for w in weights) and not (torch.is_grad_enabled() and any(w.requires_grad for w in weights))
+    weights = module._parameters.values()
+    wanted = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
+    return are_plain(weights) and not wanted
 
 
 class _ContainerSwap(ClassSwap):

@@ -79,7 +79,7 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
 
 def _class_why_not(types: tuple[type, ...]) -> str | None:
     """Why a call with arguments of these classes, tensors or not, is left to torch, or None."""
-    return None if all(cls in PLAIN for cls in types) else SUBCLASS
+    return None if PLAIN.issuperset(types) else SUBCLASS
 
 
 def _why_not(

@@ -8,14 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 # The last two are how torch.compile and torch.export see any tensor. Every other class may give ops another meaning, as DTensor
-# does, or keep its numbers elsewhere.
-PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+# does, or keep its numbers elsewhere. None is a tensor that was not given.
+PLAIN = frozenset((type(None), Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 SUBCLASS = "a subclass of Tensor"
 
 
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:
     """Say whether no tensor among ``tensors`` is of a class that gives torch's ops a meaning of its own."""
-    return all(tensor is None or type(tensor) in PLAIN for tensor in tensors)
+    return PLAIN.issuperset(map(type, tensors))
 
 
 def call_why_not(tensors: Iterable[Tensor | None]) -> str | None:
