@@ -86,7 +86,7 @@ class MultiHeadCall:
             given = all(w is not None for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
         else:
             given = self.in_proj_weight is not None and self.key.shape == self.value.shape
-        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout < 1.0 and self._dtypes_fit()
+        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout <= 1.0 and self._dtypes_fit()
 
     def _dtypes_fit(self) -> bool:
         """Say whether all products are of one dtype, or autocast makes it one."""

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from ..ops.torch_op import constant_when_compiled
+
 # The last two are how torch.compile and torch.export see any tensor. Every other class may give ops another meaning, as DTensor
 # does, or keep its numbers elsewhere. None is a tensor that was not given.
 PLAIN = frozenset((type(None), Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
@@ -29,7 +31,7 @@ def call_why_not(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile traces none of the switches: they are as they were at compilation
+@constant_when_compiled  # torch.compile traces none of the switches: they are as they were at compilation
 def only_math_is_enabled() -> bool:
     """Say whether the user has switched off torch's own fused attention, as one does for derivatives of any order."""
     cuda = torch.backends.cuda  # torch's name for the switches of all devices
