@@ -127,10 +127,12 @@ def test_settings_are_left_out_so_that_those_behind_them_have_their_turn():
     ran = {"model": 0, "op": 0}
     for kind, i in list(budget.weights):
         budget.enter((kind, i))
-        if budget.allows_first(needed=True):
+        needed = budget.allows_first(needed=True)
+        assert needed or not budget.allows_first(), "a peer alone says nothing"
+        if needed:
             ran[kind] += 1
             clock.spend(20.0 if kind == "model" else 1.0)
-    assert 5 <= ran["model"] < 10 and ran["op"] >= 30, ran
+    assert 5 <= ran["model"] < 10 and ran["op"] >= 15, ran
     assert clock.now <= 201.0
 
 
