@@ -155,37 +155,36 @@ def attention_grad_key_value(
             huge = any_huge(bases, first_row, q_len, 1024) if FUSED else False
             for phase in tl.static_range(PHASES):
                 start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_Q)
-                if FUSED:
-                    stop = tl.where(huge == (phase == EXACT), stop, start)
-                for step in range(start, stop, BLOCK_Q):
-                    q_start = visited(visits, visit, step, BLOCK_Q)
-                    rows_left = q_len - q_start
-                    q = load_block(q_pointers, query, query_tiles, batch, head, q_first, q_start, rows_left, D, phase != 1)
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
-                    at = first_row + q_start
-                    base, log2_total = load_statistics(
-                        statistics, bases, at, rows_left, BLOCK_Q, phase != 1, FUSED and phase != EXACT
-                    )
-                    its_delta = load_delta(delta, at, rows_left, BLOCK_Q, phase != 1)
-                    i = q_start + tl.arange(0, BLOCK_Q)
-                    p, derivative = recompute_p(
-                        s, base[None, :], log2_total[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
-                        q_len, k_len, slope, scoring, PLAIN, phase != 1, FUSED and phase != EXACT,
-                    )  # fmt: skip
-                    g = load_block(
-                        g_pointers, grad_out, grad_out_tiles, batch, head, q_first, q_start, rows_left, DV, phase != 1
-                    )
-                    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-                    if dropout.seed is None:
-                        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
-                    else:
-                        keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
-                        dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
-                        dp *= keep * dropout.keep_scale
-                    ds = p * (dp - its_delta[None, :])
-                    if not PLAIN:
-                        ds *= derivative
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                if huge == (phase == EXACT):
+                    for step in range(start, stop, BLOCK_Q):
+                        q_start = visited(visits, visit, step, BLOCK_Q)
+                        rows_left = q_len - q_start
+                        q = load_block(q_pointers, query, query_tiles, batch, head, q_first, q_start, rows_left, D, phase != 1)
+                        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
+                        at = first_row + q_start
+                        base, log2_total = load_statistics(
+                            statistics, bases, at, rows_left, BLOCK_Q, phase != 1, FUSED and phase != EXACT
+                        )
+                        its_delta = load_delta(delta, at, rows_left, BLOCK_Q, phase != 1)
+                        i = q_start + tl.arange(0, BLOCK_Q)
+                        p, derivative = recompute_p(
+                            s, base[None, :], log2_total[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
+                            q_len, k_len, slope, scoring, PLAIN, phase != 1, FUSED and phase != EXACT,
+                        )  # fmt: skip
+                        g = load_block(
+                            g_pointers, grad_out, grad_out_tiles, batch, head, q_first, q_start, rows_left, DV, phase != 1
+                        )
+                        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                        if dropout.seed is None:
+                            dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+                        else:
+                            keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
+                            dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
+                            dp *= keep * dropout.keep_scale
+                        ds = p * (dp - its_delta[None, :])
+                        if not PLAIN:
+                            ds *= derivative
+                        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if dropout.seed is not None:
             dv *= dropout.keep_scale
         dk_pointers = tile_pointers(grad_key, batch, kv_head, k_first + k_start, BLOCK_K, COLUMNS)
@@ -227,29 +226,28 @@ def attention_grad_query(
         PHASES: tl.constexpr = EXACT + 1 if FUSED else EXACT
         for phase in tl.static_range(PHASES):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
-            if FUSED:
-                stop = tl.where(huge == (phase == EXACT), stop, start)
             if phase == EXACT:
                 base, log2_total = load_statistics(statistics, bases, first_row, rows_left, BLOCK_Q, True, False)
-            for step in range(start, stop, BLOCK_K):
-                k_start = visited(visits, visit, step, BLOCK_K)
-                k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
-                j = (k_start + tl.arange(0, BLOCK_K))[None, :]
-                p, derivative = recompute_p(
-                    s, base[:, None], log2_total[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
-                    q_len, k_len, slope, scoring, PLAIN, phase != 1, FUSED and phase != EXACT,
-                )  # fmt: skip
-                v = load_block(
-                    v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
-                )
-                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-                if dropout.seed is not None:
-                    keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
-                    dp *= keep * dropout.keep_scale
-                ds = p * (dp - its_delta[:, None])
-                if not PLAIN:
-                    ds *= derivative
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if huge == (phase == EXACT):
+                for step in range(start, stop, BLOCK_K):
+                    k_start = visited(visits, visit, step, BLOCK_K)
+                    k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+                    j = (k_start + tl.arange(0, BLOCK_K))[None, :]
+                    p, derivative = recompute_p(
+                        s, base[:, None], log2_total[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
+                        q_len, k_len, slope, scoring, PLAIN, phase != 1, FUSED and phase != EXACT,
+                    )  # fmt: skip
+                    v = load_block(
+                        v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
+                    )
+                    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+                    if dropout.seed is not None:
+                        keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                        dp *= keep * dropout.keep_scale
+                    ds = p * (dp - its_delta[:, None])
+                    if not PLAIN:
+                        ds *= derivative
+                    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         dq_pointers = tile_pointers(grad_query, batch, head, q_first + q_start, BLOCK_Q, COLUMNS)
         store_tile(dq_pointers, dq * scoring.scale, rows_left, D)

@@ -70,31 +70,39 @@ def attention_forward(
         PHASES: tl.constexpr = EXACT + 1 if FUSED else EXACT
         for phase in tl.static_range(PHASES):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
+            runs = True
             if phase == EXACT:  # the maximum is known by now
-                huge = is_huge(maximum * scoring.factor)
-                stop = tl.where(huge, stop, start)
-                acc, total = tl.where(huge, 0.0, acc), tl.where(huge, 0.0, total)
-                residual = tl.where(huge, 0.0, fused_residual(maximum, scoring.factor))
-            for step in tl.range(start, stop, BLOCK_K, warp_specialize=SPECIALIZED and phase != EXACT):
-                k_start = visited(visits, visit, step, BLOCK_K)
-                k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
-                j = (k_start + tl.arange(0, BLOCK_K))[None, :]
-                if not PLAIN:
-                    s, _ = scores(s, (i + shift)[:, None], j, slope, scoring)
-                if phase != 1:
-                    s = masked(
-                        s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
+                runs, residual = is_huge(maximum * scoring.factor), fused_residual(maximum, scoring.factor)
+            if runs:
+                if phase == EXACT:
+                    residual = tl.zeros([BLOCK_Q], tl.float32)
+                    total, acc = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
+                for step in tl.range(
+                    start,
+                    stop,
+                    BLOCK_K,
+                    num_stages=1 if phase == EXACT else None,
+                    warp_specialize=SPECIALIZED and phase != EXACT,
+                ):
+                    k_start = visited(visits, visit, step, BLOCK_K)
+                    k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+                    j = (k_start + tl.arange(0, BLOCK_K))[None, :]
+                    if not PLAIN:
+                        s, _ = scores(s, (i + shift)[:, None], j, slope, scoring)
+                    if phase != 1:
+                        s = masked(
+                            s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
+                        )
+                    weights, maximum, total, rescale = online_softmax(
+                        s, scoring.factor, maximum, total, phase != 1, FUSED and phase != EXACT
                     )
-                weights, maximum, total, rescale = online_softmax(
-                    s, scoring.factor, maximum, total, phase != 1, FUSED and phase != EXACT
-                )
-                if dropout.seed is not None:
-                    weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
-                v = load_block(
-                    v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
-                )
-                acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+                    if dropout.seed is not None:
+                        weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                    v = load_block(
+                        v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
+                    )
+                    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         out_scale, its_lse, log2_total = finish_softmax(maximum, total, residual, scoring, head, PLAIN)
         if dropout.seed is not None:
             out_scale *= dropout.keep_scale
