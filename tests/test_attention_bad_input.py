@@ -49,7 +49,8 @@ SHARED = [
 ]
 
 DROPOUT = [
-    ({"dropout_p": 1.0}, ValueError, "dropout_p must be below 1; got 1.0"),
+    ({"dropout_p": 1.5}, ValueError, "dropout_p must lie between 0 and 1; got 1.5"),
+    ({"scale": 1e39}, ValueError, "scale must be a number of float32's range; got 1e+39"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p must be finite and at least 0; got -0.1"),
     ({"dropout_p": math.nan}, ValueError, "dropout_p must be finite and at least 0; got nan"),
     ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number; got str"),
@@ -59,7 +60,8 @@ DROPOUT = [
 
 BATCHED = [
     ({"query": Q[0]}, ValueError, "query must have 4 dimensions (batch, heads, rows, head_dim); got shape (4, 5, 8)"),
-    ({"key": KV[..., :0]}, ValueError, "key must have a head_dim of at least 1; got shape (2, 2, 6, 0)"),
+    ({"key": KV[..., :0]}, ValueError, "key must have query's head_dim 8; got shape (2, 2, 6, 0)"),
+    ({"query": torch.zeros(())}, ValueError, "query must have 4 dimensions (batch, heads, rows, head_dim); got shape ()"),
     ({"key": KV[..., :7]}, ValueError, "key must have query's head_dim 8; got shape (2, 2, 6, 7)"),
     ({"key": KV[:1], "value": KV[:1]}, ValueError, "key must have query's batch size 2; got shape (1, 2, 6, 8)"),
     ({"value": KV[:, :, :5]}, ValueError, "value must have key's shape (2, 2, 6, any head_dim); got (2, 2, 5, 8)"),

@@ -137,7 +137,8 @@ BAD = [
     ({"attn_mask": torch.zeros(5, 7).int()}, TypeError, "attn_mask must be bool"),
     ({"attn_mask": torch.zeros(5, 7), "is_causal": True}, ValueError, "attn_mask must be None where is_causal"),
     ({"is_causal": None}, TypeError, "is_causal must be a bool"),
-    ({"dropout_p": 1.0}, ValueError, "dropout_p must be below 1"),
+    ({"dropout_p": 1.5}, ValueError, "dropout_p must lie between 0 and 1"),
+    ({"query": torch.zeros(())}, ValueError, "query must have shape"),
     ({"scale": math.inf}, ValueError, "scale must be finite"),
     ({"key": torch.zeros(2, 3, 7, 8).double()}, TypeError, "key must have query's dtype"),
 ]

@@ -98,7 +98,12 @@ inline int64_t event_of(const TensorView& mu, int event_dims) {
   return product(shape_of(mu), mu.dims - event_dims);
 }
 
-inline int64_t rows_of(const Latent& a, int64_t event) { return event ? a.elements / event : 0; }
+// Numbers of the KL.
+inline int64_t events_of(const TensorView& mu, int event_dims) {
+  int64_t n = 1;
+  for (int d = 0; d < mu.dims - event_dims; ++d) n *= mu.shape[d];
+  return n;
+}
 
 inline LatentForward latent_forward_of(const py::tuple& inputs, const py::object& z, const py::object& kl,
                                        const py::object& seed, int event_dims, int64_t samples, const LatentNumbers& numbers) {
@@ -106,9 +111,9 @@ inline LatentForward latent_forward_of(const py::tuple& inputs, const py::object
   const TensorView mu(inputs[0]), seeds(seed);
   fill(a, mu, inputs, seeds, samples, numbers);
   a.z = array_of("z", TensorView(z), mu, mu.dtype, a.samples * a.elements);
-  expect(!a.z || a.seeds, "seed", seeds, "to be given with z");
+  expect(!a.z || seeds.given, "seed", seeds, "to be given with z");
   const int64_t event = event_of(mu, event_dims);
-  a.kl = array_of("kl", TensorView(kl), mu, accumulation_dtype(mu.dtype), rows_of(a, event));
+  a.kl = array_of("kl", TensorView(kl), mu, accumulation_dtype(mu.dtype), events_of(mu, event_dims));
   a.event = a.kl ? event : 1;
   coalesce(a.shape, {&a.mu, &a.logvar, &a.prior_mu, &a.prior_logvar});
   return a;
@@ -122,11 +127,11 @@ inline LatentBackward latent_backward_of(const py::tuple& inputs, const py::obje
   fill(a, mu, inputs, seeds, samples, numbers);
   const int skip = samples > 0 ? 1 : 0;
   a.grad_z = view_of("grad_z", of_z, mu, skip);
-  expect(!of_z.given || (of_z.dtype == mu.dtype && a.seeds), "grad_z", of_z, "z's dtype, and a seed with it");
+  expect(!of_z.given || (of_z.dtype == mu.dtype && seeds.given), "grad_z", of_z, "z's dtype, and a seed with it");
   expect(!of_z.given || !skip || of_z.shape[0] == samples, "grad_z", of_z, "as many samples as z");
   a.grad_z_sample = skip && of_z.data ? of_z.stride[0] : 0;
   a.event = event_of(mu, event_dims);
-  a.grad_kl = array_of("grad_kl", of_kl, mu, accumulation_dtype(mu.dtype), rows_of(a, a.event));
+  a.grad_kl = array_of("grad_kl", of_kl, mu, accumulation_dtype(mu.dtype), events_of(mu, event_dims));
   a.grad_mu = array_of("grad_mu", TensorView(outputs[0]), mu, mu.dtype, a.elements);
   a.grad_logvar = array_of("grad_logvar", TensorView(outputs[1]), mu, mu.dtype, a.elements);
   const TensorView of_prior_mu(outputs[2]), of_prior_logvar(outputs[3]);

@@ -87,6 +87,11 @@ static void score_gradients(const AttentionBackward& a, const Sequence& s, Backw
     const float maximum = statistics[0], log_total = statistics[1];
     const F32 delta(*a.delta.at(s.batch, row.head, s.q_first + row.query));
     float *p_row = t.scores + r * kTileRow, *g_row = t.grads + r * kTileRow;
+    if (maximum == -kInfinity) {  // the row sees nothing
+      __builtin_memset(p_row, 0, padded(keys) * sizeof(float));
+      __builtin_memset(g_row, 0, padded(keys) * sizeof(float));
+      continue;
+    }
     if (a.seeds) draw_keep(a, s, row, first_key, t.keep);
     const auto weigh = [&](const auto& exponent) FASTLM_LAMBDA {
       for (int64_t k = 0; k < padded(keys); k += kLanes) {
@@ -98,11 +103,11 @@ static void score_gradients(const AttentionBackward& a, const Sequence& s, Backw
         g.store(g_row + k);
       }
     };
-    if (maximum != -kInfinity && is_far(maximum, factor)) {
+    if (is_far(maximum, factor)) {
       // No weight is above 1, though a score that is added up in another order than in the forward may be a step higher.
       weigh([&](F32 x) FASTLM_LAMBDA { return min(zero, mul_add(x - F32(maximum), scale, F32(-log_total))); });
     } else {
-      const F32 shift(maximum == -kInfinity ? -kInfinity : -(maximum * factor + log_total));  // nothing seen: weights 2^-inf
+      const F32 shift(-(maximum * factor + log_total));
       weigh([&](F32 x) FASTLM_LAMBDA { return mul_add(x, scale, shift); });
     }
     if (a.grad_mask.data && u.of_queries) {

@@ -24,7 +24,7 @@ bool is_half_or_float(int dtype) { return dtype == kFloat32 || dtype == kBFloat1
 // A tensor of (batch, head, row, column) with contiguous columns.
 Rows rows_of(const char* name, const TensorView& t, int dtype) {
   expect(t.device == kCPU && t.dtype == dtype && t.dims == 4, name, t, "4 dimensions on the CPU, in the query's dtype");
-  expect(t.shape[3] <= 1 || t.stride[3] == 1, name, t, "contiguous columns");
+  expect(t.shape[3] <= 1 || t.stride[3] == 1 || !t.elements(), name, t, "contiguous columns");
   Rows rows;
   rows.data = t.data;
   rows.dtype = t.dtype;
@@ -202,7 +202,7 @@ bool fit_together(const TensorView& query, const TensorView& key, const TensorVi
 // For calls that are small and have no options, in a few microseconds: false, and nothing done, where this one is not such.
 bool plain_forward(const py::handle& query, const py::handle& key, const py::handle& value, const py::handle& out, double scale,
                    bool causal, bool top_left, bool grouped, int64_t threads) {
-  if (!exchange || !std::isfinite(scale)) return false;
+  if (!exchange || !std::isfinite(float(scale))) return false;
   AttentionForward a{};
   try {
     const TensorView q(query), k(key), v(value), o(out);

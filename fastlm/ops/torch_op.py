@@ -2,6 +2,7 @@
 differentiated again."""
 
 import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -70,7 +71,8 @@ EXPORTS = "ONNX knows torch's own ops alone"
 
 
 def _exports_to_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    onnx = sys.modules.get("torch.onnx")  # an exporter has imported it
+    return onnx is not None and onnx.is_in_onnx_export()
 
 
 _exports_to_onnx._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does: nothing to look into

@@ -83,8 +83,7 @@ def _attend(query, key, value, mask, alibi_slopes, sinks, seed, left, right, sca
     if seed is not None:
         keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
         p = torch.where(keep, p * keep_scale(dropout_p), 0.0)
-    group = query.shape[1] // key.shape[1]
-    out = torch.matmul(p.to(value.dtype).unflatten(1, (-1, group)), value.unsqueeze(2)).flatten(1, 2)
+    out = torch.matmul(p.to(value.dtype).unflatten(1, _groups(query, key)), value.unsqueeze(2)).flatten(1, 2)
     return _in_order_of(query, out), torch.where(alive, lse, -math.inf).squeeze(3)
 
 
@@ -103,8 +102,7 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
     """(B, Hq, Lq, Lk), -inf where a query does not see a key. Heads of a group share their keys without a copy."""
-    group = query.shape[1] // key.shape[1]
-    s = torch.matmul(query.unflatten(1, (-1, group)), key.unsqueeze(2).mT).flatten(1, 2)
+    s = torch.matmul(query.unflatten(1, _groups(query, key)), key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     s = s.to(accumulation_dtype(query.dtype)) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
@@ -123,6 +121,12 @@ def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tens
     elif mask is not None:
         s = s + mask.to(s.dtype)
     return torch.where(seen, s, -math.inf)
+
+
+def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """Return (heads of keys, query heads that share one)."""
+    heads = key.shape[1]
+    return heads, query.shape[1] // max(heads, 1)
 
 
 def keep_mask(

@@ -17,14 +17,14 @@ def expm1_minus(x: Tensor) -> Tensor:
 
     Near zero it is the Taylor series of (e^x - 1 - x) / x^2 = sum of x^k / (k + 2)!, times x^2.
     """
-    near = x.abs() < 0.5
+    near = x.abs() < 1.5
     small = torch.where(near, x, 0.0)  # both branches stay finite, so that where() has clean gradients
     large = torch.where(near, 1.0, x)
     series = torch.zeros_like(small)
-    for k in reversed(range(14)):
+    for k in reversed(range(24)):
         series = series * small + 1.0 / math.factorial(k + 2)
     # The last term is capped so that x = inf gives inf, not inf - inf.
-    return torch.where(near, small * small * series, torch.expm1(large) - large.clamp(max=1e30))
+    return torch.where(near, small * small * series, torch.exp(large) - 1.0 - large.clamp(max=1e30))
 
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
