@@ -4,6 +4,7 @@ A call is planned before it is run: `plan_forward`, `plan_backward` and `plan_de
 after the other without waiting for the GPU. Ahead-of-time compilation and its tests read the same plans.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -118,7 +119,8 @@ def _scoring(left, right, scale: float, softcap: float, slopes: Tensor | None, s
     slopes = None if slopes is None else slopes.float().contiguous()
     slope_batch = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
     sinks = None if sinks is None else sinks.float().contiguous()
-    return Scoring(left, right, scale, factor, cap, per_cap, slopes, slope_batch, sinks)
+    power = 2.0 ** math.ceil(math.log2(factor))
+    return Scoring(left, right, scale, factor, power, cap, per_cap, slopes, slope_batch, sinks)
 
 
 def _scoring_of(call: Call) -> Scoring:
@@ -166,7 +168,7 @@ def is_plain(call: Call) -> bool:
 
 
 def _is_fused(call: Call) -> bool:
-    """Tell whether a weight takes one multiply-add. float32, whose products take far longer, is worth the better rounding."""
+    """Tell whether the forward computes a weight in one multiply-add. Beside float32's products a subtraction costs nothing."""
     return is_plain(call) and call.query.dtype != torch.float32
 
 
@@ -273,16 +275,14 @@ def plan_backward(
     grad_query, grad_key, grad_value, grad_mask = grads
     scoring = _scoring_of(call._replace(sinks=None))  # the sinks are in the statistics
     mask_rows, mask = _mask(call.mask, call)
-    bases = torch.empty_like(delta) if _is_fused(call) else None
-    known = {"statistics": statistics, "bases": bases, "delta": delta}
-    tensors = {**_inputs(call), "grad_out": _rows(grad_out), **known, "mask": mask_rows}
+    tensors = {**_inputs(call), "grad_out": _rows(grad_out), "statistics": statistics, "delta": delta, "mask": mask_rows}
     tensors |= {"sizes": sizes, "scoring": scoring, "dropout": _dropout(call), **shared}
-    walk = {"together": _together(call), "PLAIN": is_plain(call), "FUSED": _is_fused(call)}
+    walk = {"together": _together(call), "PLAIN": is_plain(call)}
 
     batch, heads, q_len, _ = call.query.shape
     of_delta = {
-        "out": _rows(out), "grad_out": _rows(grad_out), "grad_lse": grad_lse, **known, "factor": scoring.factor,
-        "heads": heads, "rows": q_len, "DV": shared["DV"], "VALUE_COLUMNS": shared["VALUE_COLUMNS"], "BLOCK_Q": ROWS,
+        "out": _rows(out), "grad_out": _rows(grad_out), "grad_lse": grad_lse, "delta": delta, "heads": heads, "rows": q_len,
+        "DV": shared["DV"], "VALUE_COLUMNS": shared["VALUE_COLUMNS"], "BLOCK_Q": ROWS,
     }  # fmt: skip
     launches = [_launch(attention_delta, batch * heads * triton.cdiv(q_len, ROWS), of_delta)]
 

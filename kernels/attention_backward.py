@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 
 from .attention_parts import (
-    EXACT,
     dropout_stream,
-    is_huge,
     kept,
     load_block,
     load_tile,
@@ -32,14 +30,9 @@ from .attention_parts import (
 
 @triton.jit
 def attention_delta(
-    out, grad_out, grad_lse, statistics, delta, bases, factor, heads, rows,
-    DV: tl.constexpr, VALUE_COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Write delta and bases, float32 (batch, heads, rows): p = exp2(factor s - base) of rows whose scores are not huge.
-
-    grad_lse is like them, or None; bases is None where p is computed from the statistics alone. The base of a row that saw
-    nothing is inf: its weights come out as 0.
-    """
+    out, grad_out, grad_lse, delta, heads, rows, DV: tl.constexpr, VALUE_COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """Write delta, float32 (batch, heads, rows); grad_lse is like it, or None."""
     blocks = tl.cdiv(rows, BLOCK_Q)
     block, unit = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     start, batch, head = block * BLOCK_Q, (unit // heads).to(tl.int64), unit % heads
@@ -51,76 +44,51 @@ def attention_delta(
     if grad_lse is not None:
         sums -= tl.load(grad_lse + at, mask=i < rows, other=0.0)
     tl.store(delta + at, sums, mask=i < rows)
-    if bases is not None:
-        maximum = tl.load(statistics + at * 2, mask=i < rows, other=0.0)
-        base = tl.fma(maximum, factor, tl.load(statistics + at * 2 + 1, mask=i < rows, other=0.0))
-        tl.store(bases + at, tl.where(maximum == float("-inf"), float("inf"), base), mask=i < rows)
 
 
 @triton.jit
-def load_statistics(statistics, bases, at, rows_left, ROWS: tl.constexpr, CHECKED: tl.constexpr, FUSED: tl.constexpr):
-    """Return (base, log2 of the total) of ROWS rows from row `at` on of all that there are, as `recompute_p` takes them.
+def load_statistics(statistics, delta, at, rows_left, ROWS: tl.constexpr, CHECKED: tl.constexpr):
+    """Return (maximum, log2 of the total, delta) of ROWS rows from row `at` on of all that there are.
 
-    If FUSED, the base holds the total. Past the last row, and for a row that saw nothing, it is inf: weights come out as 0.
+    The maximum past the last row, and of a row that saw nothing, is inf: weights come out as 0.
     """
     r = tl.arange(0, ROWS)
     pairs = statistics + at * 2 + r * 2
-    if FUSED:
-        base = tl.load(bases + at + r, mask=r < rows_left, other=float("inf")) if CHECKED else tl.load(bases + at + r)
-        return base, base
-    elif CHECKED:
+    if CHECKED:
         inside = r < rows_left
         maximum = tl.load(pairs, mask=inside, other=float("inf"))
-        return tl.where(maximum == float("-inf"), float("inf"), maximum), tl.load(pairs + 1, mask=inside, other=0.0)
+        maximum = tl.where(maximum == float("-inf"), float("inf"), maximum)
+        return maximum, tl.load(pairs + 1, mask=inside, other=0.0), tl.load(delta + at + r, mask=inside, other=0.0)
     else:
-        return tl.load(pairs), tl.load(pairs + 1)
-
-
-@triton.jit
-def load_delta(delta, at, rows_left, ROWS: tl.constexpr, CHECKED: tl.constexpr):
-    """Return the delta of ROWS rows from row `at` on of all that there are."""
-    r = tl.arange(0, ROWS)
-    return tl.load(delta + at + r, mask=r < rows_left, other=0.0) if CHECKED else tl.load(delta + at + r)
-
-
-@triton.jit
-def any_huge(bases, at, rows, BLOCK: tl.constexpr):
-    """Tell whether one of `rows` rows from row `at` on has a base that is HUGE."""
-    found = 0
-    for start in range(0, rows, BLOCK):
-        r = start + tl.arange(0, BLOCK)
-        found |= is_huge(tl.load(bases + at + r, mask=r < rows, other=0.0)).to(tl.int32)
-    return found != 0
+        return tl.load(pairs), tl.load(pairs + 1), tl.load(delta + at + r)
 
 
 @triton.jit
 def recompute_p(
-    s, base, log2_total, mask, batch, head, at, i, j, q_len, k_len, slope, scoring,
-    PLAIN: tl.constexpr, MASKED: tl.constexpr, FUSED: tl.constexpr,
+    s, maximum, log2_total, mask, batch, head, at, i, j, q_len, k_len, slope, scoring,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """Return (p, derivative of the softcap) of a tile of products; base and log2_total of its rows broadcast against it.
+    """Return (p, derivative of the softcap) of a tile of products; maximum and log2_total of its rows broadcast against it.
 
-    The base is the largest score; if FUSED, it is an exponent of 2 and the total is in it. Where a score is not quite what the
-    forward found, p stays at most 1 unless FUSED: next to 1e9, an ulp is 64.
+    CLAMPED: p is at most 1, where a score may come out an ulp, which is 64 at 1e9, above what the forward found.
     """
     derivative = 1.0
     if not PLAIN:
         s, derivative = scores(s, at, j, slope, scoring)
     if MASKED:
         s = masked(s, mask, batch, head, at, i, j, q_len, k_len, scoring.left, scoring.right)
-    if FUSED:
-        return tl.exp2(tl.fma(s, scoring.factor, -base)), derivative
-    else:
-        exponent = tl.fma(s - base, scoring.factor, -log2_total)
-        return tl.exp2(tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)), derivative
+    exponent = tl.fma(s - maximum, scoring.factor, -log2_total)
+    if CLAMPED:
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(exponent), derivative
 
 
 @triton.jit
 def attention_grad_key_value(
-    query, key, value, grad_out, query_tiles, grad_out_tiles, statistics, bases, delta, grad_key, grad_value,
+    query, key, value, grad_out, query_tiles, grad_out_tiles, statistics, delta, grad_key, grad_value,
     mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program per head of keys and block of keys walks over the queries that see them, head by head of its group.
 
@@ -141,9 +109,9 @@ def attention_grad_key_value(
         # A key at place j is seen by the queries from j - shift - right to j - shift + left.
         last = tl.minimum(k_start + BLOCK_K, k_len) - 1
         begin, whole, edge, end = seen_range(k_start - shift, last - shift, q_len, scoring.right, scoring.left, BLOCK_Q)
+        CLAMPED: tl.constexpr = not PLAIN or k.dtype == tl.float32  # tensor instructions add up the same way again
         dk = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
         dv = tl.zeros([BLOCK_K, VALUE_COLUMNS], tl.float32)
-        PHASES: tl.constexpr = EXACT + 1 if FUSED else EXACT
         for member in range(sizes.group):
             head = kv_head * sizes.group + member
             q_pointers = tile_pointers(query, batch, head, q_first, BLOCK_Q, COLUMNS)
@@ -152,39 +120,34 @@ def attention_grad_key_value(
             slope = slope_of(scoring, b, head)
             seed, stream = dropout_stream(dropout, b, head, sizes.heads)
             visit, count = visit_list(visits, b, head, block)
-            huge = any_huge(bases, first_row, q_len, 1024) if FUSED else False
-            for phase in tl.static_range(PHASES):
+            for phase in tl.static_range(3):
                 start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_Q)
-                if huge == (phase == EXACT):
-                    for step in range(start, stop, BLOCK_Q):
-                        q_start = visited(visits, visit, step, BLOCK_Q)
-                        rows_left = q_len - q_start
-                        q = load_block(q_pointers, query, query_tiles, batch, head, q_first, q_start, rows_left, D, phase != 1)
-                        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
-                        at = first_row + q_start
-                        base, log2_total = load_statistics(
-                            statistics, bases, at, rows_left, BLOCK_Q, phase != 1, FUSED and phase != EXACT
-                        )
-                        its_delta = load_delta(delta, at, rows_left, BLOCK_Q, phase != 1)
-                        i = q_start + tl.arange(0, BLOCK_Q)
-                        p, derivative = recompute_p(
-                            s, base[None, :], log2_total[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
-                            q_len, k_len, slope, scoring, PLAIN, phase != 1, FUSED and phase != EXACT,
-                        )  # fmt: skip
-                        g = load_block(
-                            g_pointers, grad_out, grad_out_tiles, batch, head, q_first, q_start, rows_left, DV, phase != 1
-                        )
-                        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-                        if dropout.seed is None:
-                            dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
-                        else:
-                            keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
-                            dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
-                            dp *= keep * dropout.keep_scale
-                        ds = p * (dp - its_delta[None, :])
-                        if not PLAIN:
-                            ds *= derivative
-                        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                for step in range(start, stop, BLOCK_Q):
+                    q_start = visited(visits, visit, step, BLOCK_Q)
+                    rows_left = q_len - q_start
+                    q = load_block(q_pointers, query, query_tiles, batch, head, q_first, q_start, rows_left, D, phase != 1)
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
+                    at = first_row + q_start
+                    maximum, log2_total, its_delta = load_statistics(statistics, delta, at, rows_left, BLOCK_Q, phase != 1)
+                    i = q_start + tl.arange(0, BLOCK_Q)
+                    p, derivative = recompute_p(
+                        s, maximum[None, :], log2_total[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
+                        q_len, k_len, slope, scoring, PLAIN, phase != 1, CLAMPED,
+                    )  # fmt: skip
+                    g = load_block(
+                        g_pointers, grad_out, grad_out_tiles, batch, head, q_first, q_start, rows_left, DV, phase != 1
+                    )
+                    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                    if dropout.seed is None:
+                        dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
+                    else:
+                        keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
+                        dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
+                        dp *= keep * dropout.keep_scale
+                    ds = p * (dp - its_delta[None, :])
+                    if not PLAIN:
+                        ds *= derivative
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
         if dropout.seed is not None:
             dv *= dropout.keep_scale
         dk_pointers = tile_pointers(grad_key, batch, kv_head, k_first + k_start, BLOCK_K, COLUMNS)
@@ -195,10 +158,10 @@ def attention_grad_key_value(
 
 @triton.jit
 def attention_grad_query(
-    query, key, value, grad_out, key_tiles, value_tiles, statistics, bases, delta, grad_query,
+    query, key, value, grad_out, key_tiles, value_tiles, statistics, delta, grad_query,
     mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program per head and block of queries walks over the keys that its queries see, as in the forward."""
     b, head, block, batch, q_first, q_len, k_first, k_len = place(
@@ -214,40 +177,35 @@ def attention_grad_query(
         shift = k_len - q_len
         i = q_start + tl.arange(0, BLOCK_Q)
         first_row = (batch * sizes.heads + head) * sizes.q_len + q_first + q_start
-        base, log2_total = load_statistics(statistics, bases, first_row, rows_left, BLOCK_Q, True, FUSED)
-        its_delta = load_delta(delta, first_row, rows_left, BLOCK_Q, True)
-        huge = is_huge(base) if FUSED else False
+        maximum, log2_total, its_delta = load_statistics(statistics, delta, first_row, rows_left, BLOCK_Q, True)
         slope = slope_of(scoring, b, head)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        CLAMPED: tl.constexpr = not PLAIN or q.dtype == tl.float32  # tensor instructions add up the same way again
         dq = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
         last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
         begin, whole, edge, end = seen_range(q_start + shift, last + shift, k_len, scoring.left, scoring.right, BLOCK_K)
         visit, count = visit_list(visits, b, head, block)
-        PHASES: tl.constexpr = EXACT + 1 if FUSED else EXACT
-        for phase in tl.static_range(PHASES):
+        for phase in tl.static_range(3):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
-            if phase == EXACT:
-                base, log2_total = load_statistics(statistics, bases, first_row, rows_left, BLOCK_Q, True, False)
-            if huge == (phase == EXACT):
-                for step in range(start, stop, BLOCK_K):
-                    k_start = visited(visits, visit, step, BLOCK_K)
-                    k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
-                    j = (k_start + tl.arange(0, BLOCK_K))[None, :]
-                    p, derivative = recompute_p(
-                        s, base[:, None], log2_total[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
-                        q_len, k_len, slope, scoring, PLAIN, phase != 1, FUSED and phase != EXACT,
-                    )  # fmt: skip
-                    v = load_block(
-                        v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
-                    )
-                    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-                    if dropout.seed is not None:
-                        keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
-                        dp *= keep * dropout.keep_scale
-                    ds = p * (dp - its_delta[:, None])
-                    if not PLAIN:
-                        ds *= derivative
-                    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            for step in range(start, stop, BLOCK_K):
+                k_start = visited(visits, visit, step, BLOCK_K)
+                k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+                j = (k_start + tl.arange(0, BLOCK_K))[None, :]
+                p, derivative = recompute_p(
+                    s, maximum[:, None], log2_total[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
+                    q_len, k_len, slope, scoring, PLAIN, phase != 1, CLAMPED,
+                )  # fmt: skip
+                v = load_block(
+                    v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
+                )
+                dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+                if dropout.seed is not None:
+                    keep = kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                    dp *= keep * dropout.keep_scale
+                ds = p * (dp - its_delta[:, None])
+                if not PLAIN:
+                    ds *= derivative
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         dq_pointers = tile_pointers(grad_query, batch, head, q_first + q_start, BLOCK_Q, COLUMNS)
         store_tile(dq_pointers, dq * scoring.scale, rows_left, D)

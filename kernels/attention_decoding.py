@@ -105,7 +105,7 @@ def attention_decode(
         s, _ = scores(s, place, j[None, :], slope, scoring)
         s = masked(s, None, b, kv_head, place, r[:, None], j[None, :], rows, length, scoring.left, scoring.right)
         s = tl.where(exist[None, :], s, float("-inf"))
-        weights, maximum, total, rescale = online_softmax(s, scoring.factor, maximum, total, True, False)
+        weights, maximum, total, rescale = online_softmax(s, scoring, maximum, total, True, False)
         v_rows = row_pointers(values, kv_head, outer, row)
         v = tl.load(v_rows[:, None] + value_columns, mask=exist[:, None] & (value_columns < DV), other=0.0)
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)

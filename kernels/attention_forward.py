@@ -2,8 +2,7 @@
 
 What makes it fast: one fused multiply-add and one exp2 per score, as the scale is folded into the exponent; keys that nobody in
 the block sees are never visited; only blocks on the edge of what is seen are masked; tiles of keys and values are copied by the
-tensor memory accelerator where there is one, and warps are specialized where the settings say so. Where scores are so huge that
-the multiply-add rounds too much, one more phase walks over the keys again and subtracts the maximum first.
+tensor memory accelerator where there is one, and warps are specialized where the settings say so.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
 """
 
@@ -11,11 +10,9 @@ import triton
 import triton.language as tl
 
 from .attention_parts import (
-    EXACT,
     dropout_stream,
     finish_softmax,
     fused_residual,
-    is_huge,
     kept,
     load_block,
     load_tile,
@@ -66,43 +63,27 @@ def attention_forward(
         last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
         begin, whole, edge, end = seen_range(q_start + shift, last + shift, k_len, scoring.left, scoring.right, BLOCK_K)
         visit, count = visit_list(visits, b, head, block)
-        residual = 0.0
-        PHASES: tl.constexpr = EXACT + 1 if FUSED else EXACT
-        for phase in tl.static_range(PHASES):
+        for phase in tl.static_range(3):
             start, stop = loop_bounds(phase, begin, whole, edge, end, count, visits is not None, BLOCK_K)
-            runs = True
-            if phase == EXACT:  # the maximum is known by now
-                runs, residual = is_huge(maximum * scoring.factor), fused_residual(maximum, scoring.factor)
-            if runs:
-                if phase == EXACT:
-                    residual = tl.zeros([BLOCK_Q], tl.float32)
-                    total, acc = tl.zeros([BLOCK_Q], tl.float32), tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
-                for step in tl.range(
-                    start,
-                    stop,
-                    BLOCK_K,
-                    num_stages=1 if phase == EXACT else None,
-                    warp_specialize=SPECIALIZED and phase != EXACT,
-                ):
-                    k_start = visited(visits, visit, step, BLOCK_K)
-                    k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
-                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
-                    j = (k_start + tl.arange(0, BLOCK_K))[None, :]
-                    if not PLAIN:
-                        s, _ = scores(s, (i + shift)[:, None], j, slope, scoring)
-                    if phase != 1:
-                        s = masked(
-                            s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
-                        )
-                    weights, maximum, total, rescale = online_softmax(
-                        s, scoring.factor, maximum, total, phase != 1, FUSED and phase != EXACT
+            for step in tl.range(start, stop, BLOCK_K, warp_specialize=SPECIALIZED):
+                k_start = visited(visits, visit, step, BLOCK_K)
+                k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+                j = (k_start + tl.arange(0, BLOCK_K))[None, :]
+                if not PLAIN:
+                    s, _ = scores(s, (i + shift)[:, None], j, slope, scoring)
+                if phase != 1:
+                    s = masked(
+                        s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
                     )
-                    if dropout.seed is not None:
-                        weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
-                    v = load_block(
-                        v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
-                    )
-                    acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+                weights, maximum, total, rescale = online_softmax(s, scoring, maximum, total, phase != 1, FUSED)
+                if dropout.seed is not None:
+                    weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                v = load_block(
+                    v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
+                )
+                acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        residual = fused_residual(maximum, scoring) if FUSED else 0.0
         out_scale, its_lse, log2_total = finish_softmax(maximum, total, residual, scoring, head, PLAIN)
         if dropout.seed is not None:
             out_scale *= dropout.keep_scale

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .attention_backward import load_delta, load_statistics, recompute_p
+from .attention_backward import load_statistics, recompute_p
 from .attention_parts import dropout_stream, kept, load_tile, masked, slope_of, tile_pointers
 
 
@@ -33,7 +33,7 @@ def attention_visits(
 
 @triton.jit
 def attention_grad_mask(
-    query, key, value, grad_out, statistics, bases, delta, mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
+    query, key, value, grad_out, statistics, delta, mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
     PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,12 +60,11 @@ def attention_grad_mask(
         q = load_tile(tile_pointers(query, batch, head, q_start, BLOCK_Q, COLUMNS), q_left, D, True)
         k = load_tile(tile_pointers(key, batch, kv_head, k_start, BLOCK_K, COLUMNS), k_left, D, True)
         first_row = (batch * sizes.heads + head) * q_len + q_start
-        base, log2_total = load_statistics(statistics, bases, first_row, q_left, BLOCK_Q, True, False)
-        its_delta = load_delta(delta, first_row, q_left, BLOCK_Q, True)
+        maximum, log2_total, its_delta = load_statistics(statistics, delta, first_row, q_left, BLOCK_Q, True)
         i, j = q_start + tl.arange(0, BLOCK_Q), (k_start + tl.arange(0, BLOCK_K))[None, :]
         p, _ = recompute_p(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), base[:, None], log2_total[:, None], mask, batch, head,
-            (i + k_len - q_len)[:, None], i[:, None], j, q_len, k_len, slope_of(scoring, b, head), scoring, False, True, False,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), maximum[:, None], log2_total[:, None], mask, batch, head,
+            (i + k_len - q_len)[:, None], i[:, None], j, q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
         )  # fmt: skip
         g = load_tile(tile_pointers(grad_out, batch, head, q_start, BLOCK_Q, VALUE_COLUMNS), q_left, DV, True)
         v = load_tile(tile_pointers(value, batch, kv_head, k_start, BLOCK_K, VALUE_COLUMNS), k_left, DV, True)

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-EXACT = tl.constexpr(3)  # the phase of a FUSED pass over tiles that computes all weights again, exactly, where scores are huge
-HUGE = tl.constexpr(float(1 << 12))  # exponents of 2 whose rounding, up to 2**-12, is too much for half precision
+HUGE = tl.constexpr(float(1 << 28))  # an exponent of 2 from which on scores that differ do so by 16 or more
 
 # ---- arguments: a kernel takes a tensor and its strides, or what belongs together, as one -----------------------------------
 
@@ -70,6 +69,7 @@ class Scoring(NamedTuple):
     right: Any
     scale: float
     factor: float  # exponent of 2 = factor * (score - maximum): log2(e); scale * log2(e) where scores are products
+    power: float  # the smallest power of 2 that is not below it
     softcap: Any  # score = softcap * tanh(per_softcap * scale * product)
     per_softcap: Any
     slopes: Any  # float32 (batch, heads)
@@ -175,17 +175,12 @@ def visit_list(visits, b, head, block):
 
 @triton.jit
 def loop_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (start, stop) of a phase.
-
-    Phases 0 to 2 are an edge, the inside, which needs no mask, and the other edge, or all that is listed; EXACT is all of it.
-    """
+    """Return (start, stop) of a phase: 0 is an edge, 1 the inside, which needs no mask, 2 the other edge or what is listed."""
     if LISTED:
-        if phase >= 2:
+        if phase == 2:
             return 0, count * BLOCK
         else:
             return 0, 0
-    elif phase == EXACT:
-        return begin, end
     elif phase == 0:
         return begin, whole
     elif phase == 1:
@@ -324,7 +319,7 @@ def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
 
 
 @triton.jit
-def online_softmax(s, factor, maximum, total, MASKED: tl.constexpr, FUSED: tl.constexpr):
+def online_softmax(s, scoring, maximum, total, MASKED: tl.constexpr, FUSED: tl.constexpr):
     """Return (weights, new maximum, new total, rescale) of a tile of scores (ROWS, KEYS); rescale corrects earlier sums.
 
     `maximum` and `total` (ROWS,) are those of the keys so far. A FUSED weight takes one multiply-add and one exp2; its exponent
@@ -334,26 +329,31 @@ def online_softmax(s, factor, maximum, total, MASKED: tl.constexpr, FUSED: tl.co
     new = tl.maximum(maximum, tl.max(s, 1))
     base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has seen nothing yet has no maximum
     if FUSED:
-        weights = tl.exp2(tl.fma(s, factor, -(base * factor)[:, None]))
+        factor = fused_factor(base, scoring)
+        weights = tl.exp2(tl.fma(s, factor[:, None], -(base * factor)[:, None]))
         rescale = tl.exp2(maximum * factor - base * factor)
     else:
-        weights = tl.exp2((s - base[:, None]) * factor)
-        rescale = tl.exp2((maximum - base) * factor)
+        weights = tl.exp2((s - base[:, None]) * scoring.factor)
+        rescale = tl.exp2((maximum - base) * scoring.factor)
     return weights, new, tl.fma(total, rescale, tl.sum(weights, 1)), rescale
 
 
 @triton.jit
-def fused_residual(maximum, factor):
-    """Return by how much the exponents of FUSED weights are too large: the rounding of the product that they subtract."""
-    known = tl.where(maximum == float("-inf"), 0.0, maximum)
-    return tl.fma(known, factor, -(known * factor))
+def fused_factor(maximum, scoring):
+    """Return what the scores of rows (ROWS,) are multiplied by, so that the product with the maximum is not far from rounded.
+
+    Where that product is HUGE, a score is the maximum, or so far below it that it weighs nothing: another factor, not smaller,
+    gives the same weights, and a power of 2 an exact product. Elsewhere it is off by 8 at most, and no weight overflows.
+    """
+    return tl.where(tl.abs(maximum * scoring.factor) < HUGE, scoring.factor, scoring.power)
 
 
 @triton.jit
-def is_huge(exponents):
-    """Tell whether one of these exponents of 2 (ROWS,), of largest scores, is HUGE; inf belongs to a row that sees nothing."""
-    sizes = tl.abs(exponents)
-    return tl.max(tl.where(sizes == float("inf"), 0.0, sizes), 0) >= HUGE
+def fused_residual(maximum, scoring):
+    """Return by how much the exponents of FUSED weights are too large: the rounding of the product that they subtract."""
+    known = tl.where(maximum == float("-inf"), 0.0, maximum)
+    factor = fused_factor(known, scoring)
+    return tl.fma(known, factor, -(known * factor))
 
 
 @triton.jit
