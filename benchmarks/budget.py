@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Hashable
 
 GUARANTEED = 0.75  # A setting leaves to those behind it so much of what they were to have at first.
-LATEST = 2 / 3  # A setting is left out where less than this part of that is left.
+LATEST = 1 / 3  # A setting is left out where less than this part of that is left.
 LATE = 0.25  # The part of a share for repetitions where less is left than that.
 GENEROUS = 4.0  # First calls may take so many fair shares. Most settings use less than one.
 UNLIMITED_SHARE = 30.0  # Seconds, in a run without a limit. There too nothing is repeated for hours.
@@ -65,9 +65,9 @@ class Budget:
             self.most = min(GENEROUS * self.share, max(self.share, self.left - self.kept))
 
     def allows_first(self, needed: bool = False) -> bool:
-        """Say whether another implementation may be called. One that is needed may unless its whole setting is left out."""
+        """Say whether another implementation may be called. In a setting that is left out none may, and else what is needed."""
         spent = self.clock() - self.began
-        return self.left > 0 and (self.reached if needed else spent <= self.most)
+        return self.left > 0 and self.reached and (needed or spent <= self.most)
 
     def allows_second(self, seconds: float, needed: bool = False) -> bool:
         """Say whether an implementation whose first call took so many seconds may be called again, to be timed.

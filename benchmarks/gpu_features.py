@@ -20,9 +20,11 @@ def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> li
     plain = dict.fromkeys(attention.Call._fields[3:11]) | {"scale": 0.1, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
     call = attention.Call(query, key, value, **plain | {"allow_tf32": False} | options, arch=arch)
     out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
+    statistics = _tensor(*query.shape[:3], 2, dtype=torch.float32)
     floating = call.mask is not None and call.mask.is_floating_point()
     grads = (query, key, value, _tensor(*call.mask.shape) if floating else None)
-    return attention.plan_forward(call, out, lse) + attention.plan_backward(call, out, lse, out, lse, grads, lse)
+    forward = attention.plan_forward(call, out, lse, statistics)
+    return forward + attention.plan_backward(call, out, statistics, out, lse, grads, lse)
 
 
 def _decoding(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:

@@ -73,6 +73,7 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
 
     query, key, value, out = (tensor(batch, heads, length, head_dim) for _ in range(4))
     lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
+    statistics = tensor(batch, heads, length, 2, dtype=torch.float32)
     if variant.of == DECODE:
         caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
         lengths = tensor(batch, dtype=torch.int32)
@@ -85,13 +86,13 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         mask, seed = tensor(batch, heads, length, length, dtype=torch.float32), tensor(dtype=torch.int64)
         drop_below = 1 << 29
     if variant.loop == "packed":
-        query, key, value, out, lse = (t[:1] for t in (query, key, value, out, lse))
+        query, key, value, out, lse, statistics = (t[:1] for t in (query, key, value, out, lse, statistics))
         cu_seqlens = tensor(batch + 1, dtype=torch.int32)
     tensors = (query, key, value, mask, None, None, seed, cu_seqlens, cu_seqlens)
     call = attention.Call(*tensors, None, right, scale, 0.0, drop_below, 1.0, False, variant.arch)
-    launches = attention.plan_forward(call, out, lse)
+    launches = attention.plan_forward(call, out, lse, statistics)
     if variant.of != FORWARD:
-        launches = attention.plan_backward(call, out, lse, out, None, (query, key, value, None), lse)
+        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
     return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.of}")
 
 

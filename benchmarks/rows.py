@@ -119,7 +119,7 @@ def sections() -> dict[str, Section]:
     from fastlm.ops.spec import all_benchmarks
 
     every = [OpSection(benchmark) for benchmark in all_benchmarks()] + [ModelSection(model) for model in bench_models.MODELS]
-    order = MODELS, OPS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
+    order = OPS, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
     return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
 
 

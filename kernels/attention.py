@@ -4,6 +4,7 @@ A call is planned before it is run: `plan_forward`, `plan_backward` and `plan_de
 after the other without waiting for the GPU. Ahead-of-time compilation and its tests read the same plans.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -69,8 +70,8 @@ class Call(NamedTuple):
 
 
 def _launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int = 1) -> Launch:
-    # A multiplication and an addition are one instruction, whatever Triton's default.
-    return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True})
+    # Kernels say themselves what is fused: a maximum minus itself, fused with the product that it came from, would not be 0.
+    return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False})
 
 
 def run(launches: Iterable[Launch]) -> None:
@@ -84,7 +85,8 @@ def run(launches: Iterable[Launch]) -> None:
 
 
 def _rows(tensor: Tensor) -> Rows:
-    return Rows(tensor, *tensor.stride()[:3])
+    # Rows so far apart that those of a tile, 256 at most, do not fit into offsets of 32 bits.
+    return Rows(tensor, *tensor.stride()[:3], True if tensor.stride(2) >= 1 << 22 else None)
 
 
 def _inputs(call: Call) -> dict:
@@ -109,12 +111,20 @@ def _sizes(call: Call) -> Sizes:
     return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k)
 
 
-def _scoring(left, right, scale: float, softcap: float, slopes: Tensor | None, sinks: Tensor | None) -> Scoring:
+def _scoring(left, right, scale: float, softcap: float, slopes: Tensor | None, sinks: Tensor | None, plain: bool) -> Scoring:
+    """Say how products become scores, which are products themselves if `plain`."""
     left, right = (None if side is None else max(-_FAR, min(side, _FAR)) for side in (left, right))
-    inner, outer = (scale / softcap, softcap * LOG2E.value) if softcap else (scale * LOG2E.value, None)
+    factor = scale * LOG2E.value if plain else LOG2E.value
+    cap, per_cap = (softcap, 1.0 / softcap) if softcap else (None, None)
     slopes = None if slopes is None else slopes.float().contiguous()
     slope_batch = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
-    return Scoring(left, right, scale, inner, outer, slopes, slope_batch, None if sinks is None else sinks.float().contiguous())
+    sinks = None if sinks is None else sinks.float().contiguous()
+    power = 2.0 ** math.ceil(math.log2(factor))
+    return Scoring(left, right, scale, factor, power, cap, per_cap, slopes, slope_batch, sinks)
+
+
+def _scoring_of(call: Call) -> Scoring:
+    return _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, call.sinks, is_plain(call))
 
 
 def _dropout(call: Call) -> Dropout:
@@ -148,15 +158,23 @@ def _shared(call: Call) -> dict:
     }
 
 
-def _is_plain(call: Call) -> bool:
-    """Whether scores are products times a positive number."""
+_SCALES = 2.0**-60, 2.0**60  # times these, products that fit into float32 give exponents of 2 that mean something
+
+
+def is_plain(call: Call) -> bool:
+    """Tell whether scores are products times a positive number, so that kernels can do without the multiplication."""
     has_bias = call.mask is not None and call.mask.is_floating_point()
-    return call.scale > 0 and not call.softcap and call.alibi_slopes is None and not has_bias
+    return _SCALES[0] <= call.scale <= _SCALES[1] and not call.softcap and call.alibi_slopes is None and not has_bias
+
+
+def _is_fused(call: Call) -> bool:
+    """Tell whether the forward computes a weight in one multiply-add. Beside float32's products a subtraction costs nothing."""
+    return is_plain(call) and call.query.dtype != torch.float32
 
 
 def _is_specialized(call: Call, shape: Tile, tiles: dict) -> bool:
     """Whether some warps copy, some multiply and some weigh: where the settings say so and the loop holds nothing else."""
-    return shape.specialized and _is_plain(call) and None not in tiles.values()
+    return shape.specialized and is_plain(call) and None not in tiles.values()
 
 
 def _together(call: Call) -> int:
@@ -230,35 +248,36 @@ def _visits(
     return [_launch(attention_visits, batch * heads * own, arguments)], Visits(blocks, counts, of_batch, of_head, max(1, other))
 
 
-def plan_forward(call: Call, out: Tensor, lse: Tensor) -> list[Launch]:
-    """Launches that write out (batch, heads, rows, Dv) and lse (batch, heads, rows)."""
+def plan_forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor) -> list[Launch]:
+    """Plan launches that write out (batch, heads, rows, Dv), lse (batch, heads, rows) and statistics (the same, 2)."""
     (shape, tiles), sizes = _cut(FORWARD, call, key=call.key, value=call.value), _sizes(call)
-    scoring = _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, call.sinks)
+    scoring = _scoring_of(call)
     mask_rows, mask = _mask(call.mask, call)
     launches, visits = _visits(mask, call, shape, False, scoring)
     arguments = {
-        **_inputs(call), **tiles, "out": _rows(out), "lse": lse, "mask": mask_rows, "visits": visits, "sizes": sizes,
-        "scoring": scoring, "dropout": _dropout(call), "together": _together(call), "BLOCK_Q": shape.q, "BLOCK_K": shape.k,
-        "PLAIN": _is_plain(call), "SPECIALIZED": _is_specialized(call, shape, tiles), **_shared(call),
+        **_inputs(call), **tiles, "out": _rows(out), "lse": lse, "statistics": statistics, "mask": mask_rows,
+        "visits": visits, "sizes": sizes, "scoring": scoring, "dropout": _dropout(call), "together": _together(call),
+        "BLOCK_Q": shape.q, "BLOCK_K": shape.k, "PLAIN": is_plain(call), "FUSED": _is_fused(call),
+        "SPECIALIZED": _is_specialized(call, shape, tiles), **_shared(call),
     }  # fmt: skip
     grid = sizes.heads * _blocks(sizes.q_len, sizes.cu_q, shape.q, sizes)
     return [*launches, _launch(attention_forward, grid, arguments, shape.warps, shape.stages)]
 
 
 def plan_backward(
-    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: tuple, delta: Tensor
+    call: Call, out: Tensor, statistics: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: tuple, delta: Tensor
 ) -> list[Launch]:
-    """Launches that write delta, like lse, and the gradients of query, key, value and mask; the last may be None.
+    """Plan launches that write delta (batch, heads, rows) and the gradients of query, key, value and, unless None, mask.
 
     grad_mask is contiguous, of the mask's shape.
     """
     sizes, shared = _sizes(call), _shared(call)
     grad_query, grad_key, grad_value, grad_mask = grads
-    scoring = _scoring(call.left, call.right, call.scale, call.softcap, call.alibi_slopes, None)  # the sinks are in lse
+    scoring = _scoring_of(call._replace(sinks=None))  # the sinks are in the statistics
     mask_rows, mask = _mask(call.mask, call)
-    tensors = {**_inputs(call), "grad_out": _rows(grad_out), "lse": lse, "delta": delta, "mask": mask_rows}
+    tensors = {**_inputs(call), "grad_out": _rows(grad_out), "statistics": statistics, "delta": delta, "mask": mask_rows}
     tensors |= {"sizes": sizes, "scoring": scoring, "dropout": _dropout(call), **shared}
-    walk = {"together": _together(call), "PLAIN": _is_plain(call)}
+    walk = {"together": _together(call), "PLAIN": is_plain(call)}
 
     batch, heads, q_len, _ = call.query.shape
     of_delta = {
@@ -348,7 +367,7 @@ def plan_decoding(
     both = {
         "partial": partial, "statistics": statistics, "cache_seqlens": cache_seqlens,
         "sizes": Sizes(batch, heads, group, q_len, capacity, None, None),
-        "scoring": _scoring(left, right, scale, softcap, alibi_slopes, sinks), "added": added, "capacity": capacity,
+        "scoring": _scoring(left, right, scale, softcap, alibi_slopes, sinks, False), "added": added, "capacity": capacity,
         "chunks": chunks, "DV": value_dim, "VALUE_COLUMNS": _columns(value_dim), "CHUNK": chunk,
     }  # fmt: skip
     of_tiles = {

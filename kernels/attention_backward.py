@@ -1,6 +1,6 @@
 """The backward of attention, without atomics: every gradient is summed by one program, in one order.
 
-    delta = sum_d out grad_out - grad_lse;  p = exp(s - lse);  dp = grad_out v^T;  ds = p (dp - delta)
+    delta = sum_d out grad_out - grad_lse;  p = exp(s - maximum) / total;  dp = grad_out v^T;  ds = p (dp - delta)
     grad_value = p^T grad_out;  grad_key = scale ds^T q;  grad_query = scale ds k;  grad_mask = ds
 
 One pass for delta, one over the blocks of keys, one over the blocks of queries, and one over the mask where it wants a gradient
@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .attention_parts import (
-    LOG2E,
     dropout_stream,
     kept,
     load_block,
@@ -33,7 +32,7 @@ from .attention_parts import (
 def attention_delta(
     out, grad_out, grad_lse, delta, heads, rows, DV: tl.constexpr, VALUE_COLUMNS: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """delta, float32 (batch, heads, rows); grad_lse like it, or None."""
+    """Write delta, float32 (batch, heads, rows); grad_lse is like it, or None."""
     blocks = tl.cdiv(rows, BLOCK_Q)
     block, unit = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     start, batch, head = block * BLOCK_Q, (unit // heads).to(tl.int64), unit % heads
@@ -48,33 +47,45 @@ def attention_delta(
 
 
 @triton.jit
-def load_statistics(lse, delta, rows_left, ROWS: tl.constexpr, CHECKED: tl.constexpr):
-    """(lse in units of log2, delta) of ROWS rows; weights past the last row, and of a row that saw nothing, come out as 0."""
+def load_statistics(statistics, delta, at, rows_left, ROWS: tl.constexpr, CHECKED: tl.constexpr):
+    """Return (maximum, log2 of the total, delta) of ROWS rows from row `at` on of all that there are.
+
+    The maximum past the last row, and of a row that saw nothing, is inf: weights come out as 0.
+    """
     r = tl.arange(0, ROWS)
+    pairs = statistics + at * 2 + r * 2
     if CHECKED:
-        known = tl.load(lse + r, mask=r < rows_left, other=float("inf"))
-        return tl.where(known == float("-inf"), float("inf"), known) * LOG2E, tl.load(delta + r, mask=r < rows_left, other=0.0)
+        inside = r < rows_left
+        maximum = tl.load(pairs, mask=inside, other=float("inf"))
+        maximum = tl.where(maximum == float("-inf"), float("inf"), maximum)
+        return maximum, tl.load(pairs + 1, mask=inside, other=0.0), tl.load(delta + at + r, mask=inside, other=0.0)
     else:
-        return tl.load(lse + r) * LOG2E, tl.load(delta + r)
+        return tl.load(pairs), tl.load(pairs + 1), tl.load(delta + at + r)
 
 
 @triton.jit
-def weights_again(
-    s, lse, mask, batch, head, at, i, j, q_len, k_len, slope, scoring, PLAIN: tl.constexpr, MASKED: tl.constexpr
+def recompute_p(
+    s, maximum, log2_total, mask, batch, head, at, i, j, q_len, k_len, slope, scoring,
+    PLAIN: tl.constexpr, MASKED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """(weights, derivative of the softcap) of a tile of products, whose softmax is known."""
-    factor, derivative = scoring.inner, 1.0
+    """Return (p, derivative of the softcap) of a tile of products; maximum and log2_total of its rows broadcast against it.
+
+    CLAMPED: p is at most 1, where a score may come out an ulp, which is 64 at 1e9, above what the forward found.
+    """
+    derivative = 1.0
     if not PLAIN:
         s, derivative = scores(s, at, j, slope, scoring)
-        factor = 1.0
     if MASKED:
         s = masked(s, mask, batch, head, at, i, j, q_len, k_len, scoring.left, scoring.right)
-    return tl.exp2(s * factor - lse), derivative
+    exponent = tl.fma(s - maximum, scoring.factor, -log2_total)
+    if CLAMPED:
+        exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(exponent), derivative
 
 
 @triton.jit
 def attention_grad_key_value(
-    query, key, value, grad_out, query_tiles, grad_out_tiles, lse, delta, grad_key, grad_value,
+    query, key, value, grad_out, query_tiles, grad_out_tiles, statistics, delta, grad_key, grad_value,
     mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,13 +109,14 @@ def attention_grad_key_value(
         # A key at place j is seen by the queries from j - shift - right to j - shift + left.
         last = tl.minimum(k_start + BLOCK_K, k_len) - 1
         begin, whole, edge, end = seen_range(k_start - shift, last - shift, q_len, scoring.right, scoring.left, BLOCK_Q)
+        CLAMPED: tl.constexpr = not PLAIN or k.dtype == tl.float32  # tensor instructions add up the same way again
         dk = tl.zeros([BLOCK_K, COLUMNS], tl.float32)
         dv = tl.zeros([BLOCK_K, VALUE_COLUMNS], tl.float32)
         for member in range(sizes.group):
             head = kv_head * sizes.group + member
             q_pointers = tile_pointers(query, batch, head, q_first, BLOCK_Q, COLUMNS)
             g_pointers = tile_pointers(grad_out, batch, head, q_first, BLOCK_Q, VALUE_COLUMNS)
-            statistics = (batch * sizes.heads + head) * sizes.q_len + q_first
+            first_row = (batch * sizes.heads + head) * sizes.q_len + q_first
             slope = slope_of(scoring, b, head)
             seed, stream = dropout_stream(dropout, b, head, sizes.heads)
             visit, count = visit_list(visits, b, head, block)
@@ -115,12 +127,12 @@ def attention_grad_key_value(
                     rows_left = q_len - q_start
                     q = load_block(q_pointers, query, query_tiles, batch, head, q_first, q_start, rows_left, D, phase != 1)
                     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
-                    at_start = statistics + q_start
-                    its_lse, its_delta = load_statistics(lse + at_start, delta + at_start, rows_left, BLOCK_Q, phase != 1)
+                    at = first_row + q_start
+                    maximum, log2_total, its_delta = load_statistics(statistics, delta, at, rows_left, BLOCK_Q, phase != 1)
                     i = q_start + tl.arange(0, BLOCK_Q)
-                    p, derivative = weights_again(
-                        s, its_lse[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j, q_len, k_len, slope,
-                        scoring, PLAIN, phase != 1,
+                    p, derivative = recompute_p(
+                        s, maximum[None, :], log2_total[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
+                        q_len, k_len, slope, scoring, PLAIN, phase != 1, CLAMPED,
                     )  # fmt: skip
                     g = load_block(
                         g_pointers, grad_out, grad_out_tiles, batch, head, q_first, q_start, rows_left, DV, phase != 1
@@ -146,7 +158,7 @@ def attention_grad_key_value(
 
 @triton.jit
 def attention_grad_query(
-    query, key, value, grad_out, key_tiles, value_tiles, lse, delta, grad_query,
+    query, key, value, grad_out, key_tiles, value_tiles, statistics, delta, grad_query,
     mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr,
@@ -164,10 +176,11 @@ def attention_grad_query(
         v_pointers = tile_pointers(value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
         shift = k_len - q_len
         i = q_start + tl.arange(0, BLOCK_Q)
-        statistics = (batch * sizes.heads + head) * sizes.q_len + q_first + q_start
-        its_lse, its_delta = load_statistics(lse + statistics, delta + statistics, rows_left, BLOCK_Q, True)
+        first_row = (batch * sizes.heads + head) * sizes.q_len + q_first + q_start
+        maximum, log2_total, its_delta = load_statistics(statistics, delta, first_row, rows_left, BLOCK_Q, True)
         slope = slope_of(scoring, b, head)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        CLAMPED: tl.constexpr = not PLAIN or q.dtype == tl.float32  # tensor instructions add up the same way again
         dq = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
         last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
         begin, whole, edge, end = seen_range(q_start + shift, last + shift, k_len, scoring.left, scoring.right, BLOCK_K)
@@ -179,9 +192,9 @@ def attention_grad_query(
                 k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]
-                p, derivative = weights_again(
-                    s, its_lse[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, slope, scoring,
-                    PLAIN, phase != 1,
+                p, derivative = recompute_p(
+                    s, maximum[:, None], log2_total[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
+                    q_len, k_len, slope, scoring, PLAIN, phase != 1, CLAMPED,
                 )  # fmt: skip
                 v = load_block(
                     v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .attention_parts import LOG2E, first_state, load_tile, log_sum_exp, masked, online_softmax, scores, tile_pointers
+from .attention_parts import LOG2E, finish_softmax, load_tile, masked, online_softmax, scores, tile_pointers
 
 
 class Cache(NamedTuple):
@@ -46,7 +46,7 @@ def row_pointers(cache, head, outer, row):
 @triton.jit
 def cached_length(cache_seqlens, b, added, capacity):
     """Rows of a sequence with those appended: between 0 and the capacity, whatever cache_seqlens holds."""
-    return tl.minimum(tl.maximum(tl.load(cache_seqlens + b), 0) + added, capacity)
+    return tl.minimum(tl.maximum(tl.load(cache_seqlens + b), 0), capacity - added) + added  # no sum passes 2**31
 
 
 @triton.jit
@@ -88,10 +88,11 @@ def attention_decode(
     place = (i + length - sizes.q_len)[:, None]
     slope = 0.0
     if scoring.slopes is not None:
-        slope = (tl.load(scoring.slopes + b * scoring.slope_batch + head, mask=r < rows, other=0.0) * LOG2E)[:, None]
+        slope = (tl.load(scoring.slopes + b * scoring.slope_batch + head, mask=r < rows, other=0.0))[:, None]
     maximum, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
-    begin, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, length)
+    begin = chunk * CHUNK
+    end = begin + tl.minimum(CHUNK, length - begin)
     if scoring.left is not None:  # the first query sees the furthest back
         begin = tl.maximum(begin, (length - sizes.q_len - scoring.left) // BLOCK_K * BLOCK_K)
     if scoring.right is not None:
@@ -104,10 +105,10 @@ def attention_decode(
         s, _ = scores(s, place, j[None, :], slope, scoring)
         s = masked(s, None, b, kv_head, place, r[:, None], j[None, :], rows, length, scoring.left, scoring.right)
         s = tl.where(exist[None, :], s, float("-inf"))
-        weights, maximum, total, decay = online_softmax(s, 1.0, maximum, total, True)
+        weights, maximum, total, rescale = online_softmax(s, scoring, maximum, total, True, False)
         v_rows = row_pointers(values, kv_head, outer, row)
         v = tl.load(v_rows[:, None] + value_columns, mask=exist[:, None] & (value_columns < DV), other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+        acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     at = ((b.to(tl.int64) * sizes.heads + head) * sizes.q_len + i) * chunks + chunk
     tl.store(statistics + at * 2, maximum, mask=r < rows)
     tl.store(statistics + at * 2 + 1, total, mask=r < rows)
@@ -119,11 +120,11 @@ def attention_join(
     partial, statistics, cache_seqlens, out, lse, sizes, scoring, added, capacity, chunks,
     DV: tl.constexpr, VALUE_COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """A program per query and head adds up its chunks, in their order, and its sink."""
+    """Join the chunks of a query and head, a program for each, in their order, and its sink."""
     unit = tl.program_id(0).to(tl.int64)
     i, head, b = unit % sizes.q_len, unit // sizes.q_len % sizes.heads, unit // sizes.q_len // sizes.heads
     columns = tl.arange(0, VALUE_COLUMNS)
-    maximum, total = first_state(scoring, head, 1)
+    maximum, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([VALUE_COLUMNS], tl.float32)
     length = cached_length(cache_seqlens, b, added, capacity)
     one = tl.arange(0, 1)
@@ -132,11 +133,11 @@ def attention_join(
         its_maximum, its_total = tl.load(statistics + at * 2 + one), tl.load(statistics + at * 2 + 1 + one)
         new = tl.maximum(maximum, its_maximum)
         base = tl.where(new == float("-inf"), 0.0, new)
-        decay, share = tl.exp2(maximum - base), tl.exp2(its_maximum - base)
+        rescale, share = tl.exp2((maximum - base) * LOG2E), tl.exp2((its_maximum - base) * LOG2E)
         part = tl.load(partial + at * DV + columns, mask=(columns < DV), other=0.0)
-        acc = acc * decay + part * share
-        maximum, total = new, total * decay + its_total * share
-    scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+        acc = acc * rescale + part * share
+        maximum, total = new, total * rescale + its_total * share
+    out_scale, its_lse, _ = finish_softmax(maximum, total, 0.0, scoring, head, False)
     row = out.data + b * out.batch + head * out.head + i * out.row
-    tl.store(row + columns, (acc * scale).to(out.data.dtype.element_ty), mask=columns < DV)
-    tl.store(lse + unit + one, log_sum_exp(maximum, total))
+    tl.store(row + columns, (acc * out_scale).to(out.data.dtype.element_ty), mask=columns < DV)
+    tl.store(lse + unit + one, its_lse)

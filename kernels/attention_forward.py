@@ -11,11 +11,11 @@ import triton.language as tl
 
 from .attention_parts import (
     dropout_stream,
-    first_state,
+    finish_softmax,
+    fused_residual,
     kept,
     load_block,
     load_tile,
-    log_sum_exp,
     loop_bounds,
     masked,
     online_softmax,
@@ -32,11 +32,18 @@ from .attention_parts import (
 
 @triton.jit
 def attention_forward(
-    query, key, value, key_tiles, value_tiles, out, lse, mask, visits, sizes, scoring, dropout, together,
+    query, key, value, key_tiles, value_tiles, out, lse, statistics, mask, visits, sizes, scoring, dropout, together,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PLAIN: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
-    """query, key, value, out: Rows; lse: float32 (batch, heads, rows). PLAIN: scores are products times a positive factor."""
+    """Write out, lse and statistics. query, key, value and out are Rows.
+
+    PLAIN: scores are products times a positive scale; FUSED: and weights are computed from them in one multiply-add.
+
+    lse: float32 (batch, heads, rows); statistics: float32 (batch, heads, rows, 2), what the backward takes weights against:
+    the maximum, a product if PLAIN, and log2 of the weights' total.
+    """
     b, head, block, batch, q_first, q_len, k_first, k_len = place(
         tl.program_id(0), sizes.heads, sizes.q_len, sizes, sizes.cu_q, together, BLOCK_Q
     )
@@ -51,7 +58,7 @@ def attention_forward(
         i = q_start + tl.arange(0, BLOCK_Q)
         slope = slope_of(scoring, b, head)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
-        maximum, total = first_state(scoring, head, BLOCK_Q)
+        maximum, total = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
         acc = tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
         last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
         begin, whole, edge, end = seen_range(q_start + shift, last + shift, k_len, scoring.left, scoring.right, BLOCK_K)
@@ -63,22 +70,21 @@ def attention_forward(
                 k = load_block(k_pointers, key, key_tiles, batch, kv_head, k_first, k_start, k_len - k_start, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]
-                factor = scoring.inner
                 if not PLAIN:
                     s, _ = scores(s, (i + shift)[:, None], j, slope, scoring)
-                    factor = 1.0
                 if phase != 1:
                     s = masked(
                         s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
                     )
-                weights, maximum, total, decay = online_softmax(s, factor, maximum, total, phase != 1)
+                weights, maximum, total, rescale = online_softmax(s, scoring, maximum, total, phase != 1, FUSED)
                 if dropout.seed is not None:
                     weights *= kept(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
                 v = load_block(
                     v_pointers, value, value_tiles, batch, kv_head, k_first, k_start, k_len - k_start, DV, phase != 1
                 )
-                acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-        out_scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+                acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        residual = fused_residual(maximum, scoring) if FUSED else 0.0
+        out_scale, its_lse, log2_total = finish_softmax(maximum, total, residual, scoring, head, PLAIN)
         if dropout.seed is not None:
             out_scale *= dropout.keep_scale
         store_tile(
@@ -87,5 +93,7 @@ def attention_forward(
             q_len - q_start,
             DV,
         )
-        lse_rows = lse + (batch * sizes.heads + head) * sizes.q_len + q_first + i
-        tl.store(lse_rows, log_sum_exp(maximum, total), mask=i < q_len)
+        at = (batch * sizes.heads + head) * sizes.q_len + q_first + i
+        tl.store(lse + at, its_lse, mask=i < q_len)
+        tl.store(statistics + at * 2, maximum, mask=i < q_len)
+        tl.store(statistics + at * 2 + 1, log2_total, mask=i < q_len)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .attention_backward import load_statistics, weights_again
+from .attention_backward import load_statistics, recompute_p
 from .attention_parts import dropout_stream, kept, load_tile, masked, slope_of, tile_pointers
 
 
@@ -26,13 +26,14 @@ def attention_visits(
         nothing = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         s = masked(nothing, mask, batch, head, i + k_len - q_len, i, j, q_len, k_len, left, right)
         tl.store(list_start + count, n)  # the next overwrites it if this block holds nothing
-        count += (tl.max(tl.max(s, 1), 0) > float("-inf")).to(tl.int32)
+        something = tl.where(s == float("-inf"), 0, 1)  # NaN is something
+        count += tl.max(tl.max(something, 1), 0)
     tl.store(counts + tl.program_id(0), count)
 
 
 @triton.jit
 def attention_grad_mask(
-    query, key, value, grad_out, lse, delta, mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
+    query, key, value, grad_out, statistics, delta, mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
     PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,12 +59,12 @@ def attention_grad_mask(
         batch, kv_head, q_left, k_left = b.to(tl.int64), head // sizes.group, q_len - q_start, k_len - k_start
         q = load_tile(tile_pointers(query, batch, head, q_start, BLOCK_Q, COLUMNS), q_left, D, True)
         k = load_tile(tile_pointers(key, batch, kv_head, k_start, BLOCK_K, COLUMNS), k_left, D, True)
-        statistics = (batch * sizes.heads + head) * q_len + q_start
-        its_lse, its_delta = load_statistics(lse + statistics, delta + statistics, q_left, BLOCK_Q, True)
+        first_row = (batch * sizes.heads + head) * q_len + q_start
+        maximum, log2_total, its_delta = load_statistics(statistics, delta, first_row, q_left, BLOCK_Q, True)
         i, j = q_start + tl.arange(0, BLOCK_Q), (k_start + tl.arange(0, BLOCK_K))[None, :]
-        p, _ = weights_again(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), its_lse[:, None], mask, batch, head,
-            (i + k_len - q_len)[:, None], i[:, None], j, q_len, k_len, slope_of(scoring, b, head), scoring, False, True,
+        p, _ = recompute_p(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), maximum[:, None], log2_total[:, None], mask, batch, head,
+            (i + k_len - q_len)[:, None], i[:, None], j, q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
         )  # fmt: skip
         g = load_tile(tile_pointers(grad_out, batch, head, q_start, BLOCK_Q, VALUE_COLUMNS), q_left, DV, True)
         v = load_tile(tile_pointers(value, batch, kv_head, k_start, BLOCK_K, VALUE_COLUMNS), k_left, DV, True)

@@ -2,7 +2,11 @@
 
 The passes (attention_forward.py, attention_backward.py, attention_decoding.py) are made of them. All work on tiles of queries
 by keys; those that take `query` and `key` take the indices of the tile's rows and columns, shaped to broadcast against it, and
-so serve a transposed tile as well. Scores are kept in units of log2, so that an exponential is one exp2.
+so serve a transposed tile as well.
+
+Scores are natural ones, added up as torch adds them; or the products themselves, where a score is a product times a positive
+scale (PLAIN). `scoring.factor` makes a difference of scores an exponent of 2, so that an exponential is one exp2. No product is
+fused with a sum unless `fma` says so: then a score minus itself is 0, however large.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +15,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+HUGE = tl.constexpr(float(1 << 28))  # an exponent of 2 from which on scores that differ do so by 16 or more
 
 # ---- arguments: a kernel takes a tensor and its strides, or what belongs together, as one -----------------------------------
 
@@ -22,6 +27,7 @@ class Rows(NamedTuple):
     batch: int
     head: int
     row: int
+    wide: Any  # whether the rows of one tile span 2**31 elements or more; None is no
 
 
 class Mask(NamedTuple):
@@ -62,8 +68,10 @@ class Scoring(NamedTuple):
     left: Any  # query i sees keys from p_i - left to p_i + right, with p_i = i + k_len - q_len
     right: Any
     scale: float
-    inner: float  # score = outer * tanh(inner * product), or inner * product where outer is None; in units of log2
-    outer: Any
+    factor: float  # exponent of 2 = factor * (score - maximum): log2(e); scale * log2(e) where scores are products
+    power: float  # the smallest power of 2 that is not below it
+    softcap: Any  # score = softcap * tanh(per_softcap * scale * product)
+    per_softcap: Any
     slopes: Any  # float32 (batch, heads)
     slope_batch: int  # its stride; 0 where the slopes are one for all
     sinks: Any  # float32 (heads,)
@@ -85,6 +93,7 @@ class Dropout(NamedTuple):
 def in_order(program, units, blocks, together):
     """(unit, block) of a program: last blocks first, which causality makes the longest, `together` units (heads whose keys fit
     into the cache) at a time."""
+    together = tl.minimum(together, units)  # blocks * together is then at most the number of programs
     first = program // (blocks * together) * together
     size = tl.minimum(together, units - first)
     within = program - first * blocks
@@ -166,7 +175,7 @@ def visit_list(visits, b, head, block):
 
 @triton.jit
 def loop_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """(start, stop) of phases 0 to 2: an edge, the inside, which needs no mask, and the other edge, or all that is listed."""
+    """Return (start, stop) of a phase: 0 is an edge, 1 the inside, which needs no mask, 2 the other edge or what is listed."""
     if LISTED:
         if phase == 2:
             return 0, count * BLOCK
@@ -194,9 +203,15 @@ def visited(visits, visit, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_pointers(rows, batch, head, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of rows first to first + ROWS. What can exceed 2**31 elements is counted in 64 bits, what lies inside a tile in 32."""
+    """Point to (ROWS, COLUMNS) elements, from row `first` on.
+
+    What can exceed 2**31 elements is counted in 64 bits; what lies inside a tile in 32, but for rows that lie far apart.
+    """
     base = rows.data + batch * rows.batch + head.to(tl.int64) * rows.head + tl.cast(first, tl.int64) * rows.row
-    return base + tl.arange(0, ROWS)[:, None] * rows.row + tl.arange(0, COLUMNS)[None, :]
+    r = tl.arange(0, ROWS)[:, None]
+    if rows.wide is not None:
+        r = r.to(tl.int64)
+    return base + r * rows.row + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
@@ -248,29 +263,30 @@ def tanh(x):
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
     y = x * x
-    series = y * (
-        -3.33332819422e-1 + y * (1.33314422036e-1 + y * (-5.37397155531e-2 + y * (2.06390887954e-2 + y * -5.70498872745e-3)))
-    )
-    return tl.where(tl.abs(x) < 0.625, x + x * series, far)
+    series = tl.fma(y, -5.70498872745e-3, 2.06390887954e-2)
+    series = tl.fma(y, series, -5.37397155531e-2)
+    series = tl.fma(y, series, 1.33314422036e-1)
+    series = tl.fma(y, series, -3.33332819422e-1)
+    return tl.where(tl.abs(x) < 0.625, tl.fma(x, y * series, x), far)
 
 
 @triton.jit
 def slope_of(scoring, b, head):
-    """The head's ALiBi slope in units of log2."""
+    """Load the head's ALiBi slope."""
     if scoring.slopes is None:
         return 0.0
     else:
-        return tl.load(scoring.slopes + b * scoring.slope_batch + head) * LOG2E
+        return tl.load(scoring.slopes + b * scoring.slope_batch + head)
 
 
 @triton.jit
 def scores(products, place, key, slope, scoring):
-    """Scores in units of log2, before a mask, and the derivative of the softcap, 1 where there is none."""
-    s = products * scoring.inner
+    """Return the natural scores of a tile before a mask, and the derivative of the softcap, 1 where there is none."""
+    s = products * scoring.scale
     derivative = 1.0
-    if scoring.outer is not None:
-        t = tanh(s)
-        s = t * scoring.outer
+    if scoring.softcap is not None:
+        t = tanh(s * scoring.per_softcap)
+        s = t * scoring.softcap
         derivative = 1.0 - t * t
     if scoring.slopes is not None:
         s -= slope * tl.abs(place - key).to(tl.float32)
@@ -279,7 +295,10 @@ def scores(products, place, key, slope, scoring):
 
 @triton.jit
 def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
-    """Scores with the mask added, and -inf where a key is hidden or is none."""
+    """Return the scores with the mask added, and -inf where a key is hidden or is none.
+
+    A float mask is added to natural scores, as torch adds it: the most negative finite number hides no key from -inf's like.
+    """
     seen = (key < keys) & (query < queries)
     if mask is not None:
         base = mask.data + batch * mask.batch + head.to(tl.int64) * mask.head
@@ -288,7 +307,7 @@ def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
             # Numbers, as AMD's compiler cannot bring bits from one layout into another.
             s += tl.where(tl.load(pointers, mask=seen, other=0) != 0, 0.0, float("-inf"))
         else:
-            s += tl.load(pointers, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            s += tl.load(pointers, mask=seen, other=0.0).to(tl.float32)
     if left is not None:
         seen &= key >= place - left
     if right is not None:
@@ -300,35 +319,69 @@ def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
 
 
 @triton.jit
-def online_softmax(s, factor, maximum, total, MASKED: tl.constexpr):
-    """(weights, new maximum, new total, what to multiply by that was weighed before) of a tile of scores s * factor.
+def online_softmax(s, scoring, maximum, total, MASKED: tl.constexpr, FUSED: tl.constexpr):
+    """Return (weights, new maximum, new total, rescale) of a tile of scores (ROWS, KEYS); rescale corrects earlier sums.
 
-    `maximum` and `total` are those of the rows so far. The factor, which is positive, is applied to the maximum, so that a
-    weight takes one fused multiply-add and one exp2. Source: Milakov and Gimelshein, "Online normalizer calculation for
-    softmax" (2018).
+    `maximum` and `total` (ROWS,) are those of the keys so far. A FUSED weight takes one multiply-add and one exp2; its exponent
+    is off by `fused_residual`, the same for a whole row. Else the maximum is subtracted first: its own weight is 1, however
+    large it is. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
-    new = tl.maximum(maximum, tl.max(s, 1) * factor)
+    new = tl.maximum(maximum, tl.max(s, 1))
     base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has seen nothing yet has no maximum
-    weights = tl.exp2(s * factor - base[:, None])
-    decay = tl.exp2(maximum - base)
-    return weights, new, total * decay + tl.sum(weights, 1), decay
-
-
-@triton.jit
-def first_state(scoring, head, ROWS: tl.constexpr):
-    """(maximum, total) of rows that have seen nothing but their sink."""
-    if scoring.sinks is None:
-        return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    if FUSED:
+        factor = fused_factor(base, scoring)
+        weights = tl.exp2(tl.fma(s, factor[:, None], -(base * factor)[:, None]))
+        rescale = tl.exp2(maximum * factor - base * factor)
     else:
-        sink = tl.load(scoring.sinks + head) * LOG2E
-        total = tl.where(sink == float("-inf"), 0.0, 1.0)
-        return tl.zeros([ROWS], tl.float32) + sink, tl.zeros([ROWS], tl.float32) + total
+        weights = tl.exp2((s - base[:, None]) * scoring.factor)
+        rescale = tl.exp2((maximum - base) * scoring.factor)
+    return weights, new, tl.fma(total, rescale, tl.sum(weights, 1)), rescale
 
 
 @triton.jit
-def log_sum_exp(maximum, total):
-    """In natural units; -inf for a row that has seen nothing."""
-    return tl.where(total == 0.0, float("-inf"), (maximum + tl.log2(tl.where(total == 0.0, 1.0, total))) / LOG2E)
+def fused_factor(maximum, scoring):
+    """Return what the scores of rows (ROWS,) are multiplied by, so that the product with the maximum is not far from rounded.
+
+    Where that product is HUGE, a score is the maximum, or so far below it that it weighs nothing: another factor, not smaller,
+    gives the same weights, and a power of 2 an exact product. Elsewhere it is off by 8 at most, and no weight overflows.
+    """
+    return tl.where(tl.abs(maximum * scoring.factor) < HUGE, scoring.factor, scoring.power)
+
+
+@triton.jit
+def fused_residual(maximum, scoring):
+    """Return by how much the exponents of FUSED weights are too large: the rounding of the product that they subtract."""
+    known = tl.where(maximum == float("-inf"), 0.0, maximum)
+    factor = fused_factor(known, scoring)
+    return tl.fma(known, factor, -(known * factor))
+
+
+@triton.jit
+def finish_softmax(maximum, total, residual, scoring, head, PLAIN: tl.constexpr):
+    """Return (out_scale, lse, log2_total) of rows (ROWS,), their sink included.
+
+    out_scale is what the weighted sum of values is multiplied by, lse the log-sum-exp in natural units, and log2_total log2 of
+    the total of the weights relative to `maximum`. The exponents of the weights are too large by `residual` (ROWS,).
+    A row that has seen nothing has a total of 0 and gives (0, -inf, 0).
+    """
+    top = maximum
+    if PLAIN:
+        top = maximum * scoring.scale
+    of_keys = 1.0
+    log2_top = 0.0
+    if scoring.sinks is not None:
+        sink = tl.load(scoring.sinks + head)
+        keys_top = top
+        top = tl.maximum(keys_top, sink)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        of_keys = tl.exp2((keys_top - base) * LOG2E - residual)
+        residual = 0.0
+        total = total * of_keys + tl.exp2((sink - base) * LOG2E)  # NaN where the sink is
+        log2_top = tl.where(keys_top == float("-inf"), 0.0, (top - keys_top) * LOG2E)
+    empty = total == 0.0
+    log2_total = tl.log2(tl.where(empty, 1.0, total)) - residual
+    lse = tl.where(empty, float("-inf"), top + log2_total / LOG2E)
+    return tl.where(empty, 0.0, of_keys / tl.where(empty, 1.0, total)), lse, log2_total + log2_top
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------------------------
@@ -364,4 +417,4 @@ def kept(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: t
     words = dropout_words(seed, stream, query, first_key, QUERIES, KEYS)
     if KEYS_FIRST:
         words = tl.trans(words)
-    return tl.where(words > dropout.drop_to.to(tl.uint32), 1.0, 0.0)
+    return tl.where(words > tl.cast(dropout.drop_to, tl.uint32), 1.0, 0.0)

@@ -113,7 +113,7 @@ def _forward(arch: str, key: torch.Tensor, **options) -> dict:
     kernels = triton_kernels.attention()
     plain = dict.fromkeys(kernels.Call._fields[3:11]) | {"scale": 1.0, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
     call = kernels.Call(key, key, key, **plain | {"allow_tf32": False} | options, arch=arch)
-    return kernels.plan_forward(call, key, key[..., 0].float())[-1].arguments
+    return kernels.plan_forward(call, key, key[..., 0].float(), key[..., :2].float())[-1].arguments
 
 
 def _keys(*shape: int) -> torch.Tensor:

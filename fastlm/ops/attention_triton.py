@@ -1,10 +1,13 @@
 """Attention on GPUs: the functions behind the torch ops of the Triton kernels."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import triton_kernels
-from .attention_op import attention_fake, attention_op, backward_fake, given_gradients, numbers, rows_of, sink_gradient
+from .attention_op import attention_fake, attention_op, backward_fake, given_gradients, numbers, rows_of
+from .sums import sum_to
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,23 +34,38 @@ def _call(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_s
 
 
 def _forward(query, key, value, *rest):
-    out, lse = attention_fake(query, key, value)
+    results = attention_fake(query, key, value)
     kernels = triton_kernels.attention()
     with torch.cuda.device_of(query):
-        kernels.run(kernels.plan_forward(_call(query, key, value, *rest), out, lse))
-    return out, lse
+        kernels.run(kernels.plan_forward(_call(query, key, value, *rest), *results))
+    return results
 
 
-def _backward(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *rest):
+def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask, sinks, *rest):
     need_mask, need_sinks, options = *rest[4:6], rest[6:]
     call = _call(query, key, value, mask, sinks, *rest[:4], *options)
-    *grads, grad_mask, grad_sinks = backward_fake(grad_out, grad_lse, out, lse, query, key, value, mask, sinks, *rest)
+    tensors = (out, lse, statistics, query, key, value, mask, sinks)
+    *grads, grad_mask, grad_sinks = backward_fake(grad_out, grad_lse, *tensors, *rest)
     grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
     delta, wanted = torch.empty_like(lse), (*grads, grad_mask if need_mask else None)
     kernels = triton_kernels.attention()
     with torch.cuda.device_of(query):
-        kernels.run(kernels.plan_backward(call, out, lse, grad_out, grad_lse, wanted, delta))
-    return *grads, grad_mask, sink_gradient(sinks, lse, delta) if need_sinks else grad_sinks
+        kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
+    if need_sinks:
+        unit = call.scale if kernels.is_plain(call) else 1.0
+        grad_sinks = _sink_gradient(sinks, statistics[..., 0] * unit, statistics[..., 1], lse, delta)
+    return *grads, grad_mask, grad_sinks
+
+
+def _sink_gradient(sinks: Tensor, maximum: Tensor, log2_total: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
+
+    maximum, log2_total, lse and delta are (B, Hq, Lq); beside a huge maximum, the LSE has no room for the total.
+    """
+    sinks_of_rows = sinks.float()[:, None]
+    exponent = sinks_of_rows - maximum - log2_total * math.log(2.0)
+    exponent = torch.where(maximum == -math.inf, sinks_of_rows - lse.masked_fill(lse == -math.inf, math.inf), exponent)
+    return sum_to(-torch.exp(exponent) * delta, sinks[:, None]).reshape(sinks.shape)
 
 
 attend = attention_op("triton_attention", _forward, _backward, ("CPU", "CUDA"))

@@ -51,7 +51,7 @@ def _cpu(
 def _triton(query, key_cache, value_cache, cache_seqlens, key, value, *rest):
     _check_strides("key_cache", key_cache)
     _check_strides("value_cache", value_cache)
-    out, lse = attention_fake(query, None, value_cache)
+    out, lse, _ = attention_fake(query, None, value_cache)
     kernels = triton_kernels.attention()
     query, key, value = (None if t is None else rows_of(t) for t in (query, key, value))
     with torch.cuda.device_of(query):
