@@ -12,7 +12,6 @@ from .attention_op import (
     given_gradients,
     numbers,
     rows_of,
-    score_unit,
     sink_gradient,
 )
 
@@ -60,10 +59,7 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
     kernels = triton_kernels.attention()
     with torch.cuda.device_of(query):
         kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
-    if need_sinks:
-        unit = score_unit(mask, rest[0], *options[2:4])
-        grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
-    return *grads, grad_mask, grad_sinks
+    return *grads, grad_mask, sink_gradient(sinks, lse, delta) if need_sinks else grad_sinks
 
 
 attend = attention_op("triton_attention", _forward, _backward, ("CPU", "CUDA"))
