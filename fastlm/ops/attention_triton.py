@@ -60,11 +60,12 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
 def _sink_gradient(sinks: Tensor, maximum: Tensor, log2_total: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
 
-    maximum, log2_total, lse and delta are (B, Hq, Lq); beside a huge maximum, the LSE has no room for the total.
+    maximum, log2_total, lse and delta are (B, Hq, Lq). Beside a huge maximum, the LSE has no room for the total; far from it, a
+    sink is all of its row, or nothing.
     """
-    sinks_of_rows = sinks.float()[:, None]
-    exponent = sinks_of_rows - maximum - log2_total * math.log(2.0)
-    exponent = torch.where(maximum == -math.inf, sinks_of_rows - lse.masked_fill(lse == -math.inf, math.inf), exponent)
+    above = sinks.float()[:, None] - maximum
+    by_lse = sinks.float()[:, None] - lse.masked_fill(lse == -math.inf, math.inf)
+    exponent = torch.where(above.abs() < 64.0, above - log2_total * math.log(2.0), by_lse)
     return sum_to(-torch.exp(exponent) * delta, sinks[:, None]).reshape(sinks.shape)
 
 
