@@ -39,6 +39,7 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
     query, key, value = _tensor(2, 8, 300, 64), _tensor(2, 2, 333, 64), _tensor(2, 2, 333, 40)
     packed = _tensor(1, 8, 900, 64), _tensor(1, 2, 900, 64), _tensor(1, 2, 900, 64)
     single = [_tensor(2, 2, 64, 64, dtype=torch.float32)] * 3
+    far = torch.empty_strided((2, 2, 300, 64), (64, 64, 1 << 25, 1), dtype=torch.float16, device="meta")
     one, many, two = _tensor(1, 1, 1, 64), _tensor(9, dtype=torch.int32), _tensor(2, dtype=torch.int32)
     a_seed, seeds = _tensor(dtype=torch.int64), _tensor(2, dtype=torch.int64)
     slopes, sinks = _tensor(2, 8, dtype=torch.float32), _tensor(8)
@@ -53,6 +54,9 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
         "mask of one number": _call(query, key, value, arch, mask=_tensor()),
         "one of each": _call(one, one, one, arch, right=0),
         "window, a seed for each": _call(query, key, value, arch, left=64, right=0, seed=seeds, **dropped),
+        "dropout of next to nothing": _call(query, key, value, arch, seed=a_seed, drop_below=2, keep_scale=1.0),
+        "dropout of everything": _call(query, key, value, arch, seed=a_seed, drop_below=1 << 32, keep_scale=0.0),
+        "rows far apart": _call(*[far] * 3, arch, right=0),
         "packed": _call(*packed, arch, cu_seqlens_q=many, cu_seqlens_k=many, right=0),
         "packed, one sequence": _call(*packed, arch, cu_seqlens_q=two, cu_seqlens_k=two, left=7),
         "negative scale": _call(query, key, value, arch, scale=-1.0),

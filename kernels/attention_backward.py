@@ -50,7 +50,7 @@ def attention_delta(
 def load_statistics(statistics, delta, at, rows_left, ROWS: tl.constexpr, CHECKED: tl.constexpr):
     """Return (maximum, log2 of the total, delta) of ROWS rows from row `at` on of all that there are.
 
-    The maximum past the last row, and of a row that saw nothing, is inf: weights come out as 0.
+    Past the last row, and for a row that saw no key, the maximum is inf, which makes weights 0, and delta, NaN by a sink, is 0.
     """
     r = tl.arange(0, ROWS)
     pairs = statistics + at * 2 + r * 2
@@ -58,7 +58,9 @@ def load_statistics(statistics, delta, at, rows_left, ROWS: tl.constexpr, CHECKE
         inside = r < rows_left
         maximum = tl.load(pairs, mask=inside, other=float("inf"))
         maximum = tl.where(maximum == float("-inf"), float("inf"), maximum)
-        return maximum, tl.load(pairs + 1, mask=inside, other=0.0), tl.load(delta + at + r, mask=inside, other=0.0)
+        its_delta = tl.load(delta + at + r, mask=inside, other=0.0)
+        its_delta = tl.where(maximum == float("inf"), 0.0, its_delta)
+        return maximum, tl.load(pairs + 1, mask=inside, other=0.0), its_delta
     else:
         return tl.load(pairs), tl.load(pairs + 1), tl.load(delta + at + r)
 

@@ -362,26 +362,26 @@ def finish_softmax(maximum, total, residual, scoring, head, PLAIN: tl.constexpr)
 
     out_scale is what the weighted sum of values is multiplied by, lse the log-sum-exp in natural units, and log2_total log2 of
     the total of the weights relative to `maximum`. The exponents of the weights are too large by `residual` (ROWS,).
-    A row that has seen nothing has a total of 0 and gives (0, -inf, 0).
+    A row that has seen nothing has a total of 0 and gives (0, -inf, 0); a log2_total is 0 where no key was seen.
     """
     top = maximum
     if PLAIN:
         top = maximum * scoring.scale
     of_keys = 1.0
-    log2_top = 0.0
+    keys_top = top
     if scoring.sinks is not None:
         sink = tl.load(scoring.sinks + head)
-        keys_top = top
         top = tl.maximum(keys_top, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
         of_keys = tl.exp2((keys_top - base) * LOG2E - residual)
         residual = 0.0
         total = total * of_keys + tl.exp2((sink - base) * LOG2E)  # NaN where the sink is
-        log2_top = tl.where(keys_top == float("-inf"), 0.0, (top - keys_top) * LOG2E)
     empty = total == 0.0
     log2_total = tl.log2(tl.where(empty, 1.0, total)) - residual
     lse = tl.where(empty, float("-inf"), top + log2_total / LOG2E)
-    return tl.where(empty, 0.0, of_keys / tl.where(empty, 1.0, total)), lse, log2_total + log2_top
+    if scoring.sinks is not None:
+        log2_total = tl.where(keys_top == float("-inf"), 0.0, log2_total + (top - keys_top) * LOG2E)
+    return tl.where(empty, 0.0, of_keys / tl.where(empty, 1.0, total)), lse, log2_total
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------------------------

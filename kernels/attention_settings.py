@@ -96,15 +96,18 @@ HALF = {  # bfloat16 and float16
     },
 }
 # Loops that read a mask or draw dropout besides: their tiles hold more, in registers and in shared memory. One cut fits all of
-# NVIDIA's; the first dK/dV keeps a few numbers in local memory around the loops of sm_100.
+# NVIDIA's, but for the first dK/dV: that of the others keeps a number in local memory in sm_100's loop.
 HALF |= dict.fromkeys(
     ("sm_80 busy", "sm_86 busy", "sm_90 busy", "sm_100 busy", "sm_120 busy"),
     {
         FORWARD: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(32, 128, 8, 1, spilled=16), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 8, 1), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
         GRAD_QUERY: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2)),
     },
 )
+HALF["sm_100 busy"] = HALF["sm_100 busy"] | {
+    GRAD_KEY_VALUE: (Tile(32, 64, 8, 1), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+}
 # float32 in full precision is multiply-adds on NVIDIA's GPUs and on gfx11; only gfx9 has matrix instructions for it. Triton
 # keeps what a thread multiplies along the whole head_dim in registers: too few for the backward at 256, with a mask
 # at 128, and on gfx11 for more.
@@ -124,7 +127,7 @@ SINGLE = {
     "gfx1100": {
         FORWARD: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=200), Tile(16, 16, 8, 1, spilled=1300)),
         GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=1100), Tile(16, 16, 8, 1, spilled=2600)),
-        GRAD_QUERY: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=800), Tile(16, 16, 8, 1, spilled=2400)),
+        GRAD_QUERY: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=900), Tile(16, 16, 8, 1, spilled=2400)),
         DECODE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=500)),
     },
 }

@@ -112,6 +112,7 @@ def test_a_cache_that_is_said_to_hold_more_than_integers_do_is_full():
 # ---- indices ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, where the interpreter divides by 0
 def test_more_heads_fit_into_the_cache_than_32_bits_count_with_their_blocks(monkeypatch):
     """Where keys are few, and a power of 2 of blocks: the product was 0, and divided by."""
     monkeypatch.setattr(triton_kernels.attention(), "CACHE_SHARE", 1 << 30)

@@ -81,9 +81,16 @@ def given_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | Non
     return grad_out, None if grad_lse is None else grad_lse.contiguous()
 
 
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row."""
-    share = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -math.inf, math.inf))  # (B, Hq, Lq)
+def sink_gradient(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor, delta: Tensor) -> Tensor:
+    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
+
+    lse and delta are (B, Hq, Lq); ``unit`` makes a natural score of a row's maximum. Beside a huge one, the LSE has no room for
+    the total; far from it, a sink is all of its row, or nothing.
+    """
+    logits, maximum = sinks.float()[:, None], statistics[..., 0] * unit
+    by_lse = logits - lse.masked_fill(lse == -math.inf, math.inf)
+    by_total = logits - maximum - statistics[..., 1] * math.log(2.0)
+    share = torch.exp(torch.where((logits - maximum).abs() < 64.0, by_total, by_lse))
     return sum_to(-share * delta, sinks[:, None]).reshape(sinks.shape)
 
 

@@ -59,7 +59,10 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
     kernels = triton_kernels.attention()
     with torch.cuda.device_of(query):
         kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
-    return *grads, grad_mask, sink_gradient(sinks, lse, delta) if need_sinks else grad_sinks
+    if need_sinks:
+        unit = call.scale if kernels.is_plain(call) else 1.0
+        grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
+    return *grads, grad_mask, grad_sinks
 
 
 attend = attention_op("triton_attention", _forward, _backward, ("CPU", "CUDA"))
