@@ -35,14 +35,14 @@ format: $(VENV)/installed ## put the code into that style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # The sanitized module lives beside the package it belongs to, in a folder of its own. The base interpreter does not see the
-# virtual environment's editable install, only its packages, which come last: PYTHONPATH would put them before the standard
-# library, whose dataclasses one of them has a copy of.
+# virtual environment's editable install, only its packages, which come before its own but behind the standard library, whose
+# dataclasses one of them has a copy of.
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 SANITIZED := build/sanitize/site
 sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer and UBSan
 	$(BIN)/pip install --quiet --upgrade --no-deps --no-build-isolation --target $(SANITIZED) \
 	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C cmake.define.FASTLM_CUDA=OFF -C install.strip=false .
-	echo 'import sys; sys.path.append("$(SITE)")' > $(SANITIZED)/sitecustomize.py
+	echo 'import sys; sys.path.insert(-1, "$(SITE)")' > $(SANITIZED)/sitecustomize.py
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(PYTHON) $(BIN)/pytest $(or $(TESTS),tests -m "not slow_sanitized")
 
