@@ -10,7 +10,7 @@ import torch
 from digits_data import load_digits
 from digits_vae import BATCH, EPOCHS, LATENTS, evaluate, new_model, optimizer_of, picture, save_and_load, train, train_step
 from memory import peak_extra_bytes
-from rich.console import Console
+from progress import Activity
 from torch import Tensor
 
 SEED = 0
@@ -21,19 +21,24 @@ TIMED_STEPS = 500
 TRAININGS = {"float64": ("eager", torch.float64), "eager": ("eager", torch.float32), "fused": ("fused", torch.float32)}
 
 
-def run_digits(console: Console, out: Path) -> dict:
-    """Train both; what the report says of them, and digits.png in ``out``."""
+def run_digits(activity: Activity, out: Path) -> dict:
+    """Train both; return what the report says of them, and leave digits.png in ``out``."""
+
+    def begin(text: str) -> None:
+        activity.print(f"  {text}")
+        activity.say(text)
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a network this small gains nothing from more
     digits = load_digits("digits")
     curves, tests, models = {}, {}, {}
     for name, (latent, dtype) in TRAININGS.items():
-        console.print(f"  training with the {latent} latent in {str(dtype).removeprefix('torch.')}")
+        begin(f"training with the {latent} latent in {str(dtype).removeprefix('torch.')}")
         models[name] = new_model(digits.train.shape[1], latent, SEED).to(dtype)
         images = digits.train.to(dtype)
         curves[name] = train(models[name], images, EPOCHS["digits"], SEED, same_noise=True).losses
         tests[name] = evaluate(models[name], digits.test.to(dtype))
-    console.print("  timing steps of the two, in turn; then their memory")
+    begin("timing steps of the two, in turn; then their memory")
     steps_per_epoch = -(-len(digits.train) // BATCH)
     result = {
         "curves": curves,

@@ -8,7 +8,7 @@ from pathlib import Path
 from figures import percentiles
 from rows import Cost, Row, Setting, rows_of, sections
 
-FROM_CHECKS = "error", "allowed", "flops"  # what a row's "extra_info" has
+FROM_CHECKS = "error", "allowed"  # what a row's "extra_info" has
 
 
 @dataclass
@@ -84,9 +84,13 @@ def results_of(run: dict) -> list[Result]:
     """A row per section, size, dtype and implementation, in the order of the sections."""
     times, missing = times_of(run), {_row(row): row["why_not"] for row in run.get("missing", ())}
     checks = {_row(entry["params"]): entry["extra_info"] for entry in run["benchmarks"]}
+    # Operations are counted as the baseline first runs: an entry from before that has none.
+    flops = {_row(e["params"]).setting: e["extra_info"]["flops"] for e in run["benchmarks"] if e["extra_info"].get("flops")}
     peaks = {_row(row): row for row in run.get("memory", ())}
     rows = _in_order({**times, **missing})
     results = [_result(row, times.get(row), checks.get(row, {}), missing.get(row), peaks.get(row, {})) for row in rows]
+    for result in results:
+        result.flops = flops.get(result.setting) if result.seconds else None
     _compare(results)
     return results
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import peak
 import torch
+from progress import Activity
+from rich.console import Console
 
 import fastlm
 
 LIBRARIES = ("transformers", "diffusers", "timm", "onnxruntime", "jax")
+PEAKS = 5  # how many steps `peaks` tells
 
 
 def describe() -> dict:
@@ -34,9 +37,15 @@ def describe() -> dict:
     }
 
 
-def peaks() -> dict[str, dict[str, float]]:
-    """Bandwidths in GB/s (1e9 bytes) and rates in GFLOP/s; see peak.py."""
-    return peak.bandwidths() | peak.arithmetic()
+def peaks(console: Console) -> dict[str, dict[str, float]]:
+    """Measure bandwidths in GB/s (1e9 bytes) and rates in GFLOP/s; see peak.py."""
+    with Activity(console, total=PEAKS) as activity:
+
+        def say(text: str) -> None:
+            activity.say(text)
+            activity.advance()
+
+        return peak.bandwidths(say) | peak.arithmetic(say)
 
 
 def best_peaks(measured: list[dict]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,8 @@
 Counted is all that the call allocates, results and gradients included; its inputs are there before. Linux only: the high-water
 mark of the resident set is reset by writing 5 to /proc/self/clear_refs (man 5 proc).
 
-The processes are forks of one that has imported what all need and computed nothing: this file, run as a program.
+The processes are forks of one that has imported what all need and computed nothing: this file, run as a program. None of them
+outlives the run, however that ends: the program sees its standard input end, and Linux kills a process whose parent died.
 """
 
 import ctypes
@@ -12,26 +13,29 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+SECONDS = 120.0  # a measurement that takes longer is given up
 CLEAR_REFS = Path("/proc/self/clear_refs")
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Every block of 64 KiB and more comes from the system and goes back when freed, so that none is counted twice or not at all.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
-def peak_extra_bytes(target: str, **arguments) -> dict:
-    """Measure the call that ``target``, "module:function", makes ready from ``arguments``.
+def peak_extra_bytes(target: str, *, seconds: float = SECONDS, **arguments) -> dict:
+    """Measure the call that ``target``, "module:function", makes ready from ``arguments``; give it up after so many seconds.
 
     {"bytes": peak, "result_bytes": what of it are the tensors that the call returns}; or {"why_not": reason}.
     """
     if not CLEAR_REFS.exists():
         return {"why_not": f"measured on Linux only: no {CLEAR_REFS}"}
-    found = _ask(target, arguments)
+    found = _ask(target, arguments, seconds)
     if "bytes" in found and found["bytes"] < found["result_bytes"] / 2:
         return {"why_not": "it keeps its memory from call to call, so that none is seen to be taken"}
     return found
@@ -46,36 +50,71 @@ def _server() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, __file__], env={**os.environ, **MALLOC}, text=True, **pipes)
 
 
-def _ask(target: str, arguments: dict) -> dict:
+def _ask(target: str, arguments: dict, seconds: float) -> dict:
     server = _server()
-    print(json.dumps([target, arguments]), file=server.stdin, flush=True)
-    return json.loads(server.stdout.readline())
+    print(json.dumps([target, arguments, seconds]), file=server.stdin, flush=True)
+    answer = server.stdout.readline()
+    if not answer:
+        _server.cache_clear()
+        return {"why_not": f"the process that measures it ended with exit code {server.wait()}"}
+    return json.loads(answer)
 
 
 # ---- the process that forks, and its forks ----------------------------------------------------------------------------------
 
 
 def serve() -> None:
-    """Answer lines of the standard input, each [target, arguments], until it ends."""
+    """Answer lines of the standard input, each [target, arguments, seconds], until it ends."""
+    _end_with_parent()
     importlib.import_module("torch._dynamo")
     importlib.import_module("rows").sections()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
+    while line := _read_line():
+        print(json.dumps(_answer(*json.loads(line))), file=answers, flush=True)
+
+
+def _read_line() -> str:
+    """Read a line of the standard input unbuffered, so that nothing but its end is left to be seen while a fork measures."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):
+        line += byte
+    return line.decode()
+
+
+def _answer(target: str, arguments: dict, seconds: float) -> dict:
+    """Measure in a fork. Exit where the standard input ends meanwhile: nobody is left to be answered."""
     fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        receiver, sender = fork.Pipe(duplex=False)
-        child = fork.Process(target=_answer, args=(sender, *json.loads(line)))
-        child.start()
-        sender.close()
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_answer_in_fork, args=(sender, os.getpid(), target, arguments))
+    child.start()
+    sender.close()
+    ready = wait([receiver, 0], seconds)
+    if receiver not in ready:
+        child.kill()
+        if ready:
+            sys.exit()
+        found = {"why_not": f"it was not measured within {seconds:.3g} s"}
+    else:
         try:
             found = receiver.recv()
         except EOFError:
             found = None
-        child.join()
-        print(json.dumps(found or {"why_not": f"exit code {child.exitcode}"}), file=answers, flush=True)
+    child.join()
+    return found or {"why_not": f"exit code {child.exitcode}"}
 
 
-def _answer(sender: Connection, target: str, arguments: dict) -> None:
+def _end_with_parent(parent: int | None = None) -> None:
+    """Have Linux kill this process when its parent dies. ``parent`` says who that was, as it may have died already."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != parent:
+        os._exit(1)
+
+
+def _answer_in_fork(sender: Connection, parent: int, target: str, arguments: dict) -> None:
+    _end_with_parent(parent)
     try:
         module, function = target.split(":")
         found = _measure(getattr(importlib.import_module(module), function)(**arguments))

@@ -90,10 +90,6 @@ class ModelContest:
             self.flops = counter.get_total_flops() or None
         return step
 
-    def seconds(self, implementation: str, step: Step) -> float:
-        """Of the first run, in which nothing is compiled; counting makes many small operations slower than they are."""
-        return self.first_seconds[implementation]
-
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
         """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
         plain, golden = self.expected

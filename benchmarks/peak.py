@@ -2,6 +2,8 @@
 
 The rate of a dtype is the best of torch's matrix product and of a loop of multiply-adds on all of torch's threads (peak_fma.c,
 which the C compiler builds for this machine): torch's float32 product uses half the vector width of some CPUs.
+
+Everything here ends by the clock, on the slowest machine too: products begin small and grow while there is time.
 """
 
 import ctypes
@@ -18,13 +20,22 @@ import torch
 
 SOURCE = Path(__file__).with_name("peak_fma.c")
 FLOATS = 1 << 26  # 256 MiB of float32: beyond any cache
-GEMM = 2048
+GEMM_SIZES = 128, 256, 512, 1024, 2048
+GEMM_SECONDS = 2.0  # of a dtype's products, of all sizes together
 FMA_ROUNDS = 5_000_000  # about 0.1 s
-REPEATS = 10
+REPEATS, SECONDS = 10, 2.0  # of a measurement, whichever comes first
+BUILD_SECONDS = 60
+
+Say = Callable[[str], None]  # is told what begins
 
 
-def bandwidths() -> dict[str, float]:
+def _silent(text: str) -> None:
+    pass
+
+
+def bandwidths(say: Say = _silent) -> dict[str, float]:
     """GB/s (1e9 bytes) of torch's own threads: ``copy_`` counts the bytes read and those written, ``sum`` reads alone."""
+    say("the memory's bandwidth")
     source, target = torch.ones(FLOATS), torch.empty(FLOATS)
     size = source.numel() * source.element_size()
     copy = 2 * size / _least_seconds(lambda: target.copy_(source)) / 1e9
@@ -32,17 +43,21 @@ def bandwidths() -> dict[str, float]:
     return {"copy_gb_s": round(copy, 1), "read_gb_s": round(read, 1), "bandwidth_gb_s": round(max(copy, read), 1)}
 
 
-def arithmetic() -> dict[str, dict]:
+def arithmetic(say: Say = _silent) -> dict[str, dict]:
     """GFLOP/s: of torch's product and of multiply-adds, and the peak of each dtype, in which nothing can be faster.
 
-    bfloat16 is computed in float32 where that is faster, its numbers being converted, and float16 always: torch's product of
-    it takes a minute. float64 has half of float32's lanes.
+    Half precision is computed in float32 where that is faster, its numbers being converted. float64 has half of
+    float32's lanes.
     """
-    gemm = {name: _gemm_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    gemm = {}
+    for name in ("float32", "bfloat16", "float16"):
+        say(f"the peak: torch's product in {name}")
+        gemm[name] = gemm_rate(getattr(torch, name))
+    say("the peak: multiply-adds")
     fma, why_not = fma_rates()
     rates = {name: max(rate, fma.get(name, 0.0)) for name, rate in gemm.items()}
     single = rates["float32"]
-    peak = {"float32": single, "bfloat16": max(rates.values()), "float16": single, "float64": round(single / 2, 1)}
+    peak = {name: max(rate, single) for name, rate in rates.items()} | {"float64": round(single / 2, 1)}
     return {"gemm_gflop_s": gemm, "fma_gflop_s": fma or {"why_not": why_not}, "peak_gflop_s": peak}
 
 
@@ -54,7 +69,10 @@ def fma_rates() -> tuple[dict[str, float], str | None]:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "peak_fma.so")
         command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-o", library, SOURCE]
-        built = subprocess.run(command, capture_output=True, text=True)
+        try:
+            built = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {}, f"{compiler} took more than {BUILD_SECONDS} s"
         if built.returncode:
             return {}, f"{compiler}: {(built.stderr.strip() or 'failed').splitlines()[0]}"
         module = ctypes.CDLL(str(library))
@@ -72,15 +90,30 @@ def _rate_of_threads(function: Callable[[int], int]) -> float:
     return round(operations / seconds / 1e9, 1)
 
 
-def _gemm_rate(dtype: torch.dtype) -> float:
-    a, b = (torch.randn(GEMM, GEMM).to(dtype) for _ in range(2))
-    return round(2 * GEMM**3 / _least_seconds(lambda: a @ b, repeats=3) / 1e9, 1)
+def gemm_rate(dtype: torch.dtype, product: Callable = torch.matmul) -> float:
+    """GFLOP/s of the best of products of growing size. The next size is tried where the time for it is left."""
+    best, end = 0.0, time.perf_counter() + GEMM_SECONDS
+    for size in GEMM_SIZES:
+        # (size, size) each; the warm-up and one more, at the best rate so far.
+        expected = 2 * (2 * size**3) / (best * 1e9) if best else 0.0
+        left = end - time.perf_counter()
+        if expected > left:
+            break
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        best = max(best, 2 * size**3 / _least_seconds(lambda: product(a, b), repeats=3, seconds=left / 2) / 1e9)  # noqa: B023
+    return round(best, 1)
 
 
-def _least_seconds(work: Callable, repeats: int = REPEATS) -> float:
-    """The best of some: a limit is what the machine does when nothing disturbs it."""
+def _least_seconds(work: Callable, repeats: int = REPEATS, seconds: float = SECONDS) -> float:
+    """Return the best of some runs, of one at least: a limit is what the machine does when nothing disturbs it."""
+    end = time.perf_counter() + seconds
     work()
-    return min(_seconds(work) for _ in range(repeats))
+    least = _seconds(work)
+    for _ in range(repeats - 1):
+        if time.perf_counter() > end:
+            break
+        least = min(least, _seconds(work))
+    return least
 
 
 def _seconds(work: Callable) -> float:

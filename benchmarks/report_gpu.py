@@ -26,7 +26,8 @@ def prediction_blocks(predictions: dict | None) -> list[Block]:
     if "why_not" in predictions:
         return [title, Text(plain(f"None: {predictions['why_not']}."))]
     rows = [[plain(cell) for cell in row] for row in predictions["rows"]]
-    return [title, Text(ABOUT_PREDICTIONS), Table(predictions["head"], rows)]
+    blocks = [title, Text(ABOUT_PREDICTIONS), Table(predictions["head"], rows)]
+    return blocks + [Text(plain(f"Not all: {why}.")) for why in [predictions.get("why_not_all")] if why]
 
 
 def measured_blocks(attention: list[dict] | None, latent: list[dict] | None) -> list[Block]:

@@ -40,12 +40,14 @@ METHOD = [
             "**Answers first.** Each fastlm row was checked against the reference in float64 before it was timed. *error* is "
             "that of its worst result (output or gradient): the largest error over the largest value. Each result is allowed "
             "twice what plain PyTorch in the same dtype gets wrong (gradients: three times), plus 4 ulps. Peers are not held "
-            "to that; those whose noise is their own have no error. Of calls with more than 2²⁵ scores the last 64 queries are "
-            "checked.",
+            "to that; those whose noise is their own have no error. Where the reference would "
+            "take too much memory or more than 3 s, a part is checked: the last 64 queries or the last head of attention, the "
+            "first rows of a latent.",
             "**Time** is the median (p50) of a forward and backward where there are gradients, of the forward alone elsewhere; "
             "beside it the 20th and the 80th percentile. The implementations of one setting take turns, three each, of one "
-            "call where it takes half a second and more. Allocating "
-            "the results counts, compiling and laying out inputs does not.",
+            "call where it takes half a second and more. A run without `--full` ends within about twelve minutes: each setting "
+            "has a share of the time that is left, and where it is used up, turns are left out; a row that got none says so "
+            "below its table. Allocating the results counts, compiling and laying out inputs does not.",
             "**≈** behind a speed-up: one of the two spreads (p80 − p20) is wider than the difference of the medians, so that "
             "the figure says little.",
             "**Throughput** of attention counts the floating-point operations of its two products (five more in the backward), "
@@ -53,7 +55,8 @@ METHOD = [
             "beyond that does not count for it. Decoding counts the bytes of the cache, the VAE's latent its elements.",
             "**of limit**: the limit is what the machine allows, the best of two measurements in this run: the arithmetic's "
             "peak in the dtype, or the memory bandwidth where each input is read and each result written once per pass, "
-            "whichever is less. The peak is the better of torch's matrix product (2048 × 2048 × 2048) and of bare "
+            "whichever is less. The peak is the better of torch's matrix product (of sizes up to 2048, as far as "
+            "two seconds go) and of bare "
             "multiply-adds on as many threads; the bandwidth is the better of torch's `copy_` (bytes read and written) and "
             "`sum` (bytes read) on 256 MiB. More than 100 % of the bandwidth means that data stayed in caches.",
             "**Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being "

@@ -1,9 +1,14 @@
 """pytest's items as rows, and what the files that pytest loads share with timing.py, which runs pytest."""
 
+from collections.abc import Callable
+
 import pytest
+from budget import Budget
 from rows import Row, Setting
 
 DONE = pytest.StashKey[set[Setting]]()  # what an interrupted run has already
+BUDGET = pytest.StashKey[Budget]()  # how much time there is
+SAY = pytest.StashKey[Callable[[Row, str], None]]()  # is told which part of a row begins
 MISSING = pytest.StashKey[dict[Row, str]]()  # the rows that have no time, and why
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 OPS, GROWTH, MODELS = "ops", "growth", "models"  # in GROWTH nothing but the size differs between workloads
+MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 FASTLM = "fastlm "  # how the names of fastlm's own implementations begin
 
 Step = Callable[[], tuple[Tensor, ...]]  # what is timed; returns all that a call computes
@@ -74,6 +75,7 @@ class Contest(Protocol):
     """The implementations of one setting, ready to run on the same inputs."""
 
     flops: int | None  # of a call, where they are counted as the baseline's first one runs
+    first_seconds: dict[str, float]  # what each implementation's first run took, compiling included
 
     def step(self, implementation: str) -> Step:
         """It has run once.
@@ -81,11 +83,8 @@ class Contest(Protocol):
         Raises Unavailable where a peer fails to import, to compile or to run, or fastlm does not have it here.
         """
 
-    def seconds(self, implementation: str, step: Step) -> float:
-        """About what a call of its step takes."""
-
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
-        """How wrong each result is, and may be, as op_check.judge has it; empty where that cannot be told."""
+        """How wrong each result is, and may be, as op_check.judge has it; empty where that cannot be told. Asked once."""
 
 
 class Section(Protocol):
@@ -120,7 +119,8 @@ def sections() -> dict[str, Section]:
     from fastlm.ops.spec import all_benchmarks
 
     every = [OpSection(benchmark) for benchmark in all_benchmarks()] + [ModelSection(model) for model in bench_models.MODELS]
-    return {section.name: section for section in every}
+    order = OPS, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
+    return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
 
 
 def selected(selection: Selection) -> list[Section]:
@@ -150,6 +150,11 @@ def settings(selection: Selection) -> list[Setting]:
 
 def rows_of(setting: Setting, full: bool) -> list[Row]:
     return [Row(*setting, name) for name in sections()[setting.op].implementations(setting, full)]
+
+
+def weight(setting: Setting, full: bool) -> int:
+    """Estimate the setting's part of a run's time, in any unit."""
+    return len(rows_of(setting, full)) * (MODEL_WEIGHT if sections()[setting.op].group == MODELS else 1)
 
 
 @contextlib.contextmanager

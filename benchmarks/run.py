@@ -1,6 +1,6 @@
 """The main job, `make bench` or `fastlm bench`: check, time and measure each op and model, train the digits VAE, and report.
 
-    fastlm bench                                             # about ten minutes on two cores
+    fastlm bench                                             # at most twelve minutes on two cores, on slow ones with fewer rows
     fastlm bench --full                                      # the long sizes and every dtype too
     fastlm bench "attention, forward" --sizes 1x8x512x64     # one section, at sizes of your own
     fastlm bench --resume                                    # go on with a run that was interrupted
@@ -21,20 +21,25 @@ import compare
 import machine
 import torch
 from bench_digits import run_digits
+from budget import Budget
 from figures import size
 from journal import Journal
-from memory import peak_extra_bytes
+from memory import SECONDS, peak_extra_bytes
+from progress import Activity
 from report import DEFAULT_OUT, RUN, warning, write_report
 from report_tables import listed
 from rich.console import Console
 from rows import Row, Selection, rows_of, sections, settings
-from timing import bar, benchmark_json, time_rows
+from timing import benchmark_json, time_rows
 
 from fastlm import cuda_kernels, triton_kernels
 
 LOG_WIDTH = 128  # where the output is no terminal
 ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
 PARTS = "ops", "digits", "gpu"
+RUN_SECONDS = 640.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
+LEAST = 8.0  # seconds of a row's memory
+AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # seconds that are kept for what follows
 
 
 def main() -> int:
@@ -83,14 +88,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
     out.mkdir(parents=True, exist_ok=True)
     what = {"op": selection.only, "sizes": selection.sizes, "full": selection.full, "parts": parts}
     journal = Journal(out / "bench.jsonl", what | {"commit": machine.commit(), "torch": torch.__version__}, options.resume)
-    right = measure(journal, selection, parts, console, out)
+    limit = None if selection.full or selection.only else RUN_SECONDS
+    right = measure(journal, selection, parts, console, out, Budget(limit))
     console.rule("Report")
     content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
     content["machine"] |= machine.best_peaks(journal.of("peaks"))
     content["machine"]["others_share"] = max(journal.of("others_share"), default=None)
     content["command"] = command_of(options)
     out.joinpath(RUN).write_text(json.dumps(content, indent=1))
-    tables = write_report(out, options.publish)
+    with Activity(console, 1) as activity:
+        activity.say("drawing and writing the report")
+        tables = write_report(out, options.publish)
     for name in ("report.html", "report.md", RUN):
         console.print(f"  {out / name}", soft_wrap=True)
     console.print(*tables)
@@ -100,11 +108,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 0 if right else 1
 
 
-def measure(journal: Journal, selection: Selection, parts: tuple[str, ...], console: Console, out: Path) -> bool:
-    """Every step that the journal does not have yet; whether all answers were right."""
+def measure(
+    journal: Journal, selection: Selection, parts: tuple[str, ...], console: Console, out: Path, budget: Budget
+) -> bool:
+    """Take every step that the journal does not have yet; return whether all answers were right."""
     console.rule("The machine")
     description = journal.once("machine", machine.describe)
-    peaks = journal.once("peaks", machine.peaks)
+    peaks = journal.once("peaks", lambda: machine.peaks(console))
     console.print(
         f"  {description['cpu']}, {description['threads']} threads, {peaks['bandwidth_gb_s']} GB/s, "
         f"{peaks['peak_gflop_s']['float32']} GFLOP/s"
@@ -113,36 +123,45 @@ def measure(journal: Journal, selection: Selection, parts: tuple[str, ...], cons
     if "ops" in parts:
         console.rule("Is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
-            right &= time_rows(journal, selection)
+            right &= time_rows(journal, selection, budget.before(AFTER_ROWS))
         journal.add("others_share", others.share or 0.0)
-        journal.add("peaks", machine.peaks())
+        journal.add("peaks", machine.peaks(console))
         console.rule("Peak extra memory")
-        measure_memory(journal, selection, console)
+        measure_memory(journal, selection, console, budget.before(AFTER_MEMORY))
     if "digits" in parts:
         console.rule("Digits VAE: fused and eager")
-        right &= journal.once("digits", lambda: run_digits(console, out))["agreement"]["agree"]
+        with Activity(console, 1, bar=False) as activity:
+            right &= journal.once("digits", lambda: run_digits(activity, out))["agreement"]["agree"]
     if "gpu" in parts:
         console.rule("GPU kernels")
-        journal.once("predictions", lambda: predict(console))
+        journal.once("predictions", lambda: predict(console, budget))
         if torch.cuda.is_available():
             measure_gpu(journal, console)
     return right
 
 
-def measure_memory(journal: Journal, selection: Selection, console: Console) -> None:
-    """Peak extra memory of the settings that are worth it, each row in a process of its own."""
+def measure_memory(journal: Journal, selection: Selection, console: Console, budget: Budget) -> None:
+    """Measure the peak extra memory of the settings that are worth it, each row in a process of its own."""
     worth = [setting for setting in settings(selection) if sections()[setting.op].has_memory(setting)]
     done = {Row(*(row[name] for name in Row._fields)) for row in journal.of("memory")}
     rows = [row for setting in worth for row in rows_of(setting, selection.full) if row not in done]
-    with bar(console) as progress:
-        task = progress.add_task("", total=len(rows))
+    budget.plan(dict.fromkeys(rows, 1))
+    left_out = 0
+    with Activity(console, len(rows)) as activity:
         for row in rows:
-            progress.update(task, description=" ".join(row))
-            found = peak_extra_bytes("rows:fresh_step", **row._asdict())
+            activity.say(" ".join(row))
+            budget.enter(row)
+            if budget.left > 0:
+                found = peak_extra_bytes("rows:fresh_step", seconds=min(SECONDS, max(LEAST, budget.most)), **row._asdict())
+                text = size(found["bytes"]) if "bytes" in found else found["why_not"]
+                activity.print(f"  {' '.join(row)}: {text}", highlight=False, soft_wrap=True, markup=False)
+            else:
+                found = {"why_not": budget.why_not("it")}
+                left_out += 1
             journal.add("memory", row._asdict() | found)
-            progress.advance(task)
-            text = size(found["bytes"]) if "bytes" in found else found["why_not"]
-            console.print(f"  {' '.join(row)}: {text}", highlight=False, soft_wrap=True, markup=False)
+            activity.advance()
+    if left_out:
+        console.print(f"  {left_out} more rows: {budget.why_not('them')}", highlight=False, soft_wrap=True)
 
 
 def measure_gpu(journal: Journal, console: Console) -> None:
@@ -157,16 +176,27 @@ def measure_gpu(journal: Journal, console: Console) -> None:
         console.print(listed("The latent on this GPU, cold cache, medians", bench_gpu_latent.HEADER, cells))
 
 
-def predict(console: Console) -> dict:
-    """What the machine code of the Triton kernels lets expect of GPUs; no GPU is needed, and none is measured."""
+def predict(console: Console, budget: Budget) -> dict:
+    """Tell what the machine code of the Triton kernels lets expect of GPUs; no GPU is needed, and none is measured."""
     if triton_kernels.NOT_INSTALLED:
         return {"why_not": triton_kernels.NOT_INSTALLED}
+    if budget.left <= 0:
+        return {"why_not": budget.why_not("them")}
     import static_roofline  # imports Triton
 
-    with console.status("compiling"):
-        rows = static_roofline.table_rows(static_roofline.default_variants(static_roofline.DEFAULT_GPUS))
+    variants = static_roofline.default_variants(static_roofline.DEFAULT_GPUS)
+    with Activity(console, len(variants)) as activity:
+        activity.say("compiling Triton kernels for GPUs")
+
+        def go_on() -> bool:
+            activity.advance()
+            return budget.left > 0
+
+        rows = static_roofline.table_rows(variants, go_on)
     console.print(static_roofline.table(rows))
-    return {"head": static_roofline.HEADER, "rows": rows}
+    missing = len(variants) - len(rows)
+    why_not_all = budget.why_not(f"{missing} more") if missing else None
+    return {"head": static_roofline.HEADER, "rows": rows, "why_not_all": why_not_all}
 
 
 def command_of(options: argparse.Namespace) -> str:

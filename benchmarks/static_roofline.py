@@ -7,6 +7,7 @@ These are predictions from disassembly. None of it was measured on a GPU.
 """
 
 import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 import gpu_kernels
@@ -83,10 +84,14 @@ def default_variants(gpus: tuple[str, ...]) -> list[Variant]:
 HEADER = ("GPU", "pass", "head_dim", "tile", "warps", "registers", "spilled", "shared KiB", "float per score", "share of peak")
 
 
-def table_rows(variants: list[Variant]) -> list[tuple[str, ...]]:
-    """A row of the table for each variant, in their order."""
-    found = {tuple(row[name] for name in Variant._fields): row for row in gpu_kernels.inspect_all(variants, 2)}
-    return [_table_row(found[tuple(variant)]) for variant in variants]
+def table_rows(variants: list[Variant], go_on: Callable[[], bool] = lambda: True) -> list[tuple[str, ...]]:
+    """Return a row of the table for each variant, in their order, as far as ``go_on`` says yes."""
+    found = {}
+    for row in gpu_kernels.inspect_all(variants, 2):
+        found[tuple(row[name] for name in Variant._fields)] = row
+        if not go_on():
+            break
+    return [_table_row(found[tuple(variant)]) for variant in variants if tuple(variant) in found]
 
 
 def _table_row(row: dict) -> tuple[str, ...]:

@@ -5,20 +5,21 @@ import statistics
 from pathlib import Path
 
 import pytest
+from budget import Budget
 from figures import duration
 from journal import Journal
+from progress import Activity
 from pytest_benchmark import __version__
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from row_items import DONE, missing, row_of
-from rows import Selection, Setting, rows_of
+from row_items import BUDGET, DONE, SAY, missing, row_of
+from rows import Row, Selection, Setting, rows_of, weight
 
 HERE = Path(__file__).parent
 HEAD, STEP = "head", "rows"  # of the journal
 
 
-def time_rows(journal: Journal, selection: Selection) -> bool:
-    """Time every row that the journal does not have yet; whether all answers were right.
+def time_rows(journal: Journal, selection: Selection, budget: Budget) -> bool:
+    """Time every row that the journal does not have yet, as far as the budget goes; whether all answers were right.
 
     Raises:
         KeyboardInterrupt: it was interrupted; the journal has the settings that were finished.
@@ -27,7 +28,7 @@ def time_rows(journal: Journal, selection: Selection) -> bool:
     arguments += [f"--only={selection.only}"] * (selection.only is not None) + [f"--size={size}" for size in selection.sizes]
     # None of the tests' settings; and no terminal output but ours.
     isolation = ["-c", os.devnull, f"--rootdir={HERE}", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:warnings"]
-    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, selection)])
+    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, selection, budget)])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -42,25 +43,19 @@ def benchmark_json(journal: Journal) -> dict:
     return {**(journal.one(HEAD) or {}), **parts}
 
 
-def bar(console: Console) -> Progress:
-    """A progress bar that leaves nothing behind, and nothing at all in a log file."""
-    left = TextColumn("elapsed, left"), TimeRemainingColumn()
-    columns = TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 class _Recorder:
     """A pytest plugin that keeps what is finished, and shows how far it is and each setting's medians."""
 
-    def __init__(self, journal: Journal, selection: Selection):
-        self.journal, self.selection = journal, selection
+    def __init__(self, journal: Journal, selection: Selection, budget: Budget):
+        self.journal, self.selection, self.budget = journal, selection, budget
         # A copy of the standard output: pytest captures the original while a row runs.
         self.console = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
-        self.progress = bar(self.console)
-        self.setting, self.measured, self.turns, self.failures = None, [], 0, set()
+        self.failures: set[str] = set()
+        self.why_not: str | None = None  # of the last setting, where nothing of it was timed
 
     def pytest_configure(self, config):
         config.stash[DONE] = {Setting(*setting["setting"]) for setting in self.journal.of(STEP)}
+        config.stash[BUDGET], config.stash[SAY] = self.budget, self._say
 
     def pytest_collection_finish(self, session):
         if not self.journal.of(HEAD):
@@ -69,21 +64,21 @@ class _Recorder:
         for item in session.items:
             setting = row_of(item).setting
             self.left[setting] = self.left.get(setting, 0) + 1
-        self.task = self.progress.add_task("", total=len(session.items))
-        self.progress.start()
+        self.budget.plan({setting: weight(setting, self.selection.full) for setting in self.left})
+        self.activity = Activity(self.console, len(session.items))
+        self.activity.__enter__()
 
     def pytest_runtest_logreport(self, report):
         if report.failed and (message := report.longrepr.reprcrash.message) not in self.failures:  # each turn fails alike
             self.failures.add(message)
-            self.console.print(f"{report.nodeid}\n{report.longreprtext}", style="red", markup=False, highlight=False)
+            self.activity.print(f"{report.nodeid}\n{report.longreprtext}", style="red", markup=False, highlight=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
         """Around a turn of a row, with what pytest reports of it; after the last turn, the setting is finished."""
         row = row_of(item)
-        self.progress.update(self.task, description=f"{' '.join(row.setting)}, {row.implementation}")
         result = yield
-        self.progress.advance(self.task)
+        self.activity.advance()
         self.left[row.setting] -= 1
         if not self.left[row.setting]:
             self._finish(row.setting, item.config)
@@ -97,10 +92,17 @@ class _Recorder:
         for entry in entries:
             rounds[entry["params"]["implementation"]] += entry["stats"]["data"]
         medians = [f"{name} {duration(statistics.median(times)) if times else '-'}" for name, times in rounds.items()]
-        self.console.print(f"  {' '.join(setting)}: {', '.join(medians)}", highlight=False)
+        why_not = None if entries else next((row["why_not"] for row in missing(config, setting)), "-")
+        told = ", ".join(medians) if entries else "as above" if why_not == self.why_not else why_not
+        self.why_not = why_not
+        self.activity.print(f"  {' '.join(setting)}: {told}", highlight=False, markup=False)
+
+    def _say(self, row: Row, part: str) -> None:
+        self.activity.say(f"{' '.join(row.setting)}, {row.implementation}: {part}")
 
     def pytest_sessionfinish(self):
-        self.progress.stop()
+        if activity := getattr(self, "activity", None):
+            activity.__exit__()
 
 
 def _head(config: pytest.Config) -> dict:

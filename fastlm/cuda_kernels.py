@@ -49,13 +49,10 @@ def _refused(device: int) -> str | None:
     return reason and f"cuda:{device} cannot run fastlm._cuda, built for {module.architectures}: {reason}"
 
 
+@native.constant_when_compiled
 def unavailable(device: int) -> str | None:
-    """Why no kernel runs on the GPU of that index."""
+    """Return why no kernel runs on the GPU of that index, or None."""
     return load().why_not or _refused(device)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler: it need not see how a module is loaded.
-unavailable._dynamo_marked_constant = True
 
 
 def why_not(tensor: torch.Tensor) -> str | None:

@@ -56,6 +56,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
 C, why_not = _load()
 
 
+def constant_when_compiled(function: Callable) -> Callable:
+    """Mark a function whose result torch.compile takes for a constant, so that it need not look into it.
+
+    torch.compiler.assume_constant_result does the same, but imports the compiler, which takes seconds.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def _itself(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor
 

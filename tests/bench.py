@@ -1,7 +1,11 @@
 """Lets tests import the modules of benchmarks/, last on the path, as both folders have a conftest.py; and makes up a run."""
 
+import os
 import sys
+import time
 from pathlib import Path
+
+from processes import HANG
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 if str(BENCHMARKS) not in sys.path:
@@ -9,6 +13,12 @@ if str(BENCHMARKS) not in sys.path:
 
 OWN, BASE, OTHER = "fastlm cpu", "SDPA", "eager"
 FORWARD = "attention, forward"
+
+
+def sleep_for_long(path: str) -> None:
+    """Stand in for a slow row in memory.py's fork: leave the pids of the server and the fork in a file, and sleep."""
+    Path(path).write_text(f"{os.getppid()} {os.getpid()}\n")
+    time.sleep(HANG)
 
 
 def entry(

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+HANG = 1800.0  # Seconds after which a test gives up waiting: only a hang takes so long, however busy the machine is.
+
 # Put before `import fastlm`, it makes a package whose native build is missing.
 WITHOUT_THE_MODULE = """
 import sys
@@ -21,7 +23,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     if "PYTHONPATH" in settings:
         settings["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, settings["PYTHONPATH"].split(os.pathsep)))
     command, settings = [sys.executable, "-c", code], settings | environment
-    return subprocess.run(command, env=settings, cwd="/", capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(command, env=settings, cwd="/", capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def printed(code: str, **environment: str) -> str:

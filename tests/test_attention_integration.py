@@ -61,10 +61,11 @@ def test_the_forward_op_passes_opcheck(call):
 @pytest.mark.parametrize("call", OP_CALLS)
 def test_the_backward_op_passes_opcheck(call):
     inputs, options = OP_CALLS[call]
-    out, lse = torch.ops.fastlm.attention(*inputs, *options)
+    out, lse, statistics = torch.ops.fastlm.attention(*inputs, *options)
     needed = tuple(tensor is not None for tensor in inputs[3:5])
     gradients = torch.ones_like(out), torch.ones_like(lse)
-    torch.library.opcheck(torch.ops.fastlm.attention_backward.default, (*gradients, out, lse, *inputs, *needed, *options))
+    saved = (out, lse, statistics, *inputs)
+    torch.library.opcheck(torch.ops.fastlm.attention_backward.default, (*gradients, *saved, *needed, *options))
 
 
 @pytest.mark.parametrize("table", [None, torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)], ids=["contiguous", "paged"])
@@ -133,12 +134,13 @@ def test_a_compiled_varlen_call_gives_the_bits_of_eager_mode(fresh_dynamo):
 # ---- autograd ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_but_inputs_and_results_is_saved_for_backward():
+def test_little_but_inputs_and_results_is_saved_for_backward():
     leaves, saved = [t.requires_grad_() for t in qkv(2)], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out, lse = fastlm.attention(*leaves, dropout_p=0.1, return_lse=True, backend="cpu")
     known = {t.data_ptr() for t in (*leaves, out, lse)}
-    assert [(t.dtype, t.numel()) for t in saved if t.data_ptr() not in known] == [(torch.int64, 1)]  # the seed
+    others = [(t.dtype, t.numel()) for t in saved if t.data_ptr() not in known]
+    assert others == [(torch.int64, 1), (torch.float32, 2 * lse.numel())]  # the seed, and two numbers of each row
 
 
 def test_an_input_changed_in_place_before_backward_is_noticed():

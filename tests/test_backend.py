@@ -199,7 +199,18 @@ def test_triton_says_what_it_lacks():
 
 
 def test_importing_fastlm_imports_no_optional_package():
-    optional = ["triton", "matplotlib", "transformers", "diffusers", "sklearn", "scipy", "pytest", "rich"]
+    optional = [
+        "triton",
+        "matplotlib",
+        "transformers",
+        "diffusers",
+        "sklearn",
+        "scipy",
+        "pytest",
+        "rich",
+        "torch._dynamo",
+        "torch.onnx",
+    ]
     code = f"import torch, sys; before = set(sys.modules); import fastlm; print(set({optional}) & (set(sys.modules) - before))"
     assert printed(code) == "set()"
     assert (

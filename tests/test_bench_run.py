@@ -18,6 +18,7 @@ import pytest
 import rows
 import run as benchmark_run
 import torch
+from bench import HANG
 from bench_models import Model
 from journal import Journal
 from model_section import ModelSection
@@ -104,7 +105,7 @@ def test_a_wrong_answer_is_seen():
     arguments = benchmark.workloads[0].make(torch.float32)
     right = fastlm.attention(**arguments)
     for factor, ok in ((1.0, True), (1.001, False)):
-        judged = Judge(benchmark, arguments).errors(lambda factor=factor: right * factor)["output 0"]
+        judged = Judge(benchmark, arguments).errors((right * factor,))["output 0"]
         assert (judged["error"] <= judged["allowed"]) == ok
 
 
@@ -115,11 +116,54 @@ def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
     arguments = benchmark.sized(1, 2, 400, 16).make(torch.float32)
     right, judge = fastlm.attention(**arguments), Judge(benchmark, arguments)
     assert judge.golden["output 0"].shape[2] == SOME_QUERIES
-    assert all(j["error"] <= j["allowed"] for j in judge.errors(lambda: right).values())
+    assert all(j["error"] <= j["allowed"] for j in judge.errors((right,)).values())
     wrong = right.clone()
     wrong[:, :, -1] += 1e-3
-    judged = judge.errors(lambda: wrong)["output 0"]
+    judged = judge.errors((wrong,))["output 0"]
     assert judged["error"] > judged["allowed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "whole", "part"),
+    [
+        ("attention, forward", (1, 2, 400, 16), (1, 2, 400, 16), (1, 2, SOME_QUERIES, 16)),
+        ("attention, forward + backward, causal", (2, 3, 70, 16), (2, 3, 70, 16), (2, 1, 70, 16)),
+        ("varlen_attention, causal", (2, 30), (45, 8, 64), (45, 1, 64)),
+    ],
+)
+def test_of_a_slow_call_a_part_is_judged(name, sizes, whole, part, monkeypatch):
+    """Its results and gradients are the whole call's."""
+    benchmark = BENCHMARKS[name]
+    contest = OpContest(benchmark, benchmark.sized(*sizes).make(torch.bfloat16))
+    assert contest.judge.golden["output 0"].shape == whole
+    monkeypatch.setattr("op_check.MOST_SECONDS", 0.0)
+    results, judge = contest.step("fastlm cpu")(), Judge(benchmark, contest.arguments)
+    judged = judge.errors(results)
+    assert len(judged) == len(results) and judge.golden["output 0"].shape == part
+    assert all(j["error"] <= j["allowed"] for j in judged.values()), judged
+    for i, name in enumerate(judged):
+        wrong = [result.detach().clone() for result in results]
+        wrong[i][:, -1:] += 1.0
+        j = judge.errors(tuple(wrong))[name]
+        assert j["error"] > j["allowed"], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_a_large_latent_the_first_rows_are_judged(dtype, monkeypatch):
+    """Noise, outputs and gradients of these rows are the whole call's."""
+    monkeypatch.setattr("op_check.MOST_NUMBERS", 100)
+    benchmark = BENCHMARKS["reparameterize_with_kl"]
+    contest = OpContest(benchmark, benchmark.sized(50, 30).make(dtype))
+    results = contest.step("fastlm cpu")()
+    judged = contest.judge.errors(results)
+    assert set(judged) == {"output 0", "output 1", "gradient of mu", "gradient of logvar"}
+    assert all(j["error"] <= j["allowed"] for j in judged.values()), judged
+    assert contest.judge.golden["output 0"].shape == (3, 30)
+    for i, name in enumerate(judged):
+        wrong = [result.detach().clone() for result in results]
+        wrong[i][2] *= 1.5
+        j = contest.judge.errors(tuple(wrong))[name]
+        assert j["error"] > j["allowed"], name
 
 
 class Attending(torch.nn.Module):
@@ -218,7 +262,7 @@ def test_the_text_vae_is_the_same_model_before_and_on_kernels():
 
 def test_memory_that_is_kept_between_calls_is_not_taken_for_none(monkeypatch):
     found = {"bytes": 0, "result_bytes": 1 << 20}
-    monkeypatch.setattr(memory, "_ask", lambda target, arguments: found)
+    monkeypatch.setattr(memory, "_ask", lambda target, arguments, seconds: found)
     assert "keeps its memory" in memory.peak_extra_bytes("rows:fresh_step")["why_not"]
     found["bytes"] = 1 << 21
     assert memory.peak_extra_bytes("rows:fresh_step") == {"bytes": 1 << 21, "result_bytes": 1 << 20}
@@ -288,7 +332,7 @@ def command(*arguments: str) -> list[str]:
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=HANG)
 
 
 def main(monkeypatch, *arguments: str) -> int:
@@ -326,8 +370,10 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     journal = tmp_path / "bench.jsonl"
     process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and '["rows"' in journal.read_text()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + HANG
+        while process.poll() is None and time.monotonic() < deadline:
+            if journal.exists() and '["rows"' in journal.read_text():
+                break
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)

@@ -8,6 +8,7 @@ import torch
 from diffusers.models.autoencoders import vae as theirs
 from libraries import Ops, assert_held
 from oracle import ULPS
+from wrapped_tensor import Wrapped
 
 from fastlm.integrations import diffusers as integration
 from fastlm.integrations.diffusers import DiagonalGaussianDistribution
@@ -282,3 +283,35 @@ def test_a_deep_copy_is_the_same_posterior():
     posterior = DiagonalGaussianDistribution(parameters_of((2, 4, 3, 3)).detach())
     assert torch.equal(copy.deepcopy(posterior).sample(generator()), posterior.sample(generator()))
     assert integration.LOGVAR_CLAMP == (-30.0, 20.0)
+
+
+@pytest.mark.parametrize(("own", "of_other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_kl_from_another_of_another_dtype(own, of_other, autocast):
+    """diffusers' dtypes promote."""
+    mine, other = (parameters_of(SHAPES["image"], dtype, seed) for seed, dtype in ((1, own), (2, of_other)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kl = DiagonalGaussianDistribution(mine).kl(theirs.DiagonalGaussianDistribution(other))
+    exact = theirs.DiagonalGaussianDistribution(mine.double()).kl(theirs.DiagonalGaussianDistribution(other.double()))
+    torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-5)
+    assert [grad.dtype for grad in torch.autograd.grad(kl.sum(), [mine, other])] == [own, of_other]
+
+
+@LATENTS
+def test_empty_batches(shape):
+    parameters = parameters_of((0, *shape[1:]))
+    posterior, of_theirs = DiagonalGaussianDistribution(parameters), theirs.DiagonalGaussianDistribution(padded(parameters))
+    other = DiagonalGaussianDistribution(parameters.detach())
+    sample, kl = posterior.sample(generator()), posterior.kl()
+    assert sample.shape == posterior.mode().shape == posterior.mean.shape == (0, shape[1] // 2, *shape[2:])
+    assert kl.shape == posterior.kl(other).shape == posterior.nll(sample).shape == of_theirs.kl().shape[:1]
+    (grad,) = torch.autograd.grad(sample.sum() + kl.sum() + posterior.kl(other).sum(), parameters)
+    assert grad.shape == parameters.shape
+
+
+def test_subclasses_of_tensor_keep_diffusers_posterior():
+    plain = parameters_of(SHAPES["image"]).detach()
+    kept = integration._ours(theirs.DiagonalGaussianDistribution(Wrapped(plain)))
+    assert type(kept) is theirs.DiagonalGaussianDistribution
+    assert torch.equal(kept.kl(), theirs.DiagonalGaussianDistribution(plain).kl())
+    assert type(integration._ours(theirs.DiagonalGaussianDistribution(plain))) is DiagonalGaussianDistribution

@@ -10,6 +10,7 @@ from libraries import Ops, assert_held
 from oracle import ULPS
 from torch import distributions
 from torch.distributions import Independent, TransformedDistribution, kl_divergence
+from wrapped_tensor import Wrapped
 
 from fastlm.integrations.distributions import Normal
 from fastlm.ops.noise import normal
@@ -286,3 +287,59 @@ def test_independents_sum_their_dimensions():
     prior = distributions.Normal(torch.zeros(5), torch.ones(5))
     kl = kl_divergence(Independent(Normal(loc, scale), 1), Independent(prior.expand((4, 5)), 1))
     torch.testing.assert_close(kl, kl_divergence(distributions.Normal(loc, scale), prior).sum(-1))
+
+
+# ---- other dtypes, other tensors, and none ----------------------------------------------------------------------------------
+
+MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+MIXED += [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("of_loc", "of_scale"), MIXED, ids=str)
+def test_dtypes_are_promoted_as_by_torch(of_loc, of_scale, autocast):
+    loc, scale = torch.randn(3, 4).to(of_loc).requires_grad_(), torch.ones(3, 4, dtype=of_scale, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mine, theirs = (cls(loc, scale) for cls in (Normal, torch.distributions.Normal))
+        assert mine.rsample((2,)).dtype == theirs.rsample((2,)).dtype
+        assert mine.sample((2,)).dtype == theirs.sample((2,)).dtype == of_loc
+        kl = kl_divergence(mine, torch.distributions.Normal(torch.zeros((), dtype=of_scale), 2.0))
+        grads = torch.autograd.grad(mine.rsample().float().sum() + kl.sum(), [loc, scale])
+    assert [grad.dtype for grad in grads] == [of_loc, of_scale]
+    exact = kl_divergence(torch.distributions.Normal(loc.double(), scale.double()), torch.distributions.Normal(0.0, 2.0))
+    torch.testing.assert_close(kl, exact.to(kl.dtype))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0)], ids=str)
+def test_empty_batches(shape):
+    loc, scale = torch.zeros(shape, requires_grad=True), torch.ones(shape, requires_grad=True)
+    mine, theirs = Normal(loc, scale), torch.distributions.Normal(loc, scale)
+    for sample_shape in ((), (2,), (0,)):
+        assert mine.rsample(sample_shape).shape == mine.sample(sample_shape).shape == theirs.rsample(sample_shape).shape
+    assert kl_divergence(mine, theirs).shape == shape and Normal(0.0, 1.0).sample((0, 2)).shape == (0, 2)
+    grads = torch.autograd.grad(mine.rsample((2,)).sum() + kl_divergence(mine, theirs).sum(), [loc, scale])
+    assert all(grad.shape == shape for grad in grads)
+
+
+@pytest.mark.parametrize("wrapped", ["loc", "scale"])
+def test_subclasses_of_tensor_are_torch_s(wrapped):
+    plain = {"loc": torch.randn(3, 4), "scale": torch.rand(3, 4) + 0.5}
+    given = {**plain, wrapped: Wrapped(plain[wrapped])}
+    torch.manual_seed(1)
+    mine = Normal(**given, validate_args=False).sample()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(mine, torch.distributions.Normal(**plain).rsample())
+    standard = torch.distributions.Normal(torch.zeros(3, 4), torch.ones(3, 4))
+    kl = kl_divergence(Normal(**given, validate_args=False), standard)
+    assert torch.equal(kl, kl_divergence(torch.distributions.Normal(**plain), standard))
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning")
+def test_a_trace_draws_anew():
+    """torch.jit.trace records neither a seed nor noise as a constant."""
+    traced = torch.jit.trace(
+        lambda loc, scale: Normal(loc, scale).rsample(), (torch.zeros(3), torch.ones(3)), check_trace=False
+    )
+    assert not torch.equal(traced(torch.zeros(3), torch.ones(3)), traced(torch.zeros(3), torch.ones(3)))
+    assert traced(torch.full((3,), 50.0), torch.ones(3)).min() > 30

@@ -153,6 +153,9 @@ def test_causal(fused):
     inputs = INPUTS["self-attention"]
     compare(pair(12, 4, batch_first=True), inputs, attn_mask=causal_mask(7), is_causal=True)
     assert fused[-1]["causal"] and fused[-1]["mask"] is None
+    for built in ("bias_kv", "zero_attn"):  # torch's hint hides the key that they add, and its mask does not
+        compare(pair(12, 4, batch_first=True, **BUILT[built]), inputs, attn_mask=causal_mask(7), is_causal=True)
+    assert len(fused) == 1
     padding = torch.zeros(3, 7).masked_fill(PADDING, -torch.inf)
     compare(pair(12, 4, batch_first=True), inputs, attn_mask=causal_mask(7), is_causal=True, key_padding_mask=padding)
     assert not fused[-1]["causal"] and fused[-1]["mask"] is not None
@@ -194,6 +197,53 @@ def test_weights_are_torch_s(fused, average, training, built):
     for theirs, mine in zip(*calls, strict=True):
         assert torch.equal(theirs, mine)
     assert not fused
+
+
+EMPTY = list(itertools.product((0, 2), (0, 3), (0, 5)))[:-1]  # (N, L, S)
+
+
+@pytest.mark.parametrize("masks", ["none", "padding", "mask", "mask of each head", "both"])
+@pytest.mark.parametrize("built", BUILT)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_empty_batches_and_sequences(built, batch_first, masks):
+    """torch's answer, in shape, numbers and gradients; its own reshape fails on empty masks, which ours does not."""
+    original, ours = pair(12, 4, batch_first=batch_first, **BUILT[built])
+    for n, rows, keys in EMPTY:
+        query, key = (torch.ones(n, r, 12) if batch_first else torch.ones(r, n, 12) for r in (rows, keys))
+        options = {"need_weights": False}
+        if masks in ("padding", "both"):
+            options["key_padding_mask"] = torch.zeros(n, keys, dtype=torch.bool)
+        if masks in ("mask", "both"):
+            options["attn_mask"] = torch.zeros(rows, keys, dtype=torch.bool)
+        if masks == "mask of each head":
+            options["attn_mask"] = torch.zeros(4 * n, rows, keys)
+        inputs = [(query, key, key)] if rows != keys else [(query, key, key), (query, query, query)]
+        for args, training, grad in itertools.product(inputs, (True, False), (True, False)):
+            with torch.set_grad_enabled(grad):
+                out = ours.train(training)(*args, **options)[0]
+                with fastlm.use() as report:
+                    used = original.train(training)(*args, **options)[0]
+                assert report.routed == 1
+                try:
+                    expected = original(*args, **options)[0]
+                except RuntimeError as error:
+                    assert masks != "none" and "cannot reshape tensor of 0 elements" in str(error)
+                    assert out.shape == used.shape == query.shape and out.isfinite().all()
+                    continue
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(used, expected)
+            if grad:
+                parameters = [[p for p in m.parameters()] for m in (ours, original)]
+                sums = zip((out, expected), parameters)
+                ours_s, theirs = (torch.autograd.grad(o.sum(), p, allow_unused=True, materialize_grads=True) for o, p in sums)
+                torch.testing.assert_close(ours_s, theirs)
+
+
+def test_an_empty_sequence_without_a_batch():
+    original, ours = pair(12, 4)
+    for rows, keys in ((0, 5), (3, 0), (0, 0)):
+        args = torch.ones(rows, 12), torch.ones(keys, 12), torch.ones(keys, 12)
+        torch.testing.assert_close(*(m(*args, need_weights=False)[0] for m in (ours, original)))
 
 
 def test_rows_that_see_no_key_are_zeros():
@@ -257,6 +307,9 @@ BAD = {
     "another batch": ((x3, torch.randn(4, 3, 4), torch.randn(4, 3, 4)), {}),
     "another dtype": ((x3.double(),) * 3, {}),
     "causal without a mask": ((x3, x3, x3), {"is_causal": True}),
+    "a mask of another floating dtype": ((x3, x3, x3), {"attn_mask": torch.zeros(4, 4, dtype=torch.float64)}),
+    "a padding mask of another floating dtype": ((x3, x3, x3), {"key_padding_mask": torch.zeros(4, 4, dtype=torch.float16)}),
+    "keys of another dtype": ((x3, x3.bfloat16(), x3.bfloat16()), {}),
 }
 
 

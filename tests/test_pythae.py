@@ -12,6 +12,7 @@ from pythae.data.datasets import DatasetOutput
 from pythae.models import AutoModel
 from pythae.models.base.base_utils import ModelOutput
 from pythae.models.nn import BaseEncoder
+from wrapped_tensor import Wrapped
 
 import fastlm
 from fastlm.integrations import pythae as integration
@@ -259,3 +260,52 @@ def test_an_encoder_of_the_user_s_may_give_views():
     z = model(batch()).z
     torch.manual_seed(5)
     assert torch.equal(z, fastlm.reparameterize(encoded.embedding, encoded.log_covariance))
+
+
+class Odd(Encoder):
+    """What other code makes of the latent: another dtype, one variance for all dimensions, a subclass of Tensor."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        output = super().forward(x)
+        return ModelOutput(embedding=output.embedding, log_covariance=self.change(output.log_covariance))
+
+
+ODD = {
+    "float64": torch.Tensor.double,
+    "bfloat16": torch.Tensor.bfloat16,
+    "one variance": lambda logvar: logvar.mean(dim=-1, keepdim=True),
+    "a wrapper": lambda logvar: Wrapped(logvar.detach()),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("what", ODD)
+def test_log_variances_that_pythae_takes(what, autocast):
+    """pythae promotes and broadcasts them, and so do we; the KL is its own, and the mean of many samples mu."""
+    model = made("VAE")
+    model.encoder = Odd(ODD[what])
+    if what == "float64":
+        model.decoder.double()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and what != "float64"):
+            results.append(model(batch()))
+        fastlm.replace(model)
+    theirs, mine = results
+    assert type(model) is integration.FusedVAE
+    assert mine.z.dtype == theirs.z.dtype and mine.z.shape == theirs.z.shape
+    torch.testing.assert_close(mine.reg_loss, theirs.reg_loss, check_dtype=False, rtol=2e-2, atol=1e-3)
+    if what in ("one variance", "a wrapper"):
+        assert torch.equal(mine.z, theirs.z), "pythae's own noise"
+
+
+def test_a_forward_on_the_instance_is_left():
+    model = made("VAE")
+    model.forward = lambda inputs: None
+    report = fastlm.replace(model)
+    assert not report.swapped and "forward was set on this module itself" in report.left[""]

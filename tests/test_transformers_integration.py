@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask, create_sliding_window_causal_mask
 from transformers_models import ARCHITECTURES, BERT, LENGTH, LLAMA, TOKENS, Architecture, count_calls, inputs_of, valid_of
+from wrapped_tensor import Wrapped
 
 import fastlm
 from fastlm.integrations import transformers_attention, transformers_mask
@@ -135,6 +136,33 @@ def test_attention_for_eager_and_sdpa_alone():
 
 
 # ---- what runs eager --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:fastlm. LlamaAttention runs on transformers' eager attention")
+@pytest.mark.parametrize("which", range(4))
+def test_subclasses_of_tensor_are_eager_s(which):
+    """DTensor and its like have no rule for fastlm's op."""
+    module = ARCHITECTURES["Llama"].build("fastlm").model.layers[0].self_attn.eval()
+    tensors = [torch.randn(2, heads, 6, 8) for heads in (4, 4 // module.num_key_value_groups, 4 // module.num_key_value_groups)]
+    tensors.append(torch.zeros(2, 1, 6, 6))
+    expected, _ = transformers_attention.attend(module, *tensors, scaling=0.3)
+    tensors[which] = Wrapped(tensors[which])
+    out, weights = transformers_attention.attend(module, *tensors, scaling=0.3)
+    torch.testing.assert_close(out, expected)
+    assert weights is not None
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:fastlm. BertSelfAttention runs on transformers' eager attention")
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_trace_records_eager_s_ops(padded):
+    model, eager = (hf.BertModel._from_config(hf.BertConfig(**BERT), attn_implementation=name) for name in ("fastlm", "eager"))
+    eager.load_state_dict(model.state_dict())
+    inputs, others = (torch.randint(3, 20, (2, 6)) for _ in range(2))
+    masks = (torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]]),) if padded else ()
+    model.eval().config.return_dict = eager.eval().config.return_dict = False
+    traced = torch.jit.trace(model, (inputs, *masks), check_trace=False)
+    torch.testing.assert_close(traced(others, *masks)[0], eager(others, *masks)[0])
 
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "Gemma 2", "GPT-OSS", "T5", "BART", "Whisper"])

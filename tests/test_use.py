@@ -114,9 +114,9 @@ def test_what_fastlm_cannot_do_is_torch_s():
         assert type(F.scaled_dot_product_attention(*marked)) is Marked
         F.scaled_dot_product_attention(*(nested,) * 3)
         everything_dropped = F.scaled_dot_product_attention(*(t.float() for t in tensors), dropout_p=1.0)
-    assert report.routed == 0 and report.left.total() == 4
+    assert report.routed == 1 and report.left.total() == 3
     assert torch.equal(everything_dropped, torch.zeros_like(everything_dropped))
-    assert "float64" in str(report) and "4 were left" in str(report)
+    assert "float64" in str(report) and "3 were left" in str(report)
 
 
 BAD = {
@@ -124,6 +124,7 @@ BAD = {
     "integer mask": {"attn_mask": torch.zeros(9, 9, dtype=torch.int64)},
     "dropout_p": {"dropout_p": 2.0},
     "key's dtype": {"key": normals(2, 4, 9, 8, dtype=torch.float64)},
+    "mask's floating dtype": {"attn_mask": torch.zeros(9, 9, dtype=torch.float64)},
 }
 
 
@@ -135,6 +136,17 @@ def test_bad_calls_raise_what_torch_raises(qkv, options):
     with fastlm.use(), pytest.raises(RuntimeError) as ours:
         F.scaled_dot_product_attention(**call)
     assert str(ours.value) == str(theirs.value)
+
+
+def test_empty_calls():
+    for queries, keys, head_dim in ((0, 5, 8), (3, 0, 8), (0, 0, 8), (3, 5, 0)):
+        query, key = torch.ones(2, 4, queries, head_dim), torch.ones(2, 4, keys, head_dim)
+        expected = F.scaled_dot_product_attention(query, key, key)
+        with fastlm.use():
+            torch.testing.assert_close(F.scaled_dot_product_attention(query, key, key), expected)
+    with fastlm.use() as report:
+        assert F.scaled_dot_product_attention(*(torch.ones(0, 4, 5, 8),) * 3).shape == (0, 4, 5, 8)
+    assert report.routed == 1
 
 
 def test_compiled_code_follows(qkv):

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..nn.replace import Swap, register
+from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
 from ..ops.reparameterize import gaussian_kl, reparameterize_with_kl
 from .extras import require
@@ -99,7 +100,9 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
             return gaussian_kl(self.mean, self._logvar, event_dims=self._event_dims, logvar_clamp=LOGVAR_CLAMP)
         if other.deterministic:  # no normal is near a point
             return self.mean.new_full((len(self.mean),), math.inf, dtype=self._accumulation_dtype)
-        mean, logvar, prior_mu, prior_logvar = torch.broadcast_tensors(self.mean, self._logvar, other.mean, other.logvar)
+        parameters = torch.broadcast_tensors(self.mean, self._logvar, other.mean, other.logvar)
+        dtype = functools.reduce(torch.promote_types, (t.dtype for t in parameters))
+        mean, logvar, prior_mu, prior_logvar = (t.to(dtype) for t in parameters)
         prior = {"prior_mu": prior_mu, "prior_logvar": prior_logvar}
         return gaussian_kl(mean, logvar, **prior, event_dims=mean.dim() - 1, logvar_clamp=LOGVAR_CLAMP)
 
@@ -162,8 +165,10 @@ class _EncodesToOurs:
 
 
 def _ours(posterior: object) -> object:
-    """fastlm's posterior for diffusers'; anything else, as it is."""
+    """fastlm's posterior for diffusers'; anything else, as it is, and that of subclasses of Tensor and for torch.jit.trace."""
     if type(posterior) is not theirs.DiagonalGaussianDistribution:
+        return posterior
+    if torch.jit.is_tracing() or not are_plain((posterior.parameters,)):
         return posterior
     return DiagonalGaussianDistribution(posterior.parameters, posterior.deterministic)
 
@@ -184,6 +189,7 @@ class _AutoencoderSwap(Swap):
 
     original = ModelMixin
     subclasses = True
+    methods = ("encode",)
 
     def why_not(self, module: ModelMixin) -> str | None:
         cls = type(module)
@@ -192,8 +198,6 @@ class _AutoencoderSwap(Swap):
         builds = any(home.get("DiagonalGaussianDistribution") is theirs.DiagonalGaussianDistribution for home in homes)
         if not builds or not hasattr(cls, "encode"):
             return f"{cls.__name__} does not encode to diffusers' DiagonalGaussianDistribution"
-        if "encode" in vars(module):
-            return f"an encode was set on this {cls.__name__}, which would hide that of fastlm's class: swap first"
         return None
 
     def is_swapped(self, module: torch.nn.Module) -> bool:

@@ -10,8 +10,9 @@ import math
 
 import torch
 from torch import Tensor, distributions
-from torch.distributions.kl import register_kl
+from torch.distributions.kl import _kl_normal_normal, register_kl
 
+from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
 from ..ops.noise import check_seed, seed_tensor
 from ..ops.reparameterize import IMPLEMENTATIONS, gaussian_kl, select
@@ -36,15 +37,22 @@ class Normal(distributions.Normal):
         Raises:
             TypeError, ValueError: ``loc`` is not of those dtypes, or ``seed`` does not fit.
         """
+        if seed is None and _is_torch_s(self):
+            return super().rsample(sample_shape)
         check_tensor("loc", self.loc)
         check_seed(seed, self.loc)
         shape = self._extended_shape(sample_shape)
         return _Sample.apply(self.loc, self.scale, seed_tensor(seed, self.loc), shape)
 
     def sample(self, sample_shape: tuple[int, ...] = torch.Size(), *, seed: int | Tensor | None = None) -> Tensor:
-        """As `rsample`, without gradients."""
+        """As `rsample`, without gradients and in loc's dtype."""
         with torch.no_grad():
-            return self.rsample(sample_shape, seed=seed)
+            return self.rsample(sample_shape, seed=seed).to(self.loc.dtype)
+
+
+def _is_torch_s(*normals: distributions.Normal) -> bool:
+    """Say whether these run torch's own code: subclasses of Tensor such as DTensor, and whatever torch.jit.trace records."""
+    return torch.jit.is_tracing() or not are_plain(t for normal in normals for t in (normal.loc, normal.scale))
 
 
 # ---- the sample -------------------------------------------------------------------------------------------------------------
@@ -130,6 +138,8 @@ class _KL(torch.autograd.Function):
 @register_kl(distributions.Normal, Normal)
 def _kl(p: distributions.Normal, q: distributions.Normal) -> Tensor:
     """(*broadcast batch shape), float32, or float64 where a parameter is."""
+    if _is_torch_s(p, q):
+        return _kl_normal_normal(p, q)
     parameters = torch.broadcast_tensors(p.loc, p.scale, q.loc, q.scale)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in parameters), torch.float32)
     return _KL.apply(*(t.to(dtype) for t in parameters))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..nn.replace import Swap, register
+from ..nn.why_not import are_plain
 from ..ops.reparameterize import reparameterize_with_kl
 from .extras import require
 
@@ -33,11 +34,19 @@ class _OneLatent:
         """pythae's: from ``inputs["data"]`` (B, ...) to the losses, 0-d, recon_x (B, ...) and z (B, latent_dim)."""
         x = inputs["data"]
         posterior = self.encoder(x)
-        z, kl = reparameterize_with_kl(posterior.embedding, posterior.log_covariance)
+        z, kl = self._latent(posterior.embedding, posterior.log_covariance)
         recon_x = self.decoder(z)["reconstruction"]
         recon_loss, kl = self._reconstruction_loss(recon_x, x, z), kl.mean(dim=0)
         loss = recon_loss + self.kl_weight * kl
         return ModelOutput(recon_loss=recon_loss, reg_loss=kl, loss=loss, recon_x=recon_x, z=z)
+
+    def _latent(self, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw z (B, latent_dim) and return it with its KL (B,): pythae's own way where the kernel's does not fit."""
+        if mu.shape != logvar.shape or torch.jit.is_tracing() or not are_plain((mu, logvar)):
+            z, _ = self._sample_gauss(mu, torch.exp(0.5 * logvar))
+            return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
+        dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        return reparameterize_with_kl(mu.to(dtype), logvar.to(dtype))
 
     def _reconstruction_loss(self, recon_x: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """pythae's, 0-d: its loss_function gives it beside a KL, here of a latent of one number, which nobody looks at."""
@@ -74,6 +83,7 @@ class _LatentSwap(Swap):
 
     original = VAE
     subclasses = True
+    methods = ("forward",)
 
     def why_not(self, module: VAE) -> str | None:
         if type(module) not in _FUSED:

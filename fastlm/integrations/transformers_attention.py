@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
+from ..nn.why_not import are_plain
 from ..ops.attention import attention
 from .transformers_code import Traits, traits_of
 from .transformers_mask import STAND_INS, as_eager_mask, read_stand_in
@@ -46,8 +47,9 @@ def attend(
     traits = traits_of(type(module))
     collected = _active_collector.get()  # some models take weights from there alone, and do not ask their attentions
     output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
-    if traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
-        reason = _why_eager(module, traits, query.shape[0] != key.shape[0], output_attentions, kwargs)
+    plain = not torch.jit.is_tracing() and are_plain((query, key, value, attention_mask, s_aux, position_bias))
+    if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
+        reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
         if reason is not None:
             options = {
                 "dropout": dropout,
@@ -88,7 +90,9 @@ def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
     return torch.where(mask, bias, -torch.inf) if mask.dtype is torch.bool else bias + mask
 
 
-def _why_eager(module: nn.Module, traits: Traits, broadcast: bool, weights: bool | None, kwargs: dict) -> str | None:
+def _why_eager(
+    module: nn.Module, traits: Traits, plain: bool, broadcast: bool, weights: bool | None, kwargs: dict
+) -> str | None:
     """Why a call must run the model's eager function, or None."""
     if traits.for_others:
         raise NotImplementedError(f"{type(module).__name__} {traits.for_others}: use attn_implementation='sdpa' or 'eager'")
@@ -96,6 +100,8 @@ def _why_eager(module: nn.Module, traits: Traits, broadcast: bool, weights: bool
         return "attention weights were asked for (output_attentions)"
     if broadcast:
         return "queries and keys have different batch sizes"
+    if not plain:
+        return "torch.jit.trace or a subclass of Tensor"
     given = [name for name in traits.unknown if kwargs.get(name) is not None]
     return f"fastlm has no {', '.join(given)}" if given else None
 

@@ -84,15 +84,15 @@ _LEFT, _BOTH = sliding_window_overlay(1).__code__, sliding_window_bidirectional_
 def _stand_in(mask_function: Callable) -> Tensor | None:
     """The number that stands for one of transformers' patterns; None for any other function."""
     if mask_function is causal_mask_function:
-        return torch.zeros((), dtype=CAUSAL)
+        return torch.zeros((), dtype=CAUSAL, device="cpu")
     if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
         return None  # a graph cannot read the number
     overlay, *rest = mask_function.__closure__[0].cell_contents
     code = getattr(overlay, "__code__", None)
     if code is _LEFT and rest == [causal_mask_function]:
-        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW)
+        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW, device="cpu")
     if code is _BOTH and rest == [bidirectional_mask_function]:
-        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW_ON_BOTH_SIDES)
+        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW_ON_BOTH_SIDES, device="cpu")
     return None
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import attention, has_kernel
+from .why_not import call_why_not, mask_dtype_fits
 
 
 @dataclass
@@ -48,6 +49,8 @@ class MultiHeadCall:
 
     def why_not(self) -> str | None:
         """Why this call has to be torch's own, or None."""
+        if reason := call_why_not(self._tensors):
+            return reason
         if self.need_weights:
             return "need_weights asks for the weights, which a fused kernel never holds"
         if self.static_k is not None or self.static_v is not None:
@@ -61,6 +64,16 @@ class MultiHeadCall:
             return f"no kernel takes {self.query.dtype} on {self.query.device}"
         return None
 
+    @property
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.query, self.key, self.value, self.key_padding_mask, self.attn_mask, *self._weights
+
+    @property
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        one, separate = (self.in_proj_weight,), (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        projections = separate if self.use_separate_proj_weight else one
+        return *projections, self.in_proj_bias, self.out_proj_weight, self.out_proj_bias, self.bias_k, self.bias_v
+
     def _inputs_fit(self) -> bool:
         query, key, value, embed_dim = self.query, self.key, self.value, self.embed_dim_to_check
         if not (query.dim() == key.dim() == value.dim() and query.dim() in (2, 3) and query.shape[-1] == embed_dim):
@@ -73,19 +86,28 @@ class MultiHeadCall:
             given = all(w is not None for w in (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
         else:
             given = self.in_proj_weight is not None and self.key.shape == self.value.shape
-        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout < 1.0
+        return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout <= 1.0 and self._dtypes_fit()
+
+    def _dtypes_fit(self) -> bool:
+        """Say whether all products are of one dtype, or autocast makes it one."""
+        dtype = self.query.dtype
+        same = all(tensor is None or tensor.dtype == dtype for tensor in (self.key, self.value, *self._weights))
+        return same or torch.is_autocast_enabled(self.query.device.type)
 
     def _masks_fit(self) -> bool:
         rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch
         padding, mask = self.key_padding_mask, self.attn_mask
-        if self.is_causal and (mask is None or rows != keys or self.bias_k is not None):
+        added = self.bias_k is not None or self.add_zero_attn  # a key behind all others, which torch's causal hint hides
+        if self.is_causal and (mask is None or rows != keys or added):
             return False
         if padding is not None and padding.shape != ((batch, keys) if self._batched else (keys,)):
             return False
         if mask is not None and mask.shape not in ((rows, keys), (batch * self.num_heads, rows, keys)):
             return False
         given = [m for m in (padding, mask) if m is not None]
-        return all(m.dtype == torch.bool for m in given) or all(m.is_floating_point() for m in given)
+        if all(m.dtype == torch.bool for m in given):
+            return True
+        return all(m.is_floating_point() and mask_dtype_fits(m, self.query) for m in given)
 
     # ---- sizes --------------------------------------------------------------------------------------------------------------
 
@@ -146,7 +168,7 @@ class MultiHeadCall:
     def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
         """``parts`` projections of ``x`` at once, each (N, H, rows, D): views of one product, read where they lie."""
         product = _linear(x, weight, bias)
-        heads = product.view(*product.shape[:-1], parts, self.num_heads, -1)
+        heads = product.view(*product.shape[:-1], parts, self.num_heads, self.embed_dim_to_check // self.num_heads)
         if not self._batched:
             return heads.permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
         return heads.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
@@ -159,7 +181,7 @@ class MultiHeadCall:
         """Both masks as one, True: attend, or added to the scores; as small as it can be: (N or 1, H or 1, L or 1, S)."""
         padding, mask = self.key_padding_mask, self.attn_mask
         if padding is not None:
-            padding = padding.view(self._batch, 1, 1, -1)
+            padding = padding.view(self._batch, 1, 1, padding.shape[-1])
         if mask is not None:
             mask = mask if mask.dim() == 2 else mask.view(self._batch, self.num_heads, *mask.shape[1:])
         if padding is None and mask is None:

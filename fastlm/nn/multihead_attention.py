@@ -7,6 +7,7 @@ from torch import Tensor
 from ..ops.varlen_attention import varlen_attention
 from .functional import MultiHeadCall
 from .replace import ClassSwap, register
+from .tracing import call_of_leaf, forward_for_script
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -14,9 +15,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     With ``need_weights=False`` the call is fused: queries, keys and values are read where the projection leaves them, and
     neither the scores nor a mask of their size is ever held. A query that sees no key gets zeros. torch's own code runs where
-    the weights are asked for, for nested tensors, for dtypes and devices that no kernel takes, and for bad input, which so
-    raises what torch raises.
+    the weights are asked for, for nested tensors and subclasses of Tensor (DTensor among them), inside
+    ``sdpa_kernel(SDPBackend.MATH)``, in torch.jit.trace and torch.jit.script, for dtypes and devices that no kernel takes, and
+    for bad input, which so raises what torch raises. torch.fx.symbolic_trace makes one node of it, as of torch's.
     """
+
+    _scripted_forward = forward_for_script(torch.nn.MultiheadAttention)
 
     def forward(
         self,
@@ -30,6 +34,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``torch.nn.MultiheadAttention.forward``, whose documentation says what each argument is."""
+        if torch.jit.is_scripting():
+            return self._scripted_forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        else:
+            return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+
+    def _attend(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal):
+        """Run fused, or as torch's."""
+        given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        leaf = call_of_leaf(self, *given)
+        if leaf is not None:
+            return leaf
         call = MultiHeadCall(
             query,
             key,
@@ -57,10 +74,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         )
         if call.why_not() is None:
             return call.run()
-        return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        return super().forward(*given)
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Self-attention in eval mode within sequences (total, E) that lie one after the other (`fastlm.varlen_attention`)."""
+        """Attend in eval mode within sequences (total, E) that lie one after the other (`fastlm.varlen_attention`)."""
         heads = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         out = varlen_attention(*heads.unbind(1), cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
         return self.out_proj(out.flatten(-2))

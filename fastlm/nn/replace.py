@@ -16,9 +16,8 @@ class Swap:
     """
 
     original: type[nn.Module]
-    subclasses = (
-        False  # whether subclasses of ``original``, too, are swapped; else they are left, as they may do something else
-    )
+    subclasses = False  # whether subclasses of ``original`` are swapped too; else they are left: they may do something else
+    methods: tuple[str, ...] = ()  # the methods that the swap gives other code
 
     def why_not(self, module: nn.Module) -> str | None:
         """Why this module must stay as it is, or None."""
@@ -42,6 +41,8 @@ class ClassSwap(Swap):
 
     Parameters, hooks, the state_dict and an optimizer's references all stay as they are.
     """
+
+    methods = ("forward",)
 
     def __init__(self, original: type[nn.Module], replacement: type[nn.Module]) -> None:
         self.original, self.replacement = original, replacement
@@ -126,7 +127,11 @@ def restore(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         for swap in _swaps:
-            if swap.is_swapped(module):
+            if not swap.is_swapped(module):
+                continue
+            if reason := _own_method(swap, module):
+                report.left[name] = reason
+            else:
                 report.swapped[name] = swap.undo(module)
     return report
 
@@ -139,7 +144,13 @@ def _check_model(model: nn.Module) -> None:
 def _why_not(swap: Swap, module: nn.Module) -> str | None:
     if type(module) is not swap.original and not swap.subclasses:
         return f"{_name(type(module))} is a subclass of {_name(swap.original)}, whose code may do something else"
-    return swap.why_not(module)
+    return _own_method(swap, module) or swap.why_not(module)
+
+
+def _own_method(swap: Swap, module: nn.Module) -> str | None:
+    """Why a swap, either way, would change nothing: a method on the module itself, which may hold on to the class's old one."""
+    own = next((method for method in swap.methods if method in vars(module)), None)
+    return own and f"{own} was set on this module itself (as accelerate's hooks do), which hides that of its class"
 
 
 def _name(cls: type) -> str:

@@ -1,20 +1,27 @@
 """torch.nn.TransformerEncoder and its layer, whose eval path calls their attention, and packs what is padded.
 
 In eval mode torch's own go past the module ``self_attn`` to a kernel for a whole layer (torch._transformer_encoder_layer_fwd),
-and padded batches go through it as nested tensors, so that nothing is computed for padding. Here the sequences of a padded
-batch are packed one after the other, as `fastlm.varlen_attention` takes them.
+and batches that are padded at the end go through it as nested tensors, so that nothing is computed for padding. Here the
+sequences of such a batch are packed one after the other, as `fastlm.varlen_attention` takes them.
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from ..ops.attention import has_kernel
 from .multihead_attention import MultiheadAttention
 from .replace import ClassSwap, register
+from .tracing import call_of_leaf, forward_for_script
+from .why_not import are_plain, only_math_is_enabled
 
 
-class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """torch's, whose attention is in eval mode, too, that of the module ``self_attn``."""
+
+    _scripted_forward = forward_for_script(nn.TransformerEncoderLayer)
 
     def forward(
         self,
@@ -24,12 +31,21 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """As ``torch.nn.TransformerEncoderLayer.forward``. Nested tensors are for torch's own kernel."""
-        if src.is_nested:
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        return self._layer(src, lambda x: self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal))
+        if torch.jit.is_scripting():
+            return self._scripted_forward(src, src_mask, src_key_padding_mask, is_causal)
+        else:
+            return self._forward(src, src_mask, src_key_padding_mask, is_causal)
+
+    def _forward(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
+        leaf = call_of_leaf(self, src, mask, padding, is_causal)
+        if leaf is not None:
+            return leaf
+        if src.is_nested or torch.jit.is_tracing():
+            return super().forward(src, mask, padding, is_causal)
+        return self._layer(src, lambda x: self._sa_block(x, mask, padding, is_causal=is_causal))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """The layer in eval mode on sequences (total, E) that lie one after the other, each for itself."""
+        """Run the layer in eval mode on sequences (total, E) that lie one after the other, each for itself."""
         return self._layer(x, lambda x: self.self_attn.forward_packed(x, cu_seqlens, max_seqlen))
 
     def _layer(self, x: Tensor, attend) -> Tensor:
@@ -40,17 +56,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-class TransformerEncoder(torch.nn.TransformerEncoder):
+class TransformerEncoder(nn.TransformerEncoder):
     """torch's, which packs a padded batch where torch makes it a nested tensor."""
 
-    @property
-    def use_nested_tensor(self) -> bool:
-        """What torch's forward asks before it makes a nested tensor: no. What was set stays in the instance's ``__dict__``."""
-        return False
-
-    @use_nested_tensor.setter
-    def use_nested_tensor(self, use: bool) -> None:
-        self.__dict__["use_nested_tensor"] = use
+    _scripted_forward = forward_for_script(nn.TransformerEncoder)
 
     def forward(
         self,
@@ -60,53 +69,104 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         """As ``torch.nn.TransformerEncoder.forward``: what comes of padding is zeros where torch makes nested tensors."""
-        if mask is None and not is_causal and self._packs(src, src_key_padding_mask):
-            return self._forward_packed(src, src_key_padding_mask)
-        return super().forward(src, mask, src_key_padding_mask, is_causal)
+        if torch.jit.is_scripting():
+            return self._scripted_forward(src, mask, src_key_padding_mask, is_causal)
+        else:
+            return self._forward(src, mask, src_key_padding_mask, is_causal)
 
-    def _packs(self, src: Tensor, padding: Tensor | None) -> bool:
-        """Whether torch would make a nested tensor of this batch (left-aligned or not), and fastlm's kernels take it."""
-        if self.training or padding is None or not self.__dict__.get("use_nested_tensor") or torch.compiler.is_compiling():
-            return False
-        rows = (src.shape[0], src.shape[1]) if self._batch_first else (src.shape[1], src.shape[0])
-        if src.is_nested or src.dim() != 3 or padding.dtype != torch.bool or padding.shape != rows:
-            return False
-        if torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.parameters())):
-            return False
-        if any(m._forward_hooks or m._forward_pre_hooks for m in self.layers.modules()):
-            return False  # a hook of a layer expects a padded batch
-        head = src[..., : self.layers[0].self_attn.head_dim]
-        return has_kernel(head, head) and all(_can_be_packed(layer) for layer in self.layers)
-
-    @property
-    def _batch_first(self) -> bool:
-        return self.layers[0].self_attn.batch_first
-
-    def _forward_packed(self, src: Tensor, padding: Tensor) -> Tensor:
-        keep = ~padding  # (N, S)
-        lengths = keep.sum(dim=1)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        padded = src if self._batch_first else src.transpose(0, 1)  # (N, S, E)
-        x, max_seqlen = padded[keep], int(lengths.max())
-        for layer in self.layers:
-            x = layer.forward_packed(x, cu_seqlens, max_seqlen)
-        out = x.new_zeros(padded.shape)
-        out[keep] = x
-        out = out if self._batch_first else out.transpose(0, 1)
+    def _forward(self, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool | None) -> Tensor:
+        leaf = call_of_leaf(self, src, mask, padding, is_causal)
+        if leaf is not None:
+            return leaf
+        if torch.jit.is_tracing() or src.is_nested or not are_plain((src, mask, padding)):
+            return super().forward(src, mask, padding, is_causal)
+        other = F._none_or_dtype(mask)  # the two canonical masks are as torch's forward has them, for its errors and warnings
+        padding = F._canonical_mask(padding, "src_key_padding_mask", other, "mask", src.dtype)
+        mask = F._canonical_mask(mask, "mask", None, "", src.dtype, check_other=False)
+        if self._torch_nests(src, mask, padding):
+            out = self._through_layers_nested(src, padding)
+        else:
+            first = self.layers[0]
+            is_causal = _detect_is_causal_mask(mask, is_causal, _get_seq_len(src, first.self_attn.batch_first))
+            out = self._through_layers(src, mask, padding, is_causal)
         return out if self.norm is None else self.norm(out)
 
+    def _torch_nests(self, src: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
+        """Say whether torch's forward makes a nested tensor of this batch: its conditions, in its order."""
+        if not torch.backends.mha.get_fastpath_enabled() or not getattr(self, "use_nested_tensor", False):
+            return False
+        first, check = self.layers[0], getattr(self, "mask_check", True)
+        if first.training or src.dim() != 3 or padding is None or not src.numel():
+            return False
+        if check and (torch.compiler.is_compiling() or not _is_padded_at_end(src, padding)):
+            return False
+        if mask is not None or torch.is_autocast_enabled(src.device.type):  # torch's own fails under the CPU's autocast
+            return False
+        attention = first.self_attn
+        weights = (attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias)
+        weights += tuple(p for m in (first.norm1, first.norm2, first.linear1, first.linear2) for p in (m.weight, m.bias))
+        if torch.overrides.has_torch_function((src, *weights)):  # any TorchFunctionMode counts, torch.device(...) too
+            return False
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (src, *weights) if t is not None)
 
-def _can_be_packed(layer: torch.nn.Module) -> bool:
-    return type(layer) is TransformerEncoderLayer and type(layer.self_attn) is MultiheadAttention
+    def _through_layers(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=padding)
+        return x
+
+    def _through_layers_nested(self, src: Tensor, padding: Tensor) -> Tensor:
+        """Run the layers on what is no padding; the rest of (N, S, E) is zeros. torch looks at no ``is_causal`` here."""
+        lengths = padding.logical_not().sum(dim=1)  # anything but 0 is padding
+        keep = torch.arange(src.shape[1], device=src.device) < lengths[:, None]  # (N, S), as torch has it without mask_check
+        if not self._can_be_packed(src):
+            padding = torch.zeros_like(padding).masked_fill(~keep, -torch.inf)
+            return self._through_layers(src, None, padding, False).masked_fill(~keep[..., None], 0.0)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        x, max_seqlen = src[keep], int(lengths.max())
+        for layer in self.layers:
+            x = layer.forward_packed(x, cu_seqlens, max_seqlen)
+        out = x.new_zeros(src.shape)
+        out[keep] = x
+        return out
+
+    def _can_be_packed(self, src: Tensor) -> bool:
+        """Say whether nothing in the layers would be lost or left out, and fastlm's kernels take the batch."""
+        if torch.compiler.is_compiling() or only_math_is_enabled() or torch.is_grad_enabled() and src.requires_grad:
+            return False
+        if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+            return False
+        head = src[..., : self.layers[0].self_attn.head_dim]
+        return has_kernel(head, head) and all(map(_layer_can_be_packed, self.layers))
+
+
+def _is_padded_at_end(src: Tensor, padding: Tensor) -> bool:
+    return bool(torch._nested_tensor_from_mask_left_aligned(src, padding.logical_not()))
+
+
+def _layer_can_be_packed(layer: nn.Module) -> bool:
+    if type(layer) is not TransformerEncoderLayer or type(layer.self_attn) is not MultiheadAttention:
+        return False
+    attention = layer.self_attn
+    plain = attention.batch_first and attention.in_proj_weight is not None and not attention.add_zero_attn
+    return plain and attention.bias_k is None and "_sa_block" not in vars(layer) and all(map(_is_at_rest, layer.modules()))
+
+
+def _is_at_rest(module: nn.Module) -> bool:
+    """Say whether ``module`` is in eval mode, has no hooks, runs its class's code, and has plain weights without gradients."""
+    if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    weights = module._parameters.values()
+    wanted = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
+    return are_plain(weights) and not wanted
 
 
 class _ContainerSwap(ClassSwap):
     """A container, which is swapped for the sake of the attention inside."""
 
-    def why_not(self, module: torch.nn.Module) -> str | None:
-        own = any(type(m) in (torch.nn.MultiheadAttention, MultiheadAttention) for m in module.modules())
+    def why_not(self, module: nn.Module) -> str | None:
+        own = any(type(m) in (nn.MultiheadAttention, MultiheadAttention) for m in module.modules())
         return None if own else "there is no torch.nn.MultiheadAttention in it"
 
 
-register(_ContainerSwap(torch.nn.TransformerEncoderLayer, TransformerEncoderLayer))
-register(_ContainerSwap(torch.nn.TransformerEncoder, TransformerEncoder))
+register(_ContainerSwap(nn.TransformerEncoderLayer, TransformerEncoderLayer))
+register(_ContainerSwap(nn.TransformerEncoder, TransformerEncoder))

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from ..ops.attention import has_kernel
 from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
 from .functional import MultiHeadCall
+from .why_not import PLAIN, SUBCLASS, call_why_not, mask_dtype_fits
 
 
 class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)
@@ -21,7 +22,8 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
     backward of what ran inside may run anywhere, but the recomputation of torch.utils.checkpoint has to be inside as well.
 
     What kernels cannot do goes to torch's own function: other dtypes and devices, nested tensors and other subclasses of
-    Tensor, calls for attention weights, and bad input, which so raises what torch raises.
+    Tensor (DTensor among them), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace,
+    and bad input, which so raises what torch raises.
 
     Attributes, which compiled code does not count in:
         routed: how many calls ran on fastlm.
@@ -48,7 +50,8 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
         return func(*args, **kwargs)
 
     def _attend(self, types: tuple, args: tuple, kwargs: dict) -> Tensor:
-        reason = _SUBCLASS if _subclassed(types) else _why_not(*args, **kwargs)
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        reason = _class_why_not(types) or call_why_not(tensors) or _why_not(*args, **kwargs)
         if reason is None:
             try:
                 out = scaled_dot_product_attention(*args, **kwargs)
@@ -61,7 +64,7 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
 
     def _attend_with_projections(self, types: tuple, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
         call = MultiHeadCall(*args, **kwargs)
-        reason = _SUBCLASS if _subclassed(types) else call.why_not()
+        reason = _class_why_not(types) or call.why_not()
         self._count(reason)
         return call.run() if reason is None else F.multi_head_attention_forward(*args, **kwargs)
 
@@ -74,17 +77,30 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
             self.left[reason] += 1
 
 
-_SUBCLASS = "a subclass of Tensor"
+def _class_why_not(types: tuple[type, ...]) -> str | None:
+    """Why a call with arguments of these classes, tensors or not, is left to torch, or None."""
+    return None if PLAIN.issuperset(types) else SUBCLASS
 
 
-def _subclassed(types: tuple[type, ...]) -> bool:
-    return any(t is not Tensor and t is not torch.nn.Parameter for t in types)
-
-
-def _why_not(query: Tensor, key: Tensor, value: Tensor, *_, **__) -> str | None:
+def _why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str | None:
     """Why a call of ``F.scaled_dot_product_attention`` is left to torch, or None."""
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors are not fused"
+    if not query.shape[-1]:
+        return "the vectors of query have no elements"
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        return "enable_gqa without a dimension of heads"
+    if attn_mask is not None and (attn_mask.dim() < 2 or not mask_dtype_fits(attn_mask, query)):
+        return "attn_mask is not of the dimensions or dtypes that torch takes"
     if not has_kernel(query, value):
         return f"no kernel takes {query.dtype} on {query.device}"
     return None

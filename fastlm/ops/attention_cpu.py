@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import empty, view
-from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, sink_gradient
+from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, score_unit, sink_gradient
 from .sums import sum_to
 from .torch_op import may_bypass_dispatcher
 
@@ -84,7 +84,11 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
         torch.get_num_threads(),
     )
     grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
-    return *grads, grad_mask, sink_gradient(sinks, lse, delta) if need_sinks else query.new_empty(0)
+    grad_sinks = query.new_empty(0)
+    if need_sinks:
+        unit = score_unit(mask, rest[0], *options[2:4])
+        grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
+    return *grads, grad_mask, grad_sinks
 
 
 # ---- the ops ----------------------------------------------------------------------------------------------------------------

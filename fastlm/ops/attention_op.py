@@ -81,10 +81,22 @@ def given_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | Non
     return grad_out, None if grad_lse is None else grad_lse.contiguous()
 
 
-def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """A sink has no value, so its score's gradient is p (0 - delta), with p its share of the softmax."""
-    share = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -math.inf, math.inf))
-    return sum_to(-share * delta, sinks[:, None]).reshape(sinks.shape)
+def sink_gradient(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor, delta: Tensor) -> Tensor:
+    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
+
+    lse and delta are (B, Hq, Lq); ``unit`` turns the maximum of a row's statistics into a natural score. A row without keys,
+    which has none, is its sink's alone.
+    """
+    logits, maximum = sinks.float()[:, None], statistics[..., 0] * unit
+    exponent = logits - maximum - statistics[..., 1] * math.log(2.0)
+    exponent = torch.where(maximum == -math.inf, logits - lse.masked_fill(lse == -math.inf, math.inf), exponent)
+    return sum_to(-torch.exp(exponent) * delta, sinks[:, None]).reshape(sinks.shape)
+
+
+def score_unit(mask: Tensor | None, alibi_slopes: Tensor | None, scale: float, softcap: float) -> float:
+    """Return a backend's unit of scores in natural ones: its products', where a positive scale alone is between the two."""
+    has_bias = alibi_slopes is not None or (mask is not None and mask.is_floating_point())
+    return scale if scale > 0 and not softcap and not has_bias else 1.0
 
 
 # ---- vmap: entries become one batch where the op has a place for that, and calls of their own elsewhere ---------------------

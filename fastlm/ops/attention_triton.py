@@ -6,21 +6,31 @@ import torch
 from torch import Tensor
 
 from .. import triton_kernels
-from .attention_op import attention_fake, attention_op, backward_fake, given_gradients, numbers, rows_of
-from .sums import sum_to
+from .attention_checks import no_columns
+from .attention_op import (
+    attention_fake,
+    attention_op,
+    backward_fake,
+    given_gradients,
+    numbers,
+    rows_of,
+    sink_gradient,
+)
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def triton_why_not(query: Tensor, value: Tensor) -> str | None:
-    """Why the Triton kernels cannot take a call."""
+    """Return why the Triton kernels cannot take a call, or None."""
     if reason := triton_kernels.why_not(query):
         return reason
     if query.dtype not in _DTYPES:
         return f"query has dtype {query.dtype}; float32, bfloat16 and float16 have kernels"
     head_dim = max(query.shape[-1], value.shape[-1])
-    return f"a head_dim is {head_dim}; up to {_MAX_HEAD_DIM} have kernels" if head_dim > _MAX_HEAD_DIM else None
+    if head_dim > _MAX_HEAD_DIM:
+        return f"a head_dim is {head_dim}; up to {_MAX_HEAD_DIM} have kernels"
+    return no_columns(query, value)
 
 
 def allow_tf32() -> bool:
@@ -53,20 +63,10 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
         kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
         unit = call.scale if kernels.is_plain(call) else 1.0
-        grad_sinks = _sink_gradient(sinks, statistics[..., 0] * unit, statistics[..., 1], lse, delta)
+        far = (sinks.float()[:, None] - statistics[..., 0] * unit).abs() > 64.0  # then a sink is all of its row, or nothing
+        maximum = statistics[..., 0].masked_fill(far, -math.inf)  # which the LSE tells without error
+        grad_sinks = sink_gradient(sinks, torch.stack((maximum, statistics[..., 1]), -1), unit, lse, delta)
     return *grads, grad_mask, grad_sinks
-
-
-def _sink_gradient(sinks: Tensor, maximum: Tensor, log2_total: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
-
-    maximum, log2_total, lse and delta are (B, Hq, Lq). Beside a huge maximum, the LSE has no room for the total; far from it, a
-    sink is all of its row, or nothing.
-    """
-    above = sinks.float()[:, None] - maximum
-    by_lse = sinks.float()[:, None] - lse.masked_fill(lse == -math.inf, math.inf)
-    exponent = torch.where(above.abs() < 64.0, above - log2_total * math.log(2.0), by_lse)
-    return sum_to(-torch.exp(exponent) * delta, sinks[:, None]).reshape(sinks.shape)
 
 
 attend = attention_op("triton_attention", _forward, _backward, ("CPU", "CUDA"))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..native import constant_when_compiled
+
 _library = torch.library.Library("fastlm", "FRAGMENT")
 
 
@@ -70,12 +72,10 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
 EXPORTS = "ONNX knows torch's own ops alone"
 
 
+@constant_when_compiled
 def _exports_to_onnx() -> bool:
     onnx = sys.modules.get("torch.onnx")  # an exporter has imported it
     return onnx is not None and onnx.is_in_onnx_export()
-
-
-_exports_to_onnx._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does: nothing to look into
 
 
 def reference_only(*tensors: Tensor | None) -> str | None:

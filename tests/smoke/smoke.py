@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
+from fastlm.ops.torch_op import may_bypass_dispatcher
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -39,6 +40,13 @@ def compiled() -> None:
     close(traced(x), fastlm.attention(x, x, x, causal=True))
 
 
+def fast_path() -> None:
+    """This torch's dispatch keys are those that a plain call may bypass the dispatcher with."""
+    assert may_bypass_dispatcher(torch.ones(1), torch.nn.Parameter(torch.ones(1)))
+    with torch.inference_mode():
+        assert may_bypass_dispatcher(torch.ones(1))
+
+
 def cuda_module() -> None:
     """If the wheel has it, it loads where there is no driver, and says so."""
     if importlib.util.find_spec("fastlm._cuda"):
@@ -52,7 +60,7 @@ def main() -> None:
     assert "site-packages" in fastlm.__file__, fastlm.__file__
     backends = fastlm.backends()
     assert backends["cpu"].startswith("available"), backends
-    for step in (attention, latent, compiled, cuda_module):
+    for step in (attention, latent, compiled, fast_path, cuda_module):
         step()
     print(f"fastlm works under torch {torch.__version__}, Python {sys.version.split()[0]}")
 
