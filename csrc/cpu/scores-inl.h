@@ -130,7 +130,7 @@ static Coverage coverage(const Attention& a, const ScoreRow* rows, int64_t count
 
 static bool scores_are_products(const Attention& a) {
   const bool has_bias = a.slopes || (a.mask.data && !a.mask_is_bool);
-  return a.softcap == 0.0f && !has_bias && a.scale > 0.0f && a.scale * kLog2E < kInfinity;
+  return a.softcap == 0.0f && !has_bias && a.scale > 0.0f && a.scale < 0x1p+127f;
 }
 
 static float exponent_factor(const Attention& a) { return scores_are_products(a) ? a.scale * kLog2E : kLog2E; }

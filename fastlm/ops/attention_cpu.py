@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..native import empty, view
-from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, score_unit, sink_gradient
+from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, sink_gradient
 from .sums import sum_to
 from .torch_op import may_bypass_dispatcher
 
@@ -66,6 +66,12 @@ def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return torch.zeros(batch, heads, rows, key.shape[2], dtype=torch.float32, device="cpu")
 
 
+def _score_unit(mask: Tensor | None, alibi_slopes: Tensor | None, scale: float, softcap: float) -> float:
+    """Return the C++ code's unit of scores in natural ones: `scores_are_products` in csrc/cpu/scores-inl.h."""
+    has_bias = alibi_slopes is not None or (mask is not None and mask.is_floating_point())
+    return scale if 0.0 < scale < 2.0**127 and not softcap and not has_bias else 1.0
+
+
 def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask, sinks, *rest):
     need_mask, need_sinks, options = *rest[4:6], rest[6:]
     grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
@@ -86,7 +92,7 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
     grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
     grad_sinks = query.new_empty(0)
     if need_sinks:
-        unit = score_unit(mask, rest[0], *options[2:4])
+        unit = _score_unit(mask, rest[0], *options[2:4])
         grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
     return *grads, grad_mask, grad_sinks
 

@@ -84,19 +84,14 @@ def given_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | Non
 def sink_gradient(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor, delta: Tensor) -> Tensor:
     """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
 
-    lse and delta are (B, Hq, Lq); ``unit`` turns the maximum of a row's statistics into a natural score. A row without keys,
-    which has none, is its sink's alone.
+    lse and delta are (B, Hq, Lq); ``unit`` makes a natural score of a row's maximum. Beside a huge one, the LSE has no room for
+    the total; far from it, a sink is all of its row, or nothing.
     """
     logits, maximum = sinks.float()[:, None], statistics[..., 0] * unit
-    exponent = logits - maximum - statistics[..., 1] * math.log(2.0)
-    exponent = torch.where(maximum == -math.inf, logits - lse.masked_fill(lse == -math.inf, math.inf), exponent)
-    return sum_to(-torch.exp(exponent) * delta, sinks[:, None]).reshape(sinks.shape)
-
-
-def score_unit(mask: Tensor | None, alibi_slopes: Tensor | None, scale: float, softcap: float) -> float:
-    """Return a backend's unit of scores in natural ones: its products', where a positive scale alone is between the two."""
-    has_bias = alibi_slopes is not None or (mask is not None and mask.is_floating_point())
-    return scale if scale > 0 and not softcap and not has_bias else 1.0
+    by_lse = logits - lse.masked_fill(lse == -math.inf, math.inf)
+    by_total = logits - maximum - statistics[..., 1] * math.log(2.0)
+    share = torch.exp(torch.where((logits - maximum).abs() < 64.0, by_total, by_lse))
+    return sum_to(-share * delta, sinks[:, None]).reshape(sinks.shape)
 
 
 # ---- vmap: entries become one batch where the op has a place for that, and calls of their own elsewhere ---------------------

@@ -1,7 +1,5 @@
 """Attention on GPUs: the functions behind the torch ops of the Triton kernels."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -63,9 +61,7 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
         kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
         unit = call.scale if kernels.is_plain(call) else 1.0
-        far = (sinks.float()[:, None] - statistics[..., 0] * unit).abs() > 64.0  # then a sink is all of its row, or nothing
-        maximum = statistics[..., 0].masked_fill(far, -math.inf)  # which the LSE tells without error
-        grad_sinks = sink_gradient(sinks, torch.stack((maximum, statistics[..., 1]), -1), unit, lse, delta)
+        grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
     return *grads, grad_mask, grad_sinks
 
 
