@@ -214,6 +214,40 @@ def test_places_beyond_2_to_the_24_are_whole_numbers(isa):
     assert worst_error(far, near) <= 2**-7 * near.abs().max()
 
 
+# ---- the same numbers, packed and cached ------------------------------------------------------------------------------------
+
+WITHOUT_MASKS = [name for name in CASES if "mask" not in CASES[name](torch.float32) and "dropout" not in name]
+
+
+@pytest.mark.parametrize("case", [name for name in WITHOUT_MASKS if name != "no batch"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_packed_sequences_have_the_same_edges(case, backend, widest_isa):
+    arguments = CASES[case](torch.float32)
+    out, lse = attention(**arguments)
+    lengths = [torch.tensor([0, arguments[name].shape[2]], dtype=torch.int32) for name in ("query", "key")]
+    packed = {name: t[0].transpose(0, 1) if name in ("query", "key", "value") else t for name, t in arguments.items()}
+    backend = backend if case in ON_KERNELS else "reference"
+    results = fastlm.varlen_attention(
+        **packed, cu_seqlens_q=lengths[0], cu_seqlens_k=lengths[1], return_lse=True, backend=backend
+    )
+    torch.testing.assert_close(results[0].transpose(0, 1), out[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[1], lse[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", WITHOUT_MASKS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("queries", [1, None], ids=["one query", "all queries"])
+def test_caches_have_the_same_edges(case, queries, backend, widest_isa):
+    arguments = CASES[case](torch.float32)
+    query = arguments.pop("query")[:, :, -(queries or QUERIES) :]
+    key, value = arguments.pop("key"), arguments.pop("value")
+    expected = attention(query=query, key=key, value=value, **arguments)
+    lengths = torch.full((len(key),), key.shape[2], dtype=torch.int32)
+    backend = backend if case in ON_KERNELS else "reference"
+    results = fastlm.kvcache_attention(query, key, value, lengths, **arguments, return_lse=True, backend=backend)
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- torch's own function ---------------------------------------------------------------------------------------------------
 
 SHAPES = {
