@@ -98,7 +98,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
 
     Default dtype and device are the user's, so both are named.
     """
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    sizes = shape or ((),)  # one by one: a tuple of sizes would cost 1 us
+    tensor = torch.empty(*sizes, dtype=dtype, device="cpu")
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
