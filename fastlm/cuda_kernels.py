@@ -72,9 +72,9 @@ def state() -> str:
 # ---- how an op runs them: what native.py offers for the CPU -----------------------------------------------------------------
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.empty` for a kernel's output."""
-    return torch.empty(shape, dtype=dtype, device=device)
+def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Make an output of a kernel: on the device of ``like``, and in its dtype where none is given."""
+    return like.new_empty(shape, dtype=dtype)
 
 
 def view(tensor: torch.Tensor | None):

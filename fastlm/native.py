@@ -93,16 +93,18 @@ view = view_for(C)
 HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that the process has already touched
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """Make an output of a kernel on the CPU. A large one is asked to live in huge pages, as NumPy's arrays are.
-
-    Default dtype and device are the user's, so both are named.
-    """
-    sizes = shape or ((),)  # one by one: a tuple of sizes would cost 1 us
-    tensor = torch.empty(*sizes, dtype=dtype, device="cpu")
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Ask for huge pages for a large tensor that nobody has written yet, as NumPy does for its arrays, and return it."""
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Make an output of a kernel: on the device of ``like``, and in its dtype where none is given."""
+    sizes = shape or ((),)  # one by one: a tuple of sizes costs 1 us more; so does naming the dtype
+    own_dtype = dtype is None or dtype is like.dtype
+    return in_huge_pages(like.new_empty(*sizes) if own_dtype else like.new_empty(*sizes, dtype=dtype))
 
 
 def launch(name: str, device: torch.device, *args) -> None:

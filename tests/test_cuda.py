@@ -185,9 +185,9 @@ class Banded:
     def __init__(self, shift: int):
         self.shift, self.whole = shift, []
 
-    def empty(self, shape, dtype, device=DEVICE):
+    def empty(self, like, shape, dtype=None):
         count = math.prod(shape)
-        whole = torch.full((count + 2 * BAND + self.shift,), 12.5, dtype=dtype, device=device)
+        whole = torch.full((count + 2 * BAND + self.shift,), 12.5, dtype=dtype or like.dtype, device=like.device)
         self.whole.append((whole, count))
         return whole[BAND + self.shift :][:count].fill_(math.nan).view(tuple(shape))
 

@@ -186,6 +186,7 @@ def test_the_environment_s_backend_has_its_way(qkv, monkeypatch):
     """What FASTLM_BACKEND names runs, were it the reference."""
     monkeypatch.setattr("fastlm.backend.DEFAULT", "reference")
     monkeypatch.setattr("fastlm.ops.attention.DEFAULT", "reference")
+    monkeypatch.setattr("fastlm.ops.attention_cpu.DEFAULT", "reference")
     with fastlm.use() as report:
         out = F.scaled_dot_product_attention(*qkv)
     assert report.routed == 1

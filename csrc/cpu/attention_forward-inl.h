@@ -158,7 +158,8 @@ static void finish_row(const AttentionForward& a, const Sequence& s, int64_t que
   const bool empty = total == 0.0f;  // of what a row sees, one weight is near 1
   // What weights are relative to, as an exponent of 2, and log2 of their sum.
   const double base = empty ? 0.0 : is_far(maximum, factor) ? double(maximum) * factor : double(maximum * factor);
-  double log_total = empty ? -double(kInfinity) : __builtin_log2(double(total));
+  const bool read = a.sinks || a.lse.data || a.statistics.data;  // a logarithm takes as long as a short row's output
+  double log_total = empty || !read ? -double(kInfinity) : __builtin_log2(double(total));
   float share = empty ? 0.0f : 1.0f / total;
   if (a.sinks) {
     const double sink = double(a.sinks[head]) * kLog2EDouble;

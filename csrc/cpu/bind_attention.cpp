@@ -200,23 +200,24 @@ bool fit_together(const TensorView& query, const TensorView& key, const TensorVi
 }
 
 // For calls that are small and have no options, in a few microseconds: false, and nothing done, where this one is not such.
-bool plain_forward(const py::handle& query, const py::handle& key, const py::handle& value, const py::handle& out, double scale,
-                   bool causal, bool top_left, bool grouped, int64_t threads) {
-  if (!exchange || !std::isfinite(float(scale))) return false;
+bool plain_forward(const py::handle& query, const py::handle& key, const py::handle& value, const py::handle& out,
+                   const py::handle& scale, bool causal, bool top_left, bool grouped, int64_t threads) {
   AttentionForward a{};
+  if (!exchange) return false;
   try {
     const TensorView q(query), k(key), v(value), o(out);
     if (!fit_together(q, k, v) || !o.data || v.shape[3] != q.shape[3]) return false;
     if (!o.has_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}) || !o.is_contiguous(1)) return false;
     fill_tensors(a, q, k, v, false);
     a.out = rows_of("out", o, q.dtype);
+    a.scale = float(scale.is_none() ? 1.0 / std::sqrt(double(a.head_dim)) : PyFloat_AsDouble(scale.ptr()));
+    if (!std::isfinite(a.scale)) return false;
   } catch (const py::error_already_set&) {  // a tensor that DLPack cannot describe
     return false;
   }
   if (!grouped && a.group != 1) return false;
   a.left = kUnlimited;
   a.right = !causal ? kUnlimited : top_left ? a.q_len - a.k_len : 0;
-  a.scale = float(scale);
   py::gil_scoped_release nogil;
   attention_forward(a, threads);
   return true;

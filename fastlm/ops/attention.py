@@ -80,7 +80,7 @@ def attention(
     """
     no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
     if no_option and dropout_p == 0.0 and seed is None and not return_lse:
-        out = fast_path(query, key, value, scale, causal, backend)
+        out = attention_cpu.fast_path(query, key, value, scale, causal, False, True, backend)
         if out is not None:
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -98,26 +98,6 @@ def attention(
     tensors = (query, key, value, mask, alibi_slopes, sinks)
     out, lse = run_attention("attention", tensors, seed, (None, None), options, backend)
     return (out, lse) if return_lse else out
-
-
-def fast_path(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    causal: bool,
-    backend: str | None,
-    top_left: bool = False,
-    grouped: bool = True,
-) -> Tensor | None:
-    """Return the output of a small call without options on the CPU, at the least cost; None where it is not that, or not right.
-
-    ``top_left``: the causal mask is aligned at the first query and key; ``grouped``: query heads may share heads of keys.
-    """
-    backend = backend or DEFAULT
-    if (backend is None or backend == "cpu") and isinstance(causal, bool) and (scale is None or isinstance(scale, float)):
-        return attention_cpu.fast_path(query, key, value, scale, causal, top_left, grouped)
-    return None
 
 
 def run_attention(

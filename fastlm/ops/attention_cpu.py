@@ -1,11 +1,10 @@
 """Attention on the CPU: what the C++ kernels are told, and the functions behind the CPU's torch ops."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import native
+from ..backend import DEFAULT
 from ..native import empty, view
 from .attention_op import attention_op, empty_like, given_gradients, numbers, rows_of, sink_gradient
 from .sums import sum_to
@@ -16,7 +15,7 @@ from .torch_op import may_bypass_dispatcher
 
 def empty_results(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     """Make (out, lse) of a call, to be written."""
-    return empty_like(query, value_dim, empty), empty(query.shape[:3], torch.float32)
+    return empty_like(query, value_dim, empty), empty(query, query.shape[:3], torch.float32)
 
 
 def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -46,12 +45,18 @@ def arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, c
 # ---- the two functions ------------------------------------------------------------------------------------------------------
 
 
-def _forward(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
-    out, lse = empty_results(query, value.shape[3])
-    statistics = empty((*query.shape[:3], 2), torch.float32)
-    inputs = arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
-    native.C.attention_forward(inputs, numbers(*options), view(out), view(lse), view(statistics), torch.get_num_threads())
-    return out, lse, statistics
+def _infer(*args, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (out, lse), and write the ``statistics`` where they are wanted."""
+    tensors, options = args[:9], args[9:]
+    out, lse = empty_results(tensors[0], tensors[2].shape[3])
+    results = view(out), view(lse), view(statistics)
+    native.C.attention_forward(arranged(*tensors), numbers(*options), *results, torch.get_num_threads())
+    return out, lse
+
+
+def _forward(query, *args):
+    statistics = empty(query, (*query.shape[:3], 2), torch.float32)
+    return *_infer(query, *args, statistics=statistics), statistics
 
 
 # Queries that share a row of the mask's gradient where the mask is one for all: kBlockRows of csrc/cpu/attention.h.
@@ -80,7 +85,7 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
     if need_mask:
         expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
     grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
-    delta = empty(lse.shape, torch.float32)
+    delta = empty(lse, lse.shape)
     native.C.attention_backward(
         arranged(query, key, value, mask, sinks, *rest[:4]),
         numbers(*options),
@@ -99,24 +104,27 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
 
 # ---- the ops ----------------------------------------------------------------------------------------------------------------
 
-attend = attention_op("attention", _forward, _backward, ("CPU",))
+attend = attention_op("attention", _forward, _backward, ("CPU",), _infer)
 
 _SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or might be
 
 
-def fast_path(query, key, value, scale, causal, top_left, grouped) -> Tensor | None:
-    """Return the output of a small call without options and gradients, at the least cost; None where it is not that."""
-    if native.C is None or query is None or key is None or value is None:
+def fast_path(query, key, value, scale, causal, top_left, grouped, backend) -> Tensor | None:
+    """Return the output of a small call without options and gradients, at the least cost; None for any other call.
+
+    ``top_left``: the causal mask is aligned at the first query and key; ``grouped``: query heads may share heads of keys.
+    """
+    backend = backend or DEFAULT
+    if native.C is None or (backend is not None and backend != "cpu"):
         return None
-    if not may_bypass_dispatcher(query, key, value) or query.numel() > _SMALL or torch.is_autocast_enabled("cpu"):
+    if query is None or key is None or value is None:
+        return None
+    if not isinstance(causal, bool) or not (scale is None or isinstance(scale, float)):
+        return None
+    if not may_bypass_dispatcher(query, key, value) or query.numel() > _SMALL or torch._C._is_any_autocast_enabled():
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
-    if scale is None:
-        shape = query.shape
-        if len(shape) != 4 or not shape[3]:
-            return None
-        scale = 1.0 / math.sqrt(shape[3])
     out = torch.empty_like(query)
     threads = torch.get_num_threads()
     return out if native.C.attention_plain(query, key, value, out, scale, causal, top_left, grouped, threads) else None

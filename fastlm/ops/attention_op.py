@@ -32,16 +32,16 @@ _DIFFERENTIABLE = 5  # query, key, value, mask, sinks: the first of them
 
 
 def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
-    """(B, H, L, columns) by ``make(shape, dtype)``; in (B, L, H, columns) order where ``tensor`` is a transpose of that."""
+    """(B, H, L, columns) by ``make(tensor, shape)``; in (B, L, H, columns) order where ``tensor`` is a transpose of that."""
     batch, heads, rows, _ = tensor.shape
     if heads > 1 and rows > 1 and tensor.stride(1) < tensor.stride(2):
-        return make((batch, rows, heads, columns), tensor.dtype).transpose(1, 2)
-    return make((batch, heads, rows, columns), tensor.dtype)
+        return make(tensor, (batch, rows, heads, columns)).transpose(1, 2)
+    return make(tensor, (batch, heads, rows, columns))
 
 
 def attention_fake(query, key, value, *rest):
     """Make (out, lse, statistics) to be written, on the query's device."""
-    out = empty_like(query, value.shape[3], lambda shape, dtype: query.new_empty(shape, dtype=dtype))
+    out = empty_like(query, value.shape[3], Tensor.new_empty)
     rows = query.shape[:3]
     return out, query.new_empty(rows, dtype=torch.float32), query.new_empty((*rows, 2), dtype=torch.float32)
 
@@ -51,7 +51,7 @@ def backward_fake(grad_out, grad_lse, out, lse, statistics, query, key, value, m
     need_mask, need_sinks = rest[4:6]
 
     def like(tensor):
-        return empty_like(tensor, tensor.shape[3], lambda shape, dtype: tensor.new_empty(shape, dtype=dtype))
+        return empty_like(tensor, tensor.shape[3], Tensor.new_empty)
 
     grad_mask = mask.new_empty(mask.shape) if need_mask else query.new_empty(0)
     grad_sinks = sinks.new_empty(sinks.shape) if need_sinks else query.new_empty(0)
@@ -146,8 +146,14 @@ def _any_requires_grad(query, key, value, mask, sinks) -> bool:
     return required or (mask is not None and mask.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
-def attention_op(name: str, forward: Callable, backward: Callable, devices: tuple[str, ...]) -> Callable:
-    """Make a backend's ``attend``: (out, lse) by its torch op, with gradients where an input asks for them."""
+def attention_op(
+    name: str, forward: Callable, backward: Callable, devices: tuple[str, ...], infer: Callable | None = None
+) -> Callable:
+    """Make a backend's ``attend``: (out, lse) by its torch op, with gradients where an input asks for them.
+
+    ``infer`` is the forward for calls that need no gradient, without the statistics, where a backend can save them.
+    """
+    infer = infer or forward
     forward_op = define_op(
         name,
         f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse, Tensor statistics)",
@@ -176,7 +182,9 @@ def attention_op(name: str, forward: Callable, backward: Callable, devices: tupl
     def gradients(ctx, grad_out, grad_lse, _) -> tuple:
         *tensors, out, lse, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:_DIFFERENTIABLE]
-        grads = backward_op(grad_out, grad_lse, out, lse, statistics, *tensors, *needed[3:], *ctx.options)
+        given = (grad_out, grad_lse, out, lse, statistics, *tensors)
+        run = backward if may_bypass_dispatcher(*given) else backward_op
+        grads = run(*given, *needed[3:], *ctx.options)
         unused = (None,) * (_TENSORS - _DIFFERENTIABLE + len(ctx.options))
         return *(grad if need else None for grad, need in zip(grads, needed)), *unused
 
@@ -190,6 +198,6 @@ def attention_op(name: str, forward: Callable, backward: Callable, devices: tupl
         direct = may_bypass_dispatcher(*tensors)
         if torch.is_grad_enabled() and _any_requires_grad(*tensors[:_DIFFERENTIABLE]):
             return differentiable(direct, *args)[:2]
-        return (forward if direct else forward_op)(*args)[:2]
+        return (infer if direct else forward_op)(*args)[:2]
 
     return attend

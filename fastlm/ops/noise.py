@@ -81,8 +81,9 @@ def normal(
     The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
     """
     position = check_integer("position", position, 0, 2**63 - 1)
-    on_cpu = native.C and torch.device(device).type == "cpu"
-    out = native.empty(shape, torch.float32) if on_cpu else torch.empty(shape, dtype=torch.float32, device=device)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    if native.C and out.is_cpu:
+        native.in_huge_pages(out)
     scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
     check_seed(seed, scalar)
     return select("normal", IMPLEMENTATIONS, (out,), backend)(out, seed_tensor(seed, scalar), position)

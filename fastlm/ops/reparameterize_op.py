@@ -46,7 +46,7 @@ def _run_forward(mu, logvar, prior_mu, prior_logvar, seed, with_kl, event_dims, 
     device = mu.device
     kernels = KERNELS[device.type]
     z_shape, kl_shape = _output_shapes(mu, seed, with_kl, event_dims, num_samples)
-    z, kl = kernels.empty(z_shape, mu.dtype, device), kernels.empty(kl_shape, accumulation_dtype(mu.dtype), device)
+    z, kl = kernels.empty(mu, z_shape), kernels.empty(mu, kl_shape, accumulation_dtype(mu.dtype))
     if mu.numel() == 0:  # a sum over nothing is zero
         return z, kl.zero_()
     seed = _contiguous(seed)
@@ -78,9 +78,9 @@ def _run_backward(
     device = mu.device
     kernels = KERNELS[device.type]
     empty, view, shape = kernels.empty, kernels.view, mu.shape
-    grad_mu, grad_logvar = empty(shape, mu.dtype, device), empty(shape, mu.dtype, device)
-    grad_prior_mu = empty(shape, _prior_gradient_dtype(prior_mu, mu), device) if need_prior_mu else None
-    grad_prior_logvar = empty(shape, _prior_gradient_dtype(prior_logvar, mu), device) if need_prior_logvar else None
+    grad_mu, grad_logvar = empty(mu, shape), empty(mu, shape)
+    grad_prior_mu = empty(mu, shape, _prior_gradient_dtype(prior_mu, mu)) if need_prior_mu else None
+    grad_prior_logvar = empty(mu, shape, _prior_gradient_dtype(prior_logvar, mu)) if need_prior_logvar else None
     # What has its address taken below must live until the call returns: no temporaries there.
     seed = _contiguous(seed)
     grad_kl = _contiguous(grad_kl) if with_kl else None
@@ -188,7 +188,9 @@ def _save(ctx, args, outputs) -> None:
 
 def _gradients(ctx, grad_z, grad_kl) -> tuple:
     needed = ctx.needs_input_grad[:4]
-    grads = _backward_op(grad_z, grad_kl, *ctx.saved_tensors, *needed[2:], *ctx.options)
+    given = (grad_z, grad_kl, *ctx.saved_tensors)
+    run = _run_backward if may_bypass_dispatcher(*given) else _backward_op
+    grads = run(*given, *needed[2:], *ctx.options)
     return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from .attention import fast_path, run_attention
+from .attention import run_attention
 from .attention_checks import autocast, check_dropout_p, check_groups, check_keys, check_mask, score_options
+from .attention_cpu import fast_path
 from .checks import check_tensor
 
 
@@ -41,7 +42,7 @@ def scaled_dot_product_attention(
         UnsupportedError: the named ``backend`` cannot do the call.
     """
     if attn_mask is None and dropout_p == 0.0:
-        out = fast_path(query, key, value, scale, is_causal, backend, top_left=True, grouped=enable_gqa)
+        out = fast_path(query, key, value, scale, is_causal, True, enable_gqa, backend)
         if out is not None:
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ..native import constant_when_compiled
 
@@ -48,6 +49,12 @@ _PLAIN_TENSOR = tuple(
 # ... and those of a thread in which no mode, transform or tracer listens: ordinary, and in inference mode.
 _PLAIN_THREAD = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
 
+# What every call asks, by names of one step: a small call consists of such steps.
+_profiler_enabled = torch.autograd._profiler_enabled
+_function_modes = torch._C._len_torch_function_stack
+_thread_keys = torch._C._dispatch_tls_local_include_set
+_tensor_keys = torch._C._dispatch_keys
+
 
 def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     """Tell whether nothing watches, replaces or differentiates forward the ops of this call, so that torch's dispatcher, 8 us,
@@ -56,16 +63,15 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     A whitelist, over every tensor of the call: exact types and dispatch keys say what a tensor is (dense, not negated, not a
     ZeroTensor, no wrapper), the thread's own keys which modes are on. Whatever is not known to be plain goes through the op.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _profiler_enabled() or _function_modes():
         return False
-    if torch._C._dispatch_tls_local_include_set() not in _PLAIN_THREAD or torch._C._len_torch_function_stack():
+    if _thread_keys() not in _PLAIN_THREAD:
         return False
     for tensor in tensors:
-        if tensor is None:
-            continue
-        kind = type(tensor)
-        if (kind is not Tensor and kind is not torch.nn.Parameter) or torch._C._dispatch_keys(tensor) not in _PLAIN_TENSOR:
-            return False
+        if tensor is not None:
+            kind = type(tensor)
+            if (kind is not Tensor and kind is not Parameter) or _tensor_keys(tensor) not in _PLAIN_TENSOR:
+                return False
     return True
 
 
