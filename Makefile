@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc tests/cuda_on_host -type f) $(wildcard benchmarks/*.c)
+CXX_FILES := $(shell find csrc tests/support/cuda_on_host -type f) $(wildcard benchmarks/suite/*.c)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-test: $(VENV)/installed lint ## run the tests (TESTS="tests/test_kl.py -k sign" for some)
+test: $(VENV)/installed lint ## run the tests (TESTS="tests/ops/test_kl.py -k sign" for some)
 	$(BIN)/pytest $(or $(TESTS),tests)
 
 bench: $(VENV)/installed ## the main job: check, time and train, then report in build/bench (BENCH="--help" for more)

@@ -1,134 +1,42 @@
 """Compiles the Triton kernels for GPUs that are not here, and says what they are made of.
 
-python benchmarks/gpu_kernels.py             # all: every GPU, pass, head_dim and dtype, causal or not (Triton caches them)
-python benchmarks/gpu_kernels.py --cover     # a subset in which every GPU meets every pass and head_dim, and every dtype
+python benchmarks/gpu_kernels.py                    # all: every GPU, pass, head_dim and dtype, causal or not
+python benchmarks/gpu_kernels.py --cover            # a subset in which every GPU meets every pass and head_dim, and every dtype
+python benchmarks/gpu_kernels.py --features         # every feature once; a line for each kernel
+python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, by the instructions of the hot loop
 
-Prints a line of JSON for each kernel. Nothing here runs on a GPU, and no figure is a measurement.
+--gpu sm_90 chooses GPUs. Nothing here runs on a GPU, and no figure is a measurement. The exit code is 1 where a kernel does not
+compile. Triton keeps what it compiled.
 """
 
 import argparse
-import itertools
 import json
-import multiprocessing
 import sys
 import warnings
-from typing import NamedTuple
 
-import torch
-from fastlm.kernels import ahead_of_time, attention, machine_code
-from fastlm.kernels.attention_settings import (
-    BUSY,
-    BY_DESCRIPTORS,
-    DECODE,
-    FORWARD,
-    GRAD_KEY_VALUE,
-    GRAD_QUERY,
-    has_descriptors,
-    tile,
-)
-
-GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
-PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
-HEAD_DIMS = (64, 128, 256)
-DTYPES = ("bfloat16", "float16", "float32")
-LOOPS = ("plain", "busy", "packed")  # nothing but attention; with a mask and dropout; of packed sequences
-
-
-class Variant(NamedTuple):
-    """One compilation."""
-
-    arch: str
-    of: str  # one of PASSES
-    head_dim: int
-    dtype: str
-    causal: bool
-    loop: str = "plain"  # one of LOOPS
-
-
-def every_variant() -> list[Variant]:
-    """All, but decoding, which has no diagonal to skip, once, and what is not plain causal only."""
-    kinds = ((False, "plain"), (True, "plain"), (True, "busy"), (True, "packed"))
-    variants = [Variant(*v, *kind) for v in itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES) for kind in kinds]
-    return [variant for variant in variants if variant.of != DECODE or not variant.causal]
-
-
-def covering_variants() -> list[Variant]:
-    """For every GPU each pass with each head_dim, and each pass with each loop; all else takes turns."""
-    turns = itertools.cycle(itertools.product((True, False), DTYPES))
-    variants = []
-    for arch, of, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
-        causal, dtype = next(turns)
-        variants.append(Variant(arch, of, head_dim, dtype, causal and of != DECODE))
-    for i, (arch, of, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
-        variants.append(Variant(arch, of, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
-    return variants
-
-
-def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
-    """What a launcher would start on that GPU for 4 sequences of 4096 with 16 heads; on a real device, of zeros."""
-    batch, heads, length, head_dim = 4, 16, 4096, variant.head_dim
-
-    def tensor(*shape, dtype=None):
-        return torch.zeros(shape, dtype=dtype or getattr(torch, variant.dtype), device=device)
-
-    query, key, value, out = (tensor(batch, heads, length, head_dim) for _ in range(4))
-    lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
-    statistics = tensor(batch, heads, length, 2, dtype=torch.float32)
-    if variant.of == DECODE:
-        caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
-        lengths = tensor(batch, dtype=torch.int32)
-        one = tensor(batch, heads, 1, head_dim)
-        options = (None, None, None, None, None, None, None, scale, 0.0, False)
-        return attention.plan_decoding(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
-    right = 0 if variant.causal else None
-    mask, seed, drop_below, cu_seqlens = None, None, 0, None
-    if variant.loop == "busy":
-        mask, seed = tensor(batch, heads, length, length, dtype=torch.float32), tensor(dtype=torch.int64)
-        drop_below = 1 << 29
-    if variant.loop == "packed":
-        query, key, value, out, lse, statistics = (t[:1] for t in (query, key, value, out, lse, statistics))
-        cu_seqlens = tensor(batch + 1, dtype=torch.int32)
-    tensors = (query, key, value, mask, None, None, seed, cu_seqlens, cu_seqlens)
-    call = attention.Call(*tensors, None, right, scale, 0.0, drop_below, 1.0, False, variant.arch)
-    launches = attention.plan_forward(call, out, lse, statistics)
-    if variant.of != FORWARD:
-        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
-    return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.of}")
-
-
-def inspect(variant: Variant) -> dict:
-    """What the compiled kernel takes, and the instructions of its hot loop."""
-    warnings.simplefilter("ignore")
-    launch = launch_of(variant)
-    row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
-    row["specialized"] = launch.arguments.get("SPECIALIZED", False)
-    dtype = getattr(torch, variant.dtype)
-    kind = {"plain": BY_DESCRIPTORS if has_descriptors(variant.arch, dtype) else "", "busy": BUSY, "packed": ""}[variant.loop]
-    shape = tile(variant.of, variant.arch, dtype, variant.head_dim, kind)
-    try:
-        binary = ahead_of_time.compile_launch(launch, variant.arch)
-    except Exception as error:  # a compiler that gives up is a finding, and the others go on
-        return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
-    loop = machine_code.hot_loop(binary, variant.arch)
-    usage = machine_code.usage(binary, variant.arch)._asdict()
-    return {**row, **usage, "may_spill": shape.spilled, "instructions": len(loop.opcodes), "units": dict(loop.units)}
-
-
-def inspect_all(variants: list[Variant], jobs: int):
-    """The rows, as they come."""
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(inspect, variants)
+from gpu import features, roofline, variants
+from rich.console import Console
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cover", action="store_true", help="the subset")
-    parser.add_argument("--gpu", action="append", choices=GPUS, help="only for this GPU; may be given several times")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--cover", action="store_true", help="the subset")
+    what.add_argument("--features", action="store_true", help="every feature once")
+    what.add_argument("--predict", action="store_true", help="a table of predicted shares of peak")
+    parser.add_argument("--gpu", action="append", choices=variants.GPUS, help="only for this GPU; may be given several times")
     parser.add_argument("--jobs", type=int, default=2)
-    arguments = parser.parse_args()
-    variants = covering_variants() if arguments.cover else every_variant()
+    options = parser.parse_args()
+    if options.features:
+        warnings.simplefilter("ignore")
+        return 1 if sum(map(features.failures, options.gpu or variants.GPUS)) else 0
+    if options.predict:
+        asked = roofline.default_variants(tuple(options.gpu or roofline.DEFAULT_GPUS))
+        Console().print(roofline.table(roofline.table_rows(asked)))
+        return 0
+    asked = variants.covering_variants() if options.cover else variants.every_variant()
     failed = 0
-    for row in inspect_all([v for v in variants if not arguments.gpu or v.arch in arguments.gpu], arguments.jobs):
+    for row in variants.inspect_all([v for v in asked if not options.gpu or v.arch in options.gpu], options.jobs):
         failed += "error" in row
         print(json.dumps(row), flush=True)
     return 1 if failed else 0

@@ -15,24 +15,25 @@ import json
 import sys
 from pathlib import Path
 
-import bench_gpu
-import bench_gpu_latent
-import compare
-import machine
 import torch
-from bench_digits import run_digits
-from budget import Budget
-from figures import size
-from journal import Journal
-from memory import SECONDS, peak_extra_bytes
-from progress import Activity
-from report import DEFAULT_OUT, RUN, warning, write_report
-from report_tables import listed
+from digits.compare_latents import run_digits
+from gpu import attention as bench_gpu
+from gpu import latent as bench_gpu_latent
+from report import DEFAULT_OUT, RUN, compare, warning, write_report
+from report.tables import listed
 from rich.console import Console
-from rows import Row, Selection, rows_of, sections, settings
-from timing import benchmark_json, time_rows
+from suite import machine
+from suite.budget import Budget
+from suite.catalog import rows_of, sections, settings
+from suite.journal import Journal
+from suite.memory import SECONDS, peak_extra_bytes
+from suite.rows import Row, Selection
+from suite.terminal import Activity
+from suite.timing import benchmark_json, time_rows
+from suite.units import size
 
-from fastlm import cuda_kernels, triton_kernels
+from fastlm.backend import cuda as cuda_kernels
+from fastlm.backend import triton as triton_kernels
 
 LOG_WIDTH = 128  # where the output is no terminal
 ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
@@ -152,7 +153,9 @@ def measure_memory(journal: Journal, selection: Selection, console: Console, bud
             activity.say(" ".join(row))
             budget.enter(row)
             if budget.left > 0:
-                found = peak_extra_bytes("rows:fresh_step", seconds=min(SECONDS, max(LEAST, budget.most)), **row._asdict())
+                found = peak_extra_bytes(
+                    "suite.catalog:fresh_step", seconds=min(SECONDS, max(LEAST, budget.most)), **row._asdict()
+                )
                 text = size(found["bytes"]) if "bytes" in found else found["why_not"]
                 activity.print(f"  {' '.join(row)}: {text}", highlight=False, soft_wrap=True, markup=False)
             else:
@@ -182,9 +185,9 @@ def predict(console: Console, budget: Budget) -> dict:
         return {"why_not": triton_kernels.NOT_INSTALLED}
     if budget.left <= 0:
         return {"why_not": budget.why_not("them")}
-    import static_roofline  # imports Triton
+    from gpu import roofline  # imports Triton
 
-    variants = static_roofline.default_variants(static_roofline.DEFAULT_GPUS)
+    variants = roofline.default_variants(roofline.DEFAULT_GPUS)
     with Activity(console, len(variants)) as activity:
         activity.say("compiling Triton kernels for GPUs")
 
@@ -192,11 +195,11 @@ def predict(console: Console, budget: Budget) -> dict:
             activity.advance()
             return budget.left > 0
 
-        rows = static_roofline.table_rows(variants, go_on)
-    console.print(static_roofline.table(rows))
+        rows = roofline.table_rows(variants, go_on)
+    console.print(roofline.table(rows))
     missing = len(variants) - len(rows)
     why_not_all = budget.why_not(f"{missing} more") if missing else None
-    return {"head": static_roofline.HEADER, "rows": rows, "why_not_all": why_not_all}
+    return {"head": roofline.HEADER, "rows": rows, "why_not_all": why_not_all}
 
 
 def command_of(options: argparse.Namespace) -> str:

@@ -1,9 +1,9 @@
-"""Looks for better tiles of the Triton kernels than the table has (kernels/attention_settings.py), and prints them best first.
+"""Looks for better tiles of the Triton kernels than the table has (kernels/tiles.py), and prints them best first.
 
 python benchmarks/tune_tiles.py --gpu sm_90 --pass forward --head-dim 128       # by what they compile to, with no GPU
 python benchmarks/tune_tiles.py --pass forward --head-dim 128 --time            # by timing them on the GPU of this machine
 
-Without --time the order is a prediction from machine code (static_roofline.py) of the share of peak if nothing overlapped.
+Without --time the order is a prediction from machine code (gpu/roofline.py) of the share of peak if nothing overlapped.
 """
 
 import argparse
@@ -11,10 +11,11 @@ import itertools
 import multiprocessing
 
 import torch
-from fastlm.kernels import attention, attention_settings
-from fastlm.kernels.attention_settings import BY_DESCRIPTORS, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, Tile, tile
-from gpu_kernels import DTYPES, GPUS, HEAD_DIMS, Variant, inspect, launch_of
-from static_roofline import predict
+from fastlm.kernels import attention
+from fastlm.kernels.attention import tiles
+from fastlm.kernels.attention.tiles import BY_DESCRIPTORS, FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, Tile, tile
+from gpu.roofline import predict
+from gpu.variants import DTYPES, GPUS, HEAD_DIMS, Variant, inspect, launch_of
 
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY)
 Candidate = tuple[Variant, Tile]
@@ -29,8 +30,8 @@ def candidates(variant: Variant) -> list[Candidate]:
 def _put(candidate: Candidate) -> None:
     """The tile into this process's table, for every head_dim."""
     variant, shape = candidate
-    table = attention_settings.SINGLE if variant.dtype == "float32" else attention_settings.HALF
-    name = attention_settings.SAME.get(variant.arch, variant.arch)
+    table = tiles.SINGLE if variant.dtype == "float32" else tiles.HALF
+    name = tiles.SAME.get(variant.arch, variant.arch)
     own = {of: (tile(of, variant.arch, getattr(torch, variant.dtype), variant.head_dim),) * 3 for of in PASSES}
     for family in (name, name + BY_DESCRIPTORS):
         table[family] = own | table.get(family, {}) | {variant.of: (shape,) * 3}
@@ -43,7 +44,7 @@ def compiled(candidate: Candidate) -> tuple[float, str, Tile]:
     if "error" in row:
         return -2.0, row["error"].splitlines()[0][:80], candidate[1]
     text = f"{row['registers']} registers, {row['spilled_bytes']} bytes spilled, {row['shared_bytes'] >> 10} KiB"
-    if row["spilled_bytes"] or row["shared_bytes"] > attention_settings.shared_memory(candidate[0].arch):
+    if row["spilled_bytes"] or row["shared_bytes"] > tiles.shared_memory(candidate[0].arch):
         return -1.0, text, candidate[1]
     prediction = predict(row)
     return prediction.worst, f"{text}, predicted {prediction.worst:.0%} to {prediction.best:.0%}", candidate[1]
@@ -73,7 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.time and not arguments.gpu:
         parser.error("name a --gpu to compile for, or --time to use this machine's")
-    arch = attention_settings.architecture(torch.device("cuda")) if arguments.time else arguments.gpu
+    arch = tiles.architecture(torch.device("cuda")) if arguments.time else arguments.gpu
     todo = candidates(Variant(arch, arguments.of, arguments.head_dim, arguments.dtype, arguments.causal))
     if arguments.time:
         found = map(timed, todo)

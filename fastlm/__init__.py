@@ -4,11 +4,8 @@ from . import nn
 from .backend import UnsupportedError, backends, explain
 from .nn.replace import replace, restore
 from .nn.use import use
-from .ops.attention import attention
-from .ops.kvcache_attention import kvcache_attention
-from .ops.reparameterize import gaussian_kl, reparameterize, reparameterize_with_kl
-from .ops.scaled_dot_product_attention import scaled_dot_product_attention
-from .ops.varlen_attention import varlen_attention
+from .ops.attention import attention, kvcache_attention, scaled_dot_product_attention, varlen_attention
+from .ops.latent import gaussian_kl, reparameterize, reparameterize_with_kl
 
 __version__ = "0.1.0"
 __all__ = [

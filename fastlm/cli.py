@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, native
+from . import __version__, backends
+from .backend import cpu as native
 
 PACKAGE = Path(__file__).parent
 BENCH = Path("benchmarks", "run.py")

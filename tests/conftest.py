@@ -1,12 +1,17 @@
 """What every test shares: poisoned memory, every instruction set of the machine, and the same examples each run."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-import triton_interpreter  # noqa: F401  (before any kernel is imported)
 from hypothesis import HealthCheck, settings
-from oracle import ISAS
+from support import triton_interpreter  # noqa: F401  (before any kernel is imported)
+from support.oracle import ISAS
 
-from fastlm import native
+from fastlm.backend import cpu as native
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for tests of its modules; last, as it has a conftest.py too
 
 settings.register_profile(
     "fastlm",
@@ -65,7 +70,7 @@ def threads():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A prepared corpus of a few dozen short texts, for the tests of the language model; not to be changed."""
-    from lm_corpus import small_corpus  # here, as few tests need it
+    from support.lm_corpus import small_corpus  # here, as few tests need it
 
     return small_corpus(tmp_path_factory.mktemp("corpus"))
 
@@ -73,6 +78,6 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
     """Its vocabulary, of 290 tokens."""
-    from fastlm.lm.tokenizer import load_tokenizer
+    from fastlm.lm.data.tokenizer import load_tokenizer
 
     return load_tokenizer(corpus)

@@ -1,5 +1,5 @@
 // Tensors as Python hands them over: None; torch's own, read through the C exchange API of DLPack 1.3, which torch offers and
-// which costs no Python (dmlc.github.io/dlpack); or, where torch has none, what fastlm/native.py says of them in a tuple.
+// which costs no Python (dmlc.github.io/dlpack); or, where torch has none, what fastlm/backend/cpu.py says of them in a tuple.
 //
 // fastlm/ops checks what users pass, with the better messages. What is checked here of dtypes, shapes, strides and devices are
 // the conditions under which a kernel stays inside its tensors, so that neither a fault in Python nor a call of

@@ -7,7 +7,7 @@ namespace fastlm {
 
 constexpr int kMaxDims = 64;  // torch itself stops here
 
-enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64, kOther };  // the codes of fastlm/native.py
+enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64, kOther };  // the codes of fastlm/backend/cpu.py
 
 struct Shape {
   int dims = 0;

@@ -8,17 +8,17 @@
 #include <string>
 
 #include "../common/python_latent.h"
-#include "isa.h"
-#include "noise.h"
+#include "simd/isa.h"
+#include "noise/noise.h"
 #include "parallel.h"
-#include "reparameterize.h"
+#include "latent/latent.h"
 #include "sum_rows.h"
 
 namespace py = pybind11;
 
 namespace fastlm {
 
-void bind_attention(py::module_&);  // bind_attention.cpp
+void bind_attention(py::module_&);  // attention/bind.cpp
 
 namespace {
 

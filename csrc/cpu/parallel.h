@@ -1,4 +1,4 @@
-// Loops on torch's own threads, through the C functions of libtorch_cpu that Python hands over (fastlm/native.py).
+// Loops on torch's own threads, through the C functions of libtorch_cpu that Python hands over (fastlm/backend/cpu.py).
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // fastlm._cuda: the CUDA kernels for Python. It knows nothing of torch: tensors come as common/python_views.h says, which
-// checks them; fastlm/ops owns every output; fastlm/cuda_kernels.py makes their device current and hands over torch's stream
+// checks them; fastlm/ops owns every output; fastlm/backend/cuda.py makes their device current and hands over torch's stream
 // and a function that allocates what a launch needs besides.
 #include <pybind11/pybind11.h>
 

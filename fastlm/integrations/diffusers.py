@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from ..nn.replace import Swap, register
 from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
-from ..ops.reparameterize import gaussian_kl, reparameterize_with_kl
+from ..ops.latent import gaussian_kl, reparameterize_with_kl
 from .extras import require
 
 require("diffusers")

@@ -14,8 +14,8 @@ from torch.distributions.kl import _kl_normal_normal, register_kl
 
 from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
+from ..ops.latent import IMPLEMENTATIONS, gaussian_kl, select
 from ..ops.noise import check_seed, seed_tensor
-from ..ops.reparameterize import IMPLEMENTATIONS, gaussian_kl, select
 
 PLAIN_SAMPLE = (False, 0, 0.0, -math.inf, math.inf, None, 1.0)  # the op's options: no KL, no clamp, one sample
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..nn.replace import Swap, register
 from ..nn.why_not import are_plain
-from ..ops.reparameterize import reparameterize_with_kl
+from ..ops.latent import reparameterize_with_kl
 from .extras import require
 
 require("pythae")

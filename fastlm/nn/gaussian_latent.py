@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops.reparameterize import reparameterize_with_kl
+from ..ops.latent import reparameterize_with_kl
 
 
 class GaussianLatent(torch.nn.Module):

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.varlen_attention import varlen_attention
-from .functional import MultiHeadCall
+from ..ops.attention import varlen_attention
+from .multi_head_call import MultiHeadCall
 from .replace import ClassSwap, register
 from .tracing import call_of_leaf, forward_for_script
 

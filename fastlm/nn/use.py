@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..ops.attention import has_kernel
-from ..ops.scaled_dot_product_attention import scaled_dot_product_attention
-from .functional import MultiHeadCall
+from ..ops.attention import has_kernel, scaled_dot_product_attention
+from .multi_head_call import MultiHeadCall
 from .why_not import PLAIN, SUBCLASS, call_why_not, mask_dtype_fits
 
 

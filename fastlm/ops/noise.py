@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .. import cuda_kernels, native
 from ..backend import Implementation, cpu_why_not, select
+from ..backend import cpu as native
+from ..backend import cuda as cuda_kernels
 from ..reference import noise as reference
 from .checks import check_integer, is_integer
-from .spec import Benchmark, Spec, Workload
 
 SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
@@ -87,43 +87,3 @@ def normal(
     scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
     check_seed(seed, scalar)
     return select("normal", IMPLEMENTATIONS, (out,), backend)(out, seed_tensor(seed, scalar), position)
-
-
-SPECS = (
-    Spec(
-        name="normal",
-        function=normal,
-        dtypes=(torch.float32,),
-        backends=("cuda", "cpu"),
-        differentiable=(),
-        cases={
-            "small": lambda dtype: {"shape": (3, 5), "seed": 7},
-            "inside a block": lambda dtype: {"shape": (201,), "seed": -3, "position": 2**40 + 3},
-            "empty": lambda dtype: {"shape": (0, 4), "seed": 0},
-        },
-    ),
-)
-
-
-def _workload(count: int, quick: tuple = (torch.float32,)) -> Workload:
-    def make(dtype):
-        return {"shape": (count,), "seed": 1}
-
-    return Workload(f"{count:,}", make, size=count, work=count, numbers=count, quick=quick, memory=count >= 1 << 20)
-
-
-BENCHMARKS = (
-    Benchmark(
-        name="normal",
-        function=normal,
-        unit="Gelem/s",
-        axis="elements",
-        dtypes=(torch.float32,),
-        backends=("cpu",),
-        workloads=(_workload(1 << 16), _workload(1 << 20), _workload(1 << 24, quick=())),
-        peers=("torch.randn",),
-        sizes="elements",
-        sized=_workload,
-        own_noise=True,
-    ),
-)

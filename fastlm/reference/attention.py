@@ -14,8 +14,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from .latent import accumulation_dtype
 from .noise import philox
-from .reparameterize import accumulation_dtype
 
 
 def attend(

@@ -1,0 +1,187 @@
+"""A variational autoencoder of handwritten digits: trained, saved, loaded again, and sampled into a picture.
+
+    python benchmarks/digits_vae.py                        # 8 x 8 digits that come with scikit-learn: about ten seconds
+    python benchmarks/digits_vae.py --data mnist           # 28 x 28, the network 784 -> 64 -> 2 * 100 -> 64 -> 784
+    python benchmarks/digits_vae.py --latent eager         # the same model in plain PyTorch
+
+The stochastic layer is `fastlm.nn.GaussianLatent`; that one line is all a VAE needs to use the fused kernel. The network is
+that of an example copied all over the web, three of whose mistakes are put right here; look for "Often wrong" in the comments.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from digits.data import Digits, load_digits
+from digits.plot import draw_digits
+from fastlm.nn import GaussianLatent
+from fastlm.ops import noise
+
+HIDDEN, LATENT = 64, 100
+BATCH, LEARNING_RATE = 128, 3e-3
+EPOCHS = {"digits": 300, "mnist": 20}
+COLUMNS = TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn()
+PICTURE_WIDTH = 16  # digits in a row of the picture
+
+
+class EagerLatent(GaussianLatent):
+    """The same layer as people write it, in plain PyTorch; with a ``seed``, of the very noise that the fused layer draws."""
+
+    def forward(self, x: Tensor, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        mu, logvar = self.parameters_of(x)
+        eps = torch.randn_like(mu) if seed is None else noise.normal(mu.shape, seed=seed).to(mu.dtype)
+        z = mu + torch.exp(0.5 * logvar) * eps
+        # Often wrong: the last term is the variance, exp(logvar). Without the exp, logvar cancels out of the sum, and nothing
+        # keeps the posterior's width near the prior's.
+        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
+        return z, kl
+
+
+LATENTS = {"fused": GaussianLatent, "eager": EagerLatent}
+
+
+class VAE(nn.Module):
+    """Linear pixels -> 64 -> 2 * latent, and back: the decoder mirrors the encoder."""
+
+    def __init__(self, pixels: int, latent: type[GaussianLatent] = GaussianLatent):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(pixels, HIDDEN), nn.ReLU())
+        self.latent = latent(HIDDEN, LATENT)
+        self.decoder = nn.Sequential(nn.Linear(LATENT, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, pixels))
+
+    def forward(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images (N, pixels) in [0, 1] -> logits of their reconstructions (N, pixels), and the latents' KL (N,) in nats."""
+        z, kl = self.latent(self.encoder(x), seed=seed)
+        return self.decoder(z), kl
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Decode the posterior's mean: no noise."""
+        return torch.sigmoid(self.decoder(self.latent.mode(self.encoder(x))))
+
+    @torch.no_grad()
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """New digits: decode draws from the prior N(0, 1)."""
+        return torch.sigmoid(self.decoder(torch.randn(count, LATENT, generator=generator)))
+
+
+def new_model(pixels: int, latent: str, seed: int) -> VAE:
+    """A VAE with its first weights; those depend on the ``seed`` alone, not on the kind of latent."""
+    torch.manual_seed(seed)
+    return VAE(pixels, LATENTS[latent])
+
+
+def loss_of(logits: Tensor, x: Tensor, kl: Tensor) -> Tensor:
+    """The negative evidence lower bound in nats per image: reconstruction plus KL divergence, averaged over the batch.
+
+    Often wrong: binary_cross_entropy with its default reduction averages over pixels as well. Added to a KL summed over
+    everything, it weighs next to nothing, and the model learns to ignore its input. Both terms are sums per image here.
+    """
+    reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=-1)
+    # Often wrong: pixels normalised to [-1, 1]. Cross-entropy needs targets in [0, 1], the sigmoid's range; see digits_data.
+    return (reconstruction + kl).mean()
+
+
+def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, seed: int | None = None) -> float:
+    """One step of gradient descent on the images ``x`` (N, pixels); the loss. ``seed`` fixes the noise of the step."""
+    logits, kl = model(x, seed)
+    loss = loss_of(logits, x, kl)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@dataclass
+class History:
+    """What a training was like: of each step, the loss in nats per image, and how long it took."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def steps_per_second(self) -> float:
+        return 1.0 / statistics.median(self.seconds)
+
+
+def optimizer_of(model: VAE) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+
+
+def train(model: VAE, images: Tensor, epochs: int, seed: int, same_noise: bool = False) -> History:
+    """Train on ``images`` (N, pixels) with Adam. ``seed`` fixes their order.
+
+    With ``same_noise`` it also gives each step's noise a seed, so that every kind of latent is trained with the same.
+    """
+    history, optimizer = History(), optimizer_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    with Progress(*COLUMNS) as progress:
+        task = progress.add_task("", total=epochs)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(images), generator=generator).split(BATCH):
+                x, noise_seed = images[batch], None
+                if same_noise:
+                    noise_seed = torch.randint(2**63 - 1, (), generator=generator).item()
+                start = time.perf_counter()
+                history.losses.append(train_step(model, optimizer, x, noise_seed))
+                history.seconds.append(time.perf_counter() - start)
+            progress.update(task, advance=1, description=f"loss {history.losses[-1]:.2f} nats")
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: VAE, images: Tensor, seed: int = 0) -> float:
+    """The loss on ``images`` (N, pixels) with one draw of noise each, in nats per image."""
+    logits, kl = model(images, seed)
+    return loss_of(logits, images, kl).item()
+
+
+def picture(model: VAE, digits: Digits, path: Path) -> None:
+    """Digits of the test set, what the model makes of them, and digits that never were."""
+    seen = digits.test[:PICTURE_WIDTH]
+    samples = model.sample(4 * PICTURE_WIDTH, torch.Generator().manual_seed(0))
+    rows = {"test digits": seen, "reconstructed": model.reconstruct(seen), "sampled from the prior": samples}
+    draw_digits(path, rows, digits.side, PICTURE_WIDTH)
+
+
+def save_and_load(model: VAE, pixels: int, path: Path) -> VAE:
+    """Write the weights, and read them into a model of fastlm's own: the latents share their parameters."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, path)
+    loaded = VAE(pixels)
+    load_model(loaded, path)
+    return loaded
+
+
+def main() -> None:
+    options = parse_options()
+    digits = load_digits(options.data)
+    model = new_model(digits.train.shape[1], options.latent, options.seed)
+    epochs = options.epochs or EPOCHS[options.data]
+    print(f"{model}\nTraining on {len(digits.train):,} digits of {digits.side} x {digits.side} pixels for {epochs} epochs:")
+    history = train(model, digits.train, epochs, options.seed)
+    print(f"  {history.steps_per_second:,.0f} steps/s; loss {history.losses[0]:.2f} -> {history.losses[-1]:.2f} nats per image")
+
+    weights, image = options.out / "digits_vae.safetensors", options.out / "digits.png"
+    loaded = save_and_load(model, digits.train.shape[1], weights)
+    print(f"  {weights}: loaded again, loss {evaluate(loaded, digits.test):.2f} nats on {len(digits.test):,} test digits")
+    picture(loaded, digits, image)
+    print(f"  {image}")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", choices=EPOCHS, default="digits", help="default: digits, embedded in scikit-learn")
+    parser.add_argument("--latent", choices=LATENTS, default="fused", help="default: fused")
+    parser.add_argument("--epochs", type=int, help=f"default: {EPOCHS}")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, the order of the images and the noise; default: 0")
+    parser.add_argument("--out", type=Path, default=Path("build/digits"), help="default: build/digits")
+    return parser.parse_args()

@@ -1,0 +1,78 @@
+"""Every feature of attention's Triton kernels, compiled once: the interpreter does not know the compiler's rules."""
+
+import torch
+from fastlm.kernels import attention
+from torch import Tensor
+
+from gpu import ahead_of_time
+
+
+def _tensor(*shape: int, dtype=torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> list[attention.Launch]:
+    """The launches of forward and backward."""
+    plain = dict.fromkeys(attention.Call._fields[3:11]) | {"scale": 0.1, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
+    call = attention.Call(query, key, value, **plain | {"allow_tf32": False} | options, arch=arch)
+    out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
+    statistics = _tensor(*query.shape[:3], 2, dtype=torch.float32)
+    floating = call.mask is not None and call.mask.is_floating_point()
+    grads = (query, key, value, _tensor(*call.mask.shape) if floating else None)
+    forward = attention.plan_forward(call, out, lse, statistics)
+    return forward + attention.plan_backward(call, out, statistics, out, lse, grads, lse)
+
+
+def _decoding(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:
+    plain = dict.fromkeys(("key", "value", "block_table", "alibi_slopes", "sinks", "left", "right")) | {"scale": 0.1}
+    lengths, lse = _tensor(query.shape[0], dtype=torch.int32), _tensor(*query.shape[:3], dtype=torch.float32)
+    options = plain | {"softcap": 0.0, "allow_tf32": False} | options
+    return attention.plan_decoding(query, cache, cache, lengths, **options, out=query, lse=lse, arch=arch)
+
+
+def features(arch: str) -> dict[str, list[attention.Launch]]:
+    """The launches of calls that between them have every option, and of the smallest there are."""
+    query, key, value = _tensor(2, 8, 300, 64), _tensor(2, 2, 333, 64), _tensor(2, 2, 333, 40)
+    packed = _tensor(1, 8, 900, 64), _tensor(1, 2, 900, 64), _tensor(1, 2, 900, 64)
+    single = [_tensor(2, 2, 64, 64, dtype=torch.float32)] * 3
+    far = torch.empty_strided((2, 2, 300, 64), (64, 64, 1 << 25, 1), dtype=torch.float16, device="meta")
+    one, many, two = _tensor(1, 1, 1, 64), _tensor(9, dtype=torch.int32), _tensor(2, dtype=torch.int32)
+    a_seed, seeds = _tensor(dtype=torch.int64), _tensor(2, dtype=torch.int64)
+    slopes, sinks = _tensor(2, 8, dtype=torch.float32), _tensor(8)
+    cache, pages = _tensor(3, 2, 4096, 64), _tensor(99, 16, 2, 64)
+    table, new = _tensor(3, 30, dtype=torch.int32), _tensor(3, 2, 2, 64)
+    score_options = {"alibi_slopes": slopes, "sinks": sinks, "softcap": 30.0, "left": 100, "right": 5}
+    dropped = {"drop_below": 1 << 29, "keep_scale": 1.2}
+    return {
+        "everything": _call(query, key, value, arch, mask=_tensor(2, 1, 300, 333), seed=a_seed, **score_options, **dropped),
+        "bool mask": _call(query, key, value, arch, mask=_tensor(333, dtype=torch.bool)),
+        "mask per query": _call(query, key, value, arch, mask=_tensor(8, 300, 1)),
+        "mask of one number": _call(query, key, value, arch, mask=_tensor()),
+        "one of each": _call(one, one, one, arch, right=0),
+        "window, a seed for each": _call(query, key, value, arch, left=64, right=0, seed=seeds, **dropped),
+        "dropout of next to nothing": _call(query, key, value, arch, seed=a_seed, drop_below=2, keep_scale=1.0),
+        "dropout of everything": _call(query, key, value, arch, seed=a_seed, drop_below=1 << 32, keep_scale=0.0),
+        "rows far apart": _call(*[far] * 3, arch, right=0),
+        "packed": _call(*packed, arch, cu_seqlens_q=many, cu_seqlens_k=many, right=0),
+        "packed, one sequence": _call(*packed, arch, cu_seqlens_q=two, cu_seqlens_k=two, left=7),
+        "negative scale": _call(query, key, value, arch, scale=-1.0),
+        "TF32": _call(*single, arch, allow_tf32=True),
+        "decoding": _decoding(_tensor(3, 8, 2, 64), cache, arch, key=new, value=new, **score_options | {"alibi_slopes": sinks}),
+        "decoding, paged": _decoding(_tensor(3, 8, 1, 64), pages, arch, block_table=table, key=new, value=new),
+        "decoding, one of each": _decoding(one, one, arch, key=one, value=one),
+    }
+
+
+def failures(arch: str) -> int:
+    """Compile every feature for a GPU, print a line for each kernel, and return how many did not compile."""
+    failed = 0
+    for name, launches in features(arch).items():
+        for launch in launches:
+            line = f"{arch}: {name}: {launch.kernel.__name__}"
+            try:
+                ahead_of_time.compile_launch(launch, arch)
+            except Exception as error:
+                failed += 1
+                line += f" FAILED: {type(error).__name__}: {error}"
+            print(line, flush=True)
+    return failed

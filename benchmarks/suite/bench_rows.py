@@ -1,0 +1,139 @@
+"""Times every row on pytest-benchmark: fastlm's implementations beside what a user would write or pick instead.
+
+    pytest benchmarks/suite/bench_rows.py --benchmark-json=rows.json   # `--full` adds the long sizes and every dtype
+    fastlm bench                                                       # the same, and memory, the digits VAE and a report
+
+Each fastlm row is first checked against the reference. The implementations of one setting (section, size, dtype) take turns, so
+that what else the machine is doing hits all alike; a row's percentiles are taken over the rounds of all its turns. A slow row
+is called once to see how long that takes, and again only where there is time (budget.py).
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from functools import cache, cached_property, lru_cache, partial
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from suite.budget import Budget
+from suite.catalog import rows_of, sections, settings, threads_of
+from suite.check import worst
+from suite.row_items import BUDGET, DONE, SAY
+from suite.rows import Contest, Row, Selection, Setting, Step, Unavailable
+from suite.units import duration
+
+TURNS = 3
+ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
+ENOUGH = 0.5  # seconds of calls after which a turn of a slow one ends, be it the first round
+ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
+
+
+def pytest_generate_tests(metafunc):
+    option = metafunc.config.getoption
+    selection = Selection(option("--full"), option("--only"), tuple(option("--size")))
+    done = metafunc.config.stash.get(DONE, ())
+    rows = [
+        (*row[:3], turn, row.implementation)
+        for setting in settings(selection)
+        if setting not in done
+        for turn in range(TURNS)
+        for row in rows_of(setting, selection.full)
+    ]
+    metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
+
+
+class Entrants:
+    """The steps of a setting's implementations, each made once; why there is none is kept, so that no turn fails anew."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.step, self.errors = cache(self._step), cache(lambda implementation: self.contest.errors(implementation))
+        self.seconds: dict[str, float] = {}  # what a call takes
+
+    @cached_property
+    def contest(self) -> Contest:
+        """Make the inputs when the first row asks for them: there may be no time for any."""
+        return sections()[self.setting.op].contest(self.setting)
+
+    def _step(self, implementation: str) -> Step | Unavailable:
+        try:
+            return self.contest.step(implementation)
+        except Unavailable as reason:
+            return reason
+
+
+@lru_cache(maxsize=1)  # the tensors of one setting at a time
+def entrants(setting: Setting) -> Entrants:
+    gc.collect()  # the last setting's models and tensors, which refer to each other
+    return Entrants(setting)
+
+
+@pytest.mark.benchmark(min_rounds=ROUNDS, max_time=SECONDS, min_time=ROUND_SECONDS, disable_gc=True)
+def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation):
+    row = Row(op, workload, dtype, implementation)
+    budget, say = pytestconfig.stash.get(BUDGET, Budget()), pytestconfig.stash.get(SAY, lambda row, part: None)
+    budget.enter(row.setting)
+    with threads_of(row.setting):
+        if turn == 0:
+            first_turn(benchmark, row, budget, partial(say, row))
+        else:
+            next_turn(benchmark, row, budget, partial(say, row))
+
+
+def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
+    """Make the row's step, check what it computes, and time it where there is time for another call."""
+    needed = row.own or row.implementation == sections()[row.op].baseline  # without these two, a setting says nothing
+    if not budget.allows_first(needed):
+        pytest.skip(budget.why_not("its first call"))
+    say("first call")
+    setting = entrants(row.setting)
+    step = setting.step(row.implementation)
+    if isinstance(step, Unavailable):
+        pytest.skip(str(step))
+    say("checking")
+    check(benchmark, setting, row)
+    first = setting.contest.first_seconds[row.implementation]
+    if not budget.allows_second(first, needed):
+        pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
+    say("timing")
+    if first > ENOUGH:  # it is slow, or it was compiled
+        setting.seconds[row.implementation] = timed(benchmark, step, 1)
+    else:
+        start = time.perf_counter()
+        step()
+        seconds = setting.seconds[row.implementation] = time.perf_counter() - start
+        timed(benchmark, step, math.ceil(ENOUGH / seconds))
+
+
+def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
+    """Time the row again, where there is time."""
+    if budget.left <= 0:
+        return
+    setting = entrants(row.setting)
+    seconds = setting.seconds.get(row.implementation)
+    if seconds is None or not budget.allows_repeating(max(seconds, SECONDS)):
+        return  # the row has the rounds of its first turn, or the reason why there are none
+    say("timing")
+    check(benchmark, setting, row)
+    timed(benchmark, setting.step(row.implementation), math.ceil(ENOUGH / seconds))
+
+
+def check(benchmark: BenchmarkFixture, setting: Entrants, row: Row) -> None:
+    """Write down how wrong the row's results are; a row of fastlm's own fails where they are too wrong."""
+    benchmark.group = " ".join(row.setting)
+    judged = setting.errors(row.implementation)
+    benchmark.extra_info |= {"errors": judged, "flops": setting.contest.flops, **worst(judged)}
+    wrong = [(name, j["error"], j["allowed"]) for name, j in judged.items() if not j["error"] <= j["allowed"]]
+    if row.own:
+        assert not wrong, "wrong: " + ", ".join(f"{name} by {error:.1e} ({most:.1e} allowed)" for name, error, most in wrong)
+
+
+def timed(benchmark: BenchmarkFixture, step: Step, rounds: int) -> float:
+    """Time so many calls, where they are few, and as many as fit into SECONDS otherwise; the fastest in seconds."""
+    if rounds <= ROUNDS:
+        benchmark.pedantic(step, rounds=rounds)
+    else:
+        benchmark(step)
+    return benchmark.stats.stats.min

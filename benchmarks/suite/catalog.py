@@ -1,0 +1,73 @@
+"""What there is to time: every section, from the workloads of the ops and from the table of models, and the rows of a run."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from workloads import BENCHMARKS, models
+
+from suite.model_section import ModelSection
+from suite.op_section import OpSection
+from suite.rows import GROWTH, MODELS, OPS, Row, Section, Selection, Setting, Step
+
+MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
+
+
+@cache
+def sections() -> dict[str, Section]:
+    every = [OpSection(benchmark) for benchmark in BENCHMARKS] + [ModelSection(model) for model in models.MODELS]
+    order = OPS, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
+    return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
+
+
+def selected(selection: Selection) -> list[Section]:
+    """The sections of a run.
+
+    Raises:
+        ValueError: no section has that name, or sizes are asked for of more than one.
+    """
+    only = selection.only
+    if only is None:
+        found = list(sections().values())
+    elif only in sections():
+        found = [sections()[only]]
+    else:
+        found = [section for name, section in sections().items() if only.lower() in name.lower()]
+    if not found:
+        raise ValueError(f"OP must be a part of a section's name; got {only!r}. Sections: {'; '.join(sections())}")
+    if selection.sizes and len(found) > 1:
+        names = "; ".join(section.name for section in found)
+        raise ValueError(f"--sizes needs one section, by its whole name; {only!r} is in the names of: {names}")
+    return found
+
+
+def settings(selection: Selection) -> list[Setting]:
+    return [setting for section in selected(selection) for setting in section.settings(selection)]
+
+
+def rows_of(setting: Setting, full: bool) -> list[Row]:
+    return [Row(*setting, name) for name in sections()[setting.op].implementations(setting, full)]
+
+
+def weight(setting: Setting, full: bool) -> int:
+    """Estimate the setting's part of a run's time, in any unit."""
+    return len(rows_of(setting, full)) * (MODEL_WEIGHT if sections()[setting.op].group == MODELS else 1)
+
+
+@contextlib.contextmanager
+def threads_of(setting: Setting) -> Iterator[None]:
+    """Run on the threads that the setting asks for."""
+    before, wanted = torch.get_num_threads(), sections()[setting.op].threads(setting)
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fresh_step(**row: str) -> Step:
+    """A row's step with arguments of its own: what memory.py measures in a process of its own."""
+    row = Row(**row)
+    torch.set_num_threads(sections()[row.op].threads(row.setting) or torch.get_num_threads())
+    return sections()[row.op].contest(row.setting).step(row.implementation)

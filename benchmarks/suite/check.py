@@ -1,0 +1,154 @@
+"""Is the answer right? Asked of every row that can be asked before it is timed. The rule is that of DESIGN.md, 'Numbers'."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from workloads.workload import Benchmark
+
+from fastlm.testing import seeded_normal
+
+VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
+MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
+MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
+MOST_NUMBERS = 1 << 20  # of a latent, whose reference draws its noise in many passes: 6 s for so many on a busy core
+SOME_QUERIES = 64  # that are checked of such a call
+
+Results = dict[str, Tensor]
+
+
+def outputs_of(result) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is checked of a call where all would be too much. It depends on nothing outside it."""
+
+    names: tuple[str, ...]  # of the arguments that are cut; results are cut alike
+    dim: int
+    whole: int  # how many there are along that dimension
+    start: int
+    length: int
+
+    def take(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(self.dim, self.start, self.length)
+
+    def arguments(self, arguments: dict) -> dict:
+        return arguments | {name: self.take(arguments[name].detach()) for name in self.names}
+
+
+class Judge:
+    """Of the answers to one call, whoever gives them.
+
+    Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype.
+    """
+
+    def __init__(self, benchmark: Benchmark, arguments: dict):
+        self.benchmark = benchmark
+        self.dtype = arguments[benchmark.differentiable[0]].dtype if benchmark.differentiable else None
+        self.part = _part_of(benchmark, arguments)
+        if self.part and not self._too_much(arguments):
+            self.part = None
+        arguments = self.part.arguments(arguments) if self.part else arguments
+        self.plain = self._reference(arguments)
+        self.golden = self._reference({name: _double(value) for name, value in arguments.items()})
+
+    def errors(self, results: tuple[Tensor, ...]) -> dict[str, dict[str, float]]:
+        """Tell how wrong each result is, and may be: {"output 0": {"error": …, "allowed": …}, "gradient of mu": …}.
+
+        ``results`` are the outputs and then the gradients, for `output_gradients`, of what is differentiable.
+        """
+        actual = {name: self.part.take(result) if self.part else result for name, result in self._named(results).items()}
+        return {name: judge(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
+
+    def _too_much(self, arguments: dict) -> bool:
+        """Try the reference on the part, and expect the whole to take as much longer as it is larger."""
+        if self.part.length == self.part.whole:
+            return False
+        if _too_large(self.benchmark, arguments):
+            return True
+        part = self.part.arguments(arguments)
+        start = time.perf_counter()
+        self._reference(part)
+        return (time.perf_counter() - start) * self.part.whole / self.part.length > MOST_SECONDS
+
+    def _reference(self, arguments: dict) -> Results:
+        for name in self.benchmark.differentiable:
+            arguments[name].requires_grad_()
+        outputs = outputs_of(self.benchmark.function(**arguments, backend="reference"))
+        if not self.benchmark.differentiable:
+            return self._named(outputs)
+        leaves = [arguments[name] for name in self.benchmark.differentiable]
+        return self._named((*outputs, *torch.autograd.grad(outputs, leaves, output_gradients(outputs, self.dtype, self.part))))
+
+    def _named(self, results: tuple[Tensor, ...]) -> Results:
+        outputs = len(results) - len(self.benchmark.differentiable)
+        names = [f"output {i}" for i in range(outputs)] + [f"gradient of {name}" for name in self.benchmark.differentiable]
+        return {name: result.detach() for name, result in zip(names, results)}
+
+
+def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, part: Part | None = None) -> list[Tensor]:
+    """Draw the outputs' gradients for a backward, rounded to ``dtype``, whatever the call computes in.
+
+    Where the outputs are ``part`` of others, so are their gradients.
+    """
+    gradients = []
+    for i, out in enumerate(outputs):
+        shape = list(out.shape)
+        if part:
+            shape[part.dim] = part.whole
+        gradient = seeded_normal(100 + i, tuple(shape), dtype).to(out.dtype)
+        gradients.append(part.take(gradient) if part else gradient)
+    return gradients
+
+
+def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
+    """One result; names that begin with "output" are held to the rule for values, others to that for gradients.
+
+    Its largest error may be twice (for gradients: three times) that of ``plain``, plus 4 ulps. Both figures are shares of the
+    largest golden value.
+    """
+    golden = golden.double()
+    largest = golden.abs().max().item()
+    # Noise is float32 whatever the dtype; tests hold what has none to float64's own ulps.
+    ulp = max(torch.finfo(dtype).eps for dtype in (actual.dtype, torch.float32))
+    factor = VALUE_FACTOR if name.startswith("output") else GRADIENT_FACTOR
+    return {
+        "error": (actual - golden).abs().max().item() / largest,
+        "allowed": factor * (plain - golden).abs().max().item() / largest + ULPS * ulp,
+    }
+
+
+def worst(judged: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The result with the largest error, and what it is allowed; empty where nothing was judged."""
+    return max(judged.values(), key=lambda j: j["error"], default={})
+
+
+def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
+    """Return a latent's first rows; of attention the last queries, or the last head where keys and values get gradients."""
+    if "mu" in arguments:
+        rows, columns = arguments["mu"].shape
+        return Part(("mu", "logvar"), 0, rows, 0, min(rows, max(1, MOST_NUMBERS // columns)))
+    if "query" not in arguments or "key" not in arguments:
+        return None
+    query, key = arguments["query"], arguments["key"]
+    if query.dim() == 4 and not benchmark.differentiable:  # the last ones see the same keys without the others, causal or not
+        queries = min(SOME_QUERIES, query.shape[2])
+        return Part(("query",), 2, query.shape[2], query.shape[2] - queries, queries)
+    if query.shape[1] == key.shape[1]:  # (B, H, L, D) or (total, H, D)
+        return Part(("query", "key", "value"), 1, query.shape[1], query.shape[1] - 1, 1)
+    return None
+
+
+def _too_large(benchmark: Benchmark, arguments: dict) -> bool:
+    """Say whether the whole is not even to be thought of."""
+    if "mu" in arguments:
+        return arguments["mu"].numel() > MOST_NUMBERS
+    query, key = arguments["query"], arguments["key"]
+    return query.dim() == 4 and not benchmark.differentiable and query.shape[:3].numel() * key.shape[2] > MOST_SCORES
+
+
+def _double(value):
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,122 @@
+"""A section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from workloads.models import Model
+
+from suite.check import judge
+from suite.rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
+
+BEFORE = "before"
+SEED = 0  # of the weights
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ITS_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+COUNTED = {  # by torch's counter on GPUs alone; of shapes
+    _ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+    _ITS_BACKWARD: lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value),
+}
+
+
+class ModelSection:
+    """See `rows.Section`."""
+
+    axis, baseline, group = "", BEFORE, MODELS
+
+    def __init__(self, model: Model):
+        self.model, self.name = model, model.name
+
+    def settings(self, selection: Selection) -> Iterator[Setting]:
+        if selection.sizes:
+            raise ValueError(f"{self.name!r} is a model of one size; --sizes is for the ops' sections")
+        for dtype in ("float32", "bfloat16") if selection.full else ("float32",):
+            yield Setting(self.name, self.model.workload, dtype)
+
+    def implementations(self, setting: Setting, full: bool) -> list[str]:
+        return [FASTLM + how for how in self.model.put_in] + [BEFORE]
+
+    def cost(self, setting: Setting) -> Cost:
+        return Cost(self.model.unit, self.model.items, self.model.items)
+
+    def threads(self, setting: Setting) -> int | None:
+        return None
+
+    def has_memory(self, setting: Setting) -> bool:
+        return setting.dtype == "float32" and self.model.memory
+
+    def contest(self, setting: Setting) -> "ModelContest":
+        return ModelContest(self.model, getattr(torch, setting.dtype))
+
+
+class _Ops(TorchDispatchMode):
+    """Whether an op of fastlm ran inside: the numbers would agree if none did."""
+
+    ours = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ours |= function.namespace == "fastlm"
+        return function(*args, **(kwargs or {}))
+
+
+class ModelContest:
+    """See `rows.Contest`. Each implementation has a copy of the model of its own, of the same first weights."""
+
+    def __init__(self, model: Model, dtype: torch.dtype):
+        self.model, self.dtype = model, dtype
+        self.judged = model.judged or model.ready
+        self.first_seconds: dict[str, float] = {}
+        self.flops = None
+
+    def step(self, implementation: str) -> Step:
+        """It has run once."""
+        try:
+            step = self._step(implementation, self.dtype, self.model.ready)
+            with _Ops() as ops, FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+                start = time.perf_counter()
+                step()
+                self.first_seconds[implementation] = time.perf_counter() - start
+        except Exception as error:
+            if implementation != BEFORE and not isinstance(error, (ImportError, NotImplementedError)):
+                raise  # a bug of ours, not something missing
+            raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
+        if ops.ours != (implementation != BEFORE):
+            raise AssertionError(f"{implementation}: {'no op' if not ops.ours else 'an op'} of fastlm ran in {self.model.name}")
+        if implementation == BEFORE:
+            self.flops = counter.get_total_flops() or None
+        return step
+
+    def errors(self, implementation: str) -> dict[str, dict[str, float]]:
+        """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
+        plain, golden = self.expected
+        actual = plain if implementation == BEFORE else self._step(implementation, self.dtype, self.judged)()
+        names = ["output" if i == 0 else f"gradient {i}" for i in range(len(golden))]
+        return {name: judge(name, *each) for name, *each in zip(names, actual, plain, golden)}
+
+    @cached_property
+    def expected(self) -> list[tuple[Tensor, ...]]:
+        """The results of the model as it is, in the dtype of the contest and in float64."""
+        return [self._step(BEFORE, dtype, self.judged)() for dtype in (self.dtype, torch.float64)]
+
+    @cached_property
+    def built(self) -> nn.Module:
+        torch.manual_seed(SEED)
+        return self.model.build()
+
+    def _step(self, implementation: str, dtype: torch.dtype, ready: Callable[[nn.Module], Step]) -> Step:
+        module = copy.deepcopy(self.built).to(dtype)
+        if implementation == BEFORE:
+            return ready(module)
+        enter = self.model.put_in[implementation.removeprefix(FASTLM)](module)
+        step = ready(module)
+
+        def with_fastlm():
+            with enter():
+                return step()
+
+        return with_fastlm

@@ -1,0 +1,124 @@
+"""A section of the report from what an op says of itself: fastlm's backends beside the peers of peers.py."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+from workloads.peers import PEERS
+from workloads.workload import Benchmark, Workload
+
+from suite.check import Judge, output_gradients, outputs_of
+from suite.rows import FASTLM, GROWTH, OPS, Cost, Selection, Setting, Step, Unavailable
+
+WORTH_MEMORY = 1 << 20  # bytes of inputs and results, from which a size of a user's own gets a row of memory
+
+
+class OpSection:
+    """See `rows.Section`."""
+
+    def __init__(self, benchmark: Benchmark):
+        self.benchmark = benchmark
+        self.name, self.axis, self.group = benchmark.name, benchmark.axis, GROWTH if benchmark.growth else OPS
+        self.baseline = benchmark.peers[0]
+
+    def settings(self, selection: Selection) -> Iterator[Setting]:
+        workloads = [self.workload(size) for size in selection.sizes] or self.benchmark.workloads
+        for workload in workloads:
+            every = selection.full and not self.benchmark.growth
+            quick = workload.quick or ((torch.float32,) if selection.full else ())
+            for dtype in self.benchmark.dtypes if every else quick:
+                yield Setting(self.name, workload.name, str(dtype).removeprefix("torch."))
+
+    def workload(self, name: str) -> Workload:
+        """The one of that name, or the one that sizes such as "1x8x512x64" make.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        for workload in self.benchmark.workloads:
+            if workload.name == name:
+                return workload
+        try:
+            made = self.benchmark.sized(*(int(number) for number in name.split("x")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"sizes of {self.name!r} are written {self.benchmark.sizes}; got {name!r}") from error
+        memory = made.numbers * torch.float32.itemsize >= WORTH_MEMORY
+        return Workload(**{**vars(made), "name": name, "quick": made.quick or (torch.float32,), "memory": memory})
+
+    def implementations(self, setting: Setting, full: bool) -> list[str]:
+        left_out = self.workload(setting.workload).without
+        if not full and setting.dtype != "float32":
+            left_out += self.benchmark.slow_in_half
+        names = [FASTLM + backend for backend in self.benchmark.backends] + list(self.benchmark.peers)
+        return [name for name in names if name not in left_out]
+
+    def cost(self, setting: Setting) -> Cost:
+        unit, workload = self.benchmark.unit, self.workload(setting.workload)
+        itemsize = getattr(torch, setting.dtype).itemsize
+        work = workload.work * (itemsize if unit == "GB/s" else 1)
+        return Cost(unit, workload.size, work, workload.numbers * itemsize, unit == "GFLOP/s")
+
+    def threads(self, setting: Setting) -> int | None:
+        return self.workload(setting.workload).threads
+
+    def has_memory(self, setting: Setting) -> bool:
+        return setting.dtype == "float32" and self.workload(setting.workload).memory
+
+    def contest(self, setting: Setting) -> "OpContest":
+        return OpContest(self.benchmark, self.workload(setting.workload).make(getattr(torch, setting.dtype)))
+
+
+class OpContest:
+    """See `rows.Contest`: forward and backward are one step, or the forward alone where nothing gets a gradient."""
+
+    flops = None  # the section's cost has them
+
+    def __init__(self, benchmark: Benchmark, arguments: dict):
+        self.benchmark, self.arguments = benchmark, arguments
+        self.leaves = {n: arguments[n].requires_grad_() for n in benchmark.differentiable if isinstance(arguments[n], Tensor)}
+        self.first: dict[str, tuple[Tensor, ...]] = {}  # results of first runs that were not judged yet
+        self.first_seconds: dict[str, float] = {}
+        torch.compiler.reset()  # past so many compilations of one function, dynamo gives up compiling it
+
+    def step(self, implementation: str) -> Step:
+        """It has run once."""
+        try:
+            call = self._call(implementation)
+            step = self._with_gradients(call) if self.leaves else lambda: outputs_of(call())
+            start = time.perf_counter()
+            self.first[implementation] = tuple(result.detach() for result in step())
+            self.first_seconds[implementation] = time.perf_counter() - start
+        except Exception as error:
+            if implementation.startswith(FASTLM) and not isinstance(error, NotImplementedError):
+                raise  # a bug of ours, not something missing
+            raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
+        return step
+
+    def _call(self, implementation: str) -> Callable:
+        if implementation.startswith(FASTLM):
+            backend = implementation.removeprefix(FASTLM)
+            return partial(self.benchmark.function, **self.arguments, backend=backend)
+        return PEERS[self.benchmark.function.__name__][implementation](**self.arguments)
+
+    def _with_gradients(self, call: Callable) -> Step:
+        leaves, gradients = tuple(self.leaves.values()), []
+
+        def step() -> tuple[Tensor, ...]:
+            outputs = outputs_of(call())
+            if not gradients:
+                gradients.extend(output_gradients(outputs, leaves[0].dtype))
+            return *outputs, *torch.autograd.grad(outputs, leaves, gradients)
+
+        return step
+
+    def errors(self, implementation: str) -> dict[str, dict[str, float]]:
+        results = self.first.pop(implementation)
+        if not implementation.startswith(FASTLM) and self.benchmark.own_noise:
+            return {}
+        return self.judge.errors(results)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.benchmark, self.arguments)

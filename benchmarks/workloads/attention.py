@@ -1,0 +1,213 @@
+"""What to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
+
+import math
+from functools import partial
+
+import torch
+
+from fastlm import attention, kvcache_attention, varlen_attention
+from fastlm.testing import seeded_normal
+from workloads.workload import Benchmark, Workload
+
+FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16
+_HALF = (FP32, BF16, FP16)
+WINDOW = 256
+BACKWARD = 3.5  # products of a forward and backward: two and five, over the forward's two
+LONGEST_EAGER = 8192  # beyond it, the scores that eager code holds fill a machine's memory
+
+
+def _work(batch: int, heads: int, q_len: int, k_len: int, head_dim: int, passes: float = 1.0) -> int:
+    """Floating-point operations of the two products of the forward; a backward has five, 2.5 times as many."""
+    return int(4 * batch * heads * q_len * k_len * head_dim * passes)
+
+
+# ---- workloads --------------------------------------------------------------------------------------------------------------
+
+
+def _square(
+    batch: int,
+    heads: int,
+    length: int,
+    head_dim: int = 64,
+    *,
+    passes: float = 1.0,
+    work: int | None = None,
+    size: int | None = None,
+    name: str | None = None,
+    options: dict | None = None,
+    **more,
+) -> Workload:
+    """Queries and keys of one length; ``options`` go to the call, ``more`` to the workload."""
+    options = options or {}
+    shape = (batch, heads, length, head_dim)
+    numbers = 4 * math.prod(shape) if passes == 1.0 else 12 * math.prod(shape)  # q, k, v, out; with gradients, those and all
+    half = 0.5 if options.get("causal") else 1.0
+    return Workload(
+        name or f"B{batch} H{heads} S{length}",
+        lambda dtype: {n: seeded_normal(i, shape, dtype) for i, n in enumerate(_QKV)} | options,
+        size=size or length,
+        work=work or int(_work(batch, heads, length, length, head_dim, passes) * half),
+        numbers=numbers,
+        without=(*_EAGER, "JAX") if length > LONGEST_EAGER else (),
+        **more,
+    )
+
+
+def _windowed(batch: int, heads: int, length: int, head_dim: int = 64, **more) -> Workload:
+    options = {"causal": True, "window": (WINDOW, 0)}
+    work = _work(batch, heads, length, min(WINDOW, length), head_dim)
+    return _square(batch, heads, length, head_dim, work=work, options=options, **more)
+
+
+def _decoding(batch: int, length: int, quick=_HALF) -> Workload:
+    """A step of 32 query heads over 8 heads of keys."""
+    heads, kv_heads, head_dim = 32, 8, 128
+
+    def make(dtype) -> dict:
+        caches = {n: seeded_normal(i, (batch, kv_heads, length, head_dim), dtype) for i, n in enumerate(("key", "value"))}
+        return {
+            "query": seeded_normal(2, (batch, heads, 1, head_dim), dtype),
+            **{f"{name}_cache": cache for name, cache in caches.items()},
+            "cache_seqlens": torch.full((batch,), length, dtype=torch.int32),
+        }
+
+    cached = 2 * batch * kv_heads * length * head_dim
+    return Workload(f"B{batch}, {length} cached", make, size=batch * length, work=cached, numbers=cached, quick=quick)
+
+
+def _ragged(sequences: int, longest: int, quick=(FP32, BF16)) -> Workload:
+    """Sequences of lengths that are spread evenly, packed."""
+    lengths = [max(1, longest * (i + 1) // sequences) for i in range(sequences)]
+    total, heads, head_dim = sum(lengths), 8, 64
+
+    def make(dtype) -> dict:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        tensors = {n: seeded_normal(i, (total, heads, head_dim), dtype) for i, n in enumerate(_QKV)}
+        return {**tensors, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "causal": True}
+
+    work = sum(_work(1, heads, n, n, head_dim, 0.5) for n in lengths)
+    numbers = 4 * total * heads * head_dim
+    return Workload(f"{sequences} of up to {longest}", make, size=longest, work=work, numbers=numbers, quick=quick)
+
+
+def _on_threads(threads: int) -> Workload:
+    return _square(1, 4, 2048, name=f"{threads} threads", size=threads, threads=threads)
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4, ... and the last one ``most``."""
+    return [*(1 << i for i in range((most - 1).bit_length())), most]
+
+
+# ---- sections ---------------------------------------------------------------------------------------------------------------
+
+_QKV = ("query", "key", "value")
+_EAGER = ("eager", "eager, compiled")
+_SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
+_CAUSAL = {"causal": True}
+_both = partial(_square, passes=BACKWARD)
+_causal = partial(_square, options=_CAUSAL)
+
+
+def _section(name, workloads, peers=("SDPA", "eager"), sized=_square, **more) -> Benchmark:
+    common = {"function": attention, "unit": "GFLOP/s", "axis": "sequence length", "sizes": "BxHxSxD", "slow_in_half": _EAGER}
+    return Benchmark(
+        name=name,
+        dtypes=_DTYPES,
+        backends=("cpu",),
+        workloads=tuple(workloads),
+        peers=peers,
+        sized=sized,
+        **common | more,
+    )
+
+
+BENCHMARKS = (
+    _section(
+        "attention, forward",
+        (
+            _square(16, 8, 128, quick=(FP32, BF16)),
+            _square(4, 8, 512, quick=_HALF),
+            _square(1, 8, 2048, quick=_HALF),
+            _square(1, 1, 8192, memory=True),
+            _square(1, 1, 16384, quick=()),
+        ),
+        ("SDPA", *_EAGER, *_SLOW_TO_COMPILE),
+        slow_in_half=_EAGER + _SLOW_TO_COMPILE,
+    ),
+    _section(
+        "attention, forward, head_dim 128",
+        (_square(4, 8, 512, 128, quick=(FP32, BF16)), _square(1, 4, 2048, 128, quick=(FP32, BF16))),
+    ),
+    _section(
+        "attention, forward, causal",
+        (_causal(*sizes, quick=(FP32, BF16)) for sizes in ((16, 8, 128), (4, 8, 512), (1, 8, 2048))),
+        sized=_causal,
+    ),
+    _section(
+        f"attention, forward, window {WINDOW}",
+        (_windowed(1, 4, 4096, quick=(FP32, BF16)),),
+        ("SDPA", "FlexAttention"),
+        sized=_windowed,
+    ),
+    _section(
+        "attention, forward + backward",
+        (
+            _both(4, 4, 128, quick=(FP32, BF16)),
+            _both(1, 8, 512, quick=_HALF),
+            _both(1, 2, 2048, quick=(FP32, BF16), memory=True),
+            _both(1, 1, 8192, quick=()),
+        ),
+        sized=_both,
+        differentiable=_QKV,
+    ),
+    _section(
+        "attention, forward + backward, causal",
+        (_both(1, 8, 512, options=_CAUSAL, quick=(FP32, BF16)), _both(1, 2, 2048, options=_CAUSAL, quick=(FP32, BF16))),
+        sized=partial(_both, options=_CAUSAL),
+        differentiable=_QKV,
+    ),
+    _section("attention, a tiny call", (_square(1, 1, 16, 16),), ("SDPA",)),
+    _section(
+        "varlen_attention, causal",
+        (_ragged(16, 256), _ragged(8, 1024)),
+        ("SDPA for each", "SDPA padded"),
+        sized=_ragged,
+        sizes="sequences x longest",
+        function=varlen_attention,
+    ),
+    _section(
+        "kvcache_attention, decoding",
+        (_decoding(1, 1024), _decoding(1, 4096), _decoding(4, 4096)),
+        sized=_decoding,
+        sizes="B x cached rows",
+        function=kvcache_attention,
+        unit="GB/s",
+        axis="cached rows",
+    ),
+    _section(
+        "growth of attention with the sequence",
+        (_square(1, 1, length, memory=True) for length in (128, 512, 2048, 8192, 32768)),
+        growth=True,
+    ),
+    _section(
+        "growth of attention with the heads",
+        (_square(1, heads, 512, size=heads) for heads in (1, 2, 4, 8, 16)),
+        axis="heads",
+        growth=True,
+    ),
+    _section(
+        "growth of attention with the batch",
+        (_square(batch, 4, 256, size=batch) for batch in (1, 2, 4, 8, 16)),
+        axis="batch",
+        growth=True,
+    ),
+    _section(
+        "growth of attention with the threads",
+        map(_on_threads, _doubling(torch.get_num_threads())),
+        axis="threads",
+        sized=_on_threads,
+        sizes="threads",
+        growth=True,
+    ),
+)

@@ -1,0 +1,320 @@
+// Attention for Python. The numbers inside index tensors are checked here, in copies: another thread may write to a tensor
+// while the GIL is released.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "../../common/python_views.h"
+
+namespace py = pybind11;
+
+namespace fastlm {
+namespace {
+
+int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat64 ? 8 : dtype == kBool ? 1 : 2; }
+
+bool is_half_or_float(int dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
+
+// ---- tensors as the kernels take them: each checked for what keeps a kernel inside it ---------------------------------------
+
+// A tensor of (batch, head, row, column) with contiguous columns.
+Rows rows_of(const char* name, const TensorView& t, int dtype) {
+  expect(t.device == kCPU && t.dtype == dtype && t.dims == 4, name, t, "4 dimensions on the CPU, in the query's dtype");
+  expect(t.shape[3] <= 1 || t.stride[3] == 1 || !t.elements(), name, t, "contiguous columns");
+  Rows rows;
+  rows.data = t.data;
+  rows.dtype = t.dtype;
+  const int64_t bytes = bytes_of(t.dtype);
+  rows.batch = t.stride[0] * bytes;
+  rows.head = t.stride[1] * bytes;
+  rows.row = t.stride[2] * bytes;
+  return rows;
+}
+
+Rows rows_of(const char* name, py::handle tensor, int dtype, std::initializer_list<int64_t> shape) {
+  const TensorView t(tensor);
+  expect(t.has_shape(shape), name, t, "the shape of what it belongs to");
+  return rows_of(name, t, dtype);
+}
+
+// A float32 tensor of (batch, head, row) with contiguous rows, of pairs where there is a fourth dimension; or None.
+Statistic statistic_of(const char* name, py::handle tensor, std::initializer_list<int64_t> shape) {
+  const TensorView t(tensor);
+  if (!t.given) return {};
+  const bool fits = t.device == kCPU && t.dtype == kFloat32 && t.has_shape(shape) && t.is_contiguous(2);
+  expect(fits, name, t, "a float32 statistic for each row");
+  return {reinterpret_cast<float*>(t.data), t.stride[0], t.stride[1]};
+}
+
+// A contiguous array of a dtype with `count` numbers, or None.
+template <class T>
+const T* array_of(const char* name, const TensorView& t, int dtype, int64_t count) {
+  if (!t.given) return nullptr;
+  expect(t.device == kCPU && t.dtype == dtype && t.elements() == count && t.is_contiguous(), name, t,
+         "a contiguous array on the CPU with a number for each head or sequence");
+  return reinterpret_cast<const T*>(t.data);
+}
+
+// The numbers of an int32 index tensor, copied.
+std::vector<int32_t> indices_of(const char* name, const TensorView& t, int64_t count) {
+  const int32_t* from = array_of<int32_t>(name, t, kInt32, count);
+  return from ? std::vector<int32_t>(from, from + count) : std::vector<int32_t>();
+}
+
+// A mask, expanded to the scores' shape by strides of 0: bytes (bool) or floats; or None.
+void fill_mask(Attention& a, const TensorView& mask) {
+  if (!mask.given) return;
+  expect(mask.device == kCPU && (mask.dtype == kBool || is_half_or_float(mask.dtype)), "mask", mask,
+         "bool or a float on the CPU");
+  expect(mask.has_shape({a.batch, a.heads, a.q_len, a.k_len}), "mask", mask, "the scores' shape");
+  expect(a.k_len <= 1 || mask.stride[3] == 0 || mask.stride[3] == 1, "mask", mask, "contiguous or broadcast keys");
+  if (!mask.data) return;  // no scores either
+  const int64_t bytes = bytes_of(mask.dtype);
+  a.mask.data = mask.data;
+  a.mask.dtype = mask.dtype;
+  a.mask.batch = mask.stride[0] * bytes;
+  a.mask.head = mask.stride[1] * bytes;
+  a.mask.row = mask.stride[2] * bytes;
+  a.mask_is_bool = mask.dtype == kBool;
+  a.mask_key = a.k_len > 1 ? mask.stride[3] : 0;
+}
+
+// Starts at 0, never falls, ends at the total.
+void check_offsets(const char* name, const std::vector<int32_t>& of, int64_t total) {
+  const int32_t* offsets = of.data();
+  const int64_t sequences = int64_t(of.size()) - 1;
+  const auto fail = [&](const std::string& what) { throw py::value_error(std::string(name) + " must " + what); };
+  if (offsets[0] != 0) fail("start at 0; got " + std::to_string(offsets[0]));
+  for (int64_t b = 0; b < sequences; ++b) {
+    if (offsets[b + 1] < offsets[b]) {
+      fail("not fall; got " + std::to_string(offsets[b]) + ", then " + std::to_string(offsets[b + 1]) + " at " +
+           std::to_string(b + 1));
+    }
+  }
+  if (offsets[sequences] != total) {
+    fail("end at the number of rows, " + std::to_string(total) + "; got " + std::to_string(offsets[sequences]));
+  }
+}
+
+// options: left, right, scale, softcap, the word below which a key is dropped, what is kept is multiplied by.
+void fill_options(Attention& a, const py::tuple& options) {
+  const auto limit = [&](py::ssize_t i) {
+    const int64_t side = item(options, i) == Py_None ? kUnlimited : integer(item(options, i));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return std::max(side, -kUnlimited);
+  };
+  a.left = std::min(limit(0), kUnlimited);
+  a.right = std::min(limit(1), kUnlimited);
+  a.scale = float(PyFloat_AsDouble(item(options, 2)));
+  a.softcap = float(PyFloat_AsDouble(item(options, 3)));
+  a.drop_below = uint64_t(integer(item(options, 4)));
+  a.keep_scale = float(PyFloat_AsDouble(item(options, 5)));
+}
+
+// The sizes of a call, and its query, key and value, or caches of pages (page, head, row, column).
+void fill_tensors(Attention& a, const TensorView& query, const TensorView& key, const TensorView& value, bool paged) {
+  expect(is_half_or_float(query.dtype), "query", query, "float32, bfloat16 or float16");
+  a.query = rows_of("query", query, query.dtype);
+  a.key = rows_of("key", key, query.dtype);
+  a.value = rows_of("value", value, query.dtype);
+  a.batch = query.shape[0];
+  a.heads = query.shape[1];
+  a.kv_heads = key.shape[1];
+  a.q_len = query.shape[2];
+  a.k_len = key.shape[2];
+  a.head_dim = query.shape[3];
+  a.value_dim = value.shape[3];
+  const bool groups = a.kv_heads ? a.heads % a.kv_heads == 0 : a.heads == 0;
+  expect((paged || key.shape[0] == a.batch) && groups && key.shape[3] == a.head_dim, "key", key,
+         "query's batch, heads and head_dim");
+  expect(std::equal(key.shape, key.shape + 3, value.shape), "value", value, "key's batch, heads and rows");
+  a.group = a.kv_heads ? a.heads / a.kv_heads : 1;
+}
+
+// What a call borrows: copies of its index tensors, which live as long as the kernels run.
+struct Indices {
+  std::vector<int32_t> cu_seqlens_q, cu_seqlens_k, block_table;
+  std::vector<int64_t> lengths;
+};
+
+// inputs: query, key, value, mask, slopes, sinks, seeds, cu_seqlens_q and cu_seqlens_k; all but the first three may be None.
+void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged = false) {
+  const TensorView slopes(inputs[4]), seeds(inputs[6]), cu_seqlens_q(inputs[7]), cu_seqlens_k(inputs[8]);
+  fill_tensors(a, TensorView(inputs[0]), TensorView(inputs[1]), TensorView(inputs[2]), paged);
+  if (cu_seqlens_q.given) {
+    const TensorView& cu = cu_seqlens_q;
+    expect(a.batch == 1 && cu.dims == 1 && cu.shape[0] > 0, "cu_seqlens_q", cu, "a batch of one");
+    expect(cu_seqlens_k.given && inputs[3].is_none(), "cu_seqlens_q", cu, "cu_seqlens_k with it, and no mask");
+    own.cu_seqlens_q = indices_of("cu_seqlens_q", cu_seqlens_q, cu_seqlens_q.shape[0]);
+    own.cu_seqlens_k = indices_of("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0]);
+    a.batch = cu_seqlens_q.shape[0] - 1;
+    check_offsets("cu_seqlens_q", own.cu_seqlens_q, a.q_len);
+    check_offsets("cu_seqlens_k", own.cu_seqlens_k, a.k_len);
+    a.cu_seqlens_q = own.cu_seqlens_q.data();
+    a.cu_seqlens_k = own.cu_seqlens_k.data();
+  }
+  fill_mask(a, TensorView(inputs[3]));
+  a.slopes = array_of<float>("alibi_slopes", slopes, kFloat32, slopes.dims == 2 ? a.batch * a.heads : a.heads);
+  a.slope_batch = slopes.dims == 2 ? a.heads : 0;
+  a.sinks = array_of<float>("sinks", TensorView(inputs[5]), kFloat32, a.heads);
+  a.seeds = array_of<int64_t>("seed", seeds, kInt64, seeds.dims ? a.batch : 1);
+  a.seed_stride = seeds.dims;
+}
+
+// The tensors that a forward writes.
+void fill_outputs(AttentionForward& a, int64_t batch, const py::handle& out, const py::handle& lse,
+                  const py::handle& statistics) {
+  a.out = rows_of("out", out, a.query.dtype, {batch, a.heads, a.q_len, a.value_dim});
+  a.lse = statistic_of("lse", lse, {batch, a.heads, a.q_len});
+  a.statistics = statistic_of("statistics", statistics, {batch, a.heads, a.q_len, 2});
+}
+
+// The batch of the tensors: sequences that are packed lie in a batch of one.
+int64_t tensor_batch(const Attention& a) { return a.cu_seqlens_q ? 1 : a.batch; }
+
+void forward(const py::tuple& inputs, const py::tuple& options, const py::handle& out, const py::handle& lse,
+             const py::handle& statistics, int64_t threads) {
+  AttentionForward a{};
+  Indices own;
+  fill_inputs(a, own, inputs);
+  fill_options(a, options);
+  fill_outputs(a, tensor_batch(a), out, lse, statistics);
+  py::gil_scoped_release nogil;
+  attention_forward(a, threads);
+}
+
+bool has_contiguous_rows(const TensorView& t) { return t.stride[3] == 1 || t.shape[3] == 1; }
+
+// query, key and value as the kernels take them; what is wrong with others is for Python to say.
+bool fit_together(const TensorView& query, const TensorView& key, const TensorView& value) {
+  for (const TensorView* t : {&query, &key, &value}) {
+    if (!t->given || !is_half_or_float(t->dtype) || t->dtype != query.dtype || t->device != kCPU || t->dims != 4) return false;
+    if (t->shape[0] != query.shape[0] || t->shape[3] == 0 || !has_contiguous_rows(*t)) return false;
+  }
+  return query.shape[3] == key.shape[3] && key.shape[1] == value.shape[1] && key.shape[2] == value.shape[2] && key.shape[1] &&
+         query.shape[1] % key.shape[1] == 0;
+}
+
+// For calls that are small and have no options, in a few microseconds: false, and nothing done, where this one is not such.
+bool plain_forward(const py::handle& query, const py::handle& key, const py::handle& value, const py::handle& out,
+                   const py::handle& scale, bool causal, bool top_left, bool grouped, int64_t threads) {
+  AttentionForward a{};
+  if (!exchange) return false;
+  try {
+    const TensorView q(query), k(key), v(value), o(out);
+    if (!fit_together(q, k, v) || !o.data || v.shape[3] != q.shape[3]) return false;
+    if (!o.has_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}) || !o.is_contiguous(1)) return false;
+    fill_tensors(a, q, k, v, false);
+    a.out = rows_of("out", o, q.dtype);
+    a.scale = float(scale.is_none() ? 1.0 / std::sqrt(double(a.head_dim)) : PyFloat_AsDouble(scale.ptr()));
+    if (!std::isfinite(a.scale)) return false;
+  } catch (const py::error_already_set&) {  // a tensor that DLPack cannot describe
+    return false;
+  }
+  if (!grouped && a.group != 1) return false;
+  a.left = kUnlimited;
+  a.right = !causal ? kUnlimited : top_left ? a.q_len - a.k_len : 0;
+  py::gil_scoped_release nogil;
+  attention_forward(a, threads);
+  return true;
+}
+
+// Checks every sequence's length before appending, and the pages that its keys will be in.
+void check_cache(const std::vector<int64_t>& before, int64_t appended, const std::vector<int32_t>& table, int64_t table_row,
+                 int64_t page, int64_t pages) {
+  const int64_t capacity = table_row * page;
+  for (size_t b = 0; b < before.size(); ++b) {
+    const auto fail = [&](const std::string& what) { throw py::value_error(what + " (sequence " + std::to_string(b) + ")"); };
+    if (before[b] < 0 || before[b] + appended > capacity) {
+      fail("cache_seqlens must lie between 0 and the cache's " + std::to_string(capacity) + " rows less the " +
+           std::to_string(appended) + " appended; got " + std::to_string(before[b]));
+    }
+    for (int64_t i = 0; !table.empty() && i * page < before[b] + appended; ++i) {
+      const int32_t entry = table[b * size_t(table_row) + size_t(i)];
+      if (entry < 0 || entry >= pages) {
+        fail("block_table must hold pages from 0 to " + std::to_string(pages - 1) + "; got " + std::to_string(entry));
+      }
+    }
+  }
+}
+
+// inputs: the caches as key and value, (pages, head, row, column) with a block_table; appended: key and value, or None twice.
+void cached_forward(const py::tuple& inputs, const py::tuple& options, const py::handle& cache_seqlens,
+                    const py::handle& block_table, const py::tuple& appended, const py::handle& out, const py::handle& lse,
+                    int64_t threads) {
+  AttentionForward a{};
+  Indices own;
+  const TensorView table(block_table), caches(inputs[1]), key(appended[0]), value(appended[1]);
+  fill_inputs(a, own, inputs, table.given);
+  fill_options(a, options);
+  fill_outputs(a, a.batch, out, lse, py::none());
+  Rows new_key, new_value;
+  int64_t rows = 0;
+  if (key.given) {
+    rows = key.dims == 4 ? key.shape[2] : -1;
+    expect(key.has_shape({a.batch, a.kv_heads, rows, a.head_dim}), "key", key, "the cache's heads and head_dim");
+    expect(value.has_shape({a.batch, a.kv_heads, rows, a.value_dim}), "value", value,
+           "as many rows as key, and the cache's heads");
+    new_key = rows_of("key", key, a.query.dtype);
+    new_value = rows_of("value", value, a.query.dtype);
+  }
+  if (table.given) {
+    expect(table.dims == 2 && table.shape[0] == a.batch, "block_table", table, "a row for each sequence");
+    own.block_table = indices_of("block_table", table, table.elements());
+    a.block_table = own.block_table.data();
+  }
+  a.table_row = table.given ? table.shape[1] : 1;
+  a.page = caches.shape[2];
+  for (const int32_t length : indices_of("cache_seqlens", TensorView(cache_seqlens), a.batch)) own.lengths.push_back(length);
+  check_cache(own.lengths, rows, own.block_table, a.table_row, a.page, caches.shape[0]);
+  for (int64_t& length : own.lengths) length += rows;
+  a.lengths = own.lengths.data();
+  py::gil_scoped_release nogil;
+  if (new_key.data && rows) append_to_cache(a, new_key, new_value, rows);
+  attention_forward(a, threads);
+}
+
+// saved: out, grad_out, statistics, grad_lse or None, and delta; outputs: grad_query, grad_key, grad_value, and grad_mask or
+// None.
+void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple& saved, const py::tuple& outputs,
+              bool grad_mask_by_block, int64_t threads) {
+  AttentionBackward a{};
+  Indices own;
+  fill_inputs(a, own, inputs);
+  fill_options(a, options);
+  const int64_t batch = tensor_batch(a);
+  const int dtype = a.query.dtype;
+  a.out = rows_of("out", saved[0], dtype, {batch, a.heads, a.q_len, a.value_dim});
+  a.grad_out = rows_of("grad_out", saved[1], dtype, {batch, a.heads, a.q_len, a.value_dim});
+  a.statistics = statistic_of("statistics", saved[2], {batch, a.heads, a.q_len, 2});
+  a.grad_lse = statistic_of("grad_lse", saved[3], {batch, a.heads, a.q_len});
+  a.delta = statistic_of("delta", saved[4], {batch, a.heads, a.q_len});
+  a.grad_query = rows_of("grad_query", outputs[0], dtype, {batch, a.heads, a.q_len, a.head_dim});
+  a.grad_key = rows_of("grad_key", outputs[1], dtype, {batch, a.kv_heads, a.k_len, a.head_dim});
+  a.grad_value = rows_of("grad_value", outputs[2], dtype, {batch, a.kv_heads, a.k_len, a.value_dim});
+  if (const TensorView grad_mask(outputs[3]); grad_mask.given) {
+    const int64_t rows = grad_mask_by_block ? (a.q_len + kBlockRows - 1) / kBlockRows : a.q_len;
+    expect(a.mask.data || !grad_mask.elements(), "grad_mask", grad_mask, "a mask");
+    expect(grad_mask.has_shape({a.batch, a.heads, rows, a.k_len}), "grad_mask", grad_mask, "a row for each of the mask's");
+    a.grad_mask = rows_of("grad_mask", grad_mask, kFloat32);
+    a.grad_mask_by_block = grad_mask_by_block;
+  }
+  py::gil_scoped_release nogil;
+  attention_backward(a, threads);
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.attr("attention_block_rows") = kBlockRows;
+  m.def("attention_forward", &forward);
+  m.def("attention_plain", &plain_forward);
+  m.def("attention_backward", &backward);
+  m.def("cached_attention_forward", &cached_forward);
+}
+
+}  // namespace fastlm

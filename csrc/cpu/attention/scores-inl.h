@@ -1,0 +1,243 @@
+// The scores of a tile: which of its keys each row sees, what is added to the products, and the dropout.
+#pragma once
+
+#include "../../common/philox.h"
+#include "attention.h"
+#include "tiles-inl.h"
+
+namespace fastlm::FASTLM_ISA {
+
+constexpr float kInfinity = __builtin_inff(), kLowest = -0x1.fffffep+127f;
+constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e43p-1f;
+constexpr int64_t kTileRow = kBlockKeys;  // from one row of a tile of scores to the next
+
+// Whether tiles are made of pairs of bfloat16.
+static bool in_pairs(const Attention& a) { return kBFloat16Pairs && a.query.dtype == kBFloat16; }
+
+// What a row of a group needs to know of itself.
+struct ScoreRow {
+  int64_t low, high;  // it sees the keys [low, high)
+  int64_t query, head, position;
+  float slope;
+  const char* mask;  // of its first key
+};
+
+// Walks through the rows of a group: f(row, query, head).
+template <class F>
+FASTLM_SIMD void for_rows(const Attention& a, int64_t kv_head, int64_t first, int64_t count, const F& f) {
+  int64_t query = first / a.group, member = first % a.group;
+  for (int64_t r = 0; r < count; ++r) {
+    f(r, query, kv_head * a.group + member);
+    if (++member == a.group) {
+      member = 0;
+      ++query;
+    }
+  }
+}
+
+static void fill_score_rows(const Attention& a, const Sequence& s, int64_t kv_head, int64_t first, int64_t count,
+                            ScoreRow* rows) {
+  for_rows(a, kv_head, first, count, [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA {
+    const int64_t position = query + s.k_len - s.q_len;
+    const int64_t low = position - a.left, high = position + a.right + 1;
+    rows[r] = {low > 0 ? low : 0, high < s.k_len ? high : s.k_len, query, head, position, 0.0f, nullptr};
+    if (a.slopes) rows[r].slope = a.slopes[s.b * a.slope_batch + head];
+    if (a.mask.data) rows[r].mask = a.mask.at(s.b, head, query);
+  });
+}
+
+// Where rows of a group start in a tensor of queries.
+static void query_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t kv_head, int64_t first, int64_t count,
+                       char** rows) {
+  for_rows(a, kv_head, first, count,
+           [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA { rows[r] = t.at(s.batch, head, s.q_first + query); });
+}
+
+// Where keys [first, first + count) start in a tensor of keys or values.
+static void key_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t kv_head, int64_t first, int64_t count,
+                     char** rows) {
+  for (int64_t k = 0; k < count; ++k) rows[k] = key_row(a, s, t, kv_head, first + k);
+}
+
+// ---- which tiles need work -------------------------------------------------------------------------------------------------
+
+// The keys that some row of a block sees are in [any_low, any_high); those that all see, in [all_low, all_high).
+struct KeyRange {
+  int64_t any_low, any_high, all_low, all_high;
+};
+
+static KeyRange key_range(const ScoreRow* rows, int64_t count) {
+  KeyRange range{kUnlimited, 0, 0, kUnlimited};
+  for (int64_t r = 0; r < count; ++r) {
+    if (rows[r].low < rows[r].high) {
+      range.any_low = rows[r].low < range.any_low ? rows[r].low : range.any_low;
+      range.any_high = rows[r].high > range.any_high ? rows[r].high : range.any_high;
+    }
+    range.all_low = rows[r].low > range.all_low ? rows[r].low : range.all_low;
+    range.all_high = rows[r].high < range.all_high ? rows[r].high : range.all_high;
+  }
+  return range;
+}
+
+enum class Coverage { kEmpty, kPartial, kWhole };
+
+// Whether a mask lets through none, some or all of a tile. A row that several queries share is looked at once.
+static Coverage mask_coverage(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys) {
+  if (!a.mask.data) return Coverage::kWhole;
+  bool any = false, all = a.mask_is_bool;  // a float mask adds something
+  const char* seen = nullptr;
+  for (int64_t r = 0; r < count && !(any && !all); ++r) {
+    if (rows[r].mask == seen) continue;
+    seen = rows[r].mask;
+    const int64_t n = a.mask_key ? keys : 1;
+    if (a.mask_is_bool) {
+      const char* m = seen + (a.mask_key ? first_key : 0);
+      unsigned some = 0, every = 1;
+      for (int64_t k = 0; k < n; ++k) {
+        some |= m[k] != 0;
+        every &= m[k] != 0;
+      }
+      any |= some != 0;
+      all &= every != 0;
+    } else {
+      with_float_dtype(a.mask.dtype, [&](auto type) FASTLM_LAMBDA {
+        using T = decltype(type);
+        const T* m = reinterpret_cast<const T*>(seen) + (a.mask_key ? first_key : 0);
+        float values[kBlockKeys];
+        widen_row(m, n, values);
+        for (int64_t k = 0; k < n; ++k) any |= !(values[k] < kLowest);  // -inf alone is masked; NaN is not
+      });
+    }
+  }
+  return all ? Coverage::kWhole : any ? Coverage::kPartial : Coverage::kEmpty;
+}
+
+// Of the tile of a block's rows and keys [first_key, first_key + keys).
+static Coverage coverage(const Attention& a, const ScoreRow* rows, int64_t count, const KeyRange& range, int64_t first_key,
+                         int64_t keys) {
+  if (range.any_high <= first_key || range.any_low >= first_key + keys) return Coverage::kEmpty;
+  const Coverage mask = mask_coverage(a, rows, count, first_key, keys);
+  const bool whole = range.all_low <= first_key && range.all_high >= first_key + kBlockKeys;
+  return mask == Coverage::kWhole && !whole ? Coverage::kPartial : mask;
+}
+
+// ---- from products to scores -----------------------------------------------------------------------------------------------
+//
+// Scores are kept in one unit for a whole call, and 2^(factor (score - maximum)) is a weight. Where nothing but a positive
+// factor stands between products and scores, the unit is the products': a tile that is seen whole goes straight to the
+// exponential. Otherwise scores are natural, added up as torch adds them: in units of log2 the most negative float of a mask
+// would overflow.
+
+static bool scores_are_products(const Attention& a) {
+  const bool has_bias = a.slopes || (a.mask.data && !a.mask_is_bool);
+  return a.softcap == 0.0f && !has_bias && a.scale > 0.0f && a.scale < 0x1p+127f;
+}
+
+static float exponent_factor(const Attention& a) { return scores_are_products(a) ? a.scale * kLog2E : kLog2E; }
+
+// Whether a row's maximum is so far from 0 that factor * score - factor * maximum, in one fused multiply-add, would show how
+// the second product was rounded: at 2^31 by more than any exponent. Such rows subtract first, which is exact near the maximum.
+constexpr float kFar = 128.0f;
+FASTLM_SIMD bool is_far(float maximum, float factor) {
+  const float exponent = maximum * factor;
+  return exponent > kFar || exponent < -kFar;
+}
+
+struct Lanes {
+  float lane[kBlockKeys];
+  constexpr Lanes() : lane() {
+    for (int k = 0; k < kBlockKeys; ++k) lane[k] = float(k);
+  }
+};
+alignas(64) constexpr Lanes kKeyOfLane;
+
+// What the mask adds to each key of a row; -inf where it hides one.
+static void load_bias(const Attention& a, const char* mask, int64_t first_key, int64_t keys, float* bias) {
+  const int64_t n = a.mask_key ? keys : 1;
+  if (a.mask_is_bool) {
+    widen_row(reinterpret_cast<const uint8_t*>(mask) + (a.mask_key ? first_key : 0), n, bias);
+    for (int64_t k = 0; k < padded(n); ++k) bias[k] = bias[k] != 0.0f ? 0.0f : -kInfinity;
+  } else {
+    with_float_dtype(a.mask.dtype, [&](auto type) FASTLM_LAMBDA {
+      widen_row(reinterpret_cast<const decltype(type)*>(mask) + (a.mask_key ? first_key : 0), n, bias);
+    });
+  }
+  if (!a.mask_key) {
+    for (int64_t k = 1; k < padded(keys); ++k) bias[k] = bias[0];
+  }
+}
+
+// Turns a tile's products into scores, -inf where a row does not see a key. `cap_slope`, where given, gets the derivative of
+// the softcap, 1 - tanh^2.
+template <bool kCap, bool kSlope, bool kMask>
+static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
+                       float* cap_slope) {
+  const float inner = a.scale / a.softcap;  // finite, so that it leaves a product of 0 at 0
+  const float outer = scores_are_products(a) ? 1.0f : a.scale;
+  const F32 factor(kCap ? (inner > -kLowest ? -kLowest : inner < kLowest ? kLowest : inner) : outer);
+  const F32 cap(a.softcap), hidden(-kInfinity), one(1.0f);
+  alignas(64) float bias[kBlockKeys];
+  const char* loaded = nullptr;
+  for (int64_t r = 0; r < count; ++r) {
+    const ScoreRow& row = rows[r];
+    if (kMask && row.mask != loaded) load_bias(a, loaded = row.mask, first_key, keys, bias);
+    const F32 low(float(row.low - first_key)), high(float(row.high - first_key)), slope(row.slope);
+    const F32 position(float(row.position - first_key));  // whole numbers, which floats are not beyond 2^24
+    for (int64_t k = 0; k < padded(keys); k += kLanes) {
+      float* at = scores + r * kTileRow + k;
+      const F32 lane = F32::load(kKeyOfLane.lane + k);
+      F32 x = factor * F32::load(at);
+      if (kCap) {
+        const F32 t = tanh(x);
+        if (cap_slope) (one - t * t).store(cap_slope + r * kTileRow + k);
+        x = cap * t;
+      }
+      if (kSlope) {
+        const F32 distance = position - lane;
+        x = x - slope * max(distance, F32(0.0f) - distance);
+      }
+      if (kMask) {
+        const F32 b = F32::load(bias + k);
+        x = select_less(b, F32(kLowest), hidden, x + b);
+      }
+      x = select_less(lane, low, hidden, select_less(lane, high, x, hidden));
+      x.store(at);
+    }
+  }
+}
+
+template <bool kCap, bool kSlope>
+static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
+                       float* cap_slope) {
+  a.mask.data ? score_tile<kCap, kSlope, true>(a, rows, count, first_key, keys, scores, cap_slope)
+              : score_tile<kCap, kSlope, false>(a, rows, count, first_key, keys, scores, cap_slope);
+}
+
+static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
+                       float* cap_slope = nullptr) {
+  const auto tile = a.softcap > 0.0f ? (a.slopes ? score_tile<true, true> : score_tile<true, false>)
+                                     : (a.slopes ? score_tile<false, true> : score_tile<false, false>);
+  tile(a, rows, count, first_key, keys, scores, cap_slope);
+}
+
+// ---- dropout ---------------------------------------------------------------------------------------------------------------
+
+// 1 / (1 - dropout_p) for the keys of a row that are kept, 0 for the others: 64 keys are the four words of 16 counters.
+// The first key is a multiple of 64.
+static void draw_keep(const Attention& a, const Sequence& s, const ScoreRow& row, int64_t first_key, float* keep) {
+  const uint64_t seed = uint64_t(a.seeds[s.b * a.seed_stride]);
+  const uint64_t head = uint64_t(a.seed_stride ? row.head : s.b * a.heads + row.head);
+  const U64 zero(uint64_t(0));
+  const U64 counter = U64(uint64_t(first_key / 4)) + U64::load(kBlockOfLane.block);
+  const Words<U64> words = philox(seed, Words<U64>{counter, U64(uint64_t(row.query)), U64(head), zero});
+  const auto kept = [&](U64 word) FASTLM_LAMBDA {  // by halves, as a float holds 24 bits of a word exactly
+    const U32 w = narrow(word);
+    const F32 high = to_float(shift_right<16>(w)), low = to_float(w & U32(0xffffu));
+    const F32 limit_high(float(a.drop_below >> 16)), limit_low(float(a.drop_below & 0xffffu));
+    const F32 zero(0.0f), scale(a.keep_scale);
+    return select_less(high, limit_high, zero, select_less(limit_high, high, scale, select_less(low, limit_low, zero, scale)));
+  };
+  store_interleaved(kept(words.w0), kept(words.w1), kept(words.w2), kept(words.w3), keep);
+}
+
+}  // namespace fastlm::FASTLM_ISA

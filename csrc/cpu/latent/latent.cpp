@@ -1,0 +1,58 @@
+#include "latent.h"
+
+#if defined(FASTLM_ISA)
+#include "latent-inl.h"
+#else
+
+#include <algorithm>
+#include <vector>
+
+#include "../simd/isa.h"
+#include "../parallel.h"
+
+namespace fastlm {
+
+#define FASTLM_DECLARE(isa)             \
+  namespace isa {                       \
+  LatentForwardKernel latent_forward;   \
+  LatentBackwardKernel latent_backward; \
+  }
+FASTLM_FOR_EACH_ISA(FASTLM_DECLARE)
+#define FASTLM_FORWARD(isa) &isa::latent_forward,
+static LatentForwardKernel* const forward_kernels[] = {FASTLM_FOR_EACH_ISA(FASTLM_FORWARD)};
+#define FASTLM_BACKWARD(isa) &isa::latent_backward,
+static LatentBackwardKernel* const backward_kernels[] = {FASTLM_FOR_EACH_ISA(FASTLM_BACKWARD)};
+
+// About 10 us of work on one core. A constant: a row longer than this is summed piece by piece, and the pieces, and so the
+// bits of the sum, must not depend on the number of threads.
+constexpr int64_t kUnit = 8192;
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void latent_forward(LatentForward& a) {
+  const auto kernel = forward_kernels[current_isa()];
+  const bool long_rows = a.kl && a.event > kUnit;
+  a.unit = a.kl && !long_rows ? kUnit / a.event * a.event : kUnit;
+  const int64_t rows = a.elements / a.event, pieces_per_row = ceil_div(a.event, kUnit);
+  const int64_t units = long_rows ? rows * pieces_per_row : ceil_div(a.elements, a.unit);
+  std::vector<double> pieces(long_rows ? units : 0);
+  a.pieces = long_rows ? pieces.data() : nullptr;
+  parallel_for(units, [&, kernel](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  if (!long_rows) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    double total = 0;
+    for (int64_t piece = 0; piece < pieces_per_row; ++piece) total += pieces[row * pieces_per_row + piece];
+    a.mu.dtype == kFloat64 ? void(static_cast<double*>(a.kl)[row] = total)
+                           : void(static_cast<float*>(a.kl)[row] = float(total));
+  }
+}
+
+void latent_backward(LatentBackward& a) {
+  const auto kernel = backward_kernels[current_isa()];
+  a.unit = kUnit;
+  parallel_for(ceil_div(a.elements, kUnit), [&, kernel](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+}  // namespace fastlm
+
+#endif

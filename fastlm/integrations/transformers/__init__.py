@@ -1,0 +1,115 @@
+"""fastlm's attention in the models of Hugging Face transformers: ``attn_implementation="fastlm"``.
+
+Importing this module registers the name with transformers, so that
+
+    AutoModel.from_pretrained(name, attn_implementation="fastlm")
+    model.set_attn_implementation("fastlm")
+    fastlm.replace(model)  # on a model at hand; fastlm.restore(model) goes back to what it had
+
+run every attention that goes through transformers' AttentionInterface on `fastlm.attention`, with the answers of ``eager``:
+grouped queries, windows, softcap, sinks, position biases (with their gradient), dropout, caches and padding.
+
+What stays on transformers' own path:
+
+- A call that asks for attention weights (``output_attentions=True``), or that has an argument which the model's eager function
+  knows and fastlm does not, runs that eager function and warns once.
+- An attention that computes its scores itself, without the interface, is as it was; `fastlm.replace` says so. A model with such
+  an attention, or with one that makes another mask of the one it gets, is given eager's float masks.
+- An attention that prepares its mask for "eager" and "sdpa" alone raises NotImplementedError: with another name it would attend
+  to keys that it means to hide.
+
+A query that sees no key gets zeros, where eager gives it the mean of all values. transformers' masks leave only padded
+positions without a key, and hide those from all others, so the outputs of all other positions are the same.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ...nn.replace import Swap, register
+from ..extras import require
+
+require("transformers")
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
+
+from .attention import attend  # noqa: E402
+from .mask import make_mask  # noqa: E402
+from .traits import computes_attention, traits_of, uses_interface  # noqa: E402
+
+NAME = "fastlm"
+
+
+class AttentionSwap(Swap):
+    """A model takes ``attn_implementation="fastlm"``, and with it every model inside it whose attention can.
+
+    What each had before stays on the module as ``fastlm_replaced``.
+    """
+
+    original = PreTrainedModel
+    subclasses = True
+
+    def why_not(self, module: PreTrainedModel) -> str | None:
+        parts = list(map(type, module.modules()))
+        if not any(map(uses_interface, parts)):
+            own = _names(filter(computes_attention, parts))
+            return f"{own} does not go through transformers' AttentionInterface" if own else "it has no attention to exchange"
+        for cls in filter(uses_interface, parts):
+            if reason := traits_of(cls).for_others:
+                return f"{cls.__name__} {reason}"
+        if module.config.output_attentions:
+            return "its config asks every call for attention weights (output_attentions)"
+        return None
+
+    def is_swapped(self, module: nn.Module) -> bool:
+        return (
+            isinstance(module, PreTrainedModel) and module.config._attn_implementation == NAME and self.why_not(module) is None
+        )
+
+    def swap(self, module: PreTrainedModel) -> str:
+        before = module.config._attn_implementation
+        parts = [part for part in module.modules() if self._takes_part(part)]
+        for part in parts:
+            if part.config._attn_implementation != NAME:  # else it was swapped before, as a model of its own
+                part.fastlm_replaced = part.config._attn_implementation
+        for part in parts:
+            _set(part, NAME)
+        return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
+
+    def undo(self, module: PreTrainedModel) -> str:
+        for part in module.modules():  # a model comes before its attentions, whose config mostly is the model's
+            before = vars(part).pop("fastlm_replaced", None)
+            if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
+                model = part if isinstance(part, PreTrainedModel) else module
+                _set(
+                    part, before or model.get_correct_attn_implementation(None)
+                )  # the default, where it was made with fastlm's
+        return f"attn_implementation {NAME!r} -> {module.config._attn_implementation!r}"
+
+    def _takes_part(self, part: nn.Module) -> bool:
+        if isinstance(part, PreTrainedModel):
+            return self.why_not(part) is None
+        return uses_interface(type(part)) and isinstance(getattr(part, "config", None), PreTrainedConfig)
+
+
+def _set(part: nn.Module, implementation: str) -> None:
+    part.config._attn_implementation = {"": implementation}  # this config's alone: those inside it have modules of their own
+
+
+def _exceptions(model: PreTrainedModel) -> str:
+    """What in a swapped model does not always run on fastlm."""
+    parts = set(map(type, model.modules()))
+    unknown = {cls.__name__: ", ".join(traits_of(cls).unknown) for cls in filter(uses_interface, parts)}
+    said = [f"{name} runs eager where it is given {given}" for name, given in unknown.items() if given]
+    if own := _names(filter(computes_attention, parts)):
+        said.append(f"{own} does not go through transformers' AttentionInterface")
+    return "".join(f"; {what}" for what in sorted(said))
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(sorted({cls.__name__ for cls in classes}))
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, make_mask)
+register(AttentionSwap())

@@ -1,0 +1,129 @@
+"""The attention function that transformers' models call when they run on fastlm."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.output_capturing import _active_collector
+
+from ...nn.why_not import are_plain
+from ...ops.attention import attention
+from .mask import STAND_INS, as_eager_mask, read_stand_in
+from .traits import Traits, traits_of
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = False,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The function that transformers' attention modules call, by the convention of its AttentionInterface.
+
+    Args:
+        module: the attention, asked for whether it is in training.
+        query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
+        attention_mask: what `make_mask` made, or a user's own, bool or float. None hides nothing, as in eager:
+            ``is_causal`` and ``sliding_window`` among ``kwargs`` say nothing that the mask does not.
+        dropout: the share of weights dropped in training.
+        s_aux: (Hq,), the heads' sinks.
+        position_bias: floating, broadcastable to (B, Hq, Lq, Lk): added to the scores, and gets a gradient.
+
+    Returns:
+        The output (B, Lq, Hq, Dv), contiguous, and None, or the weights where they were asked for.
+
+    Raises:
+        NotImplementedError: the module prepares its mask for other implementations only.
+    """
+    traits = traits_of(type(module))
+    collected = _active_collector.get()  # some models take weights from there alone, and do not ask their attentions
+    output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
+    plain = not torch.jit.is_tracing() and are_plain((query, key, value, attention_mask, s_aux, position_bias))
+    if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
+        reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
+        if reason is not None:
+            options = {
+                "dropout": dropout,
+                "scaling": scaling,
+                "softcap": softcap,
+                "s_aux": s_aux,
+                "position_bias": position_bias,
+            }
+            options |= {"output_attentions": output_attentions, **kwargs}
+            return _attend_eagerly(module, traits.eager, reason, query, key, value, attention_mask, options)
+    causal, window = False, None
+    if attention_mask is not None and attention_mask.dtype in STAND_INS:
+        causal, window = read_stand_in(attention_mask)
+        attention_mask = None
+    if position_bias is not None:
+        attention_mask = _with_bias(attention_mask, position_bias)
+    if query.shape[2] == 1:
+        query = query.squeeze(2).unsqueeze(2)  # strides of a contiguous tensor, if it is one: a step of decoding at less cost
+    out = attention(
+        query,
+        key,
+        value,
+        mask=attention_mask,
+        causal=causal,
+        window=window,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout_p=dropout if module.training else 0.0,
+    )
+    return out.transpose(1, 2).contiguous(), None  # no copy where the query was a transposed (B, Lq, Hq, D)
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """One float mask of a mask and a bias."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype is torch.bool else bias + mask
+
+
+def _why_eager(
+    module: nn.Module, traits: Traits, plain: bool, broadcast: bool, weights: bool | None, kwargs: dict
+) -> str | None:
+    """Why a call must run the model's eager function, or None."""
+    if traits.for_others:
+        raise NotImplementedError(f"{type(module).__name__} {traits.for_others}: use attn_implementation='sdpa' or 'eager'")
+    if weights:
+        return "attention weights were asked for (output_attentions)"
+    if broadcast:
+        return "queries and keys have different batch sizes"
+    if not plain:
+        return "torch.jit.trace or a subclass of Tensor"
+    given = [name for name in traits.unknown if kwargs.get(name) is not None]
+    return f"fastlm has no {', '.join(given)}" if given else None
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _attend_eagerly(
+    module: nn.Module,
+    eager: Callable | None,
+    reason: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: dict,
+) -> tuple[Tensor, Tensor]:
+    """What the model does by itself: its own eager function, with a warning once for each class and reason."""
+    name = type(module).__name__
+    if eager is None:
+        raise NotImplementedError(f"{name} has no eager attention to fall back to, and {reason}")
+    if (name, reason) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((name, reason))
+        warnings.warn(f"fastlm: {name} runs on transformers' eager attention: {reason}", stacklevel=4)
+    return eager(module, query, key, value, as_eager_mask(mask, query, key), **options)

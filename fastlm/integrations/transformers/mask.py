@@ -1,0 +1,117 @@
+"""The masks that transformers' models ask for when they run on fastlm: none where an argument of `fastlm.attention` says it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
+
+from .traits import takes_any_mask
+
+# A mask that is a pattern and nothing else is never built. What transformers is given instead, and hands on to the attention,
+# is one number on the CPU, expanded to the mask's shape (batch, 1, queries, keys), of a dtype that no mask has:
+CAUSAL = torch.uint16  # query i sees keys up to its own place, counted from the last query and key; the number says nothing
+WINDOW = torch.uint32  # and of those only the last ones, as many as the number says
+WINDOW_ON_BOTH_SIDES = torch.uint64  # it sees its own place and as many keys on each side as the number says
+STAND_INS = (CAUSAL, WINDOW, WINDOW_ON_BOTH_SIDES)
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: PreTrainedConfig | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """What transformers' models hand to their attentions as the mask; the arguments are those of its ``sdpa_mask``.
+
+    Returns:
+        None where all queries see all keys, a stand-in (see above) for a causal or windowed mask without padding, else a bool
+        mask (batch, 1, queries, keys), True: attend, which takes (batch, keys) of memory where all queries see the same.
+        Models that must not get such masks get eager's float ones.
+    """
+    shape = (batch_size, 1, q_length, kv_length)
+    may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
+    if config is not None and not takes_any_mask(type(config)):
+        skip = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
+        rest = {"mask_function": mask_function, "attention_mask": attention_mask, "config": config, **skip, **kwargs}
+        return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query is at the last key
+    stand_in = _stand_in(mask_function) if may_skip and aligned else None
+    if stand_in is not None and q_length == 1 and (stand_in.dtype is CAUSAL or stand_in.item() >= kv_length):
+        mask_function = bidirectional_mask_function  # a query at the last key sees all that its window holds
+    if may_skip and mask_function is bidirectional_mask_function:
+        padding = _padding(attention_mask, kv_length, kv_offset)
+        return None if padding is None else padding[:, None, None].expand(shape)
+    if stand_in is not None and _padding(attention_mask, kv_length, kv_offset) is None:
+        return stand_in.expand(shape)
+    rest = {"mask_function": mask_function, "attention_mask": attention_mask, "allow_is_causal_skip": False, **kwargs}
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
+
+
+def _padding(mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The keys' part (batch, keys) of transformers' bool padding mask, True: a token; None where nothing is padded.
+
+    Where values cannot be read, as in a graph that is compiled, there may be padding.
+    """
+    if mask is None:
+        return None
+    mask = mask[:, kv_offset : kv_offset + kv_length]
+    if (missing := kv_length - mask.shape[1]) > 0:  # keys of a static cache that are still to come
+        return nn.functional.pad(mask, (0, missing))
+    return mask if torch.compiler.is_compiling() or not mask.all() else None
+
+
+_AND = and_masks(causal_mask_function).__code__
+_LEFT, _BOTH = sliding_window_overlay(1).__code__, sliding_window_bidirectional_overlay(1).__code__
+
+
+def _stand_in(mask_function: Callable) -> Tensor | None:
+    """The number that stands for one of transformers' patterns; None for any other function."""
+    if mask_function is causal_mask_function:
+        return torch.zeros((), dtype=CAUSAL, device="cpu")
+    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
+        return None  # a graph cannot read the number
+    overlay, *rest = mask_function.__closure__[0].cell_contents
+    code = getattr(overlay, "__code__", None)
+    if code is _LEFT and rest == [causal_mask_function]:
+        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW, device="cpu")
+    if code is _BOTH and rest == [bidirectional_mask_function]:
+        return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW_ON_BOTH_SIDES, device="cpu")
+    return None
+
+
+def read_stand_in(mask: Tensor) -> tuple[bool, tuple[int, int | None] | None]:
+    """(causal, window) of a stand-in, as `fastlm.attention` takes them."""
+    if mask.dtype is CAUSAL:
+        return True, None
+    number = mask[0, 0, 0, 0].item() if mask.numel() else 1
+    return (True, (number - 1, None)) if mask.dtype is WINDOW else (False, (number, number))
+
+
+def as_eager_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """The float mask that an eager function wants, for any mask of `make_mask` or a user's own."""
+    if mask is None or mask.is_floating_point():
+        return mask
+    if mask.dtype in STAND_INS:
+        causal, window = read_stand_in(mask)
+        queries, keys = query.shape[2], key.shape[2]
+        distance = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]
+        mask = distance <= (0 if causal else window[1])
+        mask = mask if window is None else mask & (distance >= -window[0])
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)

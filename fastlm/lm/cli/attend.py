@@ -1,0 +1,31 @@
+"""``fastlm lm attend``."""
+
+import argparse
+from pathlib import Path
+
+from .command import command
+
+ATTEND = """\
+Look inside a trained model: write an HTML page on what it makes of a sentence. It shows where each head of attention looks, and
+how sharply; of a model with a latent also what the most active units of the latent change, and a map of a corpus' texts."""
+
+EXAMPLES = """\
+examples:
+  fastlm lm attend run "The value is returned as a list."
+  fastlm lm attend run "The value is returned as a list." --corpus reviews --output attend.html"""
+
+
+def add_attend(commands: argparse._SubParsersAction) -> None:
+    help = "write a page on where a model's attention looks, and on its latent"
+    parser = command(commands, run_attend, "attend", help, ATTEND, EXAMPLES)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a trained model")
+    parser.add_argument("sentence", metavar="SENTENCE", help="what it reads; the first 64 tokens")
+    parser.add_argument("--output", default="attend.html", metavar="FILE", help="the page (default: attend.html)")
+    parser.add_argument("--corpus", metavar="FOLDER", help="whose texts are mapped (default: what the model was trained on)")
+
+
+def run_attend(arguments: argparse.Namespace) -> None:
+    from ..visualize.attend import attend  # here, as it brings the libraries of training
+
+    page = attend(arguments.checkpoint, arguments.sentence, arguments.output, arguments.corpus)
+    print(f"The page is {Path(page).resolve()}")

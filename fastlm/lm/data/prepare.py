@@ -1,0 +1,231 @@
+"""From text files to a corpus: repaired, filtered, without duplicates, cut into windows and split. In a stream."""
+
+import json
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TextIO
+
+from ..files import replaced_together
+from .clean import clean, why_noise
+from .default_corpus import default_corpus
+from .duplicates import Duplicates, normal_form
+from .read import SHOWN, Document, Problems, documents
+from .tokenizer import FILE as TOKENIZER
+from .tokenizer import check_bpe_size, train_bpe
+from .windows import windows
+
+SPLITS = ("train", "validation", "test")
+REPORT = "report.json"  # takes its place last: it says how long the other files are
+
+
+@dataclass
+class Report:
+    """What `prepare` read, dropped and wrote; kept beside the corpus as report.json. Printable.
+
+    Attributes:
+        sources: the paths that were read, or what the default corpus is.
+        settings: the arguments.
+        documents: how many were read.
+        dropped: how many documents and windows were dropped, for each reason.
+        examples: for each reason the first five: where they came from and how they begin.
+        problems: rows and files that could not be read: their number and the first five.
+        splits: for each split its records, documents, characters and bytes.
+        vocabulary: tokens of the tokenizer, 0 if none was trained.
+    """
+
+    sources: list[str]
+    settings: dict
+    documents: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    problems: Problems = field(default_factory=Problems)
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)
+    vocabulary: int = 0
+
+    def drop(self, reason: str, document: Document, text: str) -> None:
+        self.dropped[reason] += 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < SHOWN:
+            examples.append(f"{document.origin}: {text[:60]!r}")
+
+    def __str__(self) -> str:
+        lines = [f"read        {self.documents} documents from {', '.join(self.sources)}"]
+        lines += [f"dropped     {count}: {reason}; e.g. {self.examples[reason][0]}" for reason, count in self.dropped.items()]
+        if self.problems.count:
+            lines.append(f"unreadable  {self.problems.count} rows or files; the first are")
+            lines += [f"            {problem}" for problem in self.problems.first]
+        for name, split in self.splits.items():
+            counts = f"{split['records']} texts of {split['documents']} documents, {split['characters']} characters"
+            lines.append(f"{name:<12}{counts}")
+        if self.vocabulary:
+            lines.append(f"vocabulary  {self.vocabulary} tokens")
+        return "\n".join(lines)
+
+
+def split_of(text: str, validation: float, test: float) -> str:
+    """The split of a document, by a hash of its content: equal texts, but for case and white space, share theirs."""
+    digest = blake2b(normal_form(text).encode(), digest_size=8, person=b"split").digest()
+    share = int.from_bytes(digest, "little") / 2**64
+    return "test" if share < test else "validation" if share < test + validation else "train"
+
+
+def prepare(
+    paths: Sequence[str | os.PathLike] | None,
+    output: str | os.PathLike,
+    *,
+    unit: str = "paragraph",
+    text_field: str = "text",
+    label_field: str = "label",
+    encoding: str = "utf-8",
+    min_characters: int = 20,
+    min_letters: float = 0.6,
+    similarity: float = 0.8,
+    window: int = 1000,
+    overlap: int = 200,
+    validation: float = 0.05,
+    test: float = 0.05,
+    vocab_size: int = 4096,
+) -> Report:
+    """Make a corpus of text files: train.jsonl, validation.jsonl, test.jsonl, tokenizer.json and report.json in ``output``.
+
+    Each line of a split is an object: ``text``; ``label`` (a text, or null); ``document``, a number that the windows of a
+    document share; and ``origin``, where it was read. The files replace earlier ones only when all of them are whole.
+    Memory does not grow with the corpus: the texts seen, to find duplicates, are in a file inside ``output`` meanwhile.
+
+    A record equals no other, but for case and white space, and none of another document is nearly equal, as far as MinHash
+    sees (`fastlm.lm.duplicates`). All windows of a document are in one split, as they overlap.
+
+    Args:
+        paths, unit, text_field, label_field, encoding: see `fastlm.lm.read.documents`. None or no path: the documentation
+            inside Python (`fastlm.lm.default_corpus`).
+        min_characters, min_letters: see `fastlm.lm.clean.why_noise`.
+        similarity: the Jaccard index from which two texts are near duplicates, above 0.5; 1 to keep near duplicates.
+        window, overlap: the characters of a record at most, and those that two windows of a document share at most.
+        validation, test: the share of the documents in these splits.
+        vocab_size: tokens of the byte-level BPE trained on the training split; 0 for none.
+
+    Raises:
+        ValueError: a bad argument; ``output`` and a path lie one inside the other; a file that cannot be read; nothing is
+            left to train on; a corpus too small for ``vocab_size``.
+        OSError: a missing file, or a full disk.
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("paths", "output")}
+    _check(paths, validation, test, window, overlap)
+    if vocab_size:
+        check_bpe_size(vocab_size)
+    output = Path(output)
+    _check_apart(paths or (), output)
+    report = Report([str(path) for path in paths or ()] or ["Python's own documentation"], settings)
+    names = {"unit": unit, "text_field": text_field, "label_field": label_field, "encoding": encoding}
+    read = documents(paths, report.problems, **names) if paths else default_corpus()
+    filters = {"min_characters": min_characters, "min_letters": min_letters}
+    with replaced_together(output, [f"{name}.jsonl" for name in SPLITS] + [TOKENIZER, REPORT]) as folder:
+        try:
+            with TemporaryDirectory(dir=folder) as scratch, Duplicates(Path(scratch) / "index", similarity) as seen:
+                records = _records(read, seen, report, filters, window, overlap)
+                _write_splits(folder, records, report, validation, test)
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{output}: the index of duplicates could not be written: {error}") from error
+        if not report.splits["train"]["records"]:
+            raise ValueError(f"no text is left to train on in {', '.join(report.sources)}:\n{report}")
+        if vocab_size:
+            tokenizer = train_bpe(_texts(folder / "train.jsonl"), vocab_size)
+            (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")  # an OSError if the disk is full
+            report.vocabulary = tokenizer.get_vocab_size()
+        with _create(folder / REPORT) as file:
+            file.write(json.dumps(vars(report), default=vars, ensure_ascii=False, indent=1) + "\n")
+    return report
+
+
+def _check(paths: object, validation: float, test: float, window: int, overlap: int) -> None:
+    if isinstance(paths, (str, os.PathLike)):
+        raise TypeError(f"paths must be a sequence of paths, or None; got {paths!r}")
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise ValueError(f"validation and test must be shares that leave some to train on; got {validation} and {test}")
+    windows("", window, overlap)  # its checks
+
+
+def _check_apart(paths: Sequence[str | os.PathLike], output: Path) -> None:
+    """The corpus must not be read the next time as a text of its own, nor take the place of a text."""
+    output = output.resolve()
+    for path in paths:
+        resolved = Path(path).resolve()
+        if output.is_relative_to(resolved) or resolved.is_relative_to(output):
+            raise ValueError(f"output must be apart from what is read; {output} and {resolved} lie one inside the other")
+
+
+def _records(
+    read: Iterable[Document], seen: Duplicates, report: Report, filters: dict, window: int, overlap: int
+) -> Iterator[tuple[int, str, Document, list[str]]]:
+    """(number, clean text, document as read, its windows that are no duplicates) for each document that is kept."""
+    for number, document in enumerate(read):
+        report.documents += 1
+        text = clean(document.text)
+        if reason := why_noise(text, **filters) or seen.add(text, number):
+            report.drop(reason, document, text)
+            continue
+        spans = windows(text, window, overlap)
+        cut = [text[start:end].strip() for start, end in spans]
+        if len(cut) > 1:
+            repeated = [bool(part) and seen.add(part, number) for part in cut]
+            for part, reason in zip(cut, repeated):
+                if reason:
+                    report.drop(f"window of a document: {reason}", document, part)
+            cut = [part for part, reason in zip(cut, repeated) if part and not reason]
+        if cut:
+            yield number, text, document, cut
+
+
+def _create(path: Path) -> TextIO:
+    """A file for JSON. A lone surrogate, which labels and names of files may hold, becomes JSON's own escape of it."""
+    return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _write_splits(folder: Path, records: Iterable[tuple], report: Report, validation: float, test: float) -> None:
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(_create(folder / f"{name}.jsonl")) for name in SPLITS}
+        report.splits = {name: dict.fromkeys(("records", "documents", "characters", "bytes"), 0) for name in SPLITS}
+        for number, text, document, cut in records:
+            name = split_of(text, validation, test)
+            report.splits[name]["documents"] += 1
+            for part in cut:
+                record = {"text": part, "label": document.label, "document": number, "origin": document.origin}
+                files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+                report.splits[name]["records"] += 1
+                report.splits[name]["characters"] += len(part)
+    for name in SPLITS:
+        report.splits[name]["bytes"] = (folder / f"{name}.jsonl").stat().st_size
+
+
+def read_split(folder: str | os.PathLike, split: str) -> Iterator[dict]:
+    """The records of a prepared split, in a stream: see `prepare`.
+
+    Raises:
+        ValueError: ``split`` is none, or the file is not as long as report.json says: cut short, or of another run.
+        FileNotFoundError: ``folder`` is no prepared corpus.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    path, report = Path(folder) / f"{split}.jsonl", Path(folder) / REPORT
+    if not report.is_file() or not path.is_file():
+        raise FileNotFoundError(f"{folder} is no prepared corpus, as it lacks {report.name} or {path.name}: fastlm lm prepare")
+    expected, size = json.loads(report.read_text("utf-8"))["splits"][split]["bytes"], path.stat().st_size
+    if size != expected:
+        raise ValueError(f"{path} has {size} bytes, and {REPORT} says {expected}: prepare the corpus again")
+    return _rows(path)
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        yield from map(json.loads, file)
+
+
+def _texts(path: Path) -> Iterator[str]:
+    return (record["text"] for record in _rows(path))

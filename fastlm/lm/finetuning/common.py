@@ -1,0 +1,265 @@
+"""Fine-tuning: what classification and sequence-to-sequence have in common, from the file of examples to the checkpoint."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data.clean import clean
+from ..data.prepare import SPLITS, read_split, split_of
+from ..data.read import Problems, rows
+from ..files import replaced_together
+from ..model.checkpoint import CONFIG, FILES, quiet, save
+from ..training.trainer import Progress
+
+METRICS, PREDICTIONS, CONFUSION = "metrics.json", "predictions.csv", "confusion.png"
+HELD_OUT = 0.1  # share of a file's examples to choose the epoch by, and share to test on
+BATCH = 64  # examples at once, where nothing is trained
+LOG_STEPS = 10
+
+Example = tuple[str, str]  # what is given, what is wanted
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune.
+
+    Attributes:
+        epochs: how often all examples are read; the model of the best epoch on the validation examples is kept.
+        batch_size: examples of a step.
+        learning_rate: at its highest, after a warm-up; it falls to 0 along a cosine.
+        lora: rank of LoRA's matrices (Hu et al. 2021, arXiv:2106.09685), 0 to train all weights.
+        seed: of new weights and the order of the examples.
+    """
+
+    epochs: float = 5.0
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    lora: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
+        for name in ("lora", "seed"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must not be negative; got {value}")
+
+
+@dataclass
+class Examples:
+    """To train on, to choose the best epoch by, and to test the result on; and the rows that could not be read."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    problems: Problems = field(default_factory=Problems)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {split: len(getattr(self, split)) for split in SPLITS}
+
+    def check(self, source: object) -> None:
+        """Raise a ValueError that names ``source`` if a part is empty."""
+        for split, count in self.counts.items():
+            if not count:
+                counts = ", ".join(f"{name} {number}" for name, number in self.counts.items())
+                raise ValueError(f"{source} has too few examples, none for {split} ({counts}){said(self.problems)}")
+
+
+def said(problems: Problems) -> str:
+    """Lines on rows that could not be read, where there are any."""
+    if not problems.count:
+        return ""
+    return "\n".join([f"\nunreadable  {problems.count} rows; the first are", *(f"            {it}" for it in problems.first)])
+
+
+def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os.PathLike | None = None) -> Examples:
+    """The examples of a JSONL or CSV file; both fields are repaired as `fastlm.lm.clean.clean` does, and may not be empty.
+
+    A tenth is for validation and a tenth for the test, by a hash of what is given, so that equal texts are in one part.
+
+    Args:
+        fields: the names of what is given and what is wanted.
+        test: a file of its own to test on; then the rest of ``data`` is trained on.
+
+    Raises:
+        FileNotFoundError, ValueError: `fastlm.lm.read.rows`'; a part has no example.
+    """
+    examples = Examples([], [], [])
+    for given, wanted in _read(Path(data), fields, examples.problems):
+        getattr(examples, split_of(given, HELD_OUT, 0 if test else HELD_OUT)).append((given, wanted))
+    if test:
+        examples.test += _read(Path(test), fields, examples.problems)
+    examples.check(data)
+    return examples
+
+
+def _read(path: Path, fields: Sequence[str], problems: Problems) -> Iterator[Example]:
+    given, wanted = fields
+    # a label may be a number in JSON, which only an optional field may be
+    for line, row in rows(path, [given], problems, optional=[wanted]):
+        example = clean(row[given]), clean(row.get(wanted, ""))
+        if all(example):
+            yield example
+        else:
+            problems.add(f"{path}:{line}", f"the field {fields[example.index('')]!r} is missing or empty")
+
+
+def examples_of(corpus: str | os.PathLike, make: Callable[[Iterable[dict]], Iterable[Example]]) -> Examples:
+    """The examples that ``make`` makes of the records of a prepared corpus, in its own splits.
+
+    Raises:
+        FileNotFoundError, ValueError: `fastlm.lm.prepare.read_split`'s; a part has no example.
+    """
+    examples = Examples(**{split: list(make(read_split(corpus, split))) for split in SPLITS})
+    examples.check(corpus)
+    return examples
+
+
+def check_new(output: str | os.PathLike) -> Path:
+    """``output``, or a ValueError if it is a file or holds a checkpoint."""
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output must be a folder; {output} is a file")
+    if (output / CONFIG).exists():
+        raise ValueError(f"output must be a new folder; {output} holds another checkpoint")
+    return output
+
+
+def frame(tokenizer: PreTrainedTokenizerFast, end: str, max_tokens: int) -> None:
+    """From here on the tokenizer puts <|bos|> before a text and ``end`` after it, and truncates to ``max_tokens`` in all: saved
+    with a model, it lets transformers' pipelines do as was done in training."""
+    template, ids = [tokenizer.bos_token, "$A", end], tokenizer.convert_tokens_to_ids([tokenizer.bos_token, end])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=list(dict(zip((tokenizer.bos_token, end), ids)).items())
+    )
+    tokenizer.model_max_length = max_tokens
+
+
+def adapted(model: PreTrainedModel, rank: int, heads: Sequence[str] = ()) -> torch.nn.Module:
+    """The model with LoRA on every linear layer but its ``heads``, which are trained in full; the rest is frozen."""
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=[*heads], modules_to_save=[*heads]
+    )
+    return get_peft_model(model, config)
+
+
+def fit(
+    model: torch.nn.Module,
+    tuning: Tuning,
+    train: list[dict],
+    validation: list[dict],
+    collate: Callable[[list[dict]], dict[str, torch.Tensor]],
+    folder: Path,
+    *,
+    score: str = "loss",
+    compute_metrics: Callable | None = None,
+) -> torch.nn.Module:
+    """Train with transformers' Trainer; the model of the best epoch, in evaluation mode.
+
+    Args:
+        train, validation: items of ``collate``; ``input_ids`` says their lengths.
+        folder: for the checkpoints in between.
+        score: of the validation, what is best: the least loss, or the most of one of ``compute_metrics``.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=tuning.epochs,
+        per_device_train_batch_size=tuning.batch_size,
+        per_device_eval_batch_size=BATCH,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,  # a share
+        weight_decay=0.01,
+        seed=tuning.seed,
+        train_sampling_strategy="group_by_length",
+        logging_steps=LOG_STEPS,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{score}",
+        greater_is_better=score != "loss",
+        prediction_loss_only=compute_metrics is None,
+        use_cpu=not torch.accelerator.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to="none",
+    )
+    keywords = {
+        "data_collator": collate,
+        "train_dataset": train,
+        "eval_dataset": validation,
+        "compute_metrics": compute_metrics,
+    }
+    with quiet():
+        trainer = Trainer(model, arguments, callbacks=[Epochs(score)], **keywords)
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train()
+        except SafetensorError as error:
+            raise OSError(f"{folder}: the weights could not be written: {error}") from error
+    return model.eval()
+
+
+class Epochs(Progress):
+    """A bar with the loss; a line for each epoch."""
+
+    def __init__(self, score: str):
+        self.score = score
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        names = dict.fromkeys(("loss", self.score))
+        said = ", ".join(f"{name} {metrics[f'eval_{name}']:.3f}" for name in names)
+        self.bar.write(f"epoch {state.epoch:.1f}: validation {said}", file=self.bar.fp)
+
+
+def finetune(model: PreTrainedModel, tuning: Tuning, heads: Sequence[str], *arguments, **keywords) -> PreTrainedModel:
+    """`fit` all weights or LoRA's; a stock model in any case."""
+    set_seed(tuning.seed)
+    if not tuning.lora:
+        return fit(model, tuning, *arguments, **keywords)
+    return fit(adapted(model, tuning.lora, heads), tuning, *arguments, **keywords).merge_and_unload()
+
+
+def write_results(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, result, header: Sequence[str], table: Iterable
+) -> None:
+    """The checkpoint, metrics.json and predictions.csv."""
+    text = json.dumps(asdict(result), ensure_ascii=False, indent=1)
+    (folder / METRICS).write_text(text + "\n", "utf-8")
+    with open(folder / PREDICTIONS, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *table])
+    save(model, tokenizer, folder)
+
+
+def results(output: Path) -> AbstractContextManager[Path]:
+    """A folder whose results take their places in ``output`` when all of them are there, config.json last."""
+    return replaced_together(output, [METRICS, PREDICTIONS, CONFUSION, *FILES])

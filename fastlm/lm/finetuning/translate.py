@@ -1,0 +1,167 @@
+"""Fine-tuning from text to text: translation, answers to questions, summaries.
+
+    <|bos|> source <|bos|> target <|eos|>
+
+A decoder reads the source and goes on with the target; the second <|bos|> says that it begins.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from sacrebleu.metrics import BLEU
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from ..data.batches import padded
+from ..data.read import Problems
+from ..model.checkpoint import load
+from ..model.presets import ATTENTION
+from ..model.text_vae import IGNORED, TextVAE
+from .common import BATCH, Example, Tuning, check_new, examples_of, finetune, frame, read_examples, results, said, write_results
+
+FIELDS = ("source", "target")
+
+
+@dataclass
+class Translation:
+    """How well a model does on test pairs; kept beside it as metrics.json.
+
+    Attributes:
+        train, validation, test: how many pairs there were to train on, to choose the epoch by and to test on.
+        bleu: of the test pairs, 0 to 100, by sacrebleu; it counts up to four words in a row, and is 0 where no target has four.
+        signature: sacrebleu's, of how it was computed.
+        exact: the share of the test pairs whose prediction is the target.
+        problems: rows that could not be read.
+    """
+
+    train: int
+    validation: int
+    test: int
+    bleu: float
+    signature: str
+    exact: float
+    problems: Problems
+
+    def __str__(self) -> str:
+        lines = [
+            f"pairs        {self.train} to train on, {self.validation} to choose the epoch by, {self.test} to test on",
+            f"BLEU         {self.bleu:.2f} ({self.signature})",
+            f"exact match  {self.exact:.1%} of the test pairs",
+        ]
+        return "\n".join(lines) + said(self.problems)
+
+
+def translate(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    data: str | os.PathLike | None = None,
+    *,
+    test: str | os.PathLike | None = None,
+    fields: Sequence[str] = FIELDS,
+    corpus: str | os.PathLike = "corpus",
+    tuning: Tuning | None = None,
+) -> Translation:
+    """Make a model that goes from source to target of a checkpoint of `fastlm.lm`, and test it.
+
+    ``output`` then holds the model, a checkpoint that transformers' ``AutoModelForCausalLM`` and
+    ``pipeline("text-generation")`` read, with metrics.json and predictions.csv of the test pairs. A source takes up to half of
+    the model's places.
+
+    Args:
+        checkpoint: of a decoder, or of a `TextVAE`, of which the decoder is taken.
+        data: a .csv, .tsv or .jsonl file; None for the summaries of ``corpus``: see `summaries`.
+        test, fields: see `fastlm.lm.finetune.read_examples`; ``fields`` are the source's and the target's name.
+        corpus: a folder that `prepare` made.
+
+    Raises:
+        ValueError: ``output`` holds a checkpoint; `fastlm.lm.finetune.read_examples`' and `fastlm.lm.checkpoint.load`'s.
+        FileNotFoundError: no such checkpoint, file or corpus.
+        OSError: the disk is full; ``output`` is as before.
+    """
+    output, tuning = check_new(output), tuning or Tuning()
+    examples = read_examples(data, fields, test) if data else examples_of(corpus, summaries)
+    base, tokenizer = load(checkpoint)
+    model = decoder_of(base)
+    places = model.config.max_position_embeddings
+    frame(tokenizer, tokenizer.bos_token, places // 2)
+    tokenizer.padding_side = "left"
+    train, validation = (items_of(part, tokenizer, places) for part in (examples.train, examples.validation))
+    model.generation_config.max_new_tokens = max(map(answer, train))  # nothing longer was learned
+    with results(output) as folder:
+        model = finetune(model, tuning, (), train, validation, Pairs(tokenizer.pad_token_id), folder / "epochs")
+        sources, targets = zip(*examples.test)
+        found = generate(model, tokenizer, sources)
+        result = Translation(**examples.counts, **scores(targets, found), problems=examples.problems)
+        write_results(folder, model, tokenizer, result, (*FIELDS, "predicted"), zip(sources, targets, found))
+    return result
+
+
+def summaries(records: Iterable[dict]) -> Iterator[Example]:
+    """(the rest, the first line) of each document whose first line stands alone, as docstrings' summaries do (PEP 257)."""
+    document = None
+    for record in records:
+        first, _, rest = record["text"].partition("\n\n")
+        if record["document"] != document and rest and "\n" not in first:  # later windows begin anywhere
+            yield rest, first
+        document = record["document"]
+
+
+def decoder_of(base: PreTrainedModel) -> LlamaForCausalLM:
+    """The decoder, or that of a `TextVAE`, as a model of its own."""
+    if not isinstance(base, TextVAE):
+        return base
+    decoder = LlamaForCausalLM._from_config(base.config.decoder, attn_implementation=ATTENTION)
+    decoder.load_state_dict(base.decoder.state_dict())
+    return decoder.eval()
+
+
+def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, places: int) -> list[dict]:
+    """``input_ids`` and ``labels`` of each pair, at most ``places``; a target that is cut has no end."""
+    sources, targets = map(list, zip(*examples))
+    read = tokenizer(sources, truncation=True)["input_ids"]
+    written = tokenizer(targets, add_special_tokens=False)["input_ids"]
+    items = []
+    for source, target in zip(read, written):
+        target = [*target, tokenizer.eos_token_id][: places - len(source)]
+        items.append({"input_ids": source + target, "labels": [IGNORED] * len(source) + target})
+    return items
+
+
+def answer(item: dict) -> int:
+    """How many tokens the target has, with its end."""
+    return sum(label != IGNORED for label in item["labels"])
+
+
+class Pairs:
+    """Items to a batch, ``input_ids`` and ``labels`` (B, L), padded on the right, where a decoder needs no mask."""
+
+    def __init__(self, pad: int):
+        self.pad = pad
+
+    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
+        ids, labels = ([torch.tensor(item[name]) for item in items] for name in ("input_ids", "labels"))
+        return {"input_ids": padded(ids, self.pad), "labels": padded(labels, IGNORED)}
+
+
+@torch.inference_mode()
+def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sources: Sequence[str]) -> list[str]:
+    """What the model makes of each source: always the likeliest token, in batches of about the same length."""
+    found = {}
+    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        batch = tokenizer([sources[index] for index in part], truncation=True, padding=True, return_tensors="pt")
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        made = model.generate(input_ids=ids, attention_mask=mask, do_sample=False)[:, ids.shape[1] :]
+        found |= zip(part, map(str.strip, tokenizer.batch_decode(made, skip_special_tokens=True)))
+    return [found[index] for index in range(len(sources))]
+
+
+def scores(targets: Sequence[str], found: Sequence[str]) -> dict[str, float | str]:
+    """``bleu``, ``signature`` and ``exact`` of what was ``found``."""
+    metric = BLEU()
+    bleu = metric.corpus_score(list(found), [list(targets)]).score
+    exact = sum(map(str.__eq__, targets, found)) / len(targets)
+    return {"bleu": bleu, "signature": str(metric.get_signature()), "exact": exact}

@@ -1,0 +1,106 @@
+"""Checkpoints: a folder as transformers' `save_pretrained` writes it, with the tokenizer, and nothing that is unpickled."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from ..data.tokenizer import FILE as TOKENIZER
+from ..data.tokenizer import load_tokenizer
+from ..files import replaced_together
+from .presets import ATTENTION
+from .text_vae import TextVAE
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FILES = (WEIGHTS, TOKENIZER, "tokenizer_config.json", "generation_config.json", CONFIG)
+MODELS: dict[str, type[PreTrainedModel]] = {cls.config_class.model_type: cls for cls in (TextVAE, LlamaForCausalLM)}
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str | os.PathLike) -> None:
+    """Write a checkpoint; the files of an earlier one stay until all of the new ones are whole.
+
+    Raises:
+        OSError: the disk is full; what was there is there.
+    """
+    with replaced_together(Path(folder), FILES) as unfinished:
+        try:
+            with quiet():
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # safetensors leaves it to the owner alone
+        except SafetensorError as error:
+            raise OSError(f"{folder}: the weights could not be written: {error}") from error
+
+
+def load(
+    folder: str | os.PathLike, models: dict[str, type[PreTrainedModel]] = MODELS, attention: str = ATTENTION
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """(model, tokenizer) of a checkpoint, ready for evaluation.
+
+    Args:
+        models: what is expected, by the config's model_type.
+        attention: the attention implementation.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it is damaged, cut short, or of another model.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint of fastlm.lm, as it lacks {name}: fastlm lm train")
+    kind = kind_of(folder)
+    if kind not in models:
+        raise ValueError(f"{folder} is a checkpoint of a model of type {kind!r}; expected {' or '.join(map(repr, models))}")
+    check_whole(folder / WEIGHTS)
+    try:
+        with quiet():  # of what is missing, for which there is an error
+            options = {"attn_implementation": attention, "local_files_only": True, "use_safetensors": True}
+            model, info = models[kind].from_pretrained(folder, output_loading_info=True, **options)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if wrong := info[what]:
+            name = what.replace("_keys", "")
+            raise ValueError(f"{folder}: {WEIGHTS} is not that of {CONFIG}: {name} {len(wrong)}, {sorted(map(str, wrong))[0]}")
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) != (size := model.get_input_embeddings().num_embeddings):
+        raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model {size}")
+    return model.eval(), tokenizer
+
+
+def kind_of(folder: Path) -> str:
+    """The model_type of a checkpoint's config."""
+    try:
+        return str(json.loads((folder / CONFIG).read_text("utf-8"))["model_type"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged, or no model's config: {error!r}") from None
+
+
+def check_whole(path: Path) -> None:
+    """Raise a ValueError if a file of weights is cut short or otherwise damaged."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own bars and remarks."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()

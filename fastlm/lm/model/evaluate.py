@@ -1,0 +1,143 @@
+"""How good a model is on texts it has not seen, and whether its latent is used or has collapsed."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...ops.latent import reparameterize_with_kl
+from ..data.batches import Collator, Texts
+from .text_vae import IGNORED, TextVAE, nll_of
+
+ACTIVE = 0.01  # variance of mu over texts from which a unit is active (Burda et al. 2016, arXiv:1509.00519)
+BATCH = 32
+
+
+@dataclass
+class Evaluation:
+    """Of a model on held-out texts, in nats; the last five are of a `TextVAE` only.
+
+    Attributes:
+        texts, tokens, words: how many there are; tokens with each text's end; words are what blanks part.
+        nll_per_token, nll_per_word: negative log-likelihood. Of a `TextVAE` it is an upper bound, by importance sampling
+            (Burda et al. 2016).
+        perplexity: e to the ``nll_per_word``.
+        reconstruction, kl: of a text on average: the two parts of the negative ELBO.
+        active_units: dimensions of the latent whose mean varies from text to text.
+        mutual_information: of text and latent, estimated over the texts (He et al. 2019, arXiv:1901.05534); at most ln(texts).
+        samples: latents drawn for each text, of the importance sampling.
+    """
+
+    texts: int
+    tokens: int
+    words: int
+    nll_per_token: float
+    nll_per_word: float
+    perplexity: float
+    reconstruction: float | None = None
+    kl: float | None = None
+    active_units: int | None = None
+    mutual_information: float | None = None
+    samples: int | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"texts               {self.texts}, of {self.tokens} tokens and {self.words} words",
+            f"NLL                 {self.nll_per_token:.4f} nats per token, {self.nll_per_word:.4f} per word"
+            + (f" (at most: {self.samples} importance samples)" if self.samples else ""),
+            f"perplexity          {self.perplexity:.1f} per word",
+        ]
+        if self.kl is not None:
+            lines += [
+                f"reconstruction      {self.reconstruction:.2f} nats per text",
+                f"KL                  {self.kl:.2f} nats per text",
+                f"active units        {self.active_units}",
+                f"mutual information  {self.mutual_information:.2f} nats (at most {math.log(self.texts):.2f})",
+            ]
+        return "\n".join(lines)
+
+
+@torch.inference_mode()
+def elbo(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """``loss`` per token, and of a `TextVAE` its parts ``reconstruction`` and ``kl``: one draw of the latent for each text."""
+    was_training = model.training
+    model.eval()
+    labels, sums = 0, {}
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        outputs = model(**batch)
+        if isinstance(model, TextVAE):
+            parts = {"reconstruction": outputs.reconstruction.sum(), "kl": outputs.kl.sum()}
+        else:
+            parts = {"loss": nll_of(outputs.logits, batch["labels"]).sum()}
+        labels += int((batch["labels"][:, 1:] != IGNORED).sum())
+        sums = {name: sums.get(name, 0.0) + float(part) for name, part in parts.items()}
+    model.train(was_training)
+    found = {name: value / labels for name, value in sums.items()}
+    return {"loss": sum(found.values())} | found
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, samples: int = 32) -> Evaluation:
+    """Evaluate a `TextVAE`, or a decoder without a latent, on ``texts``; each text's noise comes from its seed.
+
+    Raises:
+        ValueError: ``samples`` is not positive.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1; got {samples}")
+    model.eval()
+    batches = texts.batches(BATCH, Collator(tokenizer, encoder=isinstance(model, TextVAE)))
+    tokens, words = sum(texts.lengths) - len(texts), max(texts.words, 1)
+    found, nll = {}, 0.0
+    posteriors = []
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        if isinstance(model, TextVAE):
+            mu, logvar = model.posterior(batch["encoder_input_ids"], batch["encoder_attention_mask"])
+            posteriors.append((mu, logvar, batch["seeds"]))
+            bound, parts = importance_nll(model, batch, mu, logvar, samples)
+            nll += float(bound.sum())
+            found = {name: found.get(name, 0.0) + float(part.sum()) / len(texts) for name, part in parts.items()}
+        else:
+            nll += float(nll_of(model(**batch).logits, batch["labels"]).sum())
+    if posteriors:
+        mu, logvar, seeds = map(torch.cat, zip(*posteriors))
+        units = int((mu.var(0) > ACTIVE).sum())
+        information = mutual_information(mu, logvar, seeds)
+        found |= {"active_units": units, "mutual_information": information, "samples": samples}
+    return Evaluation(len(texts), tokens, words, nll / tokens, nll / words, math.exp(min(nll / words, 700)), **found)
+
+
+def importance_nll(
+    model: TextVAE, batch: dict[str, Tensor], mu: Tensor, logvar: Tensor, samples: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B,): an upper bound of -log p(text) by ``samples`` latents from each text's posterior; and the parts of its ELBO."""
+    latents, kl = reparameterize_with_kl(mu, logvar, num_samples=samples, seed=batch["seeds"])  # (K, B, D)
+    ids, labels = batch["input_ids"], batch["labels"]
+    terms, reconstructions = [], []
+    for z in latents:
+        reconstruction = model(input_ids=ids, latents=z, labels=labels).reconstruction
+        weight = log_density(z, torch.zeros_like(mu), torch.zeros_like(mu)) - log_density(z, mu, logvar)
+        terms.append(weight - reconstruction)
+        reconstructions.append(reconstruction)
+    nll = math.log(samples) - torch.stack(terms).logsumexp(0)
+    return nll, {"reconstruction": torch.stack(reconstructions).mean(0), "kl": kl}
+
+
+def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
+    """(*): the log density of z (*, D) under N(mu, e^logvar)."""
+    return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).square() * torch.exp(-logvar)).sum(-1)
+
+
+def mutual_information(mu: Tensor, logvar: Tensor, seeds: Tensor, chunk: int = 256) -> float:
+    """Of texts and latents, from the posteriors (N, D) of N texts: the mean of log q(z|x) - log q(z), where q(z) is the mean of
+    all the posteriors, with one z for each text."""
+    z, _ = reparameterize_with_kl(mu, logvar, seed=seeds)
+    total = log_density(z, mu, logvar).sum()
+    for part in z.split(chunk):
+        total = total - (log_density(part[:, None], mu, logvar).logsumexp(1) - math.log(len(mu))).sum()
+    return float(total) / len(mu)

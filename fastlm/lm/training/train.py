@@ -1,0 +1,244 @@
+"""Pre-training: a `TextVAE`, or the decoder alone, on a prepared corpus, with transformers' Trainer."""
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
+
+from ..data.batches import Collator, Texts
+from ..data.prepare import REPORT, prepare
+from ..data.tokenizer import FILE as TOKENIZER
+from ..data.tokenizer import load_tokenizer
+from ..model.checkpoint import CONFIG, WEIGHTS, check_whole, quiet, save
+from ..model.presets import KINDS, PRESETS, build
+from .curves import write_curves
+from .schedules import SCHEDULES
+from .trainer import Annealing, Interrupt, Progress, TextTrainer, last_checkpoint
+
+SETTINGS = "settings.json"
+LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint at least every so many steps, and after each epoch
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal, after it had left a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; kept beside the model as settings.json.
+
+    Attributes:
+        model: "vae", or "decoder" for the same decoder without a latent.
+        preset: the size, of `fastlm.lm.presets.PRESETS`.
+        epochs: how often all texts are read.
+        batch_size: texts of a step, over all processes.
+        learning_rate: at its highest, after a warm-up; it falls to 0 along a cosine.
+        weight_decay: of AdamW.
+        kl_schedule, beta, warm_start: see `fastlm.lm.schedules.kl_weight`.
+        free_bits: see `fastlm.lm.text_vae.TextVAEConfig`.
+        word_dropout: share of the tokens that the decoder does not see, so that it asks the latent for them.
+        span_masking: share of the tokens that the encoder does not see.
+        seed: of the weights, the order of the texts and the noise.
+        bfloat16: train in mixed precision.
+    """
+
+    model: str = "vae"
+    preset: str = "small"
+    epochs: float = 6.0
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    kl_schedule: str = "linear"
+    beta: float = 1.0
+    warm_start: float = 0.2
+    free_bits: float = 0.5
+    word_dropout: float = 0.0
+    span_masking: float = 0.0
+    seed: int = 0
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in {"model": KINDS, "preset": PRESETS, "kl_schedule": SCHEDULES}.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name} must be positive; got {value}")
+        for name in ("weight_decay", "beta", "free_bits", "seed"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must not be negative; got {value}")
+        for name in ("warm_start", "word_dropout", "span_masking"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1; got {value}")
+
+
+def train(
+    output: str | os.PathLike,
+    corpus: str | os.PathLike | None = None,
+    settings: Settings | None = None,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] | None = None,
+) -> Path:
+    """Train a model, and leave in ``output`` its checkpoint, settings.json, and the course of the loss as curves.csv and .png.
+
+    While it trains, checkpoints to resume from are in ``output``/checkpoints. Under torchrun all processes call this.
+
+    Args:
+        corpus: a folder that `prepare` made; None for the documentation inside Python, prepared in ``output``/corpus.
+        settings: None for the defaults, or, where a run is resumed, for that run's.
+        resume: go on from the last checkpoint, or from the beginning if there is none yet, to the same bits as without the
+            interruption.
+        callbacks: of the Trainer; a progress bar by default.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ValueError: bad settings; ``output`` holds another run; what is to be resumed is damaged, or its corpus has changed.
+        FileNotFoundError: no such corpus; nothing to resume.
+        OSError: the disk is full; the checkpoints before are whole.
+        Interrupted: by Ctrl-C or SIGTERM; a checkpoint was left.
+    """
+    output = Path(output)
+    settings, corpus = _course(output, corpus, settings, resume)
+    arguments = _arguments(output, settings)
+    first = arguments.process_index == 0
+    with arguments.main_process_first(desc="the corpus"):
+        if corpus is None:
+            corpus = output / "corpus"
+            if not (corpus / REPORT).exists():
+                prepare(None, corpus)
+    tokenizer = load_tokenizer(corpus)
+    kept = asdict(settings) | {"corpus": str(Path(corpus).resolve()), "corpus_digest": digest_of(corpus)}
+    last = _last_checkpoint(output, kept) if resume else None
+    interrupt = Interrupt()
+    shown = [Progress()] * first if callbacks is None else callbacks
+    trainer = _trainer(settings, corpus, tokenizer, arguments, [interrupt, *shown])
+    if first and not resume:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SETTINGS).write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    with quiet():
+        trainer.train(resume_from_checkpoint=last and str(last))
+    if first:
+        write_curves(trainer.state.log_history, output)
+    if interrupt.asked:
+        raise Interrupted(f"a checkpoint is in {last_checkpoint(output / 'checkpoints')}")
+    if first:
+        save(trainer.model, tokenizer, output)
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+def settings_of(output: Path) -> tuple[Settings, Path]:
+    """(settings, corpus) of the run in ``output``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or settings.json is damaged.
+    """
+    path = output / SETTINGS
+    if not path.is_file():
+        raise FileNotFoundError(f"{output} holds no run, as it lacks {SETTINGS}: fastlm lm train")
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        return Settings(**{field.name: kept[field.name] for field in fields(Settings)}), Path(kept["corpus"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _course(
+    output: Path, corpus: str | os.PathLike | None, settings: Settings | None, resume: bool
+) -> tuple[Settings, Path | None]:
+    """The settings and the corpus to train with; errors before anything is overwritten."""
+    if not resume:
+        if (output / SETTINGS).exists() or (output / CONFIG).exists():
+            raise ValueError(f"output must be a new folder; {output} holds a model: go on with it by --resume, or name another")
+        return settings or Settings(), Path(corpus) if corpus else None
+    before, corpus_before = settings_of(output)
+    if settings not in (None, before):
+        differ = [name for name, value in asdict(settings).items() if value != getattr(before, name)]
+        raise ValueError(f"a run is resumed with its own settings; {output} has another {', '.join(differ)}")
+    if corpus is not None and Path(corpus).resolve() != corpus_before:
+        raise ValueError(f"a run is resumed on its own corpus; {output} was trained on {corpus_before}, not on {corpus}")
+    return before, corpus_before
+
+
+def _last_checkpoint(output: Path, kept: dict) -> Path | None:
+    """What to resume from, looked at before it is; None if there is no checkpoint yet."""
+    if json.loads((output / SETTINGS).read_text("utf-8")) != kept:
+        raise ValueError(f"{kept['corpus']} has changed since {output} was begun: a run is resumed on its own corpus")
+    last = last_checkpoint(output / "checkpoints")
+    if last is not None:
+        check_whole(last / WEIGHTS)
+        for path in last.glob("*.pt*"):
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path} is damaged or cut short: remove {last}, and resume from the checkpoint before it")
+    return last
+
+
+def digest_of(corpus: str | os.PathLike) -> str:
+    """Of a prepared corpus: its vocabulary, and what its report says of its texts."""
+    digest = blake2b(digest_size=16)
+    for name in (TOKENIZER, REPORT):
+        digest.update((Path(corpus) / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _trainer(
+    settings: Settings,
+    corpus: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerFast,
+    arguments: TrainingArguments,
+    callbacks: Sequence[TrainerCallback],
+) -> TextTrainer:
+    set_seed(settings.seed)
+    vae = settings.model == "vae"
+    model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
+    most = PRESETS[settings.preset].max_tokens
+    texts, validation = (Texts(corpus, split, tokenizer, most, settings.seed) for split in ("train", "validation"))
+    arguments.eval_steps = arguments.save_steps = min(SAVE_STEPS, -(-len(texts) // settings.batch_size))
+    collate = Collator(tokenizer, encoder=vae, dropout=settings.word_dropout, masking=settings.span_masking)
+    annealing = [Annealing(settings.kl_schedule, settings.beta, settings.warm_start)] if vae else []
+    return TextTrainer(
+        model, arguments, collate, texts, validation, batch_size=settings.batch_size, callbacks=[*annealing, *callbacks]
+    )
+
+
+def _arguments(output: Path, settings: Settings) -> TrainingArguments:
+    """They start torch.distributed, where torchrun does."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes; got {settings.batch_size}")
+    on_cpu = not torch.accelerator.is_available()
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size // processes,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,  # a share
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.98,
+        bf16=settings.bfloat16,
+        seed=settings.seed,
+        logging_steps=LOG_STEPS,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=SAVE_STEPS,
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+    )

@@ -1,0 +1,142 @@
+"""transformers' Trainer for texts: batches by length, the parts of the loss in the log, checkpoints whole or absent."""
+
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.batches import ByLength
+from ..model.evaluate import elbo
+from .schedules import kl_weight
+
+STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+
+
+class TextTrainer(Trainer):
+    """Epochs and noise depend on the seed alone, so that resuming and more processes give what one run gives."""
+
+    def __init__(self, *arguments, batch_size: int, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.remove_callback(PrinterCallback)
+        self.batch_size = batch_size  # of all processes
+        self.tokens, self._start = 0, time.perf_counter()
+        self._sums = {}
+
+    def _get_train_sampler(self, train_dataset=None) -> ByLength:
+        return ByLength(self.train_dataset, self.batch_size)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The Trainer's; takes note of the parts of a `TextVAE`'s loss, of this process."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.tokens = self.tokens + num_items_in_batch  # on a GPU a tensor, which is not waited for
+        parts = {"labels": (inputs["labels"][:, 1:] >= 0).sum()}
+        if getattr(outputs, "kl", None) is not None:
+            parts |= {"kl": outputs.kl.sum(), "reconstruction": outputs.reconstruction.sum()}
+        self._sums = {name: self._sums.get(name, 0) + part for name, part in parts.items()}
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments, **keywords) -> None:
+        if "loss" in logs:
+            labels = float(self._sums.pop("labels"))
+            logs |= {name: float(part) / labels for name, part in self._sums.items()}
+            if "kl" in self._sums:
+                logs["kl_weight"] = self.accelerator.unwrap_model(self.model).kl_weight
+            now = time.perf_counter()
+            logs["tokens_per_second"] = float(self.tokens) / (now - self._start)
+            self._sums, self.tokens, self._start = {}, 0, now
+        super().log(logs, *arguments, **keywords)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """The negative ELBO per token on the validation texts, in nats; without a latent, the negative log-likelihood."""
+        texts = eval_dataset or self.eval_dataset
+        batches = texts.batches(self.batch_size, self.data_collator.plain())
+        found = elbo(self.accelerator.unwrap_model(self.model), batches)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._start = time.perf_counter()
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            part = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"{part} could not be written; the checkpoints before it are whole: {error}") from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole one; a process that was killed while it wrote one leaves a part."""
+    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / STATE).is_file()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class Annealing(TrainerCallback):
+    """The weight of the KL, from step to step."""
+
+    def __init__(self, schedule: str, beta: float, warm_start: float):
+        self.schedule, self.options = schedule, {"beta": beta, "warm_start": warm_start}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.kl_weight = kl_weight(self.schedule, state.global_step / state.max_steps, **self.options)
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C, or a cluster's SIGTERM, ends training after the step at hand, with a checkpoint; a second Ctrl-C at once."""
+
+    def __init__(self):
+        self.asked, self._before = False, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all processes must end after the same step
+            asked = torch.tensor(float(self.asked))
+            torch.distributed.all_reduce(asked)
+            self.asked = bool(asked)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Progress(TrainerCallback):
+    """A bar with the loss and the tokens per second; a line for each evaluation."""
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.3f}"} | ({"kl": f"{logs['kl']:.3f}"} if "kl" in logs else {})
+            self.bar.set_postfix(shown | {"tokens/s": f"{logs['tokens_per_second']:.0f}"})
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        said = f"epoch {state.epoch:.1f}: validation loss {metrics['eval_loss']:.3f} nats per token"
+        said += f", perplexity {math.exp(min(metrics['eval_loss'], 50)):.1f}"
+        if "eval_kl" in metrics:
+            said += f", of it KL {metrics['eval_kl']:.3f}"
+        self.bar.write(said, file=self.bar.fp)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

@@ -1,0 +1,8 @@
+"""Exact attention that never holds the Lq x Lk scores: one file for each public function, and one for each backend."""
+
+from .batched import attention, has_kernel
+from .kvcache import kvcache_attention
+from .sdpa import scaled_dot_product_attention
+from .varlen import varlen_attention
+
+__all__ = ["attention", "has_kernel", "kvcache_attention", "scaled_dot_product_attention", "varlen_attention"]

@@ -1,0 +1,135 @@
+"""Exact attention that never holds the Lq x Lk scores: the public functions.
+
+    s = scale q k^T;  s = softcap tanh(s / softcap);  s += mask - slope |p_i - j|;  masked s = -inf;  out = softmax(s) v
+
+with p_i = i + Lk - Lq, the place of query i among the keys. `attention` and `varlen_attention` are two views of one op
+(op.py); decoding with a cache is kvcache.py.
+Sources: Vaswani et al., "Attention Is All You Need" (2017); the tiled softmax: Milakov & Gimelshein, "Online normalizer
+calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "FlashAttention-2" (2023).
+"""
+
+import torch
+from torch import Tensor
+
+from ...backend import DEFAULT, Implementation, cpu_why_not, select
+from ...reference import attention as reference
+from ..noise import check_seed, seed_tensor
+from ..torch_op import reference_only
+from . import cpu as attention_cpu
+from . import triton as attention_triton
+from .checks import (
+    BATCHED,
+    autocast,
+    check_dropout_p,
+    check_groups,
+    check_keys,
+    check_mask,
+    check_no_gradient,
+    check_per_head,
+    check_rows,
+    limits,
+    no_columns,
+    score_options,
+)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of queries to keys and values: ``softmax(scale * query @ key.mT + ...) @ value``, fused.
+
+    Args:
+        query: (B, Hq, Lq, D), float32, bfloat16 or float16 (float64 runs on the reference). Any strides; a transposed
+            (B, Lq, Hq, D) tensor is read where it lies.
+        key: (B, Hkv, Lk, D), in query's dtype. Hq is a multiple of Hkv: query head h uses key head h // (Hq // Hkv).
+        value: (B, Hkv, Lk, Dv), in query's dtype.
+        mask: bool (True: attend) or floating (added to the scores), broadcastable to (B, Hq, Lq, Lk). A floating mask gets a
+            gradient, summed over what it was broadcast along.
+        causal: query i sees keys j <= i + Lk - Lq only: aligned at the last query and key, as decoding with a cache needs.
+        window: (left, right): query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None on a side is no limit.
+        scale: multiplies the scores; None is 1 / sqrt(D).
+        softcap: scores become ``softcap * tanh(s / softcap)`` before masks and slopes are added.
+        alibi_slopes: (Hq,) or (B, Hq), floating: subtracts ``slope * |i + Lk - Lq - j|``. No gradient.
+        sinks: (Hq,), floating: a logit per head that takes part in the softmax and has no value. They get gradients.
+        dropout_p: the share of weights that are dropped, in [0, 1]; the others are scaled by 1 / (1 - dropout_p).
+        seed: of the dropout: an int, a 0-d int64 tensor, or an int64 tensor (B,), one stream per example. None draws one from
+            torch's default generator. The same seed drops the same weights on every backend.
+        return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
+        backend: 'cpu', 'triton' or 'reference'; None picks the fastest that can do the call.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in query's dtype, in memory ordered like query; or (out, lse), lse float32 (B, Hq, Lq), which counts
+        the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        UnsupportedError: the named ``backend`` cannot do the call.
+    """
+    no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
+    if no_option and dropout_p == 0.0 and seed is None and not return_lse:
+        out = attention_cpu.fast_path(query, key, value, scale, causal, False, True, backend)
+        if out is not None:
+            return out
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_rows(name, tensor, BATCHED)
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key must have query's batch size {query.shape[0]}; got shape {tuple(key.shape)}")
+    query, key, value, mask = autocast(query, key, value, mask)
+    check_keys(query, key, value)
+    check_groups(query.shape[1], key.shape[1])
+    check_mask(mask, (*query.shape[:3], key.shape[2]), query.device)
+    check_per_head(alibi_slopes, sinks, query.shape[0], query, query.shape[1])
+    check_no_gradient(alibi_slopes)
+    options = (*limits(causal, window), *score_options(scale, softcap, query.shape[3]), check_dropout_p(dropout_p))
+    check_seed(seed, query)
+    tensors = (query, key, value, mask, alibi_slopes, sinks)
+    out, lse = run_attention("attention", tensors, seed, (None, None), options, backend)
+    return (out, lse) if return_lse else out
+
+
+def run_attention(
+    op: str, tensors: tuple, seed: int | Tensor | None, cu_seqlens: tuple, options: tuple, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Choose the backend, then draw a seed if there is dropout, so that explain() leaves torch's generator alone; then run.
+
+    ``tensors`` are query, key, value, mask, alibi_slopes and sinks, ``options`` left, right, scale, softcap and dropout_p.
+    """
+    query = tensors[0]
+    attend = select(op, IMPLEMENTATIONS, (query, tensors[2]), backend, reference_only(*tensors))
+    seed = seed_tensor(seed, query) if options[-1] else None
+    return attend(*tensors, seed, *cu_seqlens, *options)
+
+
+def attention_cpu_why_not(query: Tensor, value: Tensor) -> str | None:
+    """Return why the C++ kernels cannot take a call, or None."""
+    if query.dtype == torch.float64:
+        return "float64 runs on the reference"
+    return cpu_why_not(query) or no_columns(query, value)
+
+
+IMPLEMENTATIONS = (
+    Implementation("cpu", attention_cpu.attend, attention_cpu_why_not),
+    Implementation("triton", attention_triton.attend, attention_triton.triton_why_not),
+    Implementation("reference", reference.attend, lambda query, value: None),
+)
+
+
+def has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether a drop-in should take a call: torch's own code is faster than the reference, but FASTLM_BACKEND has its way."""
+    if DEFAULT is not None:
+        return True
+    return any(i.backend != "reference" and i.why_not(query, value) is None for i in IMPLEMENTATIONS)

@@ -1,0 +1,87 @@
+"""Attention over sequences of different lengths that lie one after the other: nothing is padded, nothing is masked out."""
+
+from torch import Tensor
+
+from ..checks import check_integer
+from ..noise import check_seed
+from .batched import run_attention
+from .checks import (
+    VARLEN,
+    autocast,
+    check_dropout_p,
+    check_groups,
+    check_indices,
+    check_keys,
+    check_no_gradient,
+    check_per_head,
+    check_rows,
+    limits,
+    score_options,
+)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastlm.attention` for a batch of sequences of any lengths, packed without padding.
+
+    Args:
+        query: (total_q, Hq, D), the rows of all sequences; dtypes as in `attention`.
+        key: (total_k, Hkv, D).
+        value: (total_k, Hkv, Dv).
+        cu_seqlens_q: int32 (B + 1,): sequence b has the query rows from cu_seqlens_q[b] up to cu_seqlens_q[b + 1]. Starts at 0,
+            does not fall, ends at total_q. A sequence may be empty.
+        cu_seqlens_k: int32 (B + 1,), the same for keys and values.
+        max_seqlen_q, max_seqlen_k: the longest sequences, for backends that plan by them; none of these does yet.
+        alibi_slopes: (Hq,) or (B, Hq), floating.
+        seed: as in `attention`; an int64 tensor (B,) gives each sequence a stream of its own.
+        causal, window, scale, softcap, sinks, dropout_p, return_lse, backend: as in `attention`, for each sequence by itself.
+
+    Returns:
+        out (total_q, Hq, Dv) in query's dtype; or (out, lse), lse float32 (Hq, total_q).
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit. A GPU's cu_seqlens are not looked into, as that would wait
+            for the GPU: rows that wrong ones leave out are not written, and nothing outside the tensors is touched.
+        UnsupportedError: the named ``backend`` cannot do the call.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_rows(name, tensor, VARLEN)
+    query, key, value = autocast(query, key, value)
+    check_keys(query, key, value)
+    heads = query.shape[1]
+    check_groups(heads, key.shape[1])
+    check_indices("cu_seqlens_q", cu_seqlens_q, (None,), query.device)
+    if cu_seqlens_q.shape[0] == 0:
+        raise ValueError("cu_seqlens_q must hold at least the 0 that it starts with; got none")
+    check_indices("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), query.device)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None:
+            check_integer(name, longest, 0, 2**31 - 1)
+    check_per_head(alibi_slopes, sinks, cu_seqlens_q.shape[0] - 1, query, heads)
+    check_no_gradient(alibi_slopes)
+    options = (*limits(causal, window), *score_options(scale, softcap, query.shape[2]), check_dropout_p(dropout_p))
+    if seed is not None:
+        check_seed(seed, cu_seqlens_q[1:])
+    rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # (1, heads, total, head_dim)
+    tensors = (*rows, None, alibi_slopes, sinks)
+    out, lse = run_attention("varlen_attention", tensors, seed, (cu_seqlens_q, cu_seqlens_k), options, backend)
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return (out, lse) if return_lse else out

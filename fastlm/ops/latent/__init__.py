@@ -1,0 +1,205 @@
+"""The Gaussian latent of a VAE: sampling, and the KL divergence, in one pass over the inputs, forward and backward.
+
+    z = mu + temperature * exp(logvar / 2) * eps,   eps ~ N(0, 1) from the stream of the seed
+    kl = sum over the event of max(free_bits, (d^2 e^-prior_logvar + e^x - 1 - x) / 2)
+    with d = mu - prior_mu and x = logvar - prior_logvar
+
+`reparameterize`, `reparameterize_with_kl` and `gaussian_kl` are three views of one op (op.py). Its backward
+draws the noise again: nothing but the inputs and the seed is saved.
+Sources: Kingma & Welling, "Auto-Encoding Variational Bayes" (2013); free bits: Kingma et al., "Improved variational inference
+with inverse autoregressive flow" (2016), appendix C.8.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...backend import Implementation, cpu_why_not, select
+from ...backend import cuda as cuda_kernels
+from ...reference import latent as reference
+from ..checks import check_integer, check_number, check_tensor
+from ..noise import check_seed, seed_tensor
+from ..torch_op import EXPORTS, reference_only
+from .op import latent
+
+# ---- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def _posterior(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
+    """Check mu and logvar, and return them; under autocast in one dtype, as torch promotes them there."""
+    check_tensor("mu", mu)
+    check_tensor("logvar", logvar)
+    if logvar.dtype is not mu.dtype and torch.is_autocast_enabled(mu.device.type):
+        wider = torch.promote_types(mu.dtype, logvar.dtype)
+        mu, logvar = mu.to(wider), logvar.to(wider)
+    if logvar.shape != mu.shape:
+        raise ValueError(f"logvar must have mu's shape {tuple(mu.shape)}; got {tuple(logvar.shape)}")
+    if logvar.dtype != mu.dtype:
+        raise TypeError(f"logvar must have mu's dtype {mu.dtype}; got {logvar.dtype}")
+    if logvar.device != mu.device:
+        raise ValueError(f"logvar must be on mu's device {mu.device}; got {logvar.device}")
+    return mu, logvar
+
+
+def _check_prior(name: str, prior: Tensor | None, mu: Tensor) -> None:
+    if prior is None:
+        return
+    check_tensor(name, prior)
+    if prior.device != mu.device:
+        raise ValueError(f"{name} must be on mu's device {mu.device}; got {prior.device}")
+    fits = prior.dim() <= mu.dim() and all(p in (1, m) for p, m in zip(reversed(prior.shape), reversed(mu.shape)))
+    if not fits:
+        raise ValueError(f"{name} must broadcast to mu's shape {tuple(mu.shape)}; got {tuple(prior.shape)}")
+
+
+def _clamp(logvar_clamp: tuple[float, float] | None) -> tuple[float, float]:
+    if logvar_clamp is None:
+        return -math.inf, math.inf
+    if not isinstance(logvar_clamp, (tuple, list)) or len(logvar_clamp) != 2:
+        raise TypeError(f"logvar_clamp must be a pair (low, high); got {logvar_clamp!r}")
+    low, high = logvar_clamp
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        raise TypeError(f"logvar_clamp must be a pair of numbers (low, high); got {logvar_clamp!r}")
+    if not low <= high:  # also where one is NaN
+        raise ValueError(f"logvar_clamp must be (low, high) with low <= high; got {logvar_clamp!r}")
+    return float(low), float(high)
+
+
+# ---- the public functions -------------------------------------------------------------------------------------------------
+
+
+def reparameterize(
+    mu: Tensor, logvar: Tensor, *, seed: int | Tensor | None = None, temperature: float = 1.0, backend: str | None = None
+) -> Tensor:
+    """Sample ``z = mu + temperature * exp(logvar / 2) * eps`` with eps ~ N(0, 1): the reparameterization trick.
+
+    Args:
+        mu: means, any shape, float32, bfloat16, float16 or float64, any strides.
+        logvar: logarithms of the variances; shape, dtype and device of ``mu``.
+        seed: an int, a 0-d int64 tensor, or an int64 tensor (B,), B = mu.shape[0], that gives each example a stream of its own,
+            so that its noise does not depend on the batch around it. None draws a seed from torch's default generator.
+        temperature: multiplies the standard deviation; 0 returns ``mu``.
+        backend: 'cpu', 'cuda' or 'reference'; None picks the fastest that can do the call.
+
+    Returns:
+        z, contiguous, with ``mu``'s shape and dtype. The same seed gives the same noise on every backend.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        UnsupportedError: the named ``backend`` cannot do the call.
+    """
+    mu, logvar = _posterior(mu, logvar)
+    options = (False, 0, 0.0, -math.inf, math.inf, None, check_number("temperature", temperature, 0.0))
+    check_seed(seed, mu)
+    return _run("reparameterize", (mu, logvar, None, None), options, backend, seed)[0]
+
+
+def reparameterize_with_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    event_dims: int = 1,
+    free_bits: float = 0.0,
+    logvar_clamp: tuple[float, float] | None = None,
+    num_samples: int | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample a Gaussian latent and compute its KL divergence from the prior, in one pass: (z, kl).
+
+    Args:
+        mu, logvar, seed, backend: as in `reparameterize`.
+        prior_mu, prior_logvar: the prior's mean and log-variance, of any floating dtype, broadcastable to ``mu``'s shape; each
+            is 0 where it is None. They get gradients.
+        event_dims: how many trailing dimensions make up one latent: kl is summed over them. 0 keeps every element.
+        free_bits: nats that each latent dimension contributes at least; below it, it gets no gradient.
+        logvar_clamp: (low, high) that ``logvar`` is held to, for z and kl alike; no gradient outside.
+        num_samples: K draws per latent in one pass. None draws one, without a leading dimension.
+
+    Returns:
+        z: ``mu``'s shape, or (num_samples, *mu.shape), in ``mu``'s dtype, contiguous.
+        kl: mu.shape without its last ``event_dims`` dimensions, in nats, never negative; float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        UnsupportedError: the named ``backend`` cannot do the call.
+    """
+    if num_samples is not None:
+        num_samples = check_integer("num_samples", num_samples, 1, 2**31 - 1)
+    mu, logvar = _posterior(mu, logvar)
+    options = _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
+    check_seed(seed, mu)
+    return _run("reparameterize_with_kl", (mu, logvar, prior_mu, prior_logvar), (*options, num_samples, 1.0), backend, seed)
+
+
+def gaussian_kl(
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    event_dims: int = 1,
+    free_bits: float = 0.0,
+    logvar_clamp: tuple[float, float] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) in nats, summed over the last ``event_dims`` dimensions.
+
+    Arguments, result and errors are those of `reparameterize_with_kl`, without the sampling.
+    """
+    mu, logvar = _posterior(mu, logvar)
+    options = _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
+    return _run("gaussian_kl", (mu, logvar, prior_mu, prior_logvar), (*options, None, 1.0), backend, _NO_SAMPLE)[1]
+
+
+def _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp) -> tuple:
+    """Check what the two functions with a KL share, and return the first options of the op."""
+    _check_prior("prior_mu", prior_mu, mu)
+    _check_prior("prior_logvar", prior_logvar, mu)
+    event_dims = check_integer("event_dims", event_dims, 0, mu.dim())
+    return True, event_dims, check_number("free_bits", free_bits, 0.0), *_clamp(logvar_clamp)
+
+
+# ---- the backends ---------------------------------------------------------------------------------------------------------
+
+
+def _run_reference(tensors: tuple, options: tuple, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    with_kl, event_dims, free_bits, low, high, num_samples, temperature = options
+    return reference.reparameterize(
+        *tensors,
+        eps=eps,
+        with_kl=with_kl,
+        event_dims=event_dims,
+        free_bits=free_bits,
+        logvar_clamp=None if (low, high) == (-math.inf, math.inf) else (low, high),
+        num_samples=num_samples,
+        temperature=temperature,
+    )
+
+
+IMPLEMENTATIONS = (
+    Implementation("cuda", latent, cuda_kernels.why_not),
+    Implementation("cpu", latent, cpu_why_not),
+    Implementation("reference", _run_reference, lambda tensor: None),
+)
+
+
+def _exported_noise(mu: Tensor, num_samples: int | None) -> Tensor:
+    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
+    return torch.randn(shape, dtype=torch.float32, device=mu.device)
+
+
+_NO_SAMPLE = object()  # in place of a seed: only the KL is wanted
+
+
+def _run(op: str, tensors: tuple, options: tuple, backend: str | None, seed) -> tuple:
+    """Choose the backend, then draw the seed, so that explain() leaves torch's generator alone; then run."""
+    mu = tensors[0]
+    only_reference = reference_only(*tensors)
+    run = select(op, IMPLEMENTATIONS, (mu,), backend, only_reference)
+    if seed is None and only_reference is EXPORTS:  # ONNX has a generator, but not ours
+        return _run_reference((*tensors, None), options, _exported_noise(mu, num_samples=options[5]))
+    return run((*tensors, None if seed is _NO_SAMPLE else seed_tensor(seed, mu)), options)

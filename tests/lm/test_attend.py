@@ -1,0 +1,382 @@
+"""``fastlm lm attend``: attention weights and entropies, the latent's traversals and map, and the page that shows them."""
+
+import argparse
+import base64
+import io
+import json
+import math
+import random
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from fastlm.lm.cli.attend import add_attend
+from fastlm.lm.data.batches import framed
+from fastlm.lm.data.prepare import prepare
+from fastlm.lm.data.tokenizer import load_tokenizer
+from fastlm.lm.model import checkpoint
+from fastlm.lm.model.presets import build
+from fastlm.lm.training.train import Settings
+from fastlm.lm.visualize.attend import attend, look
+from fastlm.lm.visualize.attention_maps import Attention, attention_of, entropy, token_labels
+from fastlm.lm.visualize.latent_maps import active_units, decoded, held_out, map_of, means_of, traverse
+from fastlm.lm.visualize.page import _png
+
+WORDS = ["river", "stone", "ladder", "yellow", "quiet", "harbour", "morning", "engine", "paper", "window", "garden", "silver"]
+SENTENCE = "A quiet morning in the garden."
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a corpus, and two checkpoints with weights that are large enough for attention to be far from uniform."""
+    folder = tmp_path_factory.mktemp("attend")
+    rng = random.Random(0)
+    with open(folder / "texts.jsonl", "w") as file:
+        for number in range(60):
+            text = " ".join(rng.choices(WORDS, k=14)).capitalize() + "."
+            file.write(json.dumps({"text": text, "label": ["<b>bold</b>", "plain", None][number % 3]}) + "\n")
+    options = {"validation": 0.2, "test": 0.2, "vocab_size": 270, "similarity": 1}
+    prepare([folder / "texts.jsonl"], folder / "corpus", **options)
+    tokenizer = load_tokenizer(folder / "corpus")
+    for kind in ("vae", "decoder"):
+        model = build(kind, "tiny", tokenizer, seed=1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(8)
+        checkpoint.save(model, tokenizer, folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(runs):
+    return checkpoint.load(runs / "vae", attention="eager")
+
+
+def ids_of(text, tokenizer):
+    return torch.tensor([framed(text, tokenizer, 64)])
+
+
+# ---- attention --------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(attention, rotary, hidden, memory=None, causal=True):
+    """(heads, L, Lk): softmax(q k / sqrt(d)) of one layer, head by head, in float64; ``memory`` (kv heads, d) is in front."""
+    length = hidden.shape[1]
+    cos, sin = rotary(hidden, torch.arange(length)[None])
+    query, key = (
+        project(hidden).view(1, length, -1, attention.head_dim).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    query, key = (tensor.double() for tensor in apply_rotary_pos_emb(query, key, cos, sin))
+    rows = []
+    for head in range(query.shape[1]):
+        own = key[0, head // (query.shape[1] // key.shape[1])]
+        scores = query[0, head] @ own.T / math.sqrt(attention.head_dim)
+        if causal:
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+        if memory is not None:
+            first = query[0, head] @ memory[head // (query.shape[1] // key.shape[1])].double() / math.sqrt(attention.head_dim)
+            scores = torch.cat([first[:, None], scores], 1)
+        rows.append(scores.softmax(-1))
+    return torch.stack(rows)
+
+
+def inputs_of(modules, run):
+    """What each of the decoder's layers gives its attention."""
+    seen, hooks = [], []
+    for module in modules:
+        hooks.append(module.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["hidden_states"]), with_kwargs=True))
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert expected[:, -1].max() > 3 / expected.shape[-1]  # far from uniform, so that the comparison says something
+
+
+def test_a_decoders_weights_are_the_softmax_of_its_scores(runs):
+    model, tokenizer = checkpoint.load(runs / "decoder", attention="eager")
+    ids = ids_of(SENTENCE, tokenizer)
+    (found,) = attention_of(model, tokenizer, ids)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    hidden = inputs_of(attentions, lambda: model(input_ids=ids[:, :-1]))
+    for layer, (attention, entering) in enumerate(zip(attentions, hidden)):
+        close(found.weights[layer], by_hand(attention, model.model.rotary_emb, entering))
+    assert found.stack == "decoder" and found.keys == found.queries == token_labels(ids[0, :-1].tolist(), tokenizer)
+    assert found.visible.tolist() == list(range(1, ids.shape[1]))
+
+
+def test_the_decoder_of_a_vae_looks_at_its_latent_first(vae):
+    model, tokenizer = vae
+    ids = ids_of(SENTENCE, tokenizer)
+    found, _ = attention_of(model, tokenizer, ids)
+    with torch.no_grad():
+        mu, _ = model.posterior(ids)
+        memories = model.to_keys(mu).view(2, 2, 16)  # layers, key and value heads, head_dim
+    attentions = [layer.self_attn for layer in model.decoder.model.layers]
+    hidden = inputs_of(attentions, lambda: model(input_ids=ids[:, :-1], latents=mu))
+    for layer, attention in enumerate(attentions):
+        expected = by_hand(attention, model.decoder.model.rotary_emb, hidden[layer], memories[layer])
+        close(found.weights[layer], expected)
+    assert found.keys == ["z", *found.queries] and found.visible.tolist() == list(range(2, ids.shape[1] + 1))
+
+
+def test_the_encoders_weights(vae):
+    model, tokenizer = vae
+    ids = ids_of(SENTENCE, tokenizer)
+    _, found = attention_of(model, tokenizer, ids)
+    attention = model.encoder.layers[0].self_attn
+    (hidden,) = inputs_of([attention], lambda: model.posterior(ids))
+    close(found.weights[0], by_hand(attention, model.encoder.rotary_emb, hidden, causal=False))
+    assert found.stack == "encoder" and found.keys == found.queries and found.queries[-1] == "<|eos|>"
+
+
+def test_rows_sum_to_one_and_nothing_looks_ahead(vae):
+    model, tokenizer = vae
+    decoder, encoder = attention_of(model, tokenizer, ids_of(SENTENCE, tokenizer))
+    for found in (decoder, encoder):
+        torch.testing.assert_close(found.weights.sum(-1), torch.ones(found.weights.shape[:-1]))
+    assert decoder.weights[..., 1:].triu(1).count_nonzero() == 0 and encoder.weights.count_nonzero() == encoder.weights.numel()
+
+
+def test_nothing_is_left_hooked(vae):
+    model, tokenizer = vae
+    attention_of(model, tokenizer, ids_of(SENTENCE, tokenizer))
+    assert not any(module._forward_hooks for module in model.modules() if type(module).__name__.endswith("Attention"))
+
+
+def test_entropy_of_distributions_made_by_hand():
+    rows = torch.tensor([[1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.25, 0]])
+    torch.testing.assert_close(entropy(rows), torch.tensor([0.0, math.log(4), 1.5 * math.log(2)]))
+
+
+def test_breadth_is_a_share_of_uniform_attention():
+    uniform = torch.ones(3, 3).tril() / torch.tensor([[1.0], [2.0], [3.0]])
+    weights = torch.stack([uniform, torch.eye(3)])[None]
+    found = Attention("decoder", list("abc"), list("abc"), weights, torch.tensor([1, 2, 3]))
+    assert found.uniform == pytest.approx(math.log(6) / 3)
+    torch.testing.assert_close(found.entropy, torch.tensor([[math.log(6) / 3, 0.0]]))
+    torch.testing.assert_close(found.breadth, torch.tensor([[1.0, 0.0]]))
+
+
+def test_tokens_are_shown_as_text(vae):
+    _, tokenizer = vae
+    ids = tokenizer("a\tb c\n", add_special_tokens=False)["input_ids"]
+    assert "".join(token_labels(ids, tokenizer)) == "a⇥b·c↵"
+
+
+# ---- the latent -------------------------------------------------------------------------------------------------------------
+
+
+def test_means_do_not_depend_on_the_batch_around_them(vae):
+    model, tokenizer = vae
+    texts = [" ".join(WORDS[:k]) for k in (9, 1, 12, 3, 5, 2, 11, 4, 10, 6)]
+    with torch.no_grad():
+        alone = torch.cat([model.posterior(ids_of(text, tokenizer))[0] for text in texts])
+    torch.testing.assert_close(means_of(model, tokenizer, texts, 64), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_traversal_through_the_own_value_is_the_reconstruction(vae):
+    model, tokenizer = vae
+    z = means_of(model, tokenizer, [SENTENCE], 64)[0]
+    own = float(z[3])
+    first, second = traverse(model, tokenizer, z, [3, 5], [own, own + 50], max_tokens=12)
+    (reconstruction,) = decoded(model, tokenizer, z[None], 12)
+    assert first.texts[0] == reconstruction and first.unit == 3 and first.own == own
+    moved = z.clone()
+    moved[5] = own + 50
+    assert second.texts[1] == decoded(model, tokenizer, moved[None], 12)[0] != reconstruction
+
+
+def test_decoding_takes_the_most_likely_token_each_time(vae):
+    model, tokenizer = vae
+    z = means_of(model, tokenizer, [SENTENCE], 64)
+    ids = torch.tensor([[tokenizer.bos_token_id]])
+    with torch.no_grad():
+        while ids.shape[1] < 9 and ids[0, -1] != tokenizer.eos_token_id:
+            ids = torch.cat([ids, model(input_ids=ids, latents=z).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert decoded(model, tokenizer, z, 8) == tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def test_active_units():
+    means = torch.tensor([[0.0, 5, 1], [0, 5, 3], [0.5, 5, 2]])
+    sentence = torch.tensor([-3.0, 1, 2])
+    assert active_units(sentence, means, 2) == [2, 0] and active_units(sentence, None, 2) == [0, 2]
+
+
+def test_the_map_is_that_of_a_singular_value_decomposition():
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(40, 6)) * [5, 1, 3, 0.5, 0.2, 0.1] + 7
+    sentence = rng.normal(size=6)
+    found = map_of(torch.tensor(means), torch.tensor(sentence), [])
+    left, scale, right = np.linalg.svd(means - means.mean(0))
+    sign = np.sign((found.points * (left * scale[0])[:, :2]).sum(0))
+    np.testing.assert_allclose(found.points, left[:, :2] * scale[:2] * sign, atol=1e-8)
+    np.testing.assert_allclose(found.sentence, (sentence - means.mean(0)) @ right[:2].T * sign, atol=1e-8)
+    np.testing.assert_allclose(found.explained, (scale**2 / (scale**2).sum())[:2])
+
+
+def test_the_most_frequent_labels_are_named():
+    records = [{"label": label} for label in ["a"] * 3 + ["b"] * 2 + [None] * 9 + list("cdefghijk")]
+    found = map_of(torch.eye(5), torch.zeros(5), records).labels
+    assert found[:2] == [("a", 3), ("b", 2)] and len(found) == 8 and all(count == 1 for _, count in found[2:])
+
+
+def test_test_texts_come_before_validation_texts(runs):
+    report = json.loads((runs / "corpus" / "report.json").read_text())["splits"]
+    found = held_out(runs / "corpus", 1000)
+    assert len(found) == report["test"]["records"] + report["validation"]["records"]
+    with open(runs / "corpus" / "test.jsonl") as file:
+        tests = [json.loads(line) for line in file]
+    assert found[: len(tests)] == tests and held_out(runs / "corpus", 3) == tests[:3]
+
+
+# ---- the page ---------------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """The tags, the addresses and the text of a page; fails where tags do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.addresses, self.text, self.open = [], [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_page_of_a_vae(runs, tmp_path):
+    hostile = 'a <script>alert("1")</script> & </title> b'
+    assert attend(runs / "vae", hostile, tmp_path / "new" / "page.html", runs / "corpus") == tmp_path / "new" / "page.html"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
+    text = (tmp_path / "new" / "page.html").read_text("utf-8")
+    page = Page(text)
+    assert {"script", "link"}.isdisjoint(page.tags) and hostile in page.text and "http" not in text and "url(" not in text
+    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.tags.count("image") == page.tags.count("details") == 2 * 4 + 1 * 4  # heads
+    assert page.text.count("Unit ") == 5 and page.tags.count("caption") == 5
+    assert page.tags.count("circle") == len(held_out(runs / "corpus", 1000)) + 1 and "<b>bold</b>" in page.text
+
+
+def test_the_page_names_the_sharpest_and_the_broadest_heads(runs, tmp_path):
+    inside = look(runs / "vae", SENTENCE)
+    shares = {
+        f"{found.stack} {layer + 1}.{head + 1}": float(found.breadth[layer, head])
+        for found in inside.attentions
+        for layer in range(found.weights.shape[0])
+        for head in range(found.weights.shape[1])
+    }
+    text = attend(runs / "vae", SENTENCE, tmp_path / "page.html").read_text("utf-8")
+    named = re.search(r"sharpest heads are <strong>(.*?) \(.*?the broadest are <strong>(.*?) \(", text).groups()
+    assert named == (min(shares, key=shares.get), max(shares, key=shares.get))
+    for stack in inside.attentions:
+        for nats in stack.entropy.flatten().tolist():
+            assert f"{nats:.2f} nats" in text
+
+
+def test_without_a_corpus_there_is_no_map_and_without_a_latent_neither(runs, tmp_path):
+    without = Page(attend(runs / "vae", SENTENCE, tmp_path / "page.html").read_text("utf-8")).text
+    assert "Without a corpus there is no map." in without and "largest means" in without
+    plain = Page(attend(runs / "decoder", SENTENCE, tmp_path / "page.html", runs / "corpus").read_text("utf-8")).text
+    assert "it has no latent" in plain and "Unit" not in plain and "Attention of the encoder" not in plain
+
+
+def test_the_corpus_of_the_run_is_the_default(runs, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for path in (runs / "vae").iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    for corpus, expected in ((runs / "corpus", "Map of the corpus"), (tmp_path / "gone", "Without a corpus")):
+        (run / "settings.json").write_text(json.dumps(asdict(Settings()) | {"corpus": str(corpus)}))
+        assert expected in attend(run, SENTENCE, tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_long_sentence_is_cut_and_the_page_says_so(runs, tmp_path):
+    long = " ".join(WORDS * 8)
+    inside = look(runs / "vae", long)
+    assert inside.cut and inside.tokens == 64
+    assert inside.attentions[0].weights.shape == (2, 4, 63, 64) and inside.attentions[1].weights.shape == (1, 4, 64, 64)
+    assert "The first 64 tokens; the rest is left out." in attend(runs / "vae", long, tmp_path / "p.html").read_text("utf-8")
+    assert "left out" not in attend(runs / "vae", "A garden.", tmp_path / "p.html").read_text("utf-8")
+
+
+def test_a_picture_holds_the_square_roots_of_the_weights():
+    weights = torch.tensor([[1.0, 0, 0], [0.25, 0.25, 0.5]])
+    pixels = imread(io.BytesIO(base64.b64decode(_png(weights).partition(",")[2])), format="png")
+    np.testing.assert_allclose(pixels[..., 3], weights.sqrt(), atol=0.5 / 255)
+
+
+# ---- the command line, and errors -------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    add_attend(parser.add_subparsers())
+    parsed = parser.parse_args(["attend", *map(str, arguments)])
+    parsed.run(parsed)
+
+
+def test_the_command_writes_the_page(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(runs / "vae", SENTENCE, "--corpus", runs / "corpus")
+    assert capsys.readouterr().out == f"The page is {tmp_path / 'attend.html'}\n"
+    assert "Map of the corpus" in (tmp_path / "attend.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("sentence", ["", " \n"])
+def test_an_empty_sentence(runs, tmp_path, sentence):
+    with pytest.raises(ValueError, match="sentence must not be empty"):
+        attend(runs / "vae", sentence, tmp_path / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_there_is_named_and_the_last_page_stays(runs, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("before")
+    with pytest.raises(FileNotFoundError, match="nowhere is no checkpoint"):
+        attend(tmp_path / "nowhere", SENTENCE, page)
+    for kind in ("vae", "decoder"):
+        with pytest.raises(FileNotFoundError, match="nowhere is no prepared corpus"):
+            attend(runs / kind, SENTENCE, page, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="character 3 is a lone surrogate"):
+        attend(runs / "vae", "ab\udc80", page)
+    with pytest.raises(ValueError, match="output must be a file"):
+        attend(runs / "vae", SENTENCE, tmp_path)
+    assert page.read_text() == "before" and list(tmp_path.iterdir()) == [page]
+
+
+def test_a_corpus_of_one_text_makes_no_map(tmp_path):
+    rows = [{"text": "The only one."}]
+    sizes = {}
+    for split, texts in (("train", []), ("validation", []), ("test", rows)):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        sizes[split] = {"bytes": (tmp_path / f"{split}.jsonl").stat().st_size}
+    (tmp_path / "report.json").write_text(json.dumps({"splits": sizes}))
+    with pytest.raises(ValueError, match="at least two test and validation texts for a map; it has 1"):
+        held_out(tmp_path, 10)

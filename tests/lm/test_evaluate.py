@@ -1,0 +1,112 @@
+"""The figures of an evaluation against what is known without it: densities, closed forms, and limits."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from fastlm.lm.data.batches import Texts, framed
+from fastlm.lm.data.prepare import read_split
+from fastlm.lm.model.evaluate import ACTIVE, evaluate, importance_nll, log_density, mutual_information
+from fastlm.lm.model.presets import build
+
+
+def seeds(count):
+    return torch.arange(count)
+
+
+def test_log_density():
+    generator = torch.Generator().manual_seed(0)
+    z, mu, logvar = (torch.randn(5, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected = Normal(mu, (0.5 * logvar).exp()).log_prob(z).sum(-1)
+    torch.testing.assert_close(log_density(z, mu, logvar), expected)
+
+
+def test_importance_sampling_finds_the_likelihood_that_is_known():
+    """x | z ~ N(z, 1), z ~ N(0, 1): x ~ N(0, 2). The posterior, N(x / 2, 1 / 2), is given a little wrong."""
+    x = torch.tensor([[-1.5], [0.0], [0.7], [2.0]])
+
+    def model(input_ids, latents, labels):
+        return SimpleNamespace(reconstruction=-Normal(latents, 1.0).log_prob(x).sum(-1))
+
+    batch = {"input_ids": None, "labels": None, "seeds": seeds(4)}
+    mu, logvar = x / 2 + 0.1, torch.full_like(x, math.log(0.6))
+    expected = -Normal(0.0, math.sqrt(2)).log_prob(x).sum(-1)
+    nll, parts = importance_nll(model, batch, mu, logvar, 20000)
+    torch.testing.assert_close(nll, expected, atol=0.02, rtol=0)
+    negative_elbo = parts["reconstruction"] + parts["kl"]
+    gap = torch.distributions.kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(x / 2, math.sqrt(0.5))).sum(-1)
+    torch.testing.assert_close(negative_elbo, expected + gap, atol=0.03, rtol=0)
+    one, _ = importance_nll(model, batch, mu, logvar, 1)
+    assert torch.isfinite(one).all()
+
+
+def test_mutual_information_at_its_limits():
+    far = 100.0 * torch.eye(20)
+    assert mutual_information(far, torch.zeros(20, 20), seeds(20)) == pytest.approx(math.log(20), abs=1e-4)
+    same = torch.full((20, 4), 0.3)
+    assert mutual_information(same, torch.zeros(20, 4), seeds(20)) == pytest.approx(0.0, abs=1e-5)
+    pairs = 100.0 * torch.eye(2).repeat(10, 1)  # two clusters of ten: one bit
+    assert mutual_information(pairs, torch.zeros(20, 2), seeds(20)) == pytest.approx(math.log(2), abs=1e-4)
+    assert mutual_information(pairs, torch.zeros(20, 2), seeds(20), chunk=3) == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_mutual_information_of_a_gaussian():
+    """mu ~ N(0, 3), z | mu ~ N(mu, 1): I = ln(4) / 2."""
+    mu = math.sqrt(3) * torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
+    assert mutual_information(mu, torch.zeros_like(mu), seeds(4000)) == pytest.approx(0.5 * math.log(4), abs=0.05)
+
+
+def test_a_decoder_s_likelihood_text_by_text(corpus, tokenizer):
+    model = build("decoder", "tiny", tokenizer).eval()
+    texts = Texts(corpus, "test", tokenizer, 128)
+    found = evaluate(model, tokenizer, texts)
+    records = [record["text"] for record in read_split(corpus, "test")]
+    total = 0.0
+    with torch.no_grad():
+        for text in records:
+            ids = torch.tensor([framed(text, tokenizer, 128)])
+            logs = model(ids).logits.double().log_softmax(-1)
+            total -= float(logs[0, :-1].gather(1, ids[0, 1:, None]).sum())
+    words, tokens = sum(len(text.split()) for text in records), sum(len(framed(text, tokenizer, 128)) - 1 for text in records)
+    assert (found.texts, found.tokens, found.words) == (len(records), tokens, words)
+    assert found.nll_per_token == pytest.approx(total / tokens, rel=1e-5)
+    assert found.nll_per_word == pytest.approx(total / words, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(total / words), rel=1e-3)
+    assert found.kl is found.active_units is found.mutual_information is None and "KL" not in str(found)
+
+
+def test_a_text_vae(corpus, tokenizer):
+    model = build("vae", "tiny", tokenizer).eval()
+    texts = Texts(corpus, "test", tokenizer, 128)
+    with torch.no_grad():
+        model.latent.linear.weight[:16].normal_(0, 0.5)  # a latent that is used
+        model.latent.linear.weight[:8] = 0.0  # but for half of its means
+    few, many = (evaluate(model, tokenizer, texts, samples=count) for count in (1, 16))
+    assert many == evaluate(model, tokenizer, texts, samples=16)  # seeds reproduce
+    negative_elbo = (many.reconstruction + many.kl) * many.texts / many.tokens
+    assert many.nll_per_token < few.nll_per_token and many.nll_per_token < negative_elbo
+    means = []
+    with torch.no_grad():
+        for index in range(len(texts)):
+            means.append(model.posterior(texts[index][0][None])[0][0])
+    variance = torch.stack(means).var(0)
+    units = int((variance > ACTIVE).sum())
+    assert many.active_units == units and 0 < units <= 8
+    assert 0 < many.mutual_information <= math.log(len(texts)) + 1e-6
+
+
+def test_a_collapsed_latent_is_called_so(corpus, tokenizer):
+    model = build("vae", "tiny", tokenizer)
+    with torch.no_grad():
+        model.latent.linear.weight.zero_()
+        model.latent.linear.bias.zero_()
+    found = evaluate(model, tokenizer, Texts(corpus, "test", tokenizer, 128), samples=2)
+    assert found.active_units == 0 and found.kl == 0 and found.mutual_information == pytest.approx(0, abs=1e-5)
+
+
+def test_errors(corpus, tokenizer):
+    with pytest.raises(ValueError, match="samples must be at least 1; got 0"):
+        evaluate(build("vae", "tiny", tokenizer), tokenizer, Texts(corpus, "test", tokenizer, 128), samples=0)

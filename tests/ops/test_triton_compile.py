@@ -1,0 +1,81 @@
+"""The Triton kernels as compiled for GPUs that are not here: they compile, spill nothing, fit, and use the matrix instructions.
+
+One subset of all variants (benchmarks/gpu_kernels.py --cover) in a process of its own, as the interpreter that other tests turn
+on replaces the compiler. `make gpu-kernels` takes them all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fastlm.kernels.attention.tiles import shared_memory
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """What each variant is made of."""
+    command = [sys.executable, str(SCRIPT), "--cover"]
+    process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=1500, check=False)
+    assert process.stdout, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def _settings() -> dict[str, str]:
+    """Without the interpreter."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+
+
+def _name(row: dict) -> str:
+    return (
+        f"{row['arch']} {row['of']} head_dim {row['head_dim']} {row['dtype']} {row['loop']}{' causal' if row['causal'] else ''}"
+    )
+
+
+def _wrong(rows: list[dict], is_right) -> list[str]:
+    return [_name(row) for row in rows if not is_right(row)]
+
+
+def test_every_variant_compiles(rows):
+    assert len(rows) == 9 * (4 * 3 + 3 * 2)
+    assert not [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
+
+
+A_FEW = 32  # bytes: what may stay in local memory around a loop
+
+
+def test_nothing_is_spilled_but_what_the_table_owns_up_to(rows):
+    assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"] > row["may_spill"]]
+    assert not _wrong(rows, lambda row: row["dtype"] == "float32" or row["arch"] == "gfx1100" or row["may_spill"] <= A_FEW)
+
+
+def test_no_hot_loop_goes_through_local_memory(rows):
+    """But where the table owns up to more than a few bytes, or float32's multiply-adds to any."""
+    spills = [row for row in rows if row["may_spill"] > (0 if row["dtype"] == "float32" else A_FEW)]
+    assert not _wrong([row for row in rows if row not in spills], lambda row: "local" not in row["units"])
+
+
+def test_shared_memory_fits(rows):
+    assert not _wrong(rows, lambda row: row["shared_bytes"] <= shared_memory(row["arch"]))
+
+
+def test_products_are_on_the_matrix_instructions(rows):
+    """But for float32, whose products only AMD's datacenter GPUs have in full precision."""
+    on_matrix_units = [row for row in rows if row["dtype"] != "float32" or row["arch"] in ("gfx90a", "gfx942")]
+    assert not _wrong(on_matrix_units, lambda row: row["units"].get("tensor"))
+
+
+def test_every_feature_compiles():
+    """For one GPU of each maker, side by side."""
+    commands = [[sys.executable, str(SCRIPT), "--features", "--gpu", arch] for arch in ("sm_90", "gfx942")]
+    options = {"env": _settings(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    for process in [subprocess.Popen(command, **options) for command in commands]:
+        lines = process.communicate(timeout=900)[0].splitlines()
+        assert process.returncode == 0, [line for line in lines if "FAILED" in line] or lines
+        assert len(lines) > 60

@@ -1,0 +1,207 @@
+"""The rule that every backend is held to (DESIGN.md, 'Numbers'), and how to run a call several ways to apply it.
+
+*Golden* is the reference in float64 on the very same inputs. *Plain* is the reference in the inputs' own dtype: what plain
+PyTorch gets. A backend may be wrong by a small factor of what plain PyTorch is, plus a few ulps of the largest value. Where
+large terms cancel, as in a z near 0, plain is right by luck alone; so what one rounding of each input would change counts too:
+*nudged* is golden on inputs and gradients that are all off by one ulp of the arithmetic, up or down at random; a result of few
+numbers, on which one draw may happen to do little, gets several.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastlm.backend import cpu as native
+from fastlm.testing import seeded_normal
+
+VALUE_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+ULPS = 4
+FEW = 64  # numbers
+ISAS = native.C.isas() if native.C else ["no fastlm._C"]  # every instruction set of this machine, the fastest last
+Results = dict[str, Tensor]  # "output 0", "output 1", …, "gradient of mu", …
+
+
+# ---- the rule ---------------------------------------------------------------------------------------------------------------
+
+
+def ulp_of_largest(values: Tensor, dtype: torch.dtype) -> float:
+    """The distance between neighbours of ``dtype`` at the largest finite magnitude of ``values``."""
+    finite = values[values.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    info = torch.finfo(dtype)
+    return max(math.ldexp(info.eps, math.frexp(largest)[1] - 1), info.smallest_normal * info.eps)
+
+
+def worst_error(actual: Tensor, golden: Tensor) -> float:
+    """The largest difference where both are finite."""
+    difference = (actual.double() - golden.double()).abs()
+    finite = difference[difference.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def assert_within(actual: Tensor, golden: Tensor, allowed: float, what: str = "the result") -> None:
+    """NaN and infinities stand exactly where the golden answer, rounded to the dtype, has them; the rest is that close."""
+    assert actual.shape == golden.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
+    rounded, actual, golden = golden.to(actual.dtype).double(), actual.detach().double(), golden.detach().double()
+    at = (actual.isnan() != rounded.isnan()).nonzero()
+    assert not len(at), f"{what}: {actual[tuple(at[0])]} at {at[0].tolist()}, where golden is {golden[tuple(at[0])]}"
+    infinite = rounded.isinf() | actual.isinf()
+    at = (infinite & (actual != rounded)).nonzero()
+    assert not len(at), f"{what}: {actual[tuple(at[0])]} at {at[0].tolist()}, where golden is {golden[tuple(at[0])]}"
+    error = torch.where(infinite | rounded.isnan(), 0.0, (actual - golden).abs())
+    at = (error > allowed).nonzero()
+    assert not len(at), (
+        f"{what}: {len(at)} of {error.numel()} are wrong by more than {allowed:.3g}, the first, at {at[0].tolist()}, "
+        f"{actual[tuple(at[0])]} where golden is {golden[tuple(at[0])]}; the worst by {error.max():.3g}"
+    )
+
+
+def assert_as_good_as_plain(
+    actual: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "the result", slack: float | None = None
+) -> None:
+    """``actual`` is wrong by at most ``factor`` times what ``plain`` is, plus a few times ``slack``: an ulp at the largest."""
+    assert actual.dtype == plain.dtype, f"{what} is {actual.dtype}, not {plain.dtype}"
+    slack = ulp_of_largest(golden, actual.dtype) if slack is None else slack
+    assert_within(actual, golden, factor * worst_error(plain, golden) + ULPS * slack, what)
+
+
+# ---- the runs ---------------------------------------------------------------------------------------------------------------
+
+
+def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Normals for the gradients of the outputs, rounded to the call's dtype: the same numbers in every run of a call."""
+    return [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
+
+
+def run(
+    function: Callable, arguments: dict, differentiable: tuple, make_gradients=output_gradients, device="cpu", **options
+) -> Results:
+    """The outputs of ``function(**arguments, **options)`` and the gradients of the tensors named in ``differentiable``."""
+    arguments = {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    tensors = {name: arguments[name] for name in differentiable if arguments.get(name) is not None}
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
+    outputs = function(**{**arguments, **leaves, **options})
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": out.detach().cpu() for i, out in enumerate(outputs)}
+    if leaves:
+        gradients = [g.to(device) for g in make_gradients(outputs, _dtype_of(arguments))]
+        for name, gradient in zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), gradients)):
+            results[f"gradient of {name}"] = gradient.cpu()
+    return results
+
+
+def _moved(tensor: Tensor, device: str) -> Tensor:
+    """On the device, in memory as it was: Tensor.to would make a view that leaves gaps contiguous."""
+    if tensor.device.type == device:
+        return tensor
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _dtype_of(arguments: dict) -> torch.dtype:
+    leading = next((arguments[name] for name in ("mu", "query") if name in arguments), None)
+    return torch.float32 if leading is None else leading.dtype
+
+
+def _in(dtype: torch.dtype, arguments: dict) -> dict:
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+
+
+class Oracle:
+    """The golden answer to a call, and how wrong a backend may be about each of its results."""
+
+    def __init__(
+        self, function: Callable, arguments: dict, differentiable: tuple[str, ...], noisy: set[str], gradients=output_gradients
+    ):
+        self.function, self.arguments, self.differentiable = function, arguments, differentiable
+        self.noisy = noisy  # the results that hold noise, which is float32 whatever the dtype
+        self.gradients = gradients
+        self.dtype = _dtype_of(arguments)
+        self.golden = self._reference(_in(torch.float64, arguments), self.dtype)
+        self.plain = self._reference(arguments, self.dtype)
+        self.nudged: dict[tuple[torch.dtype, int], Results] = {}
+
+    def _reference(self, arguments: dict, gradient_dtype: torch.dtype, nudge: float = 0.0, draw: int = 0) -> Results:
+        """The reference's results, with gradients of the outputs that hold the same numbers whatever the dtype of the run."""
+        if nudge:  # but no logvar: it might jump over the end of a clamp
+            arguments = {name: value if name == "logvar" else _off_by(nudge, value, draw) for name, value in arguments.items()}
+
+        def gradients(outputs, dtype):
+            same = [g.to(out.dtype) for g, out in zip(self.gradients(outputs, gradient_dtype), outputs)]
+            if nudge and "query" in arguments and len(outputs) == 2:
+                same[1] = same[1] + rounding_of_delta(torch.finfo(self.dtype).eps, outputs[0].detach(), same[0], draw)
+            return [_off_by(nudge, g, draw) for g in same] if nudge else same
+
+        return run(self.function, arguments, self.differentiable, gradients, backend="reference")
+
+    def _nudged(self, arithmetic: torch.dtype, draw: int) -> Results:
+        """Golden on tensors that are off by an ulp of the arithmetic; eight in float64, where golden is itself rounded."""
+        if (arithmetic, draw) not in self.nudged:
+            nudge = torch.finfo(arithmetic).eps * (8 if arithmetic == torch.float64 else 1)
+            results = self._reference(_in(torch.float64, self.arguments), self.dtype, nudge, draw)
+            self.nudged[arithmetic, draw] = results
+        return self.nudged[arithmetic, draw]
+
+    def check(self, **options) -> Results:
+        """Run the call with ``options`` and hold each of its results to the rule."""
+        results = run(self.function, self.arguments, self.differentiable, self.gradients, **options)
+        assert results.keys() == self.golden.keys()
+        for what, actual in results.items():
+            try:
+                self._check(what, actual, draws=1)
+            except AssertionError:
+                if actual.numel() > FEW:
+                    raise
+                self._check(what, actual, draws=8)
+        return results
+
+    def _check(self, what: str, actual: Tensor, draws: int) -> None:
+        factor = VALUE_FACTOR if what.startswith("output") else GRADIENT_FACTOR
+        slack = self._slack(what, actual.dtype, draws)
+        if self.dtype == torch.float64:
+            assert_within(actual, self.golden[what], factor * self._error_in_float64(what) + ULPS * slack, what)
+        else:
+            assert_as_good_as_plain(actual, self.plain[what], self.golden[what], factor, what, slack)
+
+    def _slack(self, what: str, dtype: torch.dtype, draws: int) -> float:
+        """An ulp of the largest value, in the result's dtype or the arithmetic's if that is coarser, and what a nudge does."""
+        golden = self.golden[what]
+        arithmetic = torch.float64 if self.dtype == torch.float64 and what not in self.noisy else torch.float32
+        ulp = max(ulp_of_largest(golden, dtype), ulp_of_largest(golden, arithmetic))
+        return ulp + max(worst_error(self._nudged(arithmetic, draw)[what], golden) for draw in range(draws))
+
+    def _error_in_float64(self, what: str) -> float:
+        """There golden and plain are one, so plain's error is that of float32, scaled; noise is float32 and is not scaled."""
+        scale = 1.0 if what in self.noisy else torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        return scale * self.errors_in_float32[what]
+
+    @cached_property
+    def errors_in_float32(self) -> dict[str, float]:
+        arguments = _in(torch.float32, self.arguments)
+        golden, plain = (self._reference(_in(dtype, arguments), torch.float32) for dtype in (torch.float64, torch.float32))
+        return {what: worst_error(plain[what], golden[what]) for what in golden}
+
+
+def _off_by(relative: float, value, draw: int):
+    """A tensor with each number off by that much, up or down; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value * (1 + relative * seeded_normal(200 + 10 * draw + value.dim(), value.shape, torch.float64).sign())
+
+
+def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int) -> Tensor:
+    """What rounding the output does to delta = sum(out * its gradient), which backwards take from there (DESIGN.md, 'Numbers').
+
+    Subtracting it from the scores' gradients is what adding to the gradient of the log-sum-exp does.
+    """
+    sizes = (out * gradient).abs().sum(dim=-1)
+    sizes = sizes if out.dim() == 4 else sizes.T  # packed: (total, heads), where the log-sum-exp is (heads, total)
+    return relative * sizes * seeded_normal(400 + draw, sizes.shape, torch.float64).sign()
+
+
+def noisy_results(name: str) -> set[str]:
+    """Which results of the op of that name hold noise."""
+    return {"output 0", "gradient of logvar"} if name in ("normal", "reparameterize", "reparameterize_with_kl") else set()
