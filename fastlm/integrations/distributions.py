@@ -6,7 +6,6 @@ for the smallest scale, and as torch's for 0 and negative ones, where validation
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor, distributions
@@ -14,10 +13,8 @@ from torch.distributions.kl import _kl_normal_normal, register_kl
 
 from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
-from ..ops.latent import IMPLEMENTATIONS, gaussian_kl, select
+from ..ops.latent import gaussian_kl, standard_normal
 from ..ops.noise import check_seed, seed_tensor
-
-PLAIN_SAMPLE = (False, 0, 0.0, -math.inf, math.inf, None, 1.0)  # the op's options: no KL, no clamp, one sample
 
 
 class Normal(distributions.Normal):
@@ -61,17 +58,10 @@ def _is_torch_s(*normals: distributions.Normal) -> bool:
 def _noise(shape: tuple[int, ...], batch_shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
     """Standard normals of ``shape`` = (*samples, *batch_shape); a seed per example gives all samples of that example."""
     if seed.dim() == 0:
-        return _standard_latent(shape, dtype, seed)
+        return standard_normal(shape, dtype, seed)
     samples = shape[: len(shape) - len(batch_shape)]
-    by_example = _standard_latent((batch_shape[0], *samples, *batch_shape[1:]), dtype, seed)
+    by_example = standard_normal((batch_shape[0], *samples, *batch_shape[1:]), dtype, seed)
     return by_example.movedim(0, len(samples))
-
-
-def _standard_latent(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
-    """`reparameterize` of mean and log-variance 0, without its checks: torch.compile takes none of a layout in a backward."""
-    zero = seed.new_zeros((), dtype=dtype).expand(shape)
-    run = select("reparameterize", IMPLEMENTATIONS, (zero,), None)
-    return run((zero, zero, None, None, seed), PLAIN_SAMPLE)[0]
 
 
 class _Sample(torch.autograd.Function):

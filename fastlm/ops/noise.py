@@ -1,5 +1,8 @@
 """The noise that every op draws: standard normals that are a pure function of a seed and a position."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +11,7 @@ from ..backend import cpu as native
 from ..backend import cuda as cuda_kernels
 from ..reference import noise as reference
 from .checks import check_integer, is_integer
+from .torch_op import define_op, may_bypass_dispatcher
 
 SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
@@ -45,26 +49,45 @@ def seed_tensor(seed: int | Tensor | None, like: Tensor) -> Tensor:
     return torch.scalar_tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=like.device)
 
 
-def _normal_cpu(out: Tensor, seed: Tensor, position: int) -> Tensor:
+# ---- the op -----------------------------------------------------------------------------------------------------------------
+
+
+def _fake(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
+    return seed.new_empty(shape, dtype=torch.float32)
+
+
+def _normal_op(draw: Callable, device: str) -> Callable[[Tensor, tuple[int, ...], int], Tensor]:
+    """Make a backend's ``run(seed, shape, position)`` by the torch op on that device; ``draw`` fills what it returns."""
+    op = define_op("normal", "(Tensor seed, SymInt[] shape, int position) -> Tensor", draw, _fake, (device,))
+
+    def run(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
+        return (draw if may_bypass_dispatcher(seed) else op)(seed, shape, position)
+
+    return run
+
+
+def _draw_cpu(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
+    out = native.empty(seed, shape, torch.float32)
     native.C.normal(seed.item(), position, native.view(out))
     return out
 
 
-def _normal_cuda(out: Tensor, seed: Tensor, position: int) -> Tensor:
+def _draw_cuda(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
     """The seed is read on the device."""
+    out = cuda_kernels.empty(seed, shape, torch.float32)
     cuda_kernels.launch("normal", out.device, cuda_kernels.view(seed), position, cuda_kernels.view(out))
     return out
 
 
-def _normal_reference(out: Tensor, seed: Tensor, position: int) -> Tensor:
-    element = torch.arange(position, position + out.numel(), device=out.device)
-    return out.copy_(reference.normal(seed, element).reshape(out.shape))
+def _draw_reference(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
+    element = torch.arange(position, position + math.prod(shape), device=seed.device)
+    return reference.normal(seed, element).to(torch.float32).reshape(shape)
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", _normal_cuda, cuda_kernels.why_not),
-    Implementation("cpu", _normal_cpu, cpu_why_not),
-    Implementation("reference", _normal_reference, lambda tensor: None),
+    Implementation("cuda", _normal_op(_draw_cuda, "CUDA"), cuda_kernels.why_not),
+    Implementation("cpu", _normal_op(_draw_cpu, "CPU"), cpu_why_not),
+    Implementation("reference", _draw_reference, lambda tensor: None),
 )
 
 
@@ -76,14 +99,13 @@ def normal(
     device: torch.device | str = "cpu",
     backend: str | None = None,
 ) -> Tensor:
-    """float32 standard normals of ``shape``: elements ``position``, ``position + 1``, … of the stream of ``seed``.
+    """Return float32 standard normals of ``shape``: elements ``position``, ``position + 1``, … of the stream of ``seed``.
 
     The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
     """
     position = check_integer("position", position, 0, 2**63 - 1)
-    out = torch.empty(shape, dtype=torch.float32, device=device)
-    if native.C and out.is_cpu:
-        native.in_huge_pages(out)
-    scalar = out.new_empty(())  # no leading dimension, so that one seed alone fits
+    scalar = torch.empty((), dtype=torch.float32, device=device)  # no leading dimension, so that one seed alone fits
     check_seed(seed, scalar)
-    return select("normal", IMPLEMENTATIONS, (out,), backend)(out, seed_tensor(seed, scalar), position)
+    shape = torch.Size(shape)
+    run = select("normal", IMPLEMENTATIONS, (scalar.expand(shape),), backend)
+    return run(seed_tensor(seed, scalar), shape, position)

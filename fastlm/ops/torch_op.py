@@ -14,19 +14,25 @@ from ..backend import cpu as native
 from ..backend.cpu import constant_when_compiled
 
 _library = torch.library.Library("fastlm", "FRAGMENT")
+_defined: set[str] = set()
 
 
 def define_op(
     name: str, signature: str, run: Callable, fake: Callable, devices: tuple[str, ...] = ("CPU",), vmap: Callable | None = None
 ):
-    """Register fastlm::<name>, which calls ``run`` on those devices, and return it. A ``vmap`` rule is given the op as well."""
-    qualified = f"fastlm::{name}"
-    _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+    """Register fastlm::<name>, which calls ``run`` on those devices, and return it.
+
+    An op that another backend has registered gets the devices only. A ``vmap`` rule is given the op as its first argument.
+    """
+    qualified, is_new = f"fastlm::{name}", name not in _defined
+    if is_new:
+        _defined.add(name)
+        _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, fake, lib=_library)
     for device in devices:
         _library.impl(name, run, device)
-    torch.library.register_fake(qualified, fake, lib=_library)
     op = getattr(torch.ops.fastlm, name).default
-    if vmap is not None:
+    if is_new and vmap is not None:
         torch.library.register_vmap(qualified, functools.partial(vmap, op), lib=_library)
     return op
 
@@ -139,10 +145,10 @@ def differentiable_once(backward):
     return once
 
 
-def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> Callable:
+def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> tuple[Callable, Callable]:
     """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
 
-    Returns ``apply(direct, *args)``: a ``direct`` call runs the ``kernel`` past the dispatcher, any other the ``op``, which
+    Returns two functions of the same arguments: the first runs the ``kernel`` past the dispatcher, the second the ``op``, which
     torch.func's transforms and whatever else listens have to see.
     """
 
@@ -166,11 +172,7 @@ def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Call
             return op(*args)
 
     Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward))
-
-    def apply(direct: bool, *args):
-        return (Direct if direct else Dispatched).apply(*args)
-
-    return apply
+    return Direct.apply, Dispatched.apply
 
 
 # ---- sums for gradients of what was broadcast --------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -41,18 +41,18 @@ def attend(
     """
     options = (left, right, scale, softcap, dropout_p)
     if cu_seqlens_q is None:
-        return _attend(query, key, value, mask, alibi_slopes, sinks, seed, *options)
+        return _attend(query, key, value, mask, sinks, alibi_slopes, seed, *options)
     q_offsets = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[2])
     k_offsets = _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[2])
     if len(q_offsets) == 1:  # no sequences: as one that is empty
-        return _attend(query, key, value, None, None, sinks, None, *options)
+        return _attend(query, key, value, None, sinks, None, None, *options)
     outs, lses = [], []
     for b in range(len(q_offsets) - 1):
         q = query[:, :, q_offsets[b] : q_offsets[b + 1]]
         k, v = (t[:, :, k_offsets[b] : k_offsets[b + 1]] for t in (key, value))
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         own_seed = seed if seed is None or seed.dim() == 0 else seed[b : b + 1]
-        out, lse = _attend(q, k, v, None, slopes, sinks, own_seed, *options, first=b)
+        out, lse = _attend(q, k, v, None, sinks, slopes, own_seed, *options, first=b)
         outs.append(out)
         lses.append(lse)
     return _in_order_of(query, torch.cat(outs, dim=2)), torch.cat(lses, dim=2)
@@ -70,7 +70,7 @@ def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     return offsets
 
 
-def _attend(query, key, value, mask, alibi_slopes, sinks, seed, left, right, scale, softcap, dropout_p, first=0):
+def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first=0):
     """One batch of sequences of one length; ``first`` is the index of the first in what dropout counts."""
     s = _scores(query, key, mask, alibi_slopes, left, right, scale, softcap)
     keys = s.shape[3]
@@ -168,7 +168,7 @@ def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
 # ---- decoding ---------------------------------------------------------------------------------------------------------------
 
 
-def attend_cache(
+def attend_kvcache(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -176,8 +176,8 @@ def attend_cache(
     key: Tensor | None,
     value: Tensor | None,
     block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -196,7 +196,7 @@ def attend_cache(
                 _write_rows(cache, block_table, b, length, new[b])
         rows = [_read_rows(cache, block_table, b, length + added) for cache in (key_cache, value_cache)]
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
-        out, lse = _attend(query[b : b + 1], *rows, None, slopes, sinks, None, left, right, scale, softcap, 0.0)
+        out, lse = _attend(query[b : b + 1], *rows, None, sinks, slopes, None, left, right, scale, softcap, 0.0)
         outs.append(out)
         lses.append(lse)
     if not outs:

@@ -64,8 +64,8 @@ def test_the_backward_op_passes_opcheck(call):
     out, lse, statistics = torch.ops.fastlm.attention(*inputs, *options)
     needed = tuple(tensor is not None for tensor in inputs[3:5])
     gradients = torch.ones_like(out), torch.ones_like(lse)
-    saved = (out, lse, statistics, *inputs)
-    torch.library.opcheck(torch.ops.fastlm.attention_backward.default, (*gradients, *saved, *needed, *options))
+    saved = (out, lse, statistics, *needed, *inputs)
+    torch.library.opcheck(torch.ops.fastlm.attention_backward.default, (*gradients, *saved, *options))
 
 
 @pytest.mark.parametrize("table", [None, torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)], ids=["contiguous", "paged"])

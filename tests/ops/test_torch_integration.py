@@ -55,7 +55,7 @@ def test_the_backward_op_passes_opcheck(call):
     z, kl = torch.ops.fastlm.reparameterize(*inputs, *options)
     gradients = (None if inputs[4] is None else torch.ones_like(z), torch.ones_like(kl) if options[0] else None)
     needed = tuple(prior is not None for prior in inputs[2:4])
-    torch.library.opcheck(torch.ops.fastlm.reparameterize_backward.default, (*gradients, *inputs, *needed, *options))
+    torch.library.opcheck(torch.ops.fastlm.reparameterize_backward.default, (*gradients, *needed, *inputs, *options))
 
 
 # ---- autograd ---------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,7 @@ import torch
 
 from fastlm.backend import cpu as native
 from fastlm.backend import cuda as cuda_kernels
-from fastlm.ops import latent as reparameterize
-from fastlm.ops import noise
-from fastlm.ops.latent import op as reparameterize_op
+from fastlm.ops import latent, noise
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "support" / "cuda_on_host"
@@ -82,10 +80,11 @@ def use():
     if ON_GPU:
         yield
         return
-    kernels, modules = _on_host(), (noise, reparameterize)
-    saved = reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, cuda_kernels.view
-    implementations = [module.IMPLEMENTATIONS for module in modules]
-    reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, cuda_kernels.view = kernels, kernels.launch, kernels.view
+    kernels, modules = _on_host(), (noise, latent)
+    saved = [(module, name, getattr(module, name)) for module in (native, cuda_kernels) for name in ("launch", "view")]
+    saved += [(module, "IMPLEMENTATIONS", module.IMPLEMENTATIONS) for module in modules]
+    for module, name, _ in saved[:4]:
+        setattr(module, name, getattr(kernels, name))
     for module in modules:
         module.IMPLEMENTATIONS = tuple(
             dataclasses.replace(one, why_not=lambda tensor: None) if one.backend == "cuda" else one
@@ -94,9 +93,8 @@ def use():
     try:
         yield
     finally:
-        reparameterize_op.KERNELS["cpu"], cuda_kernels.launch, cuda_kernels.view = saved
-        for module, before in zip(modules, implementations):
-            module.IMPLEMENTATIONS = before
+        for module, name, value in saved:
+            setattr(module, name, value)
 
 
 @contextlib.contextmanager

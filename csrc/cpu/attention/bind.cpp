@@ -141,9 +141,10 @@ struct Indices {
   std::vector<int64_t> lengths;
 };
 
-// inputs: query, key, value, mask, slopes, sinks, seeds, cu_seqlens_q and cu_seqlens_k; all but the first three may be None.
+// inputs: query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q and cu_seqlens_k, as AttentionCall has them; all but
+// the first three may be None.
 void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged = false) {
-  const TensorView slopes(inputs[4]), seeds(inputs[6]), cu_seqlens_q(inputs[7]), cu_seqlens_k(inputs[8]);
+  const TensorView slopes(inputs[5]), seeds(inputs[6]), cu_seqlens_q(inputs[7]), cu_seqlens_k(inputs[8]);
   fill_tensors(a, TensorView(inputs[0]), TensorView(inputs[1]), TensorView(inputs[2]), paged);
   if (cu_seqlens_q.given) {
     const TensorView& cu = cu_seqlens_q;
@@ -160,7 +161,7 @@ void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged
   fill_mask(a, TensorView(inputs[3]));
   a.slopes = array_of<float>("alibi_slopes", slopes, kFloat32, slopes.dims == 2 ? a.batch * a.heads : a.heads);
   a.slope_batch = slopes.dims == 2 ? a.heads : 0;
-  a.sinks = array_of<float>("sinks", TensorView(inputs[5]), kFloat32, a.heads);
+  a.sinks = array_of<float>("sinks", TensorView(inputs[4]), kFloat32, a.heads);
   a.seeds = array_of<int64_t>("seed", seeds, kInt64, seeds.dims ? a.batch : 1);
   a.seed_stride = seeds.dims;
 }
@@ -243,7 +244,7 @@ void check_cache(const std::vector<int64_t>& before, int64_t appended, const std
 }
 
 // inputs: the caches as key and value, (pages, head, row, column) with a block_table; appended: key and value, or None twice.
-void cached_forward(const py::tuple& inputs, const py::tuple& options, const py::handle& cache_seqlens,
+void kvcache_forward(const py::tuple& inputs, const py::tuple& options, const py::handle& cache_seqlens,
                     const py::handle& block_table, const py::tuple& appended, const py::handle& out, const py::handle& lse,
                     int64_t threads) {
   AttentionForward a{};
@@ -314,7 +315,7 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward);
   m.def("attention_plain", &plain_forward);
   m.def("attention_backward", &backward);
-  m.def("cached_attention_forward", &cached_forward);
+  m.def("kvcache_attention_forward", &kvcache_forward);
 }
 
 }  // namespace fastlm

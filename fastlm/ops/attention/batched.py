@@ -8,15 +8,14 @@ Sources: Vaswani et al., "Attention Is All You Need" (2017); the tiled softmax: 
 calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "FlashAttention-2" (2023).
 """
 
-import torch
 from torch import Tensor
 
-from ...backend import DEFAULT, Implementation, cpu_why_not, select
+from ...backend import DEFAULT, Implementation, select
 from ...reference import attention as reference
 from ..noise import check_seed, seed_tensor
 from ..torch_op import reference_only
-from . import cpu as attention_cpu
-from . import triton as attention_triton
+from . import cpu, triton
+from .call import TENSORS, AttentionCall
 from .checks import (
     BATCHED,
     autocast,
@@ -27,9 +26,8 @@ from .checks import (
     check_no_gradient,
     check_per_head,
     check_rows,
-    limits,
-    no_columns,
     score_options,
+    window_bounds,
 )
 
 
@@ -81,7 +79,7 @@ def attention(
     """
     no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
     if no_option and dropout_p == 0.0 and seed is None and not return_lse:
-        out = attention_cpu.fast_path(query, key, value, scale, causal, False, True, backend)
+        out = cpu.fast_path(query, key, value, scale, causal, False, True, backend)
         if out is not None:
             return out
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -94,37 +92,29 @@ def attention(
     check_mask(mask, (*query.shape[:3], key.shape[2]), query.device)
     check_per_head(alibi_slopes, sinks, query.shape[0], query, query.shape[1])
     check_no_gradient(alibi_slopes)
-    options = (*limits(causal, window), *score_options(scale, softcap, query.shape[3]), check_dropout_p(dropout_p))
+    left, right = window_bounds(causal, window)
+    scale, softcap = score_options(scale, softcap, query.shape[3])
+    dropout_p = check_dropout_p(dropout_p)
     check_seed(seed, query)
-    tensors = (query, key, value, mask, alibi_slopes, sinks)
-    out, lse = run_attention("attention", tensors, seed, (None, None), options, backend)
+    call = AttentionCall(
+        query, key, value, mask, sinks, alibi_slopes, left=left, right=right, scale=scale, softcap=softcap, dropout_p=dropout_p
+    )
+    out, lse = run("attention", call, seed, backend)
     return (out, lse) if return_lse else out
 
 
-def run_attention(
-    op: str, tensors: tuple, seed: int | Tensor | None, cu_seqlens: tuple, options: tuple, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Choose the backend, then draw a seed if there is dropout, so that explain() leaves torch's generator alone; then run.
-
-    ``tensors`` are query, key, value, mask, alibi_slopes and sinks, ``options`` left, right, scale, softcap and dropout_p.
-    """
-    query = tensors[0]
-    attend = select(op, IMPLEMENTATIONS, (query, tensors[2]), backend, reference_only(*tensors))
-    seed = seed_tensor(seed, query) if options[-1] else None
-    return attend(*tensors, seed, *cu_seqlens, *options)
-
-
-def attention_cpu_why_not(query: Tensor, value: Tensor) -> str | None:
-    """Return why the C++ kernels cannot take a call, or None."""
-    if query.dtype == torch.float64:
-        return "float64 runs on the reference"
-    return cpu_why_not(query) or no_columns(query, value)
+def run(op: str, call: AttentionCall, seed: int | Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Choose the backend, then draw a seed if there is dropout, so that explain() leaves torch's generator alone; then run."""
+    attend = select(op, IMPLEMENTATIONS, (call.query, call.value), backend, reference_only(*call[:TENSORS]))
+    if call.dropout_p:
+        call = call._replace(seed=seed_tensor(seed, call.query))
+    return attend(call)
 
 
 IMPLEMENTATIONS = (
-    Implementation("cpu", attention_cpu.attend, attention_cpu_why_not),
-    Implementation("triton", attention_triton.attend, attention_triton.triton_why_not),
-    Implementation("reference", reference.attend, lambda query, value: None),
+    Implementation("cpu", cpu.attend, cpu.why_not),
+    Implementation("triton", triton.attend, triton.why_not),
+    Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
 )
 
 

@@ -125,7 +125,7 @@ def check_indices(name: str, tensor: Tensor, shape: tuple[int | None, ...], devi
 _FAR = 1 << 48  # keys: a wider side of a window is none
 
 
-def limits(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+def window_bounds(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
     """Return (left, right): how many keys to each side of its own place a query sees; None is all of them."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool; got {type(causal).__name__}")

@@ -3,22 +3,27 @@
 import torch
 from torch import Tensor
 
-from ...backend import DEFAULT
+from ...backend import DEFAULT, cpu_why_not
 from ...backend import cpu as native
 from ...backend.cpu import empty, view
 from ..torch_op import may_bypass_dispatcher, sum_to
-from .op import attention_op, empty_like, given_gradients, numbers, rows_of, sink_gradient
+from .call import AttentionCall, KVCacheCall, kernel_options
+from .checks import no_columns
+from .op import attention_op, check_cache_strides, empty_like, kvcache_op, output_gradients, rows_of, sink_gradient
+
+
+def why_not(query: Tensor, value: Tensor) -> str | None:
+    """Return why the C++ kernels cannot take a call, or None."""
+    if query.dtype == torch.float64:
+        return "float64 runs on the reference"
+    return cpu_why_not(query) or no_columns(query, value)
+
 
 # ---- what the C++ code is told ----------------------------------------------------------------------------------------------
 
 
-def empty_results(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Make (out, lse) of a call, to be written."""
-    return empty_like(query, value_dim, empty), empty(query, query.shape[:3], torch.float32)
-
-
 def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Expanded to (B, Hq, Lq, Lk) by strides of 0."""
+    """Return the mask expanded to (B, Hq, Lq, Lk) by strides of 0."""
     if mask.dtype == torch.float64:
         mask = mask.float()
     if mask.dim() and mask.shape[-1] > 1 and mask.stride(-1) != 1:
@@ -26,36 +31,37 @@ def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return mask.expand(*query.shape[:3], key.shape[2])
 
 
-def arranged(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k) -> tuple:
-    """The tensors as the C++ code reads them, in its order."""
+def tensor_args(call: AttentionCall) -> tuple:
+    """Return the call's tensors as the C++ code reads them."""
+    query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k = call[:9]
     return (
         view(rows_of(query)),
         view(rows_of(key)),
         view(rows_of(value)),
         None if mask is None else view(_mask_rows(mask, query, key)),
-        None if alibi_slopes is None else view(alibi_slopes.float().contiguous()),
         None if sinks is None else view(sinks.float().contiguous()),
+        None if alibi_slopes is None else view(alibi_slopes.float().contiguous()),
         None if seed is None else view(seed.contiguous()),
         None if cu_seqlens_q is None else view(cu_seqlens_q.contiguous()),
         None if cu_seqlens_k is None else view(cu_seqlens_k.contiguous()),
     )
 
 
-# ---- the two functions ------------------------------------------------------------------------------------------------------
+# ---- forward and backward ---------------------------------------------------------------------------------------------------
 
 
-def _infer(*args, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def infer(call: AttentionCall, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (out, lse), and write the ``statistics`` where they are wanted."""
-    tensors, options = args[:9], args[9:]
-    out, lse = empty_results(tensors[0], tensors[2].shape[3])
+    out, lse = empty_like(call.query, call.value.shape[3], empty), empty(call.query, call.query.shape[:3], torch.float32)
     results = view(out), view(lse), view(statistics)
-    native.C.attention_forward(arranged(*tensors), numbers(*options), *results, torch.get_num_threads())
+    native.C.attention_forward(tensor_args(call), kernel_options(call), *results, torch.get_num_threads())
     return out, lse
 
 
-def _forward(query, *args):
-    statistics = empty(query, (*query.shape[:3], 2), torch.float32)
-    return *_infer(query, *args, statistics=statistics), statistics
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out, lse, statistics)."""
+    statistics = empty(call.query, (*call.query.shape[:3], 2), torch.float32)
+    return *infer(call, statistics), statistics
 
 
 # Queries that share a row of the mask's gradient where the mask is one for all: kBlockRows of csrc/cpu/attention/attention.h.
@@ -63,31 +69,41 @@ _MASK_BLOCK = native.C.attention_block_rows if native.C else 1
 
 
 def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """float32 zeros over the mask's batch and head, rows (blocks of queries where it is one for all), and all keys."""
+    """Make float32 zeros over the mask's batch and head, rows (blocks of queries where it is one for all), and all keys."""
     batch, heads, rows, _ = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if rows == 1:
         rows = -(-query.shape[2] // _MASK_BLOCK)
     return torch.zeros(batch, heads, rows, key.shape[2], dtype=torch.float32, device="cpu")
 
 
-def _score_unit(mask: Tensor | None, alibi_slopes: Tensor | None, scale: float, softcap: float) -> float:
+def _score_unit(call: AttentionCall) -> float:
     """Return the C++ code's unit of scores in natural ones: `scores_are_products` in csrc/cpu/attention/scores-inl.h."""
-    has_bias = alibi_slopes is not None or (mask is not None and mask.is_floating_point())
-    return scale if 0.0 < scale < 2.0**127 and not softcap and not has_bias else 1.0
+    has_bias = call.alibi_slopes is not None or (call.mask is not None and call.mask.is_floating_point())
+    return call.scale if 0.0 < call.scale < 2.0**127 and not call.softcap and not has_bias else 1.0
 
 
-def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask, sinks, *rest):
-    need_mask, need_sinks, options = *rest[4:6], rest[6:]
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    need_mask: bool,
+    need_sinks: bool,
+    call: AttentionCall,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key, value, mask and sinks."""
+    query, key, value, mask, sinks = call[:5]
     grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
     grad_mask = _mask_gradient_buffer(mask, query, key) if need_mask else None
     expanded = None
     if need_mask:
         expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
-    grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
+    grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta = empty(lse, lse.shape)
     native.C.attention_backward(
-        arranged(query, key, value, mask, sinks, *rest[:4]),
-        numbers(*options),
+        tensor_args(call),
+        kernel_options(call),
         tuple(map(view, (rows_of(out), grad_out, statistics.contiguous(), grad_lse, delta))),
         (*map(view, grads), view(expanded)),
         need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
@@ -96,14 +112,45 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
     grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
     grad_sinks = query.new_empty(0)
     if need_sinks:
-        unit = _score_unit(mask, rest[0], *options[2:4])
-        grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
+        grad_sinks = sink_gradient(sinks, statistics, _score_unit(call), lse, delta)
     return *grads, grad_mask, grad_sinks
 
 
-# ---- the ops ----------------------------------------------------------------------------------------------------------------
+attend = attention_op("attention", forward, backward, ("CPU",), infer)
 
-attend = attention_op("attention", _forward, _backward, ("CPU",), _infer)
+
+# ---- a cache of keys and values ---------------------------------------------------------------------------------------------
+
+
+def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    """Append to the caches, and return (out, lse)."""
+    check_cache_strides(call)
+    caches = call.key_cache, call.value_cache
+    if call.block_table is not None:  # (pages, page, Hkv, D) as (pages, Hkv, page, D), the order of a contiguous cache
+        caches = tuple(cache.detach().transpose(1, 2) for cache in caches)
+    over_caches = AttentionCall(
+        call.query, *caches, sinks=call.sinks, alibi_slopes=call.alibi_slopes, left=call.left, right=call.right,
+        scale=call.scale, softcap=call.softcap,
+    )  # fmt: skip
+    out = empty_like(call.query, call.value_cache.shape[3], empty)
+    lse = empty(call.query, call.query.shape[:3], torch.float32)
+    native.C.kvcache_attention_forward(
+        tensor_args(over_caches),
+        kernel_options(over_caches),
+        view(call.cache_seqlens.contiguous()),
+        None if call.block_table is None else view(call.block_table.contiguous()),
+        tuple(None if t is None else view(rows_of(t)) for t in (call.key, call.value)),
+        view(out),
+        view(lse),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+kvcache_attend = kvcache_op("kvcache_attention", kvcache_forward, ("CPU",))
+
+
+# ---- small calls ------------------------------------------------------------------------------------------------------------
 
 _SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or might be
 

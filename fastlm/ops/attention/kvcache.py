@@ -6,8 +6,8 @@ from torch import Tensor
 from ...backend import Implementation, select
 from ...reference import attention as reference
 from ..torch_op import reference_only
-from . import kvcache_op
-from .batched import attention_cpu_why_not
+from . import cpu, triton
+from .call import KVCACHE_TENSORS, KVCacheCall
 from .checks import (
     BATCHED,
     PAGED,
@@ -17,10 +17,9 @@ from .checks import (
     check_per_head,
     check_rows,
     check_writable,
-    limits,
     score_options,
+    window_bounds,
 )
-from .triton import triton_why_not
 
 
 def kvcache_attention(
@@ -86,10 +85,13 @@ def kvcache_attention(
         check_writable("key_cache", key_cache)
         check_writable("value_cache", value_cache)
     check_per_head(alibi_slopes, sinks, batch, query, heads)
-    options = (*limits(causal, window), *score_options(scale, softcap, head_dim))
-    barred = reference_only(query, key_cache, value_cache, key, value, alibi_slopes, sinks)
-    attend = select("kvcache_attention", IMPLEMENTATIONS, (query, value_cache), backend, barred)
-    out, lse = attend(query, key_cache, value_cache, cache_seqlens, key, value, block_table, alibi_slopes, sinks, *options)
+    left, right = window_bounds(causal, window)
+    scale, softcap = score_options(scale, softcap, head_dim)
+    call = KVCacheCall(
+        query, key_cache, value_cache, cache_seqlens, key, value, block_table, sinks, alibi_slopes, left, right, scale, softcap
+    )
+    barred = reference_only(*call[:KVCACHE_TENSORS])
+    out, lse = select("kvcache_attention", IMPLEMENTATIONS, (query, value_cache), backend, barred)(call)
     return (out, lse) if return_lse else out
 
 
@@ -103,8 +105,13 @@ def _check_appended(query: Tensor, key: Tensor, value: Tensor, outer: tuple[int,
         raise ValueError(f"value must have value_cache's head_dim {value_dim}; got shape {tuple(value.shape)}")
 
 
+@torch.no_grad()
+def _attend_by_reference(call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    return reference.attend_kvcache(*call)
+
+
 IMPLEMENTATIONS = (
-    Implementation("cpu", kvcache_op.attend_cache, attention_cpu_why_not),
-    Implementation("triton", kvcache_op.attend_cache_triton, triton_why_not),
-    Implementation("reference", torch.no_grad()(reference.attend_cache), lambda query, value: None),
+    Implementation("cpu", cpu.kvcache_attend, cpu.why_not),
+    Implementation("triton", triton.kvcache_attend, triton.why_not),
+    Implementation("reference", _attend_by_reference, lambda query, value: None),
 )

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from .batched import run_attention
+from .batched import run
+from .call import AttentionCall
 from .checks import autocast, check_dropout_p, check_groups, check_keys, check_mask, score_options
 from .cpu import fast_path
 
@@ -63,9 +64,10 @@ def scaled_dot_product_attention(
     queries, keys = query.shape[2], key.shape[2]
     check_mask(attn_mask, (*query.shape[:3], keys), query.device, "attn_mask")
     right = queries - keys if is_causal else None  # from the last key that the last query sits at, to its own number
-    options = (None, right, *score_options(scale, None, query.shape[3]), check_dropout_p(dropout_p))
-    tensors = (query, key, value, attn_mask, None, None)
-    out, _ = run_attention("scaled_dot_product_attention", tensors, None, (None, None), options, backend)
+    scale, _ = score_options(scale, None, query.shape[3])
+    dropout_p = check_dropout_p(dropout_p)
+    call = AttentionCall(query, key, value, attn_mask, right=right, scale=scale, dropout_p=dropout_p)
+    out, _ = run("scaled_dot_product_attention", call, None, backend)
     return out if outer is None else out.reshape(*outer, *out.shape[2:])
 
 

@@ -4,14 +4,24 @@ import torch
 from torch import Tensor
 
 from ...backend import triton as triton_kernels
+from .call import TENSORS, AttentionCall, KVCacheCall, kernel_options
 from .checks import no_columns
-from .op import attention_fake, attention_op, backward_fake, given_gradients, numbers, rows_of, sink_gradient
+from .op import (
+    attention_op,
+    check_cache_strides,
+    empty_gradients,
+    empty_results,
+    kvcache_op,
+    output_gradients,
+    rows_of,
+    sink_gradient,
+)
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def triton_why_not(query: Tensor, value: Tensor) -> str | None:
+def why_not(query: Tensor, value: Tensor) -> str | None:
     """Return why the Triton kernels cannot take a call, or None."""
     if reason := triton_kernels.why_not(query):
         return reason
@@ -24,37 +34,60 @@ def triton_why_not(query: Tensor, value: Tensor) -> str | None:
 
 
 def allow_tf32() -> bool:
-    """Whether torch's own matrix products may round float32 to TF32."""
+    """Tell whether torch's own matrix products may round float32 to TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _call(query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, *options):
-    tensors = (*map(rows_of, (query, key, value)), mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
-    return triton_kernels.attention().Call(*tensors, *numbers(*options), allow_tf32())
+def _kernel_call(call: AttentionCall):
+    """Return the record that the kernels' launchers take: the same tensors, and the options as kernels read them."""
+    tensors = (*map(rows_of, call[:3]), *call[3:TENSORS])
+    return triton_kernels.attention().Call(*tensors, *kernel_options(call), allow_tf32())
 
 
-def _forward(query, key, value, *rest):
-    results = attention_fake(query, key, value)
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out, lse, statistics)."""
+    results = empty_results(call.query, call.value)
     kernels = triton_kernels.attention()
-    with torch.cuda.device_of(query):
-        kernels.run(kernels.plan_forward(_call(query, key, value, *rest), *results))
+    with torch.cuda.device_of(call.query):
+        kernels.run(kernels.plan_forward(_kernel_call(call), *results))
     return results
 
 
-def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask, sinks, *rest):
-    need_mask, need_sinks, options = *rest[4:6], rest[6:]
-    call = _call(query, key, value, mask, sinks, *rest[:4], *options)
-    tensors = (out, lse, statistics, query, key, value, mask, sinks)
-    *grads, grad_mask, grad_sinks = backward_fake(grad_out, grad_lse, *tensors, *rest)
-    grad_out, grad_lse = given_gradients(out, grad_out, grad_lse)
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    need_mask: bool,
+    need_sinks: bool,
+    call: AttentionCall,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key, value, mask and sinks."""
+    kernels, kernel_call = triton_kernels.attention(), _kernel_call(call)
+    *grads, grad_mask, grad_sinks = empty_gradients(call, need_mask, need_sinks)
+    grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta, wanted = torch.empty_like(lse), (*grads, grad_mask if need_mask else None)
-    kernels = triton_kernels.attention()
-    with torch.cuda.device_of(query):
-        kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
+    with torch.cuda.device_of(call.query):
+        kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
-        unit = call.scale if kernels.is_plain(call) else 1.0
-        grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
+        unit = call.scale if kernels.is_plain(kernel_call) else 1.0
+        grad_sinks = sink_gradient(call.sinks, statistics, unit, lse, delta)
     return *grads, grad_mask, grad_sinks
 
 
-attend = attention_op("triton_attention", _forward, _backward, ("CPU", "CUDA"))
+def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
+    """Append to the caches, and return (out, lse)."""
+    check_cache_strides(call)
+    out, lse, _ = empty_results(call.query, call.value_cache)
+    kernels = triton_kernels.attention()
+    query, key, value = (None if t is None else rows_of(t) for t in (call.query, call.key, call.value))
+    options = call.block_table, call.alibi_slopes, call.sinks, call.left, call.right, call.scale, call.softcap
+    with torch.cuda.device_of(query):
+        tensors = (query, call.key_cache, call.value_cache, call.cache_seqlens, key, value)
+        kernels.run(kernels.plan_decoding(*tensors, *options, allow_tf32(), out, lse))
+    return out, lse
+
+
+attend = attention_op("triton_attention", forward, backward, ("CPU", "CUDA"))
+kvcache_attend = kvcache_op("triton_kvcache_attention", kvcache_forward, ("CPU", "CUDA"))

@@ -4,7 +4,8 @@ from torch import Tensor
 
 from ..checks import check_integer
 from ..noise import check_seed
-from .batched import run_attention
+from .batched import run
+from .call import AttentionCall
 from .checks import (
     VARLEN,
     autocast,
@@ -15,8 +16,8 @@ from .checks import (
     check_no_gradient,
     check_per_head,
     check_rows,
-    limits,
     score_options,
+    window_bounds,
 )
 
 
@@ -77,11 +78,15 @@ def varlen_attention(
             check_integer(name, longest, 0, 2**31 - 1)
     check_per_head(alibi_slopes, sinks, cu_seqlens_q.shape[0] - 1, query, heads)
     check_no_gradient(alibi_slopes)
-    options = (*limits(causal, window), *score_options(scale, softcap, query.shape[2]), check_dropout_p(dropout_p))
+    left, right = window_bounds(causal, window)
+    scale, softcap = score_options(scale, softcap, query.shape[2])
+    dropout_p = check_dropout_p(dropout_p)
     if seed is not None:
         check_seed(seed, cu_seqlens_q[1:])
     rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # (1, heads, total, head_dim)
-    tensors = (*rows, None, alibi_slopes, sinks)
-    out, lse = run_attention("varlen_attention", tensors, seed, (cu_seqlens_q, cu_seqlens_k), options, backend)
+    call = AttentionCall(
+        *rows, None, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap, dropout_p
+    )
+    out, lse = run("varlen_attention", call, seed, backend)
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from ...backend import Implementation, cpu_why_not, select
+from ...backend import cpu as native
 from ...backend import cuda as cuda_kernels
 from ...reference import latent as reference
 from ..checks import check_integer, check_number, check_tensor
 from ..noise import check_seed, seed_tensor
 from ..torch_op import EXPORTS, reference_only
-from .op import latent
+from .call import TENSORS, LatentCall
+from .op import latent_op
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
 
@@ -90,9 +92,9 @@ def reparameterize(
         UnsupportedError: the named ``backend`` cannot do the call.
     """
     mu, logvar = _posterior(mu, logvar)
-    options = (False, 0, 0.0, -math.inf, math.inf, None, check_number("temperature", temperature, 0.0))
+    call = LatentCall(mu, logvar, temperature=check_number("temperature", temperature, 0.0))
     check_seed(seed, mu)
-    return _run("reparameterize", (mu, logvar, None, None), options, backend, seed)[0]
+    return _run("reparameterize", call, seed, backend)[0]
 
 
 def reparameterize_with_kl(
@@ -130,9 +132,9 @@ def reparameterize_with_kl(
     if num_samples is not None:
         num_samples = check_integer("num_samples", num_samples, 1, 2**31 - 1)
     mu, logvar = _posterior(mu, logvar)
-    options = _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
+    call = _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp, num_samples)
     check_seed(seed, mu)
-    return _run("reparameterize_with_kl", (mu, logvar, prior_mu, prior_logvar), (*options, num_samples, 1.0), backend, seed)
+    return _run("reparameterize_with_kl", call, seed, backend)
 
 
 def gaussian_kl(
@@ -151,55 +153,63 @@ def gaussian_kl(
     Arguments, result and errors are those of `reparameterize_with_kl`, without the sampling.
     """
     mu, logvar = _posterior(mu, logvar)
-    options = _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
-    return _run("gaussian_kl", (mu, logvar, prior_mu, prior_logvar), (*options, None, 1.0), backend, _NO_SAMPLE)[1]
+    call = _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
+    return _run("gaussian_kl", call, _NO_SAMPLE, backend)[1]
 
 
-def _kl_options(mu, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp) -> tuple:
-    """Check what the two functions with a KL share, and return the first options of the op."""
+def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp, num_samples=None) -> LatentCall:
+    """Check what the two functions with a KL share, and return the call, without a seed yet."""
     _check_prior("prior_mu", prior_mu, mu)
     _check_prior("prior_logvar", prior_logvar, mu)
     event_dims = check_integer("event_dims", event_dims, 0, mu.dim())
-    return True, event_dims, check_number("free_bits", free_bits, 0.0), *_clamp(logvar_clamp)
+    free_bits = check_number("free_bits", free_bits, 0.0)
+    return LatentCall(mu, logvar, prior_mu, prior_logvar, None, True, event_dims, free_bits, *_clamp(logvar_clamp), num_samples)
 
 
 # ---- the backends ---------------------------------------------------------------------------------------------------------
 
 
-def _run_reference(tensors: tuple, options: tuple, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-    with_kl, event_dims, free_bits, low, high, num_samples, temperature = options
+def _run_reference(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """Run plain PyTorch, with noise ``eps`` that was drawn elsewhere in place of the seed's."""
     return reference.reparameterize(
-        *tensors,
+        *call[:TENSORS],
         eps=eps,
-        with_kl=with_kl,
-        event_dims=event_dims,
-        free_bits=free_bits,
-        logvar_clamp=None if (low, high) == (-math.inf, math.inf) else (low, high),
-        num_samples=num_samples,
-        temperature=temperature,
+        with_kl=call.with_kl,
+        event_dims=call.event_dims,
+        free_bits=call.free_bits,
+        logvar_clamp=None if (call.low, call.high) == (-math.inf, math.inf) else (call.low, call.high),
+        num_samples=call.num_samples,
+        temperature=call.temperature,
     )
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", latent, cuda_kernels.why_not),
-    Implementation("cpu", latent, cpu_why_not),
+    Implementation("cuda", latent_op(cuda_kernels, "CUDA"), cuda_kernels.why_not),
+    Implementation("cpu", latent_op(native, "CPU"), cpu_why_not),
     Implementation("reference", _run_reference, lambda tensor: None),
 )
 
 
-def _exported_noise(mu: Tensor, num_samples: int | None) -> Tensor:
-    shape = mu.shape if num_samples is None else (num_samples, *mu.shape)
-    return torch.randn(shape, dtype=torch.float32, device=mu.device)
+def _exported_noise(call: LatentCall) -> Tensor:
+    """Draw noise by torch's generator: ONNX has one, but not ours."""
+    shape, samples = call.mu.shape, call.num_samples
+    return torch.randn(shape if samples is None else (samples, *shape), dtype=torch.float32, device=call.mu.device)
 
 
 _NO_SAMPLE = object()  # in place of a seed: only the KL is wanted
 
 
-def _run(op: str, tensors: tuple, options: tuple, backend: str | None, seed) -> tuple:
+def _run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
     """Choose the backend, then draw the seed, so that explain() leaves torch's generator alone; then run."""
-    mu = tensors[0]
-    only_reference = reference_only(*tensors)
-    run = select(op, IMPLEMENTATIONS, (mu,), backend, only_reference)
-    if seed is None and only_reference is EXPORTS:  # ONNX has a generator, but not ours
-        return _run_reference((*tensors, None), options, _exported_noise(mu, num_samples=options[5]))
-    return run((*tensors, None if seed is _NO_SAMPLE else seed_tensor(seed, mu)), options)
+    only_reference = reference_only(*call[:TENSORS])
+    run = select(op, IMPLEMENTATIONS, (call.mu,), backend, only_reference)
+    if seed is None and only_reference is EXPORTS:
+        return _run_reference(call, _exported_noise(call))
+    return run(call if seed is _NO_SAMPLE else call._replace(seed=seed_tensor(seed, call.mu)))
+
+
+def standard_normal(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
+    """Return the noise of that shape and dtype that `reparameterize` adds, without its checks: torch.compile takes none of a
+    layout in a backward. A seed (B,) gives each of B = shape[0] examples a stream of its own."""
+    zero = seed.new_zeros((), dtype=dtype).expand(shape)
+    return select("reparameterize", IMPLEMENTATIONS, (zero,), None)(LatentCall(zero, zero, seed=seed))[0]

@@ -1,0 +1,75 @@
+"""The record of one call: its tensors and options by name, in the order that schemas, the reference, C++ and Triton share."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...reference.attention import drop_below, keep_scale
+
+
+class AttentionCall(NamedTuple):
+    """A checked call of attention. Packed sequences are a batch of one, with their offsets along the rows."""
+
+    query: Tensor  # (B, Hq, Lq, D)
+    key: Tensor  # (B, Hkv, Lk, D)
+    value: Tensor  # (B, Hkv, Lk, Dv)
+    mask: Tensor | None = None  # bool or floating, broadcastable to (B, Hq, Lq, Lk)
+    sinks: Tensor | None = None  # (Hq,)
+    alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq)
+    seed: Tensor | None = None  # int64, 0-d or (B,); None without dropout
+    cu_seqlens_q: Tensor | None = None  # int32 (sequences + 1,)
+    cu_seqlens_k: Tensor | None = None
+    left: int | None = None  # Query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None is no limit.
+    right: int | None = None
+    scale: float = 1.0
+    softcap: float = 0.0  # 0 is none
+    dropout_p: float = 0.0
+
+    def requires_grad(self) -> bool:
+        """Tell whether one of the tensors that have gradients wants one."""
+        mask, sinks = self.mask, self.sinks
+        required = self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
+        return required or (mask is not None and mask.requires_grad) or (sinks is not None and sinks.requires_grad)
+
+
+INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
+)
+TENSORS = 9  # The record's first fields are its tensors,
+DIFFERENTIABLE = 5  # and the first of these have gradients.
+
+
+class KVCacheCall(NamedTuple):
+    """A checked call of attention to a cache of keys and values, (B, Hkv, Lmax, D), or (pages, page, Hkv, D) with a table."""
+
+    query: Tensor  # (B, Hq, Lq, D)
+    key_cache: Tensor
+    value_cache: Tensor
+    cache_seqlens: Tensor  # int32 (B,): rows before appending
+    key: Tensor | None  # (B, Hkv, L, D), to be appended
+    value: Tensor | None
+    block_table: Tensor | None  # int32 (B, max_pages)
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float
+
+
+KVCACHE_INPUTS = (
+    "Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, Tensor? key, Tensor? value, "
+    "Tensor? block_table, Tensor? sinks, Tensor? alibi_slopes, SymInt? left, SymInt? right, float scale, float softcap"
+)
+KVCACHE_TENSORS = 9
+
+
+def kernel_options(call: AttentionCall) -> tuple:
+    """Return the options for kernels: left, right, scale, softcap, drop_below and keep_scale.
+
+    A word of the generator below ``drop_below`` drops its weight (2**32 drops all), and ``keep_scale`` is 1 / (1 - dropout_p).
+    """
+    if call.dropout_p:
+        return call.left, call.right, call.scale, call.softcap, drop_below(call.dropout_p), keep_scale(call.dropout_p)
+    return call.left, call.right, call.scale, call.softcap, 0, 1.0

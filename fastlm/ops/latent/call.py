@@ -1,0 +1,41 @@
+"""The record of one call: its tensors and options by name, in the order that schemas, the reference and kernels share."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LatentCall(NamedTuple):
+    """A checked call of the Gaussian latent."""
+
+    mu: Tensor  # (*batch, *event)
+    logvar: Tensor  # of mu's shape and dtype
+    prior_mu: Tensor | None = None  # broadcastable to mu's shape
+    prior_logvar: Tensor | None = None
+    seed: Tensor | None = None  # int64, of the shape of leading dimensions of mu: a stream for each entry; None: no sample
+    with_kl: bool = False
+    event_dims: int = 0
+    free_bits: float = 0.0
+    low: float = -math.inf  # bounds of logvar
+    high: float = math.inf
+    num_samples: int | None = None
+    temperature: float = 1.0
+
+    def requires_grad(self) -> bool:
+        """Tell whether one of the tensors that have gradients wants one."""
+        return any(tensor is not None and tensor.requires_grad for tensor in self[:DIFFERENTIABLE])
+
+    def output_shapes(self) -> tuple[tuple, tuple]:
+        """Return the shapes of (z, kl); an output that is not wanted is empty."""
+        shape = tuple(self.mu.shape)
+        z = (0,) if self.seed is None else shape if self.num_samples is None else (self.num_samples, *shape)
+        return z, shape[: len(shape) - self.event_dims] if self.with_kl else (0,)
+
+
+INPUTS = (
+    "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, "
+    "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature"
+)
+TENSORS = 5  # The record's first fields are its tensors,
+DIFFERENTIABLE = 4  # and the first of these have gradients.
