@@ -18,30 +18,13 @@
 
 namespace fastlm {
 
-#define FASTLM_DECLARE(isa)                        \
-  namespace isa {                                  \
-  AttentionForwardKernel attention_forward;        \
-  AttentionWorkspace attention_forward_workspace;  \
-  AttentionCombineKernel attention_combine;        \
-  AttentionPartialRow attention_partial_row;       \
-  AttentionDeltaKernel attention_delta;            \
-  AttentionBackwardKernel attention_backward;      \
-  AttentionWorkspace attention_backward_workspace; \
-  }
-FASTLM_FOR_EACH_ISA(FASTLM_DECLARE)
-struct Kernels {
-  AttentionForwardKernel* forward;
-  AttentionWorkspace* forward_workspace;
-  AttentionCombineKernel* combine;
-  AttentionPartialRow* partial_row;
-  AttentionDeltaKernel* delta;
-  AttentionBackwardKernel* backward;
-  AttentionWorkspace* backward_workspace;
-};
-#define FASTLM_ENTRY(isa)                                                                                                      \
-  {&isa::attention_forward, &isa::attention_forward_workspace, &isa::attention_combine,           &isa::attention_partial_row, \
-   &isa::attention_delta,   &isa::attention_backward,          &isa::attention_backward_workspace},
-static const Kernels kernels[] = {FASTLM_FOR_EACH_ISA(FASTLM_ENTRY)};
+FASTLM_ISA_TABLE(AttentionForwardKernel, attention_forward)
+FASTLM_ISA_TABLE(AttentionWorkspace, attention_forward_workspace)
+FASTLM_ISA_TABLE(AttentionCombineKernel, attention_combine)
+FASTLM_ISA_TABLE(AttentionPartialRow, attention_partial_row)
+FASTLM_ISA_TABLE(AttentionDeltaKernel, attention_delta)
+FASTLM_ISA_TABLE(AttentionBackwardKernel, attention_backward)
+FASTLM_ISA_TABLE(AttentionWorkspace, attention_backward_workspace)
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -168,16 +151,16 @@ static std::vector<AttentionUnit> split_keys(const Attention& a, int64_t partial
 }
 
 void attention_forward(const AttentionForward& a, int64_t threads) {
-  const Kernels& kernel = kernels[current_isa()];
+  const int isa = current_isa();
   const int64_t rows = longest(a);
   const int64_t step = std::min(rows_per_unit(a, rows, a.batch * a.kv_heads, threads), std::max<int64_t>(rows, 1));
   std::vector<AttentionUnit> units;
   std::vector<float> partials;
   add_row_units(a, step, units);
-  std::vector<AttentionUnit> combined = split_keys(a, kernel.partial_row(a), units, partials);
-  run_units(units, kernel.forward_workspace(a, step),
-            [&](const AttentionUnit& u, char* memory) { kernel.forward(a, u, memory); });
-  if (!combined.empty()) run_units(combined, 0, [&](const AttentionUnit& u, char*) { kernel.combine(a, u); });
+  std::vector<AttentionUnit> combined = split_keys(a, attention_partial_row_kernels[isa](a), units, partials);
+  run_units(units, attention_forward_workspace_kernels[isa](a, step),
+            [&](const AttentionUnit& u, char* memory) { attention_forward_kernels[isa](a, u, memory); });
+  if (!combined.empty()) run_units(combined, 0, [&](const AttentionUnit& u, char*) { attention_combine_kernels[isa](a, u); });
 }
 
 // Whether units of whole groups keep the threads busy: at least five sevenths of the time, which is what the other way costs.
@@ -205,11 +188,11 @@ static void for_followers(const AttentionBackward& a, AttentionUnit u, const Run
 }
 
 void attention_backward(const AttentionBackward& a, int64_t threads) {
-  const Kernels& kernel = kernels[current_isa()];
+  const int isa = current_isa();
   const int64_t rows = longest(a);
   std::vector<AttentionUnit> units;
   add_row_units(a, kBlockRows, units);
-  run_units(units, 0, [&](const AttentionUnit& u, char*) { kernel.delta(a, u); });
+  run_units(units, 0, [&](const AttentionUnit& u, char*) { attention_delta_kernels[isa](a, u); });
   units.clear();
   int64_t step = std::max<int64_t>(rows, 1);
   if (whole_groups(a, threads)) {
@@ -223,11 +206,11 @@ void attention_backward(const AttentionBackward& a, int64_t threads) {
     }
     add_key_units(a, kBlockKeys, false, units);
   }
-  run_units(units, kernel.backward_workspace(a, step), [&](const AttentionUnit& u, char* memory) {
+  run_units(units, attention_backward_workspace_kernels[isa](a, step), [&](const AttentionUnit& u, char* memory) {
     if (a.grad_mask.data && u.of_queries) {
-      for_followers(a, u, [&](const AttentionUnit& each) { kernel.backward(a, each, memory); });
+      for_followers(a, u, [&](const AttentionUnit& each) { attention_backward_kernels[isa](a, each, memory); });
     } else {
-      kernel.backward(a, u, memory);
+      attention_backward_kernels[isa](a, u, memory);
     }
   });
 }

@@ -4,7 +4,7 @@
 
 namespace fastlm {
 
-#define FASTLM_ISA_STRING(isa) #isa,
+#define FASTLM_ISA_STRING(isa, ...) #isa,
 const char* const isa_names[isa_count] = {FASTLM_FOR_EACH_ISA(FASTLM_ISA_STRING)};
 #undef FASTLM_ISA_STRING
 
