@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../common/python_views.h"
+#include "../common/sizes.h"
 #include "parallel.h"
 #include "simd/isa.h"
 #include "sum_rows.h"
@@ -58,7 +59,7 @@ void set_isa(const std::string& name) {
 void advise_huge_pages(intptr_t data, int64_t bytes) {
 #if defined(__linux__)
   constexpr intptr_t page = 1 << 21;
-  const intptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  const intptr_t begin = round_up(data, page), end = (data + bytes) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);  // only advice: may fail
 #endif
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../common/sizes.h"
+
 namespace fastlm {
 
 // Begun at nullptr, its end tells how much is needed.
@@ -14,7 +16,7 @@ class Workspace {
   template <class T>
   __attribute__((always_inline)) inline T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(at_);
-    at_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    at_ += round_up(count * int64_t(sizeof(T)), 64);
     return array;
   }
 

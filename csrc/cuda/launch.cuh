@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/sizes.h"
 #include "groups.cuh"
 
 namespace fastlm {
@@ -30,8 +31,6 @@ inline bool is_packed(const Shape& shape, const View& view, int dtype, int group
   }
   return true;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 

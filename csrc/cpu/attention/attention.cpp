@@ -13,8 +13,9 @@
 #include <new>
 #include <vector>
 
-#include "../simd/isa.h"
+#include "../../common/sizes.h"
 #include "../parallel.h"
+#include "../simd/isa.h"
 
 namespace fastlm {
 
@@ -26,8 +27,6 @@ FASTLM_ISA_TABLE(AttentionDeltaKernel, attention_delta)
 FASTLM_ISA_TABLE(AttentionBackwardKernel, attention_backward)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_backward_workspace)
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Free {
   void operator()(char* memory) const { std::free(memory); }
 };
@@ -37,7 +36,7 @@ using Memory = std::unique_ptr<char, Free>;
 // own. Which thread runs a unit changes nothing in its results.
 template <class Run>
 static void run_units(std::vector<AttentionUnit>& units, int64_t workspace, const Run& run) {
-  const size_t bytes = size_t(ceil_div(workspace, 64) + 1) * 64;
+  const size_t bytes = size_t(round_up(workspace, 64)) + 64;
   std::stable_sort(units.begin(), units.end(), [](const auto& a, const auto& b) { return a.cost > b.cost; });
   std::atomic<size_t> next{0};
   std::atomic<bool> failed{false};
@@ -103,7 +102,7 @@ static void add_key_units(const Attention& a, int64_t step, bool of_queries, std
 }
 
 void append_to_cache(const Attention& a, const Rows& key, const Rows& value, int64_t rows) {
-  const int64_t bytes = key.dtype == kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of(key.dtype);
   parallel_for(a.batch * a.kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Sequence s = sequence(a, i / a.kv_heads);

@@ -57,7 +57,7 @@ struct ThinRows {
 // Rows [first, first + count) of those up to `end`, in memory for kThinPointers.
 static ThinRows thin_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t dim, int64_t kv_head, int64_t first,
                           int64_t count, int64_t end, char** pointers) {
-  const int64_t rows = kAheadBytes / (dim * (t.dtype == kFloat32 ? 4 : 2)) + 1, ahead = rows < kMostAhead ? rows : kMostAhead;
+  const int64_t rows = kAheadBytes / (dim * bytes_of(t.dtype)) + 1, ahead = rows < kMostAhead ? rows : kMostAhead;
   const int64_t there = end - first < count + ahead ? end - first : count + ahead;
   key_rows(a, s, t, kv_head, first, there, pointers);
   for (int64_t k = there; k < count + ahead; ++k) pointers[k] = pointers[there - 1];

@@ -10,8 +10,6 @@
 
 namespace fastlm::FASTLM_ISA {
 
-FASTLM_SIMD int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 template <class Unit>
 constexpr int64_t kNumbers = int64_t(sizeof(uint32_t) / sizeof(uint16_t));  // in a unit
 template <>
@@ -19,7 +17,7 @@ constexpr int64_t kNumbers<float> = 1;
 
 template <class Unit>
 FASTLM_SIMD int64_t units(int64_t numbers) {
-  return (numbers + kNumbers<Unit> - 1) / kNumbers<Unit>;
+  return ceil_div(numbers, kNumbers<Unit>);
 }
 
 // Calls f with a value of the storage type of float32, bfloat16 or float16.
@@ -101,7 +99,7 @@ static void load_right(int, const char* const* rows, int64_t count, int64_t dim,
 template <class T>
 static void transpose(const char* const* rows, int64_t count, int64_t bytes, float* to, int64_t to_row) {
   constexpr int n = Float::lanes;
-  const int64_t dim = (bytes + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
+  const int64_t dim = ceil_div(bytes, int64_t(sizeof(T)));
   Float block[n];
   for (int64_t i = 0; i < padded(count); i += n) {
     for (int64_t d = 0; d < dim; d += n) {

@@ -145,7 +145,7 @@ static void forward_unit(const LatentForward& a, int64_t begin, int64_t end, dou
 }
 
 void latent_forward(const LatentForward& a, int64_t unit_begin, int64_t unit_end) {
-  const int64_t pieces = a.pieces ? (a.event + a.unit - 1) / a.unit : 1;  // units per row
+  const int64_t pieces = a.pieces ? ceil_div(a.event, a.unit) : 1;  // units per row
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t begin = a.pieces ? unit / pieces * a.event + unit % pieces * a.unit : unit * a.unit;
     const int64_t limit = a.pieces ? (unit / pieces + 1) * a.event : a.elements;
@@ -168,8 +168,7 @@ static void sum_samples(const LatentBackward& a, int64_t first, int64_t count, S
   using V = Vector<C>;
   alignas(64) float eps[kTile];
   View grad_z = a.grad_z;
-  int64_t sample_bytes = 0;
-  with_dtype(grad_z.dtype, [&](auto type) FASTLM_LAMBDA { sample_bytes = a.grad_z_sample * int64_t(sizeof(type)); });
+  const int64_t sample_bytes = a.grad_z_sample * bytes_of(grad_z.dtype);
   for (int64_t k = 0; k < a.samples; ++k, grad_z.data += sample_bytes) {
     draw(a, k, first, count, eps);
     const C* g = read(out.tile, a.shape, grad_z, first, count);

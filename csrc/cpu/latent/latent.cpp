@@ -7,8 +7,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../simd/isa.h"
+#include "../../common/sizes.h"
 #include "../parallel.h"
+#include "../simd/isa.h"
 
 namespace fastlm {
 
@@ -18,8 +19,6 @@ FASTLM_ISA_TABLE(LatentBackwardKernel, latent_backward)
 // About 10 us of work on one core. A constant: a row longer than this is summed piece by piece, and the pieces, and so the
 // bits of the sum, must not depend on the number of threads.
 constexpr int64_t kUnit = 8192;
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void latent_forward(LatentForward& a) {
   const auto kernel = latent_forward_kernels[current_isa()];

@@ -8,8 +8,6 @@ namespace fastlm::FASTLM_ISA {
 
 constexpr int kTile = 256;  // elements that are worked on at a time: a dozen arrays of them stay in the first-level cache
 
-FASTLM_SIMD int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
 // Calls f with a value of the dtype's storage type.
 template <class F>
 FASTLM_SIMD void with_dtype(int dtype, const F& f) {

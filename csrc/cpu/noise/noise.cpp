@@ -9,8 +9,9 @@ void normal(uint64_t seed, uint64_t position, int64_t count, float* out) { norma
 
 #else
 
-#include "../simd/isa.h"
+#include "../../common/sizes.h"
 #include "../parallel.h"
+#include "../simd/isa.h"
 
 namespace fastlm {
 
@@ -19,7 +20,7 @@ FASTLM_ISA_TABLE(NormalKernel, normal)
 void normal(uint64_t seed, uint64_t position, int64_t count, float* out) {
   constexpr int64_t unit = 1 << 14;
   const auto kernel = normal_kernels[current_isa()];
-  parallel_for((count + unit - 1) / unit, [&](int64_t begin, int64_t end) {
+  parallel_for(ceil_div(count, unit), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * unit, last = end * unit < count ? end * unit : count;
     kernel(seed, position + first, last - first, out + first);
   });

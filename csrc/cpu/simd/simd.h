@@ -9,6 +9,7 @@
 
 #include "../../common/half.h"
 #include "../../common/macros.h"
+#include "../../common/sizes.h"
 
 #define FASTLM_SIMD FASTLM_HD              // a free function on vectors
 #define FASTLM_LAMBDA FASTLM_FORCE_INLINE  // goes after a lambda's parameters
@@ -16,6 +17,9 @@
 namespace fastlm {
 
 constexpr int kLanes = 16;
+
+// `count` rounded up to whole vectors.
+FASTLM_SIMD int64_t padded(int64_t count) { return round_up(count, kLanes); }
 
 }  // namespace fastlm
 

@@ -1,7 +1,7 @@
 // CUDA's bfloat16, as far as csrc/cuda uses it.
 #pragma once
 
-#include "../../csrc/common/half.h"
+#include "../../../csrc/common/half.h"
 
 using __nv_bfloat16 = fastlm::BFloat16;
 

@@ -1,7 +1,7 @@
 // CUDA's half, as far as csrc/cuda uses it.
 #pragma once
 
-#include "../../csrc/common/half.h"
+#include "../../../csrc/common/half.h"
 
 using __half = fastlm::Float16;
 

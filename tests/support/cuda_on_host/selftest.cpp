@@ -1,7 +1,7 @@
 // What the other tests take for granted: prints a line for each thing that is wrong.
 #include <cstdio>
 
-#include "../../csrc/cuda/groups.cuh"
+#include "../../../csrc/cuda/groups.cuh"
 
 namespace {
 
