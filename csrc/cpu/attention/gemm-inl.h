@@ -19,34 +19,34 @@
 
 namespace fastlm::FASTLM_ISA {
 
-template <class Unit>
-struct VectorOfUnits;
+template <class Elem>
+struct ElemVector;
 template <>
-struct VectorOfUnits<float> {
+struct ElemVector<float> {
   using type = F32;
 };
 template <>
-struct VectorOfUnits<uint32_t> {
+struct ElemVector<uint32_t> {
   using type = U32;
 };
 
-template <class Unit>
-struct Left {  // A: unit (i, k) is at data[i * row + k * depth]
-  const Unit* data;
+template <class Elem>
+struct A {  // A: unit (i, k) is at data[i * row + k * depth]
+  const Elem* data;
   int64_t row, depth;
 };
 
-template <class Unit>
-struct Right {  // B: units (k, j ...) are at data[k * depth + j ...]
-  const Unit* data;
+template <class Elem>
+struct B {  // B: units (k, j ...) are at data[k * depth + j ...]
+  const Elem* data;
   int64_t depth;
 };
 
 // M rows and N vectors of columns of C, held in registers while the depth is walked. What is added to joins at the end, so that
 // a long sum made of many tiles rounds as often as a tile is deep and as there are tiles, not as it is long.
-template <class Unit, int M, int N, bool kAdd>
-FASTLM_SIMD void product_tile(int64_t depth, const Left<Unit>& a, const Right<Unit>& b, float* c, int64_t c_row) {
-  using V = typename VectorOfUnits<Unit>::type;
+template <class Elem, int M, int N, bool kAdd>
+FASTLM_SIMD void gemm_tile(int64_t depth, const A<Elem>& a, const B<Elem>& b, float* c, int64_t c_row) {
+  using V = typename ElemVector<Elem>::type;
   F32 sums[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
@@ -74,27 +74,27 @@ FASTLM_SIMD void product_tile(int64_t depth, const Left<Unit>& a, const Right<Un
   }
 }
 
-// N vectors of columns, all rows: kProductRows at a time, then what is left.
-template <class Unit, int N, bool kAdd, int M = kProductRows>
-static void product_columns(int64_t m, int64_t depth, Left<Unit> a, Right<Unit> b, float* c, int64_t c_row) {
+// N vectors of columns, all rows: kGemmRows at a time, then what is left.
+template <class Elem, int N, bool kAdd, int M = kGemmRows>
+static void gemm_columns(int64_t m, int64_t depth, A<Elem> a, B<Elem> b, float* c, int64_t c_row) {
   for (; m >= M; m -= M) {
-    product_tile<Unit, M, N, kAdd>(depth, a, b, c, c_row);
+    gemm_tile<Elem, M, N, kAdd>(depth, a, b, c, c_row);
     a.data += M * a.row;
     c += M * c_row;
   }
   if constexpr (M > 1) {
-    if (m > 0) product_columns<Unit, N, kAdd, M - 1>(m, depth, a, b, c, c_row);
+    if (m > 0) gemm_columns<Elem, N, kAdd, M - 1>(m, depth, a, b, c, c_row);
   }
 }
 
 // n is a multiple of kLanes.
-template <bool kAdd, class Unit>
-static void product(int64_t m, int64_t n, int64_t depth, Left<Unit> a, Right<Unit> b, float* c, int64_t c_row) {
-  constexpr int N = kProductVectors;
+template <bool kAdd, class Elem>
+static void gemm(int64_t m, int64_t n, int64_t depth, A<Elem> a, B<Elem> b, float* c, int64_t c_row) {
+  constexpr int N = kGemmVectors;
   for (; n >= N * kLanes; n -= N * kLanes, b.data += N * kLanes, c += N * kLanes) {
-    product_columns<Unit, N, kAdd>(m, depth, a, b, c, c_row);
+    gemm_columns<Elem, N, kAdd>(m, depth, a, b, c, c_row);
   }
-  for (; n > 0; n -= kLanes, b.data += kLanes, c += kLanes) product_columns<Unit, 1, kAdd>(m, depth, a, b, c, c_row);
+  for (; n > 0; n -= kLanes, b.data += kLanes, c += kLanes) gemm_columns<Elem, 1, kAdd>(m, depth, a, b, c, c_row);
 }
 
 }  // namespace fastlm::FASTLM_ISA

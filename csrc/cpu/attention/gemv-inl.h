@@ -16,7 +16,7 @@
 
 namespace fastlm::FASTLM_ISA {
 
-constexpr int kThinMost = 4;  // rows at a time
+constexpr int kGemvRowsAtOnce = 4;  // rows at a time
 
 // A vector's worth of numbers, `left` of them there and zeros behind.
 template <class V, class T>
@@ -30,14 +30,14 @@ FASTLM_SIMD V load_part(const T* from, int64_t left) {
 template <class T>
 struct KeyVector {
   using V = Float;
-  using Unit = float;
+  using Elem = float;
   static constexpr int64_t numbers = V::lanes, bytes = sizeof(T);
   static FASTLM_MEMBER V load(const char* from) { return V::load(reinterpret_cast<const T*>(from)); }
   static FASTLM_MEMBER V load(const char* from, int64_t left) { return load_part<V>(reinterpret_cast<const T*>(from), left); }
 };
 struct KeyPairs {
   using V = Word;
-  using Unit = uint32_t;
+  using Elem = uint32_t;
   static constexpr int64_t numbers = 2 * V::lanes, bytes = sizeof(BFloat16);
   static FASTLM_MEMBER V load(const char* from) { return V::load(from); }
   static FASTLM_MEMBER V load(const char* from, int64_t left) {
@@ -48,14 +48,14 @@ struct KeyPairs {
 };
 
 // Where rows of a tile lie, and those that are read kAheadBytes later.
-constexpr int64_t kAheadBytes = 2048, kMostAhead = kBlockKeys, kThinPointers = kBlockKeys + kMostAhead;
-struct ThinRows {
+constexpr int64_t kAheadBytes = 2048, kMostAhead = kBlockKeys, kGemvPointers = kBlockKeys + kMostAhead;
+struct GemvRows {
   char** at;
   char** ahead;
 };
 
-// Rows [first, first + count) of those up to `end`, in memory for kThinPointers.
-static ThinRows thin_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t dim, int64_t kv_head, int64_t first,
+// Rows [first, first + count) of those up to `end`, in memory for kGemvPointers.
+static GemvRows gemv_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t dim, int64_t kv_head, int64_t first,
                           int64_t count, int64_t end, char** pointers) {
   const int64_t rows = kAheadBytes / (dim * bytes_of(t.dtype)) + 1, ahead = rows < kMostAhead ? rows : kMostAhead;
   const int64_t there = end - first < count + ahead ? end - first : count + ahead;
@@ -68,16 +68,16 @@ FASTLM_SIMD void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-// Calls f with the number of rows as a type: kThinMost at a time, then what is left.
+// Calls f with the number of rows as a type: kGemvRowsAtOnce at a time, then what is left.
 template <int M>
 struct RowCount {
   static constexpr int value = M;
 };
-template <int M = kThinMost, class F>
-FASTLM_SIMD void in_thin_steps(int64_t first, int64_t count, const F& f) {
+template <int M = kGemvRowsAtOnce, class F>
+FASTLM_SIMD void in_row_steps(int64_t first, int64_t count, const F& f) {
   for (; first + M <= count; first += M) f(RowCount<M>(), first);
   if constexpr (M > 1) {
-    if (first < count) in_thin_steps<M - 1>(first, count, f);
+    if (first < count) in_row_steps<M - 1>(first, count, f);
   }
 }
 
@@ -85,7 +85,7 @@ FASTLM_SIMD void in_thin_steps(int64_t first, int64_t count, const F& f) {
 
 // scores[m][k] = query_m . key_k for M rows; queries are padded with zeros to whole vectors.
 template <class Keys, int M>
-static void thin_scores(const typename Keys::Unit* query, int64_t query_row, const ThinRows& rows, int64_t keys, int64_t dim,
+static void gemv_scores(const typename Keys::Elem* query, int64_t query_row, const GemvRows& rows, int64_t keys, int64_t dim,
                         float* scores, int64_t scores_row) {
   using V = typename Keys::V;
   constexpr int K = 2;  // keys at a time
@@ -97,7 +97,7 @@ static void thin_scores(const typename Keys::Unit* query, int64_t query_row, con
     Float sums[M][K];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Float(0.0f);
-    const typename Keys::Unit* q = query;
+    const typename Keys::Elem* q = query;
     const auto add = [&](V first, V second) FASTLM_LAMBDA {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
@@ -124,16 +124,16 @@ static void thin_scores(const typename Keys::Unit* query, int64_t query_row, con
   }
 }
 
-template <class Unit>
-static void thin_scores(int dtype, const Unit* query, int64_t query_row, int64_t count, const ThinRows& rows, int64_t keys,
+template <class Elem>
+static void gemv_scores(int dtype, const Elem* query, int64_t query_row, int64_t count, const GemvRows& rows, int64_t keys,
                         int64_t dim, float* scores, int64_t scores_row) {
   const auto call = [&](auto how) FASTLM_LAMBDA {
-    in_thin_steps(0, count, [&](auto m, int64_t first) FASTLM_LAMBDA {
-      thin_scores<decltype(how), decltype(m)::value>(query + first * query_row, query_row, rows, keys, dim,
+    in_row_steps(0, count, [&](auto m, int64_t first) FASTLM_LAMBDA {
+      gemv_scores<decltype(how), decltype(m)::value>(query + first * query_row, query_row, rows, keys, dim,
                                                      scores + first * scores_row, scores_row);
     });
   };
-  if constexpr (kNumbers<Unit> == 2) {
+  if constexpr (kValuesPerElem<Elem> == 2) {
     call(KeyPairs());
   } else {
     with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA { call(KeyVector<decltype(type)>()); });
@@ -179,11 +179,11 @@ static void add_values(const float* weights, int64_t weights_row, const char* co
 // K values at a time for all rows, two by two: along the row, as memory gives them fastest, while the outputs, which are few,
 // stay in the first-level cache.
 template <class T, int K>
-static int64_t add_values(const float* weights, int64_t weights_row, int64_t count, const ThinRows& rows, int64_t first,
+static int64_t add_values(const float* weights, int64_t weights_row, int64_t count, const GemvRows& rows, int64_t first,
                           int64_t keys, int64_t dim, float* out, int64_t out_row) {
   for (; first + K <= keys; first += K) {
     for (int k = 0; k < K; ++k) prefetch_row(rows.ahead[first + k], dim * int64_t(sizeof(T)));
-    in_thin_steps<2>(0, count, [&](auto m, int64_t row) FASTLM_LAMBDA {
+    in_row_steps<2>(0, count, [&](auto m, int64_t row) FASTLM_LAMBDA {
       add_values<T, decltype(m)::value, K>(weights + row * weights_row + first, weights_row, rows.at + first, dim,
                                            out + row * out_row, out_row);
     });
@@ -191,7 +191,7 @@ static int64_t add_values(const float* weights, int64_t weights_row, int64_t cou
   return first;
 }
 
-static void thin_values(int dtype, const float* weights, int64_t weights_row, int64_t count, const ThinRows& rows, int64_t keys,
+static void gemv_values(int dtype, const float* weights, int64_t weights_row, int64_t count, const GemvRows& rows, int64_t keys,
                         int64_t dim, float* out, int64_t out_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
     using T = decltype(type);

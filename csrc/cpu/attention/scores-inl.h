@@ -167,11 +167,11 @@ static void load_bias(const Attention& a, const char* mask, int64_t first_key, i
   }
 }
 
-// Turns a tile's products into scores, -inf where a row does not see a key. `cap_slope`, where given, gets the derivative of
+// Turns a tile's products into scores, -inf where a row does not see a key. `softcap_grad`, where given, gets the derivative of
 // the softcap, 1 - tanh^2.
 template <bool kCap, bool kSlope, bool kMask>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
-                       float* cap_slope) {
+                       float* softcap_grad) {
   const float inner = a.scale / a.softcap;  // finite, so that it leaves a product of 0 at 0
   const float outer = scores_are_products(a) ? 1.0f : a.scale;
   const F32 factor(kCap ? (inner > -kLowest ? -kLowest : inner < kLowest ? kLowest : inner) : outer);
@@ -189,7 +189,7 @@ static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, 
       F32 x = factor * F32::load(at);
       if (kCap) {
         const F32 t = tanh(x);
-        if (cap_slope) (one - t * t).store(cap_slope + r * kTileRow + k);
+        if (softcap_grad) (one - t * t).store(softcap_grad + r * kTileRow + k);
         x = cap * t;
       }
       if (kSlope) {
@@ -208,16 +208,16 @@ static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, 
 
 template <bool kCap, bool kSlope>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
-                       float* cap_slope) {
-  a.mask.data ? score_tile<kCap, kSlope, true>(a, rows, count, first_key, keys, scores, cap_slope)
-              : score_tile<kCap, kSlope, false>(a, rows, count, first_key, keys, scores, cap_slope);
+                       float* softcap_grad) {
+  a.mask.data ? score_tile<kCap, kSlope, true>(a, rows, count, first_key, keys, scores, softcap_grad)
+              : score_tile<kCap, kSlope, false>(a, rows, count, first_key, keys, scores, softcap_grad);
 }
 
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
-                       float* cap_slope = nullptr) {
+                       float* softcap_grad = nullptr) {
   const auto tile = a.softcap > 0.0f ? (a.slopes ? score_tile<true, true> : score_tile<true, false>)
                                      : (a.slopes ? score_tile<false, true> : score_tile<false, false>);
-  tile(a, rows, count, first_key, keys, scores, cap_slope);
+  tile(a, rows, count, first_key, keys, scores, softcap_grad);
 }
 
 // ---- dropout ---------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@
 
 namespace fastlm::FASTLM_ISA {
 
-template <class Unit>
-constexpr int64_t kNumbers = int64_t(sizeof(uint32_t) / sizeof(uint16_t));  // in a unit
+template <class Elem>
+constexpr int64_t kValuesPerElem = int64_t(sizeof(uint32_t) / sizeof(uint16_t));  // in a unit
 template <>
-constexpr int64_t kNumbers<float> = 1;
+constexpr int64_t kValuesPerElem<float> = 1;
 
-template <class Unit>
-FASTLM_SIMD int64_t units(int64_t numbers) {
-  return ceil_div(numbers, kNumbers<Unit>);
+template <class Elem>
+FASTLM_SIMD int64_t elems(int64_t numbers) {
+  return ceil_div(numbers, kValuesPerElem<Elem>);
 }
 
 // Calls f with a value of the storage type of float32, bfloat16 or float16.
@@ -58,15 +58,15 @@ FASTLM_SIMD void narrow_row(const float* from, float factor, int64_t count, T* t
 // ---- tiles whose rows are the tensor's, summed over along the row: a product's left side. Padded with zeros to whole vectors.
 // --
 
-static void load_left(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
+static void load_a(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
     using T = decltype(type);
     for (int64_t r = 0; r < count; ++r) widen_row(reinterpret_cast<const T*>(rows[r]), dim, to + r * to_row);
   });
 }
 
-static void load_left(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
-  const int64_t whole = padded(units<uint32_t>(dim));
+static void load_a(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
+  const int64_t whole = padded(elems<uint32_t>(dim));
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = dim / 2; i < whole; ++i) to[r * to_row + i] = 0;
     __builtin_memcpy(to + r * to_row, rows[r], dim * sizeof(BFloat16));
@@ -75,12 +75,12 @@ static void load_left(int, const char* const* rows, int64_t count, int64_t dim, 
 
 // ---- the same, summed over from row to row: a right side -------------------------------------------------------------------
 
-static void load_right(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
-  load_left(dtype, rows, count, dim, to, to_row);
+static void load_b(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
+  load_a(dtype, rows, count, dim, to, to_row);
 }
 
 // A pair is one number of an even row and the one below it.
-static void load_right(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
+static void load_b(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   for (int64_t r = 0; r < count; r += 2, to += to_row) {
     const auto *even = reinterpret_cast<const BFloat16*>(rows[r]), *odd = reinterpret_cast<const BFloat16*>(rows[r + 1]);
     for (int64_t i = 0; i < dim; i += kLanes) {
@@ -123,7 +123,7 @@ static void transpose(const char* const* rows, int64_t count, int64_t bytes, flo
   }
 }
 
-static void load_transposed(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
+static void load_b_transposed(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
     using T = decltype(type);
     transpose<T>(rows, count, dim * int64_t(sizeof(T)), to, to_row);
@@ -131,7 +131,7 @@ static void load_transposed(int dtype, const char* const* rows, int64_t count, i
 }
 
 // A pair of bfloat16 is moved as the float with the same bits.
-static void load_transposed(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
+static void load_b_transposed(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   transpose<float>(rows, count, dim * int64_t(sizeof(BFloat16)), reinterpret_cast<float*>(to), to_row);
 }
 

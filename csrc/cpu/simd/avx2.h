@@ -6,7 +6,7 @@
 namespace fastlm::FASTLM_ISA {
 
 // Registers that a matrix product accumulates in: 6 rows of 16 lanes, 12 of the 16 there are.
-constexpr int kProductRows = 6, kProductVectors = 1;
+constexpr int kGemmRows = 6, kGemmVectors = 1;
 constexpr bool kBFloat16Pairs = false;
 
 struct Word {

@@ -6,7 +6,7 @@
 namespace fastlm::FASTLM_ISA {
 
 // Registers that a matrix product accumulates in: 6 rows of 4, of the 32 there are.
-constexpr int kProductRows = 6, kProductVectors = 4;
+constexpr int kGemmRows = 6, kGemmVectors = 4;
 
 struct Word {
   using Scalar = uint32_t;

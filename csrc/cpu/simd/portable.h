@@ -5,12 +5,12 @@ namespace fastlm::FASTLM_ISA {
 
 #if defined(__x86_64__)
 // Registers that a matrix product accumulates in: 2 rows of 16 lanes, 8 of the 16 there are.
-constexpr int kProductRows = 2, kProductVectors = 1;
+constexpr int kGemmRows = 2, kGemmVectors = 1;
 // Pairs of bfloat16 are multiplied here too, not for speed (such a machine is older than AVX2) but so that the code around
 // them is tested on every machine.
 constexpr bool kBFloat16Pairs = true;
 #else
-constexpr int kProductRows = 6, kProductVectors = 1;  // 24 of 32 registers
+constexpr int kGemmRows = 6, kGemmVectors = 1;  // 24 of 32 registers
 constexpr bool kBFloat16Pairs = false;
 #endif
 
