@@ -1,8 +1,8 @@
-// From rows of tensors, wherever each may lie, to the tiles that products (gemm-inl.h) read, and back.
+// Copies rows of tensors, which may be anywhere in memory, into the tiles that gemm (gemm-inl.h) reads, and results back.
 //
-// A tile is made of units: floats, into which half precision is converted on the way, or pairs of bfloat16 that are neighbours
-// in the direction of the sum. Its rows are a vector longer than they need be, as rows a power of two apart would share a few
-// sets of the first-level cache.
+// The elements of a tile are floats, to which half precision is converted on the way, or pairs of bfloat16 that are neighbours
+// in the direction of the sum. Tile rows have one spare vector at the end: with a stride that is a power of two, all rows would
+// fall into a few sets of the first-level cache.
 #pragma once
 
 #include "gemm-inl.h"
@@ -11,13 +11,14 @@
 namespace fastlm::FASTLM_ISA {
 
 template <class Elem>
-constexpr int64_t kValuesPerElem = int64_t(sizeof(uint32_t) / sizeof(uint16_t));  // in a unit
+constexpr int64_t kValuesPerElem = 2;  // uint32_t: a pair of bfloat16
 template <>
 constexpr int64_t kValuesPerElem<float> = 1;
 
+// Returns the number of elements that hold so many values.
 template <class Elem>
-FASTLM_SIMD int64_t elems(int64_t numbers) {
-  return ceil_div(numbers, kValuesPerElem<Elem>);
+FASTLM_SIMD int64_t elems(int64_t values) {
+  return ceil_div(values, kValuesPerElem<Elem>);
 }
 
 // Calls f with a value of the storage type of float32, bfloat16 or float16.
@@ -30,7 +31,7 @@ FASTLM_SIMD void with_float_dtype(int dtype, const F& f) {
   }
 }
 
-// One row as floats, padded with zeros to whole vectors.
+// Converts a row to floats, padded with zeros to whole vectors.
 template <class T>
 FASTLM_SIMD void widen_row(const T* from, int64_t count, float* to) {
   int64_t i = 0;
@@ -42,7 +43,7 @@ FASTLM_SIMD void widen_row(const T* from, int64_t count, float* to) {
   }
 }
 
-// One row of floats, times a factor, in the tensor's type.
+// Multiplies a row of floats by the factor and converts it to the tensor's type.
 template <class T>
 FASTLM_SIMD void narrow_row(const float* from, float factor, int64_t count, T* to) {
   const F32 f(factor);
@@ -55,8 +56,7 @@ FASTLM_SIMD void narrow_row(const float* from, float factor, int64_t count, T* t
   }
 }
 
-// ---- tiles whose rows are the tensor's, summed over along the row: a product's left side. Padded with zeros to whole vectors.
-// --
+// ---- operand A: (count, elems(dim)), padded with zeros to whole vectors -----------------------------------------------------
 
 static void load_a(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
@@ -73,13 +73,13 @@ static void load_a(int, const char* const* rows, int64_t count, int64_t dim, uin
   }
 }
 
-// ---- the same, summed over from row to row: a right side -------------------------------------------------------------------
+// ---- operand B: (elems(count), dim), summed over from row to row -----------------------------------------------------------
 
 static void load_b(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
   load_a(dtype, rows, count, dim, to, to_row);
 }
 
-// A pair is one number of an even row and the one below it.
+// A pair is a value of an even row and the value below it.
 static void load_b(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   for (int64_t r = 0; r < count; r += 2, to += to_row) {
     const auto *even = reinterpret_cast<const BFloat16*>(rows[r]), *odd = reinterpret_cast<const BFloat16*>(rows[r + 1]);
@@ -93,9 +93,10 @@ static void load_b(int, const char* const* rows, int64_t count, int64_t dim, uin
   }
 }
 
-// ---- a right side whose columns are the tensor's rows: (units of dim) x (count, padded with zeros) --------------------------
+// ---- operand B, transposed: (elems(dim), count), whose columns are the tensor's rows, padded with zeros to whole vectors
+// -----
 
-// T is what a unit is read from. `dim` of them; the last may be half a pair.
+// Transposes rows of elements that are stored as T. A row has `bytes` bytes; its last element may be half a pair.
 template <class T>
 static void transpose(const char* const* rows, int64_t count, int64_t bytes, float* to, int64_t to_row) {
   constexpr int n = Float::lanes;
@@ -130,7 +131,7 @@ static void load_b_transposed(int dtype, const char* const* rows, int64_t count,
   });
 }
 
-// A pair of bfloat16 is moved as the float with the same bits.
+// Moves a pair of bfloat16 as the float with the same bits.
 static void load_b_transposed(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   transpose<float>(rows, count, dim * int64_t(sizeof(BFloat16)), reinterpret_cast<float*>(to), to_row);
 }
