@@ -8,7 +8,7 @@
 
 namespace fastlm {
 
-// Blocks of 1024 rows and 256 columns are summed on their own, then the blocks of a column one after the other.
+// Sums each block of 1024 rows and 256 columns, then adds up the blocks of each column, one after the other.
 template <class T>
 void sum_rows(const T* matrix, int64_t rows, int64_t columns, T* total) {
   constexpr int64_t block_rows = 1024, block_columns = 256;

@@ -1,4 +1,4 @@
-// A kernel's memory: one block per thread, cut into arrays.
+// A kernel's scratch memory: one block per thread, divided into arrays.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@
 
 namespace fastlm {
 
-// Begun at nullptr, its end tells how much is needed.
+// If it begins at nullptr, bytes() is the size that the arrays need.
 class Workspace {
  public:
   explicit Workspace(char* begin) : at_(reinterpret_cast<intptr_t>(begin)) {}
 
-  // Every array starts on a cache line.
+  // Returns the next array. Every array starts on a cache line.
   template <class T>
   __attribute__((always_inline)) inline T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(at_);

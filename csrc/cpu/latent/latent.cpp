@@ -16,8 +16,8 @@ namespace fastlm {
 FASTLM_ISA_TABLE(LatentForwardKernel, latent_forward)
 FASTLM_ISA_TABLE(LatentBackwardKernel, latent_backward)
 
-// About 10 us of work on one core. A constant: a row longer than this is summed piece by piece, and the pieces, and so the
-// bits of the sum, must not depend on the number of threads.
+// Elements per unit: about 10 us of work on one core. A row longer than this is summed piece by piece. It is a constant,
+// because the pieces, and so the bits of the sum, must not depend on the number of threads.
 constexpr int64_t kUnit = 8192;
 
 void latent_forward(LatentForward& a) {
