@@ -96,9 +96,10 @@ struct AttentionTask {
 
 struct AttentionForward : Attention {
   Rows out;
-  Statistic lse;         // may be absent
-  Statistic statistics;  // may be absent; per row a pair: the maximum subtracted from the scores, and log2 of the sum of the
-                         // row's weights, which includes the sink
+  Statistic lse;  // may be absent
+  // May be absent. (batch, head, row, 2): the maximum subtracted from the row's scores, and log2 of the sum of the row's
+  // weights, which includes the sink.
+  Statistic statistics;
 };
 
 struct AttentionBackward : Attention {
