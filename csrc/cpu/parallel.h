@@ -12,7 +12,7 @@ using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, LoopBody 
 
 inline ParallelFor torch_parallel_for = nullptr;
 
-// Calls body(begin, end) for parts of [0, count); body must not throw. If count is 1 at most, the calling thread runs it.
+// Calls body(begin, end) for parts of [0, count); body must not throw. The calling thread runs a loop of one turn by itself.
 // Throws if torch could not run the loop, because then outputs are unwritten.
 template <class Body>
 void parallel_for(int64_t count, const Body& body) {

@@ -161,8 +161,8 @@ void attention_forward(const AttentionForward& a, int64_t threads) {
   std::vector<AttentionTask> combined = split_keys(a, attention_partial_row_kernels[isa](a), tasks, partials);
   run_tasks(tasks, attention_forward_workspace_kernels[isa](a, step),
             [&](const AttentionTask& task, char* memory) { attention_forward_kernels[isa](a, task, memory); });
-  if (!combined.empty())
-    run_tasks(combined, 0, [&](const AttentionTask& task, char*) { attention_combine_kernels[isa](a, task); });
+  if (combined.empty()) return;
+  run_tasks(combined, 0, [&](const AttentionTask& task, char*) { attention_combine_kernels[isa](a, task); });
 }
 
 // Returns whether tasks of whole groups, with five products each, keep the threads busy for at least 5/7 of the time. If not,

@@ -21,7 +21,7 @@ FASTLM_SIMD void normal_batch(uint64_t seed, uint64_t block, float* out) {
   store_interleaved(n0, n1, n2, n3, out);
 }
 
-// Draws `count` normals from any position on. Of a batch that is needed only in part, a temporary array holds all.
+// Draws `count` normals from any position on. A batch that is needed only in part is drawn into a temporary array.
 static void normals(uint64_t seed, uint64_t position, int64_t count, float* out) {
   uint64_t block = position / 4;
   int64_t skip = position % 4;
