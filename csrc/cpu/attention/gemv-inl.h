@@ -69,11 +69,13 @@ FASTLM_SIMD void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-// Calls f(RowCount<M>, first) for M rows at a time, then for the rest: the number of rows is a constant to f.
+// A number of rows as a type.
 template <int M>
 struct RowCount {
   static constexpr int value = M;
 };
+
+// Calls f(RowCount<M>(), first) for M rows at a time, then for the rest with a smaller M.
 template <int M = kGemvRowsAtOnce, class F>
 FASTLM_SIMD void in_row_steps(int64_t first, int64_t count, const F& f) {
   for (; first + M <= count; first += M) f(RowCount<M>(), first);
