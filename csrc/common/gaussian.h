@@ -1,5 +1,5 @@
-// The arithmetic of one element of a Gaussian latent, for SIMD lanes and GPU threads alike; V is a float or double, or a
-// vector.
+// The arithmetic of one element of a Gaussian latent, the same for SIMD lanes and GPU threads. V is a float or double, or a
+// vector of them.
 //   z  = mu + temperature e^(logvar/2) eps
 //   kl = max(free_bits, (d^2 w + e^x - 1 - x) / 2)   with d = mu - prior_mu, x = logvar - prior_logvar, w = e^-prior_logvar
 #pragma once
@@ -8,13 +8,13 @@
 
 namespace fastlm {
 
-// NaN stays NaN: min and max return their second argument then.
+// NaN stays NaN, because min and max return their second argument then.
 template <class V>
 FASTLM_HD V clamp(V x, V low, V high) {
   return min(high, max(low, x));
 }
 
-// A gradient that stops where x was clamped.
+// Returns the gradient, or 0 where x was clamped.
 template <class V>
 FASTLM_HD V clamp_gradient(V gradient, V x, V low, V high) {
   const V zero(typename V::Scalar(0));
@@ -34,7 +34,7 @@ struct Kl {
   V squared;  // d^2 w
 };
 
-// Given e^x, x = log_ratio. Without a prior that is the variance, which sampling has at hand.
+// Returns the KL, given x = log_ratio and ratio = e^x. Without a prior, ratio is the variance, which sampling computes anyway.
 template <class V>
 FASTLM_HD Kl<V> kl(V difference, V log_ratio, V ratio, V precision) {
   const auto e = expm1(log_ratio, ratio);
@@ -47,7 +47,7 @@ struct KlGradient {
   V mu, logvar, prior_mu, prior_logvar;
 };
 
-// Times the gradient of the KL; a dimension below its free bits has none.
+// Returns the KL's derivatives times `gradient`, the gradient of the KL. A dimension below its free bits has none.
 template <class V>
 FASTLM_HD KlGradient<V> kl_gradient(const Kl<V>& kl, V free_bits, V gradient) {
   const V zero(typename V::Scalar(0)), half(typename V::Scalar(0.5));

@@ -1,4 +1,4 @@
-// Half precision in integer arithmetic, for machines without instructions for it.
+// Conversions of half precision in integer arithmetic, for machines without instructions for them.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ FASTLM_HD float widen(Float16 x) {
   return float_of(bits | sign);
 }
 
-// To the nearest, ties to even.
+// Both round to nearest, ties to even.
 FASTLM_HD void narrow_to(BFloat16* p, float x) {
   const uint32_t bits = bits_of(x), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   p->bits = uint16_t(x != x ? 0x7fc0 : rounded);

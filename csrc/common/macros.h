@@ -1,7 +1,7 @@
-// What host compilers, their ISA-specific units and nvcc are told of a function.
+// Function attributes for host compilers, for code of one instruction set, and for nvcc.
 #pragma once
 
-// Without sanitizers all is inlined into a few kernels; with them that would take ten minutes to compile.
+// Everything is inlined into a few kernels, except under sanitizers, where that would take ten minutes to compile.
 #if defined(FASTLM_SANITIZE)
 #define FASTLM_FORCE_INLINE
 #else
@@ -10,15 +10,15 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FASTLM_HD static __host__ __device__ __forceinline__
-#define FASTLM_MEMBER __host__ __device__ __forceinline__  // of a class
+#define FASTLM_MEMBER __host__ __device__ __forceinline__  // a member function
 #else
-// static: a copy compiled for one instruction set must never be picked by the linker for another.
+// static: the linker must never use a copy compiled for one instruction set in code for another.
 #define FASTLM_HD static inline FASTLM_FORCE_INLINE
 #define FASTLM_MEMBER FASTLM_FORCE_INLINE inline
 #endif
 
-// Before a loop: whose number of turns the compiler knows, at most that many; which is to stay one. nvcc hands the host's half
-// of its work to a compiler that knows neither, and to which they do not matter.
+// FASTLM_UNROLL(turns) unrolls the loop behind it, which has a constant number of turns, at most `turns`. FASTLM_ROLLED keeps
+// the compiler from unrolling the loop. nvcc compiles host code with a compiler that has neither, and does not need them.
 #define FASTLM_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDA_ARCH__)
 #define FASTLM_UNROLL(turns) FASTLM_PRAGMA(unroll)

@@ -1,7 +1,8 @@
-// Elementary functions from additions, multiplications and explicit fused multiply-adds alone, so that they give the same bits
-// on every machine. V is a float or double, or a vector of them; each needs fma, min, max, sqrt, select_less(a, b, x, y) =
-// a < b ? x : y, scale2(x, n) = x * 2^n, and for float vectors the bit casts. min and max return their second argument where
-// one is NaN. The polynomials are minimax, by Remez' algorithm, for the relative error of the function they serve.
+// Elementary functions, computed by additions, multiplications and explicit fused multiply-adds alone, so that they give the
+// same bits on every machine. V is a float or double, or a vector of them. Each type needs fma, min, max, sqrt, select_less(a,
+// b, x, y) = a < b ? x : y, scale2(x, n) = x * 2^n, and for float vectors the bit casts. min and max return their second
+// argument if one is NaN. The polynomials are minimax: Remez' algorithm minimized the relative error of the function that uses
+// them.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace fastlm {
 
-// Of scalars; vectors have their own.
+// Shifts of scalars; vectors have their own.
 template <int N, class U>
 FASTLM_HD U shift_left(U x) {
   return x << N;
@@ -20,6 +21,7 @@ FASTLM_HD U shift_right(U x) {
   return x >> N;
 }
 
+// Evaluates a polynomial by Horner's rule.
 template <class V, class T, int N>
 FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
   V p(coefficients[N - 1]);
@@ -28,7 +30,7 @@ FASTLM_HD V horner(V x, const T (&coefficients)[N]) {
   return p;
 }
 
-// The same where the same bits everywhere are not asked for: mul_add is fused only where that is one instruction.
+// Does the same for results whose bits may differ between machines: mul_add is fused only if that is one instruction.
 template <class V, class T, int N>
 FASTLM_HD V horner_fast(V x, const T (&coefficients)[N]) {
   V p(coefficients[N - 1]);
@@ -37,7 +39,7 @@ FASTLM_HD V horner_fast(V x, const T (&coefficients)[N]) {
   return p;
 }
 
-// What exp and expm1_minus need to know of a scalar type.
+// The constants of exp for a scalar type.
 template <class T>
 struct Exponential;
 
@@ -45,7 +47,7 @@ template <>
 struct Exponential<float> {
   static constexpr float lowest = -104.0f, highest = 89.0f;  // e^x is 0 below, inf above
   static constexpr float log2e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
-  static constexpr float to_integer = 0x1.8p+23f;  // adding and taking it away again rounds to the nearest integer
+  static constexpr float to_integer = 0x1.8p+23f;  // adding and then subtracting it rounds to the nearest integer
 };
 
 template <>
@@ -55,7 +57,7 @@ struct Exponential<double> {
   static constexpr double to_integer = 0x1.8p+52;
 };
 
-// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2: to 2^-28 and 2^-57 of e^r.
+// Returns (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2. The error is 2^-28 (float) and 2^-57 (double) of e^r.
 template <class V>
 FASTLM_HD V exp_tail(V r, float) {
   constexpr float c[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f0p-5f, 0x1.1239d4p-7f, 0x1.6a247ep-10f};
@@ -69,7 +71,7 @@ FASTLM_HD V exp_tail(V r, double) {
   return horner(r, c);
 }
 
-// (e^x - 1 - x) / x^2 for -1 <= x <= 2.5: to 2^-28 and 2^-62.
+// Returns (e^x - 1 - x) / x^2 for -1 <= x <= 2.5, with a relative error of 2^-28 (float) and 2^-62 (double).
 template <class V>
 FASTLM_HD V expm1_minus_series(V x, float) {
   constexpr float c[] = {0x1p-1f,         0x1.555554p-3f,  0x1.555560p-5f,  0x1.111180p-7f,  0x1.6c117ap-10f,
@@ -99,7 +101,7 @@ FASTLM_HD V expm1_minus_series(V x, double) {
   return horner(x, c);
 }
 
-// e^x to about one ulp, gradual underflow included.
+// Returns e^x to about one ulp, also in the subnormal range.
 template <class V>
 FASTLM_HD V exp(V x) {
   using T = typename V::Scalar;
@@ -110,15 +112,15 @@ FASTLM_HD V exp(V x) {
   return scale2(fma(r * r, exp_tail(r, T()), r) + V(T(1)), n);
 }
 
-// 2^x for x <= 0 to about one ulp, float only: what softmax takes its exponentials with. Below 2^-126 it is 0, not subnormal.
-// The polynomial is (2^r - 1) / r for |r| <= 1/2 (to 2^-23 of 2^r).
+// Returns 2^x for x <= 0 to about one ulp, float only; softmax uses it. Results below 2^-126 are 0, not subnormal.
+// The polynomial is (2^r - 1) / r for |r| <= 1/2 (the error is 2^-23 of 2^r).
 template <class F>
 FASTLM_HD F exp2_nonpositive(F x) {
   constexpr float c[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba18p-10f};
   using U = typename F::Bits;
   x = max(F(-127.0f), x);
   const F to_integer(Exponential<float>::to_integer);
-  const F shifted = x + to_integer;  // its low bits are those of the nearest integer n
+  const F shifted = x + to_integer;  // its low bits hold the nearest integer n
   const F r = x - (shifted - to_integer);
   const F scale = as_float(shift_left<23>(as_bits(shifted)) + U(127u << 23));  // 2^n; for n = -127 the bits of 0
   return mul_add(horner_fast(r, c), r, F(1.0f)) * scale;
@@ -130,8 +132,8 @@ struct Expm1 {
   V value;    // e^x - 1
 };
 
-// Both without cancellation, given e = e^x: by the series where e^x and 1 + x are close, from e elsewhere, where an error of a
-// few ulps in e is no more than that in the result.
+// Returns both without cancellation, given e = e^x: by the series where e^x and 1 + x are close, and from e elsewhere, where an
+// error of a few ulps in e causes no larger error in the result.
 template <class V>
 FASTLM_HD Expm1<V> expm1(V x, V e) {
   using T = typename V::Scalar;
@@ -142,8 +144,8 @@ FASTLM_HD Expm1<V> expm1(V x, V e) {
   return {select_less(distance, reach, near, far), select_less(distance, reach, x + near, e - V(T(1)))};
 }
 
-// log(u) for 2^-126 <= u <= 1, float only, to about one ulp; log_unit(1) = 0 exactly.
-// With u = 2^e m and m in [sqrt(1/2), sqrt(2)): log(u) = e log(2) + f - f^2/2 + f^3 L(f), f = m - 1 (to 2^-27).
+// Returns log(u) for 2^-126 <= u <= 1, float only, to about one ulp; log_unit(1) is exactly 0.
+// With u = 2^e m and m in [sqrt(1/2), sqrt(2)): log(u) = e log(2) + f - f^2/2 + f^3 L(f), f = m - 1. The error of L is 2^-27.
 template <class F>
 FASTLM_HD F log_unit(F u) {
   constexpr float L[] = {0x1.555554p-2f, -0x1.000228p-2f, 0x1.99a00ap-3f, -0x1.547246p-3f,
@@ -158,7 +160,7 @@ FASTLM_HD F log_unit(F u) {
   return fma(e, F(Exponential<float>::ln2_high), f + tail);
 }
 
-// sin and cos of 2 pi t for 0 <= t <= 1: the nearest quarter turn is taken off exactly, the rest is at most an eighth.
+// Returns sin and cos of 2 pi t for 0 <= t <= 1. It subtracts the nearest quarter turn exactly; the rest is at most 1/8 turn.
 template <class F>
 FASTLM_HD void sincos_turn(F t, F& sine, F& cosine) {
   constexpr float S[] = {0x1.921fb6p+0f, -0x1.4abbbap-1f, 0x1.465e92p-4f, -0x1.2d9302p-8f};         // sin(pi f/2) / f
@@ -175,7 +177,7 @@ FASTLM_HD void sincos_turn(F t, F& sine, F& cosine) {
   cosine = as_float(as_bits(select_negative(odd, s, c)) ^ shift_left<30>((quarter + U(1u)) & U(2u)));
 }
 
-// tanh(x) = e / (e + 2) with e = e^2x - 1, without cancellation near 0; beyond |x| = 10 it is 1 in float.
+// Returns tanh(x) = e / (e + 2) with e = e^2x - 1, without cancellation near 0. Beyond |x| = 10 it is +-1 in float.
 template <class F>
 FASTLM_HD F tanh(F x) {
   const F twice = min(F(20.0f), max(F(-20.0f), x + x));

@@ -1,4 +1,4 @@
-// The Gaussian latent's arguments as Python hands them over, for the CPU's module and the GPU's alike.
+// Converts the Gaussian latent's arguments from Python, for the CPU module and the CUDA module.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -25,7 +25,8 @@ inline Shape shape_of(const TensorView& t) {
   return shape;
 }
 
-// View of a tensor of that shape behind `skip` leading dimensions, with any strides; absent where there is none.
+// Returns a view of a tensor that has mu's shape behind `skip` leading dimensions, and any strides. None becomes an absent
+// view.
 inline View view_of(const char* name, const TensorView& t, const TensorView& mu, int skip = 0) {
   View view;
   if (!t.given) return view;
@@ -37,7 +38,7 @@ inline View view_of(const char* name, const TensorView& t, const TensorView& mu,
   return view;
 }
 
-// Memory for `count` numbers of a dtype, one after the other; null where the tensor is absent.
+// Returns the data of a contiguous tensor of `count` elements of a dtype, or null for None.
 inline char* array_of(const char* name, const TensorView& t, const TensorView& mu, int dtype, int64_t count) {
   if (!t.given) return nullptr;
   const bool fits = t.device == mu.device && t.dtype == dtype && t.elements() == count && t.is_contiguous();
@@ -45,7 +46,7 @@ inline char* array_of(const char* name, const TensorView& t, const TensorView& m
   return t.data;
 }
 
-// Merges neighbouring dimensions that all views walk through as one, so that most loops see a single long dimension.
+// Merges neighbouring dimensions that are contiguous to each other in all views, so that most loops see one long dimension.
 inline void coalesce(Shape& shape, std::initializer_list<View*> views) {
   int kept = 0;
   for (int d = 0; d < shape.dims; ++d) {
@@ -72,8 +73,8 @@ inline int64_t product(const Shape& shape, int first_dim = 0) {
 
 using LatentNumbers = std::tuple<double, double, double, double>;
 
-// inputs: mu, logvar, prior_mu and prior_logvar, the priors expanded or None; seeds: int64, one for each entry of mu's leading
-// dimensions, or one for all; or None, where nothing is drawn.
+// inputs: mu, logvar, prior_mu and prior_logvar; the priors are expanded to mu's shape, or None. seeds: int64, one for all or
+// one for each entry of mu's leading dimensions; or None if no noise is drawn.
 inline void fill(Latent& a, const TensorView& mu, const py::tuple& inputs, const TensorView& seeds, int64_t samples,
                  const LatentNumbers& numbers) {
   a.shape = shape_of(mu);
@@ -88,17 +89,17 @@ inline void fill(Latent& a, const TensorView& mu, const py::tuple& inputs, const
   const int64_t streams = seeds.given ? seeds.elements() : 1;
   a.seeds = reinterpret_cast<const int64_t*>(array_of("seed", seeds, mu, kInt64, streams));
   a.stream = a.elements / std::max<int64_t>(streams, 1);
-  a.samples = std::max<int64_t>(samples, 1);  // 0: one, without a leading dimension
+  a.samples = std::max<int64_t>(samples, 1);  // 0 means one sample without a leading dimension
   std::tie(a.free_bits, a.low, a.high, a.temperature) = numbers;
 }
 
-// Elements that one number of the KL sums up.
+// Returns the number of elements that one KL value sums up.
 inline int64_t event_of(const TensorView& mu, int event_dims) {
   expect(0 <= event_dims && event_dims <= mu.dims, "event_dims", mu, "at most mu's dimensions");
   return product(shape_of(mu), mu.dims - event_dims);
 }
 
-// Numbers of the KL.
+// Returns the number of KL values.
 inline int64_t events_of(const TensorView& mu, int event_dims) {
   int64_t n = 1;
   for (int d = 0; d < mu.dims - event_dims; ++d) n *= mu.shape[d];

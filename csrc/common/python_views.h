@@ -1,9 +1,9 @@
-// Tensors as Python hands them over: None; torch's own, read through the C exchange API of DLPack 1.3, which torch offers and
-// which costs no Python (dmlc.github.io/dlpack); or, where torch has none, what fastlm/backend/cpu.py says of them in a tuple.
+// Tensors as Python passes them: None; a torch tensor, read through the C exchange API of DLPack 1.3 (dmlc.github.io/dlpack),
+// which runs no Python; or, if torch does not offer that API, a tuple that fastlm/backend/cpu.py makes of the tensor.
 //
-// fastlm/ops checks what users pass, with the better messages. What is checked here of dtypes, shapes, strides and devices are
-// the conditions under which a kernel stays inside its tensors, so that neither a fault in Python nor a call of
-// torch.ops.fastlm.* past those checks can corrupt memory.
+// fastlm/ops checks what users pass, with better messages. The checks of dtypes, shapes, strides and devices here are those
+// that keep a kernel inside its tensors, so that neither a bug in Python nor a direct call of torch.ops.fastlm.* can corrupt
+// memory.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -20,7 +20,7 @@ inline PyObject* item(pybind11::handle tuple, pybind11::ssize_t i) { return PyTu
 
 inline int64_t integer(PyObject* value) { return PyLong_AsLongLong(value); }
 
-// The parts of DLPack's ABI that are needed here, by its names.
+// The parts of DLPack's ABI that this file uses, with DLPack's names.
 struct DLDataType {
   uint8_t code, bits;
   uint16_t lanes;
@@ -36,13 +36,13 @@ struct DLPackExchangeAPI {
   uint32_t major, minor;
   DLPackExchangeAPI* previous;
   void *allocate, *from_python, *to_python;
-  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // borrows: valid as long as the object
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);  // `out` is valid as long as the object
   void* current_work_stream;
 };
 inline const DLPackExchangeAPI* exchange = nullptr;
 constexpr int kCPU = 1, kCUDA = 2;
 
-// From now on, tensors may come as they are; returned is whether this torch's API is one that is understood here.
+// Lets tensors be passed without tuples, if this torch's API has a version that this file knows; returns whether it does.
 inline bool use_exchange(const pybind11::capsule& api) {
   const auto* offered = static_cast<const DLPackExchangeAPI*>(api.get_pointer());
   const bool understood = offered->major == 1 && offered->dltensor_from_py_object_no_sync;
@@ -50,7 +50,7 @@ inline bool use_exchange(const pybind11::capsule& api) {
   return understood;
 }
 
-// Absent (given is false) where Python has None.
+// A tensor that Python passed. given is false if that was None.
 class TensorView {
  public:
   bool given = false;
@@ -79,7 +79,7 @@ class TensorView {
     return dims == int(wanted.size()) && std::equal(wanted.begin(), wanted.end(), shape);
   }
 
-  // In row-major order without gaps, from dimension `from` on.
+  // Returns whether the dimensions from `from` on are in row-major order without gaps.
   bool is_contiguous(int from = 0) const {
     int64_t step = 1;
     for (int d = dims - 1; d >= from; --d) {
@@ -133,7 +133,7 @@ class TensorView {
   }
 };
 
-// Refuses an argument by its name.
+// Throws, and names the argument, if it does not fit.
 inline void expect(bool fits, const char* name, const TensorView& tensor, const char* wanted) {
   if (fits) return;
   throw pybind11::value_error(std::string(name) + " does not fit the kernel, which needs " + wanted + "; got shape " +

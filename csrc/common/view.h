@@ -1,11 +1,12 @@
-// A tensor as the kernels see it: an address, a dtype and strides. Included by code for every instruction set: plain data only.
+// A tensor as the kernels see it: an address, a dtype and strides. Code for every instruction set includes this, so it holds
+// plain data only.
 #pragma once
 
 #include <cstdint>
 
 namespace fastlm {
 
-constexpr int kMaxDims = 64;  // torch itself stops here
+constexpr int kMaxDims = 64;  // torch's own limit
 
 enum Dtype { kFloat32, kFloat64, kBFloat16, kFloat16, kBool, kInt32, kInt64, kOther };  // the codes of fastlm/backend/cpu.py
 
@@ -14,7 +15,7 @@ struct Shape {
   int64_t size[kMaxDims] = {};
 };
 
-// Strides in elements, over the dimensions of a Shape that goes with it. data is null where the tensor is absent.
+// Strides are in elements, one per dimension of the Shape that belongs to the view. data is null if the tensor is absent.
 struct View {
   char* data = nullptr;
   int dtype = kFloat32;

@@ -1,5 +1,5 @@
-// fastlm._C: the CPU kernels for Python. It knows nothing of torch: tensors come as python_views.h says, which checks them;
-// fastlm/ops owns every output.
+// fastlm._C: the CPU kernels for Python. The module does not use torch: python_views.h reads and checks the tensors, and
+// fastlm/ops allocates every output.
 #include <pybind11/pybind11.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -7,39 +7,24 @@
 
 #include <string>
 
-#include "../common/python_latent.h"
-#include "simd/isa.h"
-#include "noise/noise.h"
+#include "../common/python_views.h"
+#include "../common/sizes.h"
 #include "parallel.h"
-#include "latent/latent.h"
+#include "simd/isa.h"
 #include "sum_rows.h"
 
 namespace py = pybind11;
 
 namespace fastlm {
 
-void bind_attention(py::module_&);  // attention/bind.cpp
+// Each is in <op>/bind.cpp.
+void bind_attention(py::module_&);
+void bind_latent(py::module_&);
+void bind_noise(py::module_&);
 
 namespace {
 
-void reparameterize_forward(const py::tuple& inputs, const py::object& z, const py::object& kl, const py::object& seed,
-                            int event_dims, int64_t samples, const LatentNumbers& numbers) {
-  LatentForward a = latent_forward_of(inputs, z, kl, seed, event_dims, samples, numbers);
-  if (a.elements == 0) return;
-  py::gil_scoped_release nogil;
-  latent_forward(a);
-}
-
-void reparameterize_backward(const py::tuple& inputs, const py::object& grad_z, const py::object& grad_kl,
-                             const py::tuple& outputs, const py::object& seed, int event_dims, int64_t samples,
-                             const LatentNumbers& numbers) {
-  LatentBackward a = latent_backward_of(inputs, grad_z, grad_kl, outputs, seed, event_dims, samples, numbers);
-  if (a.elements == 0) return;
-  py::gil_scoped_release nogil;
-  latent_backward(a);
-}
-
-// matrix: (rows, columns) of float32 or float64, contiguous; total: (columns,) in its dtype.
+// matrix: (rows, columns), contiguous float32 or float64. total: (columns,), of the same dtype.
 void sum_rows_of(const py::handle& matrix, const py::handle& total) {
   const TensorView from(matrix), to(total);
   const bool fits = from.device == kCPU && from.dims == 2 && from.is_contiguous();
@@ -52,13 +37,6 @@ void sum_rows_of(const py::handle& matrix, const py::handle& total) {
   } else {
     sum_rows(reinterpret_cast<const float*>(from.data), from.shape[0], from.shape[1], reinterpret_cast<float*>(to.data));
   }
-}
-
-void normal_of(int64_t seed, int64_t position, const py::handle& out) {
-  const TensorView to(out);
-  expect(to.device == kCPU && to.dtype == kFloat32 && to.is_contiguous(), "out", to, "contiguous float32 on the CPU");
-  py::gil_scoped_release nogil;
-  normal(uint64_t(seed), uint64_t(position), to.elements(), reinterpret_cast<float*>(to.data));
 }
 
 py::list isas() {
@@ -76,11 +54,12 @@ void set_isa(const std::string& name) {
   throw py::value_error("this machine runs " + py::str(isas()).cast<std::string>() + "; got '" + name + "'");
 }
 
-// Asks for huge pages under a large output before it is written: at 4 KiB a page, faults would take longer than the kernels.
+// Asks for huge pages under a large output before it is written: with pages of 4 KiB, the page faults would take longer than
+// the kernels.
 void advise_huge_pages(intptr_t data, int64_t bytes) {
 #if defined(__linux__)
   constexpr intptr_t page = 1 << 21;
-  const intptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+  const intptr_t begin = round_up(data, page), end = (data + bytes) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), size_t(end - begin), MADV_HUGEPAGE);  // only advice: may fail
 #endif
 }
@@ -95,11 +74,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return isa_names[current_isa()]; }, "The instruction set in use.");
   m.def("set_isa", &set_isa);
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("normal", &normal_of);
-  m.def("reparameterize_forward", &reparameterize_forward);
-  m.def("reparameterize_backward", &reparameterize_backward);
   m.def("sum_rows", &sum_rows_of);
   bind_attention(m);
+  bind_latent(m);
+  bind_noise(m);
 }
 
 }  // namespace fastlm

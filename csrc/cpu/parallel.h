@@ -1,4 +1,4 @@
-// Loops on torch's own threads, through the C functions of libtorch_cpu that Python hands over (fastlm/backend/cpu.py).
+// Parallel loops on torch's own threads. Python passes the C function of libtorch_cpu that runs them (fastlm/backend/cpu.py).
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, LoopBody 
 
 inline ParallelFor torch_parallel_for = nullptr;
 
-// Calls body(begin, end) for parts of [0, count); it must not throw. One unit runs here and now. Throws where torch could not
-// run the loop, as outputs would be left unwritten.
+// Calls body(begin, end) for parts of [0, count); body must not throw. The calling thread runs a loop of one turn by itself.
+// Throws if torch could not run the loop, because then outputs are unwritten.
 template <class Body>
 void parallel_for(int64_t count, const Body& body) {
   if (count <= 1 || torch_parallel_for == nullptr) {

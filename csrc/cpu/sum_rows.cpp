@@ -3,16 +3,16 @@
 #include <algorithm>
 #include <vector>
 
+#include "../common/sizes.h"
 #include "parallel.h"
 
 namespace fastlm {
 
-// Blocks of 1024 rows and 256 columns are summed on their own, then the blocks of a column one after the other.
+// Sums each block of 1024 rows and 256 columns, then adds up the blocks of each column, one after the other.
 template <class T>
 void sum_rows(const T* matrix, int64_t rows, int64_t columns, T* total) {
   constexpr int64_t block_rows = 1024, block_columns = 256;
-  const int64_t row_blocks = (rows + block_rows - 1) / block_rows,
-                column_blocks = (columns + block_columns - 1) / block_columns;
+  const int64_t row_blocks = ceil_div(rows, block_rows), column_blocks = ceil_div(columns, block_columns);
   std::vector<double> partial(row_blocks * columns, 0.0);
   parallel_for(row_blocks * column_blocks, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {

@@ -1,5 +1,5 @@
-// How a thread reads and writes a group of N neighbouring elements of a tensor, counted in row-major order: in 16 bytes at a
-// time where the tensor is packed, which the launcher finds out, else one by one, of any dtype and strides.
+// A thread reads and writes a group of N neighbouring elements of a tensor, in row-major order: 16 bytes at a time if the
+// tensor is packed (the launcher decides), else one by one, with any dtype and strides.
 #pragma once
 
 #include "../common/view.h"
@@ -10,9 +10,9 @@
 
 namespace fastlm {
 
-constexpr int kThreads = 128;  // of a block
+constexpr int kThreads = 128;  // threads per block
 
-// Elements of a thread: 16 bytes, but whole blocks of the noise, which are four normals.
+// Elements per thread: 16 bytes, or one block of the noise, four normals, if that is more.
 template <class T>
 constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
 
@@ -30,23 +30,24 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T v[N];
 };
 
-// Elements first + low .. first + high - 1 are the thread's own; those beside them are another block's, or past the end.
+// Elements first + low .. first + high - 1 belong to the thread. The others of the group belong to another block, or are past
+// the end.
 struct Group {
   int64_t first;
   int low, high;
-  bool exists;  // whether all N elements do
+  bool exists;  // whether the tensor has all N elements
 
   FASTLM_MEMBER bool has(int i) const { return low <= i && i < high; }
 };
 
-// The part of the group at `first` that lies in [begin, end), in a tensor of so many elements.
+// Returns the part of the group at `first` that lies in [begin, end), in a tensor of so many elements.
 template <int N>
 FASTLM_DEVICE Group group_at(int64_t first, int64_t begin, int64_t end, int64_t elements) {
   return {first, first < begin ? int(begin - first) : 0, first + N > end ? int(end - first) : N, first + N <= elements};
 }
 
-// n / d for n >= 0, d > 0. The compiler's own 64-bit division is a call that takes a hundred instructions and makes registers
-// spill; here, numbers from 2^32 up, which are rare, are divided bit by bit.
+// Returns n / d for n >= 0, d > 0. The compiler's own 64-bit division is a call of a hundred instructions, which makes
+// registers spill. This divides numbers from 2^32 up, which are rare, bit by bit.
 FASTLM_HD int64_t quotient(int64_t n, int64_t d) {
   if (n < d) return 0;
   if (((n | d) >> 32) == 0) return int64_t(uint32_t(n) / uint32_t(d));
@@ -60,7 +61,7 @@ FASTLM_HD int64_t quotient(int64_t n, int64_t d) {
   return q;
 }
 
-// Where an element lies in several views of one shape, and its index along the last dimension.
+// The offset of an element in each of several views of one shape, and its index along the last dimension.
 template <int kViews>
 struct Place {
   int64_t offset[kViews];
@@ -90,15 +91,15 @@ FASTLM_DEVICE C read(const char* data, int dtype, int64_t offset) {
   }
 }
 
-// values[i] = x, where i is not known to the compiler: the values stay in registers.
+// Sets values[i] = x for an i that is not constant. The values stay in registers.
 template <class C, int N>
 FASTLM_DEVICE void put(C (&values)[N], int i, C x) {
   FASTLM_UNROLL(8)
   for (int j = 0; j < N; ++j) values[j] = i == j ? x : values[j];
 }
 
-// The thread's elements of the view, the first of the group at `offset` of `data`; 0 for those that are not the thread's.
-// A packed view holds T, and no group of it crosses a row's end.
+// Loads the thread's elements of the view into values; the others become 0. The group starts at `offset` in `data`.
+// A packed view holds T, and none of its groups crosses the end of a row.
 template <class T, class C, int N>
 FASTLM_DEVICE void load(const Shape& shape, const View& view, const char* data, bool packed, const Group& group, int64_t offset,
                         int64_t inner, C (&values)[N]) {
@@ -121,6 +122,7 @@ FASTLM_DEVICE void load(const Shape& shape, const View& view, const char* data, 
   }
 }
 
+// Stores the thread's elements in a contiguous tensor of T.
 template <class T, class C, int N>
 FASTLM_DEVICE void store(T* out, bool packed, const Group& group, const C (&values)[N]) {
   if (packed && group.low == 0 && group.high == N) {
@@ -136,7 +138,7 @@ FASTLM_DEVICE void store(T* out, bool packed, const Group& group, const C (&valu
   }
 }
 
-// To a contiguous tensor of any dtype.
+// Stores the thread's elements in a contiguous tensor of any dtype.
 template <class C, int N>
 FASTLM_DEVICE void store_as(int dtype, void* out, bool packed, const Group& group, const C (&values)[N]) {
   switch (dtype) {

@@ -1,18 +1,18 @@
-// The launchers, as module.cpp calls them: on the current device, into a stream's handle; null, or what the runtime says of the
-// failure. Nothing waits for the device, and nothing on it is read here.
+// The launchers, which module.cpp calls. They launch kernels on the current device, into the given stream, and return null, or
+// the runtime's message about a failure. They never wait for the device, and read none of its memory.
 #pragma once
 
 #include "../common/latent.h"
 
 namespace fastlm {
 
-// What keeps the current device from running the kernels: an old driver, or a GPU that none of the machine code is for.
+// Returns why the current device cannot run the kernels (an old driver, or no machine code for this GPU), or null.
 const char* why_not();
 
-// out[0 .. count): elements position, position + 1, ... of the stream of the seed, which the device reads.
+// Fills out (count,) with elements position, position + 1, ... of the seed's stream. The device reads the seed.
 const char* normal(const int64_t* seed, uint64_t position, int64_t count, float* out, void* stream);
 
-// How many pieces of rows the forward needs room for, in `pieces`.
+// Returns the length that `pieces` needs for the forward.
 int64_t latent_pieces(const LatentForward&);
 const char* latent_forward(LatentForward, void* stream);
 const char* latent_backward(const LatentBackward&, void* stream);

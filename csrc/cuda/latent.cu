@@ -7,10 +7,11 @@
 
 namespace fastlm {
 
-// Elements of a tile where rows are shorter: enough for every thread of a block, few enough for many blocks.
+// Elements per tile of short rows: enough for every thread of a block, and few enough for many blocks.
 constexpr int64_t kShortTile = 1024;
 
-// Whether the groups' elements are whole blocks of the noise, in every sample: four neighbours of one stream from a fourth on.
+// Returns whether every group consists of whole blocks of the noise, in every sample: four neighbours of one stream that start
+// at a multiple of four.
 static bool draws_blocks(const Latent& a) {
   return (a.stream == a.elements || a.stream % 4 == 0) && (a.samples == 1 || a.stream % 4 == 0);
 }
@@ -25,7 +26,7 @@ static Packed packed_inputs(const Latent& a, int group) {
   return packed;
 }
 
-// The least power of two that leaves a lane at most four terms of a strip.
+// Returns the smallest power of two, at most 32, with which a lane adds at most four terms of a strip, if there is one.
 static int lanes_of(int64_t event) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes < event) lanes *= 2;
@@ -36,6 +37,7 @@ int64_t latent_pieces(const LatentForward& a) {
   return a.kl && a.event > kTile ? a.elements / a.event * ceil_div(a.event, kTile) : 0;
 }
 
+// Launches the kernel that sums the pieces of each row.
 static cudaError_t total(const LatentForward& a, int64_t pieces, void* stream) {
   const int64_t rows = a.elements / a.event;
   const TotalArguments arguments{a.pieces, pieces / rows, a.kl};

@@ -1,9 +1,10 @@
-// The Gaussian latent on a GPU: device code. T is a tensor's dtype, C what is computed in, V the same as csrc/common takes it.
+// The Gaussian latent on a GPU: device code. T is a tensor's dtype, C the type of the arithmetic (float or double), and V the
+// same type in the form that csrc/common takes (scalar.cuh).
 //
-// A block works on a tile: whole rows, or a piece of a long one. Each thread reads groups of neighbouring elements once, and
-// draws their noise and writes z from registers. The KL's terms go through shared memory, from where warps sum strips of a row
-// and, after a barrier, a thread sums the strips. The pieces of long rows are summed by a second kernel. So the order of a sum
-// depends on the length of its row alone, and no bit on the batch.
+// A block works on a tile: whole rows, or a piece of a long row. Each thread reads groups of neighbouring elements once, draws
+// their noise, and writes z from registers. The KL's terms go through shared memory: each strip of a row is summed by lanes of
+// a warp, and, after a barrier, a thread sums the strips. A second kernel sums the pieces of long rows. So the order of a sum
+// depends only on the length of its row, and no bit depends on the batch.
 #pragma once
 
 #include "../common/gaussian.h"
@@ -12,7 +13,7 @@
 
 namespace fastlm {
 
-constexpr int kTile = 2048;  // elements of a block, at most
+constexpr int kTile = 2048;  // elements per block, at most
 constexpr int kStrip = 256;  // elements of a row that one warp sums
 #if defined(__HIPCC__)
 constexpr unsigned long long kAllLanes = ~0ull;  // AMD's warps may have 64 lanes
@@ -20,7 +21,7 @@ constexpr unsigned long long kAllLanes = ~0ull;  // AMD's warps may have 64 lane
 constexpr unsigned kAllLanes = ~0u;
 #endif
 
-// Which tensors are read and written in whole groups.
+// Which tensors the kernel reads and writes in whole groups.
 struct Packed {
   bool mu, logvar, prior_mu, prior_logvar, z, grad_z, grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar;
 };
@@ -28,8 +29,8 @@ struct Packed {
 struct ForwardArguments {
   LatentForward a;
   Packed packed;
-  bool blocks;  // whether every group's noise is whole blocks
-  int lanes;    // of a warp that sum a strip: a power of two
+  bool blocks;  // whether every group consists of whole blocks of the noise
+  int lanes;    // lanes of a warp that sum a strip together: a power of two
 };
 
 struct BackwardArguments {
@@ -38,9 +39,9 @@ struct BackwardArguments {
   bool blocks;
 };
 
-static_assert(sizeof(ForwardArguments) <= 4096 && sizeof(BackwardArguments) <= 4096, "what a kernel may be given");
+static_assert(sizeof(ForwardArguments) <= 4096 && sizeof(BackwardArguments) <= 4096, "the limit of a kernel's arguments");
 
-// The noise of the group's elements in sample k.
+// Draws the noise of the group's elements in sample k into eps (N,).
 template <int N>
 FASTLM_DEVICE void draw(const Latent& a, bool blocks, int64_t k, const Group& group, float (&eps)[N]) {
   if (blocks) {
@@ -59,7 +60,7 @@ FASTLM_DEVICE void draw(const Latent& a, bool blocks, int64_t k, const Group& gr
   }
 }
 
-// The inputs of a group, and the KL's terms from them.
+// The inputs of a group, each (N,), and the KL's terms from them.
 template <class T, bool kPrior>
 struct Inputs {
   using C = typename Accumulator<T>::type;
@@ -70,7 +71,7 @@ struct Inputs {
 
   FASTLM_DEVICE_MEMBER explicit Inputs(const Latent& a) : a(a) {}
 
-  // The views of the inputs are the first at the place.
+  // Loads the inputs. Their views are the first four of the place.
   template <int kViews>
   FASTLM_DEVICE_MEMBER void read_all(const Packed& packed, const Group& group, const Place<kViews>& at) {
     load<T>(a.shape, a.mu, a.mu.data, packed.mu, group, at.offset[0], at.inner, mu);
@@ -104,19 +105,19 @@ struct Inputs {
 
 // ---- forward ----------------------------------------------------------------------------------------------------------------
 
-// A block's elements: whole rows, or a piece of one.
+// Elements [begin, end) of a block: whole rows, or a piece of one.
 struct Tile {
   int64_t begin, end;
 };
 
 FASTLM_DEVICE Tile tile_of(const LatentForward& a, int64_t block) {
-  const int64_t pieces = a.pieces ? quotient(a.event + a.unit - 1, a.unit) : 1;  // of a row
+  const int64_t pieces = a.pieces ? quotient(a.event + a.unit - 1, a.unit) : 1;  // pieces per row
   const int64_t row = a.pieces ? quotient(block, pieces) : 0;
   const int64_t begin = row * a.event + (block - row * pieces) * a.unit, limit = a.pieces ? (row + 1) * a.event : a.elements;
   return {begin, begin + a.unit < limit ? begin + a.unit : limit};
 }
 
-// z of a group in every sample, and the terms of its KL, where `terms`, those of the tile, are wanted.
+// Computes z of a group in every sample, and, if `terms` is not null, the KL's terms of the group in those of the tile.
 template <class T, bool kPrior, class C>
 FASTLM_DEVICE void forward_group(const ForwardArguments& arguments, const Tile& tile, int64_t first, C* terms) {
   constexpr int N = kGroup<T>;
@@ -145,7 +146,7 @@ FASTLM_DEVICE void forward_group(const ForwardArguments& arguments, const Tile& 
   }
 }
 
-// The sums of the tile's rows, or of the piece of one that it is. All threads of the block take part in every turn.
+// Sums the rows of the tile, or the piece of a row that the tile is. All threads of the block take part in every turn.
 template <class C>
 FASTLM_DEVICE void sum_terms(const LatentForward& a, int lanes, const Tile& tile, const C* terms, C* strips) {
   const int length = int(a.pieces ? tile.end - tile.begin : a.event), rows = int(tile.end - tile.begin) / length;
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 4) latent_forward_kernel(ForwardArgu
   using C = typename Accumulator<T>::type;
   constexpr int N = kGroup<T>;
   __shared__ C terms[kTile];
-  __shared__ C strips[kTile / kStrip * 2];  // rows are longer than a strip where there are several
+  __shared__ C strips[kTile / kStrip * 2];  // used only for rows longer than a strip
   const LatentForward& a = arguments.a;
   const Tile tile = tile_of(a, blockIdx.x);
   for (int64_t first = tile.begin / N * N + int(threadIdx.x) * N; first < tile.end; first += kThreads * N) {
@@ -192,11 +193,11 @@ __global__ void __launch_bounds__(kThreads, 4) latent_forward_kernel(ForwardArgu
 
 struct TotalArguments {
   const double* pieces;
-  int64_t count;  // of a row
+  int64_t count;  // pieces per row
   void* kl;
 };
 
-// A row's sum from its pieces, by a block.
+// Sums the pieces of a row; each block sums one row.
 template <class C>
 __global__ void __launch_bounds__(kThreads) latent_total_kernel(TotalArguments a) {
   __shared__ double sums[kThreads];
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) latent_total_kernel(TotalArguments a
 
 // ---- backward ---------------------------------------------------------------------------------------------------------------
 
-// What comes through z: sum_k g_k, which is mu's gradient, and sum_k g_k eps_k.
+// Computes the gradients that come through z, each (N,): sum_k g_k, which is mu's gradient, and sum_k g_k eps_k.
 template <class T, class C, int N>
 FASTLM_DEVICE void sum_samples(const BackwardArguments& arguments, const Group& group, int64_t offset, int64_t inner,
                                C (&sum)[N], C (&noisy_sum)[N]) {
@@ -233,7 +234,7 @@ FASTLM_DEVICE void sum_samples(const BackwardArguments& arguments, const Group& 
   }
 }
 
-// Each element's gradient of its row's KL.
+// Copies the gradient of each element's row, that of its KL, to out (N,).
 template <class C, int N>
 FASTLM_DEVICE void spread(const LatentBackward& a, const Group& group, C (&out)[N]) {
   const C* grad_kl = static_cast<const C*>(a.grad_kl);
@@ -248,7 +249,8 @@ FASTLM_DEVICE void spread(const LatentBackward& a, const Group& group, C (&out)[
   }
 }
 
-// All gradients of a group: d z / d logvar = temperature deviation eps / 2, and the KL's own.
+// Computes all gradients of a group: those through z, with d z / d logvar = temperature deviation eps / 2, plus those of the
+// KL.
 template <class T, bool kPrior>
 __global__ void __launch_bounds__(kThreads, 4) latent_backward_kernel(BackwardArguments arguments) {
   using C = typename Accumulator<T>::type;
@@ -274,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 4) latent_backward_kernel(BackwardAr
     const V through_z = a.grad_z.data ? V(logvar[i]) * (V(C(0.5 * a.temperature)) * deviation) : V(C(0));
     mu[i] = (V(mu[i]) + kl.mu).v;
     logvar[i] = clamp_gradient(through_z + kl.logvar, V(in.logvar[i]), V(C(a.low)), V(C(a.high))).v;
-    if constexpr (kPrior) {  // where the priors were
+    if constexpr (kPrior) {  // The gradients take the place of the priors.
       in.prior_mu[i] = kl.prior_mu.v;
       in.prior_logvar[i] = kl.prior_logvar.v;
     }

@@ -1,8 +1,9 @@
-// What the launchers share: which kernel a dtype gets, which tensors are packed, and the launch itself.
+// Functions that the launchers share: they choose a kernel by dtype, find out which tensors are packed, and launch.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/sizes.h"
 #include "groups.cuh"
 
 namespace fastlm {
@@ -20,7 +21,7 @@ cudaError_t with_dtype(int dtype, const F& f) {
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// Whether a group's elements are neighbours in memory, on an address that takes 16 bytes at a time, and cross no row's end.
+// Returns whether the elements of every group are contiguous in memory, aligned to 16 bytes, and within one row.
 inline bool is_packed(const Shape& shape, const View& view, int dtype, int group) {
   if (view.dtype != dtype || !is_aligned(view.data)) return false;
   const int last = shape.dims - 1;
@@ -31,11 +32,9 @@ inline bool is_packed(const Shape& shape, const View& view, int dtype, int group
   return true;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// By this form of a launch, not <<<>>>, the same source is host code too.
+// Launches a kernel. The source has no <<<>>>, so that a host compiler can compile it too.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, Arguments arguments, void* stream) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;

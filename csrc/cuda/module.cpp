@@ -1,6 +1,6 @@
-// fastlm._cuda: the CUDA kernels for Python. It knows nothing of torch: tensors come as common/python_views.h says, which
-// checks them; fastlm/ops owns every output; fastlm/backend/cuda.py makes their device current and hands over torch's stream
-// and a function that allocates what a launch needs besides.
+// fastlm._cuda: the CUDA kernels for Python. The module does not use torch: common/python_views.h reads and checks the tensors,
+// and fastlm/ops allocates every output. fastlm/backend/cuda.py makes their device current, and passes torch's stream and a
+// function that allocates temporary memory.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -21,7 +21,7 @@ void reparameterize_forward(const py::tuple& inputs, const py::object& z, const 
                             intptr_t stream) {
   LatentForward a = latent_forward_of(inputs, z, kl, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
-  py::object room;  // lives until the launch is made; the allocator gives it to later work of this stream only
+  py::object room;  // must live until the launch; the allocator reuses it only for later work of this stream
   a.pieces = nullptr;
   if (const int64_t pieces = latent_pieces(a)) {
     room = allocate(pieces * int64_t(sizeof(double)));
@@ -54,7 +54,7 @@ void normal_of(const py::object& seed, int64_t position, const py::object& out, 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "fastlm's CUDA kernels.";
   m.def("use_exchange", &use_exchange);
-  m.def("why_not", &why_not, "What keeps the current device from running the kernels, or None.");
+  m.def("why_not", &why_not, "Return why the current device cannot run the kernels, or None.");
   m.def("normal", &normal_of);
   m.def("reparameterize_forward", &reparameterize_forward);
   m.def("reparameterize_backward", &reparameterize_backward);

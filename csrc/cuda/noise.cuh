@@ -1,4 +1,4 @@
-// The noise alone: device code.
+// The kernel that only draws noise: device code.
 #pragma once
 
 #include "normals.cuh"
@@ -13,7 +13,7 @@ struct NormalArguments {
   bool packed;
 };
 
-// out[0 .. count): elements position, position + 1, ... of the stream of the seed, a block of it by each thread.
+// Fills out (count,) with elements position, position + 1, ... of the seed's stream. Each thread draws one block of four.
 __global__ void __launch_bounds__(kThreads) normal_kernel(NormalArguments a) {
   const uint64_t block = a.position / 4 + uint64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t first = int64_t(4 * block - a.position);

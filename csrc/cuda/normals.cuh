@@ -1,4 +1,4 @@
-// The noise, four normals at a time: csrc/common/philox.h by the scalars of a thread.
+// The noise, four normals at a time: csrc/common/philox.h with a thread's scalars.
 #pragma once
 
 #include "../common/philox.h"
@@ -6,7 +6,7 @@
 
 namespace fastlm {
 
-// The four normals of a block of the seed's stream.
+// Draws the four normals of a block of the seed's stream into out (4,).
 FASTLM_DEVICE void normal_block(uint64_t seed, uint64_t block, float* out) {
   const Words<uint64_t> words = philox(seed, block);
   Float n[4];
@@ -15,7 +15,7 @@ FASTLM_DEVICE void normal_block(uint64_t seed, uint64_t block, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = n[i].v;
 }
 
-// One of them.
+// Returns the normal at one position of the seed's stream.
 FASTLM_DEVICE float normal_at(uint64_t seed, uint64_t position) {
   const Words<uint64_t> words = philox(seed, position / 4);
   const bool second_pair = position & 2, second_of_pair = position & 1;

@@ -1,6 +1,7 @@
-// What one thread computes with: a float, a double or a 32-bit word, with the operations that csrc/common asks of a vector, so
-// that a GPU does the very same arithmetic as the lanes of a CPU. Products and sums are fused only where that is written
-// (CMakeLists.txt says so to nvcc), and so the bits are the same too.
+// The scalars of one thread: a float, a double or a 32-bit word, with the operations that csrc/common needs of a vector. So a
+// GPU does exactly the arithmetic of the CPU's lanes. Products and sums are fused only where the source says so (CMakeLists.txt
+// passes
+// --fmad=false to nvcc), so the bits are the same too.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -77,7 +78,8 @@ FASTLM_HD Float as_float(Word a) { return Float(bits_as<float>(a.v)); }
 FASTLM_HD Float to_float(Word a) { return Float(float(a.v)); }
 FASTLM_HD Float select_negative(Word bits, Float x, Float y) { return bits.v >> 31 ? x : y; }
 
-// In two steps of half the exponent, so that neither factor over- or underflows and the last product alone rounds.
+// Multiplies in two steps of half the exponent, so that neither factor overflows or underflows, and only the last product
+// rounds.
 FASTLM_HD Float scale2(Float a, Float n) {
   const int exponent = n.v == n.v ? int(n.v) : 0, half = exponent >> 1;
   return Float(a.v * bits_as<float>(uint32_t(half + 127) << 23) * bits_as<float>(uint32_t(exponent - half + 127) << 23));
@@ -87,7 +89,7 @@ FASTLM_HD Double scale2(Double a, Double n) {
   return Double(a.v * bits_as<double>(uint64_t(half + 1023) << 52) * bits_as<double>(uint64_t(exponent - half + 1023) << 52));
 }
 
-// ---- dtypes: how they are stored, and what is computed in -------------------------------------------------------------------
+// ---- dtypes: storage types, and the type of the arithmetic ------------------------------------------------------------------
 
 template <class T>
 struct Accumulator {

@@ -1,8 +1,9 @@
-// Attention backward. With the weights P drawn again from the saved statistics, and delta_i = out_i . dO_i:
+// Attention backward. The weights P are recomputed from the saved statistics. With delta_i = out_i . dO_i:
 //   dV = P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q
-// A tile of P and dS serves all three products, so a unit that has all rows and all keys of a group does five of them. Where
-// there are too few groups for the threads, units of a block of keys compute dK and dV, and units of a block of rows dQ: seven
-// products, but no thread waits, and none adds to what another one adds to. Both ways add the same numbers in the same order.
+// The products dV, dQ and dK use the same tile of P and dS. So a task with all rows and all keys of a group computes five
+// products per tile (Q K^T is the fifth). If there are too few groups for the threads, tasks of a block of keys compute dK and
+// dV, and tasks of a block of rows compute dQ: seven products, but no thread waits, and no two threads add to the same element.
+// Both ways add the same numbers in the same order.
 #pragma once
 
 #include "scores-inl.h"
@@ -10,50 +11,62 @@
 
 namespace fastlm::FASTLM_ISA {
 
-// A tile of rows as both sides of a product: summed over along the row (left), and from row to row (right). Floats are one.
-template <class Unit>
-struct TwoSided {
-  Unit *left, *right;
-  int64_t left_row, right_row;
+// A tile of rows of a tensor as both operands of gemm: as A (rows, elems(dim)), summed over along the row, and as B
+// (elems(rows), dim), summed over from row to row. Floats need one copy for both.
+template <class Elem>
+struct RowOperand {
+  Elem *a, *b;
+  int64_t a_row, b_row;
 
-  FASTLM_MEMBER TwoSided(int64_t rows, int64_t dim, Workspace& w) {
-    left_row = padded(units<Unit>(dim)) + kLanes;
-    right_row = padded(dim) + kLanes;
-    if constexpr (kNumbers<Unit> == 1) left_row = right_row;
-    right = w.take<Unit>(units<Unit>(rows) * right_row);
-    left = kNumbers<Unit> == 1 ? right : w.take<Unit>(rows * left_row);
+  FASTLM_MEMBER RowOperand(int64_t rows, int64_t dim, Workspace& w) {
+    a_row = padded(elems<Elem>(dim)) + kLanes;
+    b_row = padded(dim) + kLanes;
+    if constexpr (kValuesPerElem<Elem> == 1) a_row = b_row;
+    b = w.take<Elem>(elems<Elem>(rows) * b_row);
+    a = kValuesPerElem<Elem> == 1 ? b : w.take<Elem>(rows * a_row);
   }
 
   FASTLM_MEMBER void load(int dtype, const char* const* rows, int64_t count, int64_t dim) {
-    load_right(dtype, rows, count, dim, right, right_row);
-    if constexpr (kNumbers<Unit> == 2) load_left(dtype, rows, count, dim, left, left_row);
+    load_b(dtype, rows, count, dim, b, b_row);
+    if constexpr (kValuesPerElem<Elem> == 2) load_a(dtype, rows, count, dim, a, a_row);
   }
 };
 
-// A tile of numbers between rows and keys, as left sides of products that sum over keys and over rows (transposed).
-// Floats are one; pairs are neighbours in a row, and in a column.
-template <class Unit>
-struct Crossed {
-  Unit *by_key, *by_row;
+// A tile (kBlockRows, kBlockKeys) of P or dS as operand A of gemm: summed over keys, (kBlockRows, elems(kBlockKeys)), and
+// transposed and summed over rows, (kBlockKeys, elems(kBlockRows)). Floats are used where they are; pack_scores makes pairs of
+// neighbours along a row (by_key) and along a column (by_row).
+template <class Elem>
+struct ScoreOperand {
+  Elem *by_key, *by_row;
 
-  FASTLM_MEMBER Crossed(float* tile, bool is_by_key, Workspace& w) {
-    by_row = kNumbers<Unit> == 1 ? reinterpret_cast<Unit*>(tile) : w.take<Unit>(kBlockRows / 2 * kTileRow);
-    by_key = kNumbers<Unit> == 1 || !is_by_key ? reinterpret_cast<Unit*>(tile) : w.take<Unit>(kBlockRows * kTileRow / 2);
+  FASTLM_MEMBER ScoreOperand(float* tile, bool is_by_key, Workspace& w) {
+    by_row = kValuesPerElem<Elem> == 1 ? reinterpret_cast<Elem*>(tile) : w.take<Elem>(kBlockRows / 2 * kTileRow);
+    by_key = kValuesPerElem<Elem> == 1 || !is_by_key ? reinterpret_cast<Elem*>(tile) : w.take<Elem>(kBlockRows * kTileRow / 2);
   }
 
-  FASTLM_MEMBER Left<Unit> over_keys() const { return {by_key, units<Unit>(kTileRow), 1}; }
-  FASTLM_MEMBER Left<Unit> over_rows() const { return {by_row, 1, kTileRow}; }
+  FASTLM_MEMBER A<Elem> over_keys() const { return {by_key, elems<Elem>(kTileRow), 1}; }
+  FASTLM_MEMBER A<Elem> over_rows() const { return {by_row, 1, kTileRow}; }
 };
 
-template <class Unit>
+// The arrays of a task that computes dQ of `count` rows. Rows are padded to whole vectors; *_row are strides between rows.
+template <class Elem>
 struct BackwardArrays {
   ScoreRow rows[kBlockRows];
   char* pointers[kBlockKeys];
   int64_t key_row, head_row, value_row;
-  TwoSided<Unit> query, grad_out, key;
-  Unit *key_transposed, *value_transposed;
-  float *scores, *grads, *cap_slope, *keep, *grad_query, *grad_key, *grad_value;
-  Crossed<Unit> weights, grad_scores;
+  RowOperand<Elem> query;     // (kBlockRows, head_dim)
+  RowOperand<Elem> grad_out;  // (kBlockRows, value_dim)
+  RowOperand<Elem> key;       // (kBlockKeys, head_dim)
+  Elem* key_transposed;       // (elems(head_dim), kBlockKeys)
+  Elem* value_transposed;     // (elems(value_dim), kBlockKeys)
+  float* scores;              // (kBlockRows, kBlockKeys): q k^T, then P
+  float* grads;               // (kBlockRows, kBlockKeys): dP, then dS
+  float* softcap_grad;        // (kBlockRows, kBlockKeys); null without softcap
+  float* keep;                // (kBlockKeys,)
+  float* grad_query;          // (count, head_dim)
+  float* grad_key;            // (kBlockKeys, head_dim)
+  float* grad_value;          // (kBlockKeys, value_dim)
+  ScoreOperand<Elem> weights, grad_scores;
 
   FASTLM_MEMBER BackwardArrays(const Attention& a, int64_t count, Workspace& w)
       : key_row(kTileRow + kLanes),
@@ -62,11 +75,11 @@ struct BackwardArrays {
         query(kBlockRows, a.head_dim, w),
         grad_out(kBlockRows, a.value_dim, w),
         key(kBlockKeys, a.head_dim, w),
-        key_transposed(w.take<Unit>(units<Unit>(a.head_dim) * key_row)),
-        value_transposed(w.take<Unit>(units<Unit>(a.value_dim) * key_row)),
+        key_transposed(w.take<Elem>(elems<Elem>(a.head_dim) * key_row)),
+        value_transposed(w.take<Elem>(elems<Elem>(a.value_dim) * key_row)),
         scores(w.take<float>(kBlockRows * kTileRow)),
         grads(w.take<float>(kBlockRows * kTileRow)),
-        cap_slope(a.softcap > 0.0f ? w.take<float>(kBlockRows * kTileRow) : nullptr),
+        softcap_grad(a.softcap > 0.0f ? w.take<float>(kBlockRows * kTileRow) : nullptr),
         keep(w.take<float>(kBlockKeys)),
         grad_query(w.take<float>(count * head_row)),
         grad_key(w.take<float>(kBlockKeys * head_row)),
@@ -75,9 +88,9 @@ struct BackwardArrays {
         grad_scores(grads, true, w) {}
 };
 
-// P and dS of a tile, from its products, in place; the mask's gradient is added to.
-template <class Unit>
-static void score_gradients(const AttentionBackward& a, const Sequence& s, BackwardArrays<Unit>& t, const AttentionUnit& u,
+// Turns a tile's scores into P, and its dP into dS, in place. Adds dS to the mask's gradient.
+template <class Elem>
+static void score_gradients(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
                             int64_t count, int64_t first_key, int64_t keys) {
   const float factor = exponent_factor(a);
   const F32 scale(factor), zero(0.0f);
@@ -87,7 +100,7 @@ static void score_gradients(const AttentionBackward& a, const Sequence& s, Backw
     const float maximum = statistics[0], log_total = statistics[1];
     const F32 delta(*a.delta.at(s.batch, row.head, s.q_first + row.query));
     float *p_row = t.scores + r * kTileRow, *g_row = t.grads + r * kTileRow;
-    if (maximum == -kInfinity) {  // the row sees nothing
+    if (maximum == -kInfinity) {  // the row sees no key
       __builtin_memset(p_row, 0, padded(keys) * sizeof(float));
       __builtin_memset(g_row, 0, padded(keys) * sizeof(float));
       continue;
@@ -104,29 +117,29 @@ static void score_gradients(const AttentionBackward& a, const Sequence& s, Backw
       }
     };
     if (is_far(maximum, factor)) {
-      // No weight is above 1, though a score that is added up in another order than in the forward may be a step higher.
+      // min: a weight is at most 1, but the score, summed in another order than in the forward, may be a rounding step higher.
       weigh([&](F32 x) FASTLM_LAMBDA { return min(zero, mul_add(x - F32(maximum), scale, F32(-log_total))); });
     } else {
       const F32 shift(-(maximum * factor + log_total));
       weigh([&](F32 x) FASTLM_LAMBDA { return mul_add(x, scale, shift); });
     }
-    if (a.grad_mask.data && u.of_queries) {
+    if (a.grad_mask.data && task.computes_dq) {
       float* to =
           reinterpret_cast<float*>(a.grad_mask.at(s.b, row.head, a.grad_mask_by_block ? row.query / kBlockRows : row.query));
       for (int64_t k = 0; k < keys; ++k) to[first_key + k] += g_row[k];
     }
-    if (t.cap_slope) {
+    if (t.softcap_grad) {
       for (int64_t k = 0; k < padded(keys); k += kLanes) {
-        (F32::load(g_row + k) * F32::load(t.cap_slope + r * kTileRow + k)).store(g_row + k);
+        (F32::load(g_row + k) * F32::load(t.softcap_grad + r * kTileRow + k)).store(g_row + k);
       }
     }
   }
 }
 
-// Floats are multiplied as they are; pairs are put together, of rows that are one below the other and along a row.
-FASTLM_SIMD void cross(const float*, int64_t, int64_t, Crossed<float>&, bool) {}
+// Packs a tile into pairs: of neighbouring rows, and, if by_key, of neighbouring keys. Floats need no packing.
+FASTLM_SIMD void pack_scores(const float*, int64_t, int64_t, ScoreOperand<float>&, bool) {}
 
-static void cross(float* tile, int64_t count, int64_t keys, Crossed<uint32_t>& to, bool by_key) {
+static void pack_scores(float* tile, int64_t count, int64_t keys, ScoreOperand<uint32_t>& to, bool by_key) {
   if (count % 2) __builtin_memset(tile + count * kTileRow, 0, kTileRow * sizeof(float));
   BFloat16 half[2][kTileRow];
   for (int64_t r = 0; r < count; r += 2) {
@@ -143,36 +156,38 @@ static void cross(float* tile, int64_t count, int64_t keys, Crossed<uint32_t>& t
   }
 }
 
-template <class Unit>
-static void backward_tile(const AttentionBackward& a, const Sequence& s, BackwardArrays<Unit>& t, const AttentionUnit& u,
+// Adds to the gradients what rows [first_row, first_row + count) and keys [first_key, first_key + keys) contribute.
+template <class Elem>
+static void backward_tile(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
                           int64_t first_row, int64_t count, int64_t first_key, int64_t keys, Coverage covered) {
-  query_rows(a, s, a.query, u.kv_head, first_row, count, t.pointers);
+  query_rows(a, s, a.query, task.kv_head, first_row, count, t.pointers);
   t.query.load(a.query.dtype, t.pointers, count, a.head_dim);
-  query_rows(a, s, a.grad_out, u.kv_head, first_row, count, t.pointers);
+  query_rows(a, s, a.grad_out, task.kv_head, first_row, count, t.pointers);
   t.grad_out.load(a.grad_out.dtype, t.pointers, count, a.value_dim);
   const int64_t columns = padded(keys);
-  product<false>(count, columns, units<Unit>(a.head_dim), Left<Unit>{t.query.left, t.query.left_row, 1},
-                 Right<Unit>{t.key_transposed, t.key_row}, t.scores, kTileRow);
-  product<false>(count, columns, units<Unit>(a.value_dim), Left<Unit>{t.grad_out.left, t.grad_out.left_row, 1},
-                 Right<Unit>{t.value_transposed, t.key_row}, t.grads, kTileRow);
+  gemm<false>(count, columns, elems<Elem>(a.head_dim), A<Elem>{t.query.a, t.query.a_row, 1},
+              B<Elem>{t.key_transposed, t.key_row}, t.scores, kTileRow);
+  gemm<false>(count, columns, elems<Elem>(a.value_dim), A<Elem>{t.grad_out.a, t.grad_out.a_row, 1},
+              B<Elem>{t.value_transposed, t.key_row}, t.grads, kTileRow);
   if (covered != Coverage::kWhole || !scores_are_products(a)) {
-    score_tile(a, t.rows, count, first_key, keys, t.scores, t.cap_slope);
+    score_tile(a, t.rows, count, first_key, keys, t.scores, t.softcap_grad);
   }
-  score_gradients(a, s, t, u, count, first_key, keys);
-  cross(t.scores, count, keys, t.weights, false);
-  cross(t.grads, count, keys, t.grad_scores, true);
-  if (u.of_keys) {
-    product<true>(keys, t.value_row, units<Unit>(count), t.weights.over_rows(),
-                  Right<Unit>{t.grad_out.right, t.grad_out.right_row}, t.grad_value, t.value_row);
-    product<true>(keys, t.head_row, units<Unit>(count), t.grad_scores.over_rows(),
-                  Right<Unit>{t.query.right, t.query.right_row}, t.grad_key, t.head_row);
+  score_gradients(a, s, t, task, count, first_key, keys);
+  pack_scores(t.scores, count, keys, t.weights, false);
+  pack_scores(t.grads, count, keys, t.grad_scores, true);
+  if (task.computes_dkv) {
+    gemm<true>(keys, t.value_row, elems<Elem>(count), t.weights.over_rows(), B<Elem>{t.grad_out.b, t.grad_out.b_row},
+               t.grad_value, t.value_row);
+    gemm<true>(keys, t.head_row, elems<Elem>(count), t.grad_scores.over_rows(), B<Elem>{t.query.b, t.query.b_row}, t.grad_key,
+               t.head_row);
   }
-  if (u.of_queries) {
-    product<true>(count, t.head_row, units<Unit>(keys), t.grad_scores.over_keys(), Right<Unit>{t.key.right, t.key.right_row},
-                  t.grad_query + (first_row - u.row_begin) * t.head_row, t.head_row);
+  if (task.computes_dq) {
+    gemm<true>(count, t.head_row, elems<Elem>(keys), t.grad_scores.over_keys(), B<Elem>{t.key.b, t.key.b_row},
+               t.grad_query + (first_row - task.row_begin) * t.head_row, t.head_row);
   }
 }
 
+// Writes `count` rows of floats, multiplied by the factor, in the tensor's dtype.
 static void write_rows(const Rows& to, char* const* rows, int64_t count, int64_t dim, const float* from, int64_t from_row,
                        float factor) {
   with_float_dtype(to.dtype, [&](auto type) FASTLM_LAMBDA {
@@ -181,60 +196,61 @@ static void write_rows(const Rows& to, char* const* rows, int64_t count, int64_t
   });
 }
 
-template <class Unit>
-static void backward_keys(const AttentionBackward& a, const Sequence& s, BackwardArrays<Unit>& t, const AttentionUnit& u,
+// Goes over the task's rows for one block of keys, and writes dK and dV of the block.
+template <class Elem>
+static void backward_keys(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
                           int64_t first_key, int64_t keys) {
-  if (u.of_keys) {
+  if (task.computes_dkv) {
     __builtin_memset(t.grad_key, 0, keys * t.head_row * sizeof(float));
     __builtin_memset(t.grad_value, 0, keys * t.value_row * sizeof(float));
   }
   bool loaded = false;
-  for (int64_t row = u.row_begin; row < u.row_end; row += kBlockRows) {
-    const int64_t rows = u.row_end - row < kBlockRows ? u.row_end - row : kBlockRows;
-    fill_score_rows(a, s, u.kv_head, row, rows, t.rows);
+  for (int64_t row = task.row_begin; row < task.row_end; row += kBlockRows) {
+    const int64_t rows = task.row_end - row < kBlockRows ? task.row_end - row : kBlockRows;
+    fill_score_rows(a, s, task.kv_head, row, rows, t.rows);
     const Coverage covered = coverage(a, t.rows, rows, key_range(t.rows, rows), first_key, keys);
     if (covered == Coverage::kEmpty) continue;
     if (!loaded) {
-      key_rows(a, s, a.key, u.kv_head, first_key, keys, t.pointers);
-      load_transposed(a.key.dtype, t.pointers, keys, a.head_dim, t.key_transposed, t.key_row);
-      if (u.of_queries) load_right(a.key.dtype, t.pointers, keys, a.head_dim, t.key.right, t.key.right_row);
-      key_rows(a, s, a.value, u.kv_head, first_key, keys, t.pointers);
-      load_transposed(a.value.dtype, t.pointers, keys, a.value_dim, t.value_transposed, t.key_row);
+      key_rows(a, s, a.key, task.kv_head, first_key, keys, t.pointers);
+      load_b_transposed(a.key.dtype, t.pointers, keys, a.head_dim, t.key_transposed, t.key_row);
+      if (task.computes_dq) load_b(a.key.dtype, t.pointers, keys, a.head_dim, t.key.b, t.key.b_row);
+      key_rows(a, s, a.value, task.kv_head, first_key, keys, t.pointers);
+      load_b_transposed(a.value.dtype, t.pointers, keys, a.value_dim, t.value_transposed, t.key_row);
       loaded = true;
     }
-    backward_tile(a, s, t, u, row, rows, first_key, keys, covered);
+    backward_tile(a, s, t, task, row, rows, first_key, keys, covered);
   }
-  if (u.of_keys) {
-    key_rows(a, s, a.grad_key, u.kv_head, first_key, keys, t.pointers);
+  if (task.computes_dkv) {
+    key_rows(a, s, a.grad_key, task.kv_head, first_key, keys, t.pointers);
     write_rows(a.grad_key, t.pointers, keys, a.head_dim, t.grad_key, t.head_row, a.scale);
-    key_rows(a, s, a.grad_value, u.kv_head, first_key, keys, t.pointers);
+    key_rows(a, s, a.grad_value, task.kv_head, first_key, keys, t.pointers);
     write_rows(a.grad_value, t.pointers, keys, a.value_dim, t.grad_value, t.value_row, 1.0f);
   }
 }
 
-template <class Unit>
-static void backward_unit(const AttentionBackward& a, const AttentionUnit& u, char* memory) {
+template <class Elem>
+static void backward_task(const AttentionBackward& a, const AttentionTask& task, char* memory) {
   Workspace workspace(memory);
-  const int64_t count = u.row_end - u.row_begin;
-  BackwardArrays<Unit> t(a, u.of_queries ? count : 0, workspace);
-  const Sequence s = sequence(a, u.b);
-  if (u.of_queries) __builtin_memset(t.grad_query, 0, count * t.head_row * sizeof(float));
-  for (int64_t key = u.key_begin; key < u.key_end; key += kBlockKeys) {
-    backward_keys(a, s, t, u, key, u.key_end - key < kBlockKeys ? u.key_end - key : kBlockKeys);
+  const int64_t count = task.row_end - task.row_begin;
+  BackwardArrays<Elem> t(a, task.computes_dq ? count : 0, workspace);
+  const Sequence s = sequence(a, task.b);
+  if (task.computes_dq) __builtin_memset(t.grad_query, 0, count * t.head_row * sizeof(float));
+  for (int64_t key = task.key_begin; key < task.key_end; key += kBlockKeys) {
+    backward_keys(a, s, t, task, key, task.key_end - key < kBlockKeys ? task.key_end - key : kBlockKeys);
   }
-  if (!u.of_queries) return;
+  if (!task.computes_dq) return;
   for (int64_t row = 0; row < count; row += kBlockRows) {
     const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
-    query_rows(a, s, a.grad_query, u.kv_head, u.row_begin + row, rows, t.pointers);
+    query_rows(a, s, a.grad_query, task.kv_head, task.row_begin + row, rows, t.pointers);
     write_rows(a.grad_query, t.pointers, rows, a.head_dim, t.grad_query + row * t.head_row, t.head_row, a.scale);
   }
 }
 
-void attention_backward(const AttentionBackward& a, const AttentionUnit& u, char* memory) {
+void attention_backward(const AttentionBackward& a, const AttentionTask& task, char* memory) {
   if constexpr (kBFloat16Pairs) {
-    if (in_pairs(a)) return backward_unit<uint32_t>(a, u, memory);
+    if (in_pairs(a)) return backward_task<uint32_t>(a, task, memory);
   }
-  backward_unit<float>(a, u, memory);
+  backward_task<float>(a, task, memory);
 }
 
 int64_t attention_backward_workspace(const Attention& a, int64_t rows) {
@@ -247,26 +263,27 @@ int64_t attention_backward_workspace(const Attention& a, int64_t rows) {
   return workspace.bytes();
 }
 
-// delta of a unit's rows.
-void attention_delta(const AttentionBackward& a, const AttentionUnit& u) {
-  const Sequence s = sequence(a, u.b);
-  for_rows(a, u.kv_head, u.row_begin, u.row_end - u.row_begin, [&](int64_t, int64_t query, int64_t head) FASTLM_LAMBDA {
-    const int64_t row = s.q_first + query;
-    with_float_dtype(a.out.dtype, [&](auto type) FASTLM_LAMBDA {
-      using T = decltype(type);
-      const auto *out = reinterpret_cast<const T*>(a.out.at(s.batch, head, row)),
-                 *grad = reinterpret_cast<const T*>(a.grad_out.at(s.batch, head, row));
-      F32 total(0.0f);
-      float x[kLanes], y[kLanes];
-      for (int64_t d = 0; d < a.value_dim; d += kLanes) {
-        const int64_t left = a.value_dim - d < kLanes ? a.value_dim - d : kLanes;
-        widen_row(out + d, left, x);
-        widen_row(grad + d, left, y);
-        total = mul_add(F32::load(x), F32::load(y), total);
-      }
-      *a.delta.at(s.batch, head, row) = sum(total) - (a.grad_lse.data ? *a.grad_lse.at(s.batch, head, row) : 0.0f);
-    });
-  });
+// Computes delta of the task's rows.
+void attention_delta(const AttentionBackward& a, const AttentionTask& task) {
+  const Sequence s = sequence(a, task.b);
+  for_rows(a, task.kv_head, task.row_begin, task.row_end - task.row_begin,
+           [&](int64_t, int64_t query, int64_t head) FASTLM_LAMBDA {
+             const int64_t row = s.q_first + query;
+             with_float_dtype(a.out.dtype, [&](auto type) FASTLM_LAMBDA {
+               using T = decltype(type);
+               const auto *out = reinterpret_cast<const T*>(a.out.at(s.batch, head, row)),
+                          *grad = reinterpret_cast<const T*>(a.grad_out.at(s.batch, head, row));
+               F32 total(0.0f);
+               float x[kLanes], y[kLanes];
+               for (int64_t d = 0; d < a.value_dim; d += kLanes) {
+                 const int64_t left = a.value_dim - d < kLanes ? a.value_dim - d : kLanes;
+                 widen_row(out + d, left, x);
+                 widen_row(grad + d, left, y);
+                 total = mul_add(F32::load(x), F32::load(y), total);
+               }
+               *a.delta.at(s.batch, head, row) = sum(total) - (a.grad_lse.data ? *a.grad_lse.at(s.batch, head, row) : 0.0f);
+             });
+           });
 }
 
 }  // namespace fastlm::FASTLM_ISA

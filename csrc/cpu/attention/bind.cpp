@@ -9,13 +9,12 @@
 
 #include "attention.h"
 #include "../../common/python_views.h"
+#include "../../common/sizes.h"
 
 namespace py = pybind11;
 
 namespace fastlm {
 namespace {
-
-int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : dtype == kFloat64 ? 8 : dtype == kBool ? 1 : 2; }
 
 bool is_half_or_float(int dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 

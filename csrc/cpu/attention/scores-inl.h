@@ -1,4 +1,4 @@
-// The scores of a tile: which of its keys each row sees, what is added to the products, and the dropout.
+// The scores of a tile: which keys each row sees, how products become scores, and dropout.
 #pragma once
 
 #include "../../common/philox.h"
@@ -9,20 +9,20 @@ namespace fastlm::FASTLM_ISA {
 
 constexpr float kInfinity = __builtin_inff(), kLowest = -0x1.fffffep+127f;
 constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e43p-1f;
-constexpr int64_t kTileRow = kBlockKeys;  // from one row of a tile of scores to the next
+constexpr int64_t kTileRow = kBlockKeys;  // stride between the rows of a tile of scores
 
-// Whether tiles are made of pairs of bfloat16.
+// Returns whether the elements of tiles are pairs of bfloat16.
 static bool in_pairs(const Attention& a) { return kBFloat16Pairs && a.query.dtype == kBFloat16; }
 
-// What a row of a group needs to know of itself.
+// A row of a group: which query and head it is, and what its scores depend on.
 struct ScoreRow {
-  int64_t low, high;  // it sees the keys [low, high)
+  int64_t low, high;  // the row sees the keys [low, high)
   int64_t query, head, position;
   float slope;
-  const char* mask;  // of its first key
+  const char* mask;  // the mask's row, from key 0 on
 };
 
-// Walks through the rows of a group: f(row, query, head).
+// Calls f(row, query, head) for `count` rows of a group, from row `first` on.
 template <class F>
 FASTLM_SIMD void for_rows(const Attention& a, int64_t kv_head, int64_t first, int64_t count, const F& f) {
   int64_t query = first / a.group, member = first % a.group;
@@ -46,14 +46,14 @@ static void fill_score_rows(const Attention& a, const Sequence& s, int64_t kv_he
   });
 }
 
-// Where rows of a group start in a tensor of queries.
+// Fills `rows` with the addresses of rows [first, first + count) of a group in a tensor of queries.
 static void query_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t kv_head, int64_t first, int64_t count,
                        char** rows) {
   for_rows(a, kv_head, first, count,
            [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA { rows[r] = t.at(s.batch, head, s.q_first + query); });
 }
 
-// Where keys [first, first + count) start in a tensor of keys or values.
+// Fills `rows` with the addresses of keys [first, first + count) in a tensor of keys or values.
 static void key_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t kv_head, int64_t first, int64_t count,
                      char** rows) {
   for (int64_t k = 0; k < count; ++k) rows[k] = key_row(a, s, t, kv_head, first + k);
@@ -61,7 +61,7 @@ static void key_rows(const Attention& a, const Sequence& s, const Rows& t, int64
 
 // ---- which tiles need work -------------------------------------------------------------------------------------------------
 
-// The keys that some row of a block sees are in [any_low, any_high); those that all see, in [all_low, all_high).
+// Every key that some row of a block sees is in [any_low, any_high). Every row sees the keys in [all_low, all_high).
 struct KeyRange {
   int64_t any_low, any_high, all_low, all_high;
 };
@@ -81,7 +81,7 @@ static KeyRange key_range(const ScoreRow* rows, int64_t count) {
 
 enum class Coverage { kEmpty, kPartial, kWhole };
 
-// Whether a mask lets through none, some or all of a tile. A row that several queries share is looked at once.
+// Returns whether the mask hides all, some or none of a tile's keys. A mask row that several queries share is read once.
 static Coverage mask_coverage(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys) {
   if (!a.mask.data) return Coverage::kWhole;
   bool any = false, all = a.mask_is_bool;  // a float mask adds something
@@ -112,7 +112,7 @@ static Coverage mask_coverage(const Attention& a, const ScoreRow* rows, int64_t 
   return all ? Coverage::kWhole : any ? Coverage::kPartial : Coverage::kEmpty;
 }
 
-// Of the tile of a block's rows and keys [first_key, first_key + keys).
+// Returns whether the rows of a block see none, some or all of the keys [first_key, first_key + keys).
 static Coverage coverage(const Attention& a, const ScoreRow* rows, int64_t count, const KeyRange& range, int64_t first_key,
                          int64_t keys) {
   if (range.any_high <= first_key || range.any_low >= first_key + keys) return Coverage::kEmpty;
@@ -123,10 +123,10 @@ static Coverage coverage(const Attention& a, const ScoreRow* rows, int64_t count
 
 // ---- from products to scores -----------------------------------------------------------------------------------------------
 //
-// Scores are kept in one unit for a whole call, and 2^(factor (score - maximum)) is a weight. Where nothing but a positive
-// factor stands between products and scores, the unit is the products': a tile that is seen whole goes straight to the
-// exponential. Otherwise scores are natural, added up as torch adds them: in units of log2 the most negative float of a mask
-// would overflow.
+// All scores of a call have the same unit, and a weight is 2^(factor (score - maximum)). If the score is the product times a
+// positive scale, with nothing added, scores are kept as products, and a tile that every row sees whole needs no further work.
+// Otherwise scores are in natural units, summed as torch sums them: in units of log2, the most negative float of a mask would
+// overflow.
 
 static bool scores_are_products(const Attention& a) {
   const bool has_bias = a.slopes || (a.mask.data && !a.mask_is_bool);
@@ -135,8 +135,9 @@ static bool scores_are_products(const Attention& a) {
 
 static float exponent_factor(const Attention& a) { return scores_are_products(a) ? a.scale * kLog2E : kLog2E; }
 
-// Whether a row's maximum is so far from 0 that factor * score - factor * maximum, in one fused multiply-add, would show how
-// the second product was rounded: at 2^31 by more than any exponent. Such rows subtract first, which is exact near the maximum.
+// Returns whether a row's maximum is far from 0. Then factor * score - factor * maximum, in one fused multiply-add, would show
+// the rounding error of the second product, which at 2^31 exceeds any exponent. Such rows subtract first, which is exact near
+// the maximum.
 constexpr float kFar = 128.0f;
 FASTLM_SIMD bool is_far(float maximum, float factor) {
   const float exponent = maximum * factor;
@@ -151,7 +152,7 @@ struct Lanes {
 };
 alignas(64) constexpr Lanes kKeyOfLane;
 
-// What the mask adds to each key of a row; -inf where it hides one.
+// Loads what the mask adds to the scores of a row, -inf where it hides a key, into bias (keys,), padded to whole vectors.
 static void load_bias(const Attention& a, const char* mask, int64_t first_key, int64_t keys, float* bias) {
   const int64_t n = a.mask_key ? keys : 1;
   if (a.mask_is_bool) {
@@ -167,12 +168,12 @@ static void load_bias(const Attention& a, const char* mask, int64_t first_key, i
   }
 }
 
-// Turns a tile's products into scores, -inf where a row does not see a key. `cap_slope`, where given, gets the derivative of
-// the softcap, 1 - tanh^2.
+// Turns a tile of products (count, keys) into scores, -inf where a row does not see a key. If softcap_grad is given, it gets
+// the derivative of the softcap, 1 - tanh^2, in the same shape.
 template <bool kCap, bool kSlope, bool kMask>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
-                       float* cap_slope) {
-  const float inner = a.scale / a.softcap;  // finite, so that it leaves a product of 0 at 0
+                       float* softcap_grad) {
+  const float inner = a.scale / a.softcap;  // limited to finite values below, so that a product of 0 stays 0
   const float outer = scores_are_products(a) ? 1.0f : a.scale;
   const F32 factor(kCap ? (inner > -kLowest ? -kLowest : inner < kLowest ? kLowest : inner) : outer);
   const F32 cap(a.softcap), hidden(-kInfinity), one(1.0f);
@@ -182,14 +183,14 @@ static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, 
     const ScoreRow& row = rows[r];
     if (kMask && row.mask != loaded) load_bias(a, loaded = row.mask, first_key, keys, bias);
     const F32 low(float(row.low - first_key)), high(float(row.high - first_key)), slope(row.slope);
-    const F32 position(float(row.position - first_key));  // whole numbers, which floats are not beyond 2^24
+    const F32 position(float(row.position - first_key));  // an integer, which a float holds exactly up to 2^24
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
       float* at = scores + r * kTileRow + k;
       const F32 lane = F32::load(kKeyOfLane.lane + k);
       F32 x = factor * F32::load(at);
       if (kCap) {
         const F32 t = tanh(x);
-        if (cap_slope) (one - t * t).store(cap_slope + r * kTileRow + k);
+        if (softcap_grad) (one - t * t).store(softcap_grad + r * kTileRow + k);
         x = cap * t;
       }
       if (kSlope) {
@@ -208,29 +209,29 @@ static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, 
 
 template <bool kCap, bool kSlope>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
-                       float* cap_slope) {
-  a.mask.data ? score_tile<kCap, kSlope, true>(a, rows, count, first_key, keys, scores, cap_slope)
-              : score_tile<kCap, kSlope, false>(a, rows, count, first_key, keys, scores, cap_slope);
+                       float* softcap_grad) {
+  a.mask.data ? score_tile<kCap, kSlope, true>(a, rows, count, first_key, keys, scores, softcap_grad)
+              : score_tile<kCap, kSlope, false>(a, rows, count, first_key, keys, scores, softcap_grad);
 }
 
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
-                       float* cap_slope = nullptr) {
+                       float* softcap_grad = nullptr) {
   const auto tile = a.softcap > 0.0f ? (a.slopes ? score_tile<true, true> : score_tile<true, false>)
                                      : (a.slopes ? score_tile<false, true> : score_tile<false, false>);
-  tile(a, rows, count, first_key, keys, scores, cap_slope);
+  tile(a, rows, count, first_key, keys, scores, softcap_grad);
 }
 
 // ---- dropout ---------------------------------------------------------------------------------------------------------------
 
-// 1 / (1 - dropout_p) for the keys of a row that are kept, 0 for the others: 64 keys are the four words of 16 counters.
-// The first key is a multiple of 64.
+// Fills keep (kBlockKeys,) with 1 / (1 - dropout_p) for the keys of a row that are kept, and 0 for those that are dropped. The
+// 64 keys use the four words of each of 16 counters. first_key must be a multiple of 64.
 static void draw_keep(const Attention& a, const Sequence& s, const ScoreRow& row, int64_t first_key, float* keep) {
   const uint64_t seed = uint64_t(a.seeds[s.b * a.seed_stride]);
   const uint64_t head = uint64_t(a.seed_stride ? row.head : s.b * a.heads + row.head);
   const U64 zero(uint64_t(0));
   const U64 counter = U64(uint64_t(first_key / 4)) + U64::load(kBlockOfLane.block);
   const Words<U64> words = philox(seed, Words<U64>{counter, U64(uint64_t(row.query)), U64(head), zero});
-  const auto kept = [&](U64 word) FASTLM_LAMBDA {  // by halves, as a float holds 24 bits of a word exactly
+  const auto kept = [&](U64 word) FASTLM_LAMBDA {  // compared by halves: a float holds only 24 bits of a word
     const U32 w = narrow(word);
     const F32 high = to_float(shift_right<16>(w)), low = to_float(w & U32(0xffffu));
     const F32 limit_high(float(a.drop_below >> 16)), limit_low(float(a.drop_below & 0xffffu));

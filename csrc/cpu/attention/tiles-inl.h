@@ -1,8 +1,8 @@
-// From rows of tensors, wherever each may lie, to the tiles that products (gemm-inl.h) read, and back.
+// Copies rows of tensors, which may be anywhere in memory, into the tiles that gemm (gemm-inl.h) reads, and results back.
 //
-// A tile is made of units: floats, into which half precision is converted on the way, or pairs of bfloat16 that are neighbours
-// in the direction of the sum. Its rows are a vector longer than they need be, as rows a power of two apart would share a few
-// sets of the first-level cache.
+// The elements of a tile are floats, to which half precision is converted on the way, or pairs of bfloat16 that are neighbours
+// in the direction of the sum. Tile rows have one spare vector at the end: with a stride that is a power of two, all rows would
+// fall into a few sets of the first-level cache.
 #pragma once
 
 #include "gemm-inl.h"
@@ -10,16 +10,15 @@
 
 namespace fastlm::FASTLM_ISA {
 
-FASTLM_SIMD int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-template <class Unit>
-constexpr int64_t kNumbers = int64_t(sizeof(uint32_t) / sizeof(uint16_t));  // in a unit
+template <class Elem>
+constexpr int64_t kValuesPerElem = 2;  // uint32_t: a pair of bfloat16
 template <>
-constexpr int64_t kNumbers<float> = 1;
+constexpr int64_t kValuesPerElem<float> = 1;
 
-template <class Unit>
-FASTLM_SIMD int64_t units(int64_t numbers) {
-  return (numbers + kNumbers<Unit> - 1) / kNumbers<Unit>;
+// Returns the number of elements that hold so many values.
+template <class Elem>
+FASTLM_SIMD int64_t elems(int64_t values) {
+  return ceil_div(values, kValuesPerElem<Elem>);
 }
 
 // Calls f with a value of the storage type of float32, bfloat16 or float16.
@@ -32,7 +31,7 @@ FASTLM_SIMD void with_float_dtype(int dtype, const F& f) {
   }
 }
 
-// One row as floats, padded with zeros to whole vectors.
+// Converts a row to floats, padded with zeros to whole vectors.
 template <class T>
 FASTLM_SIMD void widen_row(const T* from, int64_t count, float* to) {
   int64_t i = 0;
@@ -44,7 +43,7 @@ FASTLM_SIMD void widen_row(const T* from, int64_t count, float* to) {
   }
 }
 
-// One row of floats, times a factor, in the tensor's type.
+// Multiplies a row of floats by the factor and converts it to the tensor's type.
 template <class T>
 FASTLM_SIMD void narrow_row(const float* from, float factor, int64_t count, T* to) {
   const F32 f(factor);
@@ -57,32 +56,31 @@ FASTLM_SIMD void narrow_row(const float* from, float factor, int64_t count, T* t
   }
 }
 
-// ---- tiles whose rows are the tensor's, summed over along the row: a product's left side. Padded with zeros to whole vectors.
-// --
+// ---- operand A: (count, elems(dim)), padded with zeros to whole vectors -----------------------------------------------------
 
-static void load_left(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
+static void load_a(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
     using T = decltype(type);
     for (int64_t r = 0; r < count; ++r) widen_row(reinterpret_cast<const T*>(rows[r]), dim, to + r * to_row);
   });
 }
 
-static void load_left(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
-  const int64_t whole = padded(units<uint32_t>(dim));
+static void load_a(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
+  const int64_t whole = padded(elems<uint32_t>(dim));
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = dim / 2; i < whole; ++i) to[r * to_row + i] = 0;
     __builtin_memcpy(to + r * to_row, rows[r], dim * sizeof(BFloat16));
   }
 }
 
-// ---- the same, summed over from row to row: a right side -------------------------------------------------------------------
+// ---- operand B: (elems(count), dim), summed over from row to row -----------------------------------------------------------
 
-static void load_right(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
-  load_left(dtype, rows, count, dim, to, to_row);
+static void load_b(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
+  load_a(dtype, rows, count, dim, to, to_row);
 }
 
-// A pair is one number of an even row and the one below it.
-static void load_right(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
+// A pair is a value of an even row and the value below it.
+static void load_b(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   for (int64_t r = 0; r < count; r += 2, to += to_row) {
     const auto *even = reinterpret_cast<const BFloat16*>(rows[r]), *odd = reinterpret_cast<const BFloat16*>(rows[r + 1]);
     for (int64_t i = 0; i < dim; i += kLanes) {
@@ -95,13 +93,14 @@ static void load_right(int, const char* const* rows, int64_t count, int64_t dim,
   }
 }
 
-// ---- a right side whose columns are the tensor's rows: (units of dim) x (count, padded with zeros) --------------------------
+// ---- operand B, transposed: (elems(dim), count), whose columns are the tensor's rows, padded with zeros to whole vectors
+// -----
 
-// T is what a unit is read from. `dim` of them; the last may be half a pair.
+// Transposes rows of elements that are stored as T. A row has `bytes` bytes; its last element may be half a pair.
 template <class T>
 static void transpose(const char* const* rows, int64_t count, int64_t bytes, float* to, int64_t to_row) {
   constexpr int n = Float::lanes;
-  const int64_t dim = (bytes + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
+  const int64_t dim = ceil_div(bytes, int64_t(sizeof(T)));
   Float block[n];
   for (int64_t i = 0; i < padded(count); i += n) {
     for (int64_t d = 0; d < dim; d += n) {
@@ -125,15 +124,15 @@ static void transpose(const char* const* rows, int64_t count, int64_t bytes, flo
   }
 }
 
-static void load_transposed(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
+static void load_b_transposed(int dtype, const char* const* rows, int64_t count, int64_t dim, float* to, int64_t to_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
     using T = decltype(type);
     transpose<T>(rows, count, dim * int64_t(sizeof(T)), to, to_row);
   });
 }
 
-// A pair of bfloat16 is moved as the float with the same bits.
-static void load_transposed(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
+// Moves a pair of bfloat16 as the float with the same bits.
+static void load_b_transposed(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   transpose<float>(rows, count, dim * int64_t(sizeof(BFloat16)), reinterpret_cast<float*>(to), to_row);
 }
 

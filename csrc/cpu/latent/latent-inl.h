@@ -1,12 +1,13 @@
-// The Gaussian latent, forward and backward, a tile at a time: inputs are converted into L1, the noise is drawn there, and
-// each pass over the tile is one of the short loops below. C is what is computed in: float, or double for float64 tensors.
+// The Gaussian latent, forward and backward. Both work on a tile (kTile,) at a time, in the first-level cache: they convert the
+// inputs, draw the noise, and go over the tile in one of the short loops below. C is the type of the arithmetic: float, or
+// double for float64 tensors.
 //
-// The ladder, forward + backward in ns per float32 element on one core of a Zen 4 (AVX-512), data in L1:
-//   1.7 + 3.9  a loop per idea (deviation, z, kl, gradients), each with its own buffers
-//   1.8 + 2.3  no buffer for what a register can hold, grad_kl spread by row, outputs written in place
-//   1.6 + 1.9  one loop forward, one backward; e^logvar is the square of the deviation that sampling needs anyway
-// of which the noise, drawn twice, takes 0.8 + 0.8. From memory (1M elements, two cores), asking for the next tile's cache
-// lines while this one is worked on brought forward + backward from 3.2 to 2.3 ms.
+// The ladder, forward + backward in ns per float32 element on one core of a Zen 4 (AVX-512), data in the first-level cache:
+//   1.7 + 3.9  a loop for each step (deviation, z, kl, gradients), each with its own buffers
+//   1.8 + 2.3  no buffer for what a register can hold, grad_kl broadcast row by row, outputs written in place
+//   1.6 + 1.9  one loop forward, one backward; e^logvar is the square of the deviation, which sampling needs anyway
+// Of this the noise, which each of them draws, takes 0.8 + 0.8. With data in memory (1M elements, two cores), prefetching the
+// next tile brought forward + backward from 3.2 to 2.3 ms.
 #pragma once
 
 #include "../../common/gaussian.h"
@@ -16,7 +17,7 @@
 
 namespace fastlm::FASTLM_ISA {
 
-// The noise of elements [first, first + count) of sample k. Streams that end inside the tile are drawn one after the other.
+// Draws the noise of elements [first, first + count) of sample k into eps (count,), one stream after the other.
 static void draw(const Latent& a, int64_t k, int64_t first, int64_t count, float* eps) {
   for (int64_t done = 0; done < count;) {
     const int64_t stream = (first + done) / a.stream, position = (first + done) % a.stream;
@@ -26,7 +27,7 @@ static void draw(const Latent& a, int64_t k, int64_t first, int64_t count, float
   }
 }
 
-// The tiles of the inputs, and the KL's terms of 16 elements of them.
+// The inputs of a tile, each (count,), and the KL's terms of 16 elements at a time.
 template <class C>
 struct Inputs {
   using V = Vector<C>;
@@ -65,7 +66,7 @@ struct Inputs {
   FASTLM_MEMBER bool has_prior() const { return prior_mu || prior_logvar; }
 };
 
-// The sum of `count` values, in an order that depends on count alone.
+// Returns the sum of `count` values, in an order that depends on count alone.
 template <class C>
 static C sum(const C* values, int64_t count) {
   if (count == 1) return values[0];
@@ -85,7 +86,7 @@ static C sum(const C* values, int64_t count) {
   return lanes[0];
 }
 
-// One pass over a tile: z from eps, where z is wanted, and the terms of the KL, where they are.
+// Goes over a tile once and computes z from eps and the KL's terms, each (count,) and only if it is not null.
 template <class C, bool kPrior>
 static void forward_elements(const Inputs<C>& in, int64_t count, const float* eps, C* z, C* kl) {
   using V = Vector<C>;
@@ -97,7 +98,7 @@ static void forward_elements(const Inputs<C>& in, int64_t count, const float* ep
   }
 }
 
-// The tile's samples, all of them, and with the first one the terms of its KL.
+// Computes all samples of a tile, and, with the first sample, the KL's terms (count,).
 template <class C>
 static void forward_tile(const LatentForward& a, Inputs<C>& in, int64_t first, int64_t count, C* kl) {
   in.read_all(first, count);
@@ -114,8 +115,8 @@ static void forward_tile(const LatentForward& a, Inputs<C>& in, int64_t first, i
   }
 }
 
-// Elements [begin, end): whole rows, or, where `piece` is given, a piece of one row whose sum goes there.
-// A tile holds whole rows or starts a fixed distance from its row's start, so that no sum depends on what surrounds the row.
+// Computes elements [begin, end): whole rows, or, if `piece` is given, a piece of one row, whose sum is written there. A tile
+// holds whole rows or starts at a fixed distance from its row's start, so that no sum depends on what is around the row.
 template <class C>
 static void forward_unit(const LatentForward& a, int64_t begin, int64_t end, double* piece) {
   Inputs<C> in(a);
@@ -145,7 +146,7 @@ static void forward_unit(const LatentForward& a, int64_t begin, int64_t end, dou
 }
 
 void latent_forward(const LatentForward& a, int64_t unit_begin, int64_t unit_end) {
-  const int64_t pieces = a.pieces ? (a.event + a.unit - 1) / a.unit : 1;  // units per row
+  const int64_t pieces = a.pieces ? ceil_div(a.event, a.unit) : 1;  // units per row
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t begin = a.pieces ? unit / pieces * a.event + unit % pieces * a.unit : unit * a.unit;
     const int64_t limit = a.pieces ? (unit / pieces + 1) * a.event : a.elements;
@@ -155,7 +156,7 @@ void latent_forward(const LatentForward& a, int64_t unit_begin, int64_t unit_end
   }
 }
 
-// What comes through z: sum_k g_k, which is mu's gradient, and sum_k g_k eps_k.
+// The gradients that come through z, each (count,): sum_k g_k, which is mu's gradient, and sum_k g_k eps_k.
 template <class C>
 struct SampleGradient {
   const C *sum = nullptr, *noisy_sum = nullptr;
@@ -168,8 +169,7 @@ static void sum_samples(const LatentBackward& a, int64_t first, int64_t count, S
   using V = Vector<C>;
   alignas(64) float eps[kTile];
   View grad_z = a.grad_z;
-  int64_t sample_bytes = 0;
-  with_dtype(grad_z.dtype, [&](auto type) FASTLM_LAMBDA { sample_bytes = a.grad_z_sample * int64_t(sizeof(type)); });
+  const int64_t sample_bytes = a.grad_z_sample * bytes_of(grad_z.dtype);
   for (int64_t k = 0; k < a.samples; ++k, grad_z.data += sample_bytes) {
     draw(a, k, first, count, eps);
     const C* g = read(out.tile, a.shape, grad_z, first, count);
@@ -183,7 +183,7 @@ static void sum_samples(const LatentBackward& a, int64_t first, int64_t count, S
   out.noisy_sum = out.noisy_sums;
 }
 
-// Each row's gradient, once per element of the row.
+// Copies each row's gradient of the KL to the row's elements, out (count,).
 template <class C>
 static void spread(const LatentBackward& a, int64_t first, int64_t count, C* out) {
   const C* grad_kl = static_cast<const C*>(a.grad_kl);
@@ -204,7 +204,8 @@ struct BackwardTile {
   FASTLM_MEMBER explicit BackwardTile(const Latent& a) : in(a) {}
 };
 
-// All gradients of the tile in one loop: d z / d logvar = temperature deviation eps / 2, and the KL's own.
+// Computes all gradients of the tile in one loop: those through z, with d z / d logvar = temperature deviation eps / 2, plus
+// those of the KL.
 template <class C, bool kPrior>
 static void gradients(const LatentBackward& a, BackwardTile<C>& t, int64_t count) {
   using V = Vector<C>;

@@ -7,30 +7,21 @@
 #include <algorithm>
 #include <vector>
 
-#include "../simd/isa.h"
+#include "../../common/sizes.h"
 #include "../parallel.h"
+#include "../simd/isa.h"
 
 namespace fastlm {
 
-#define FASTLM_DECLARE(isa)             \
-  namespace isa {                       \
-  LatentForwardKernel latent_forward;   \
-  LatentBackwardKernel latent_backward; \
-  }
-FASTLM_FOR_EACH_ISA(FASTLM_DECLARE)
-#define FASTLM_FORWARD(isa) &isa::latent_forward,
-static LatentForwardKernel* const forward_kernels[] = {FASTLM_FOR_EACH_ISA(FASTLM_FORWARD)};
-#define FASTLM_BACKWARD(isa) &isa::latent_backward,
-static LatentBackwardKernel* const backward_kernels[] = {FASTLM_FOR_EACH_ISA(FASTLM_BACKWARD)};
+FASTLM_ISA_TABLE(LatentForwardKernel, latent_forward)
+FASTLM_ISA_TABLE(LatentBackwardKernel, latent_backward)
 
-// About 10 us of work on one core. A constant: a row longer than this is summed piece by piece, and the pieces, and so the
-// bits of the sum, must not depend on the number of threads.
+// Elements per unit: about 10 us of work on one core. A row longer than this is summed piece by piece. It is a constant,
+// because the pieces, and so the bits of the sum, must not depend on the number of threads.
 constexpr int64_t kUnit = 8192;
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void latent_forward(LatentForward& a) {
-  const auto kernel = forward_kernels[current_isa()];
+  const auto kernel = latent_forward_kernels[current_isa()];
   const bool long_rows = a.kl && a.event > kUnit;
   a.unit = a.kl && !long_rows ? kUnit / a.event * a.event : kUnit;
   const int64_t rows = a.elements / a.event, pieces_per_row = ceil_div(a.event, kUnit);
@@ -48,7 +39,7 @@ void latent_forward(LatentForward& a) {
 }
 
 void latent_backward(LatentBackward& a) {
-  const auto kernel = backward_kernels[current_isa()];
+  const auto kernel = latent_backward_kernels[current_isa()];
   a.unit = kUnit;
   parallel_for(ceil_div(a.elements, kUnit), [&, kernel](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }

@@ -1,4 +1,4 @@
-// From tensors of any dtype and strides to short contiguous arrays of float or double, and back.
+// Copies elements of tensors of any dtype and strides into short contiguous arrays of float or double, and results back.
 #pragma once
 
 #include "../simd/simd.h"
@@ -6,9 +6,7 @@
 
 namespace fastlm::FASTLM_ISA {
 
-constexpr int kTile = 256;  // elements that are worked on at a time: a dozen arrays of them stay in the first-level cache
-
-FASTLM_SIMD int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+constexpr int kTile = 256;  // Elements per tile: a dozen arrays of this length fit into the first-level cache.
 
 // Calls f with a value of the dtype's storage type.
 template <class F>
@@ -39,7 +37,7 @@ constexpr bool same = false;
 template <class T>
 constexpr bool same<T, T> = true;
 
-// 16 elements of type T as a vector of C, and back.
+// Loads 16 elements of type T as a vector of C.
 template <class C, class T>
 FASTLM_SIMD Vector<C> load(const T* p) {
   if constexpr (same<C, double> && sizeof(T) == 2) {
@@ -54,6 +52,8 @@ FASTLM_SIMD Vector<C> load(const T* p) {
     return Vector<C>::load(p);
   }
 }
+
+// Stores a vector of C as 16 elements of type T.
 template <class C, class T>
 FASTLM_SIMD void store(Vector<C> v, T* p) {
   if constexpr (same<C, double> && sizeof(T) == 2) {
@@ -69,7 +69,7 @@ FASTLM_SIMD void store(Vector<C> v, T* p) {
   }
 }
 
-// Elements [first, first + count) of the view, in row-major order, into out, which is padded with zeros to whole vectors.
+// Copies elements [first, first + count) of the view, in row-major order, to out, and pads it with zeros to whole vectors.
 template <class T>
 static void gather(const Shape& shape, const View& view, int64_t first, int64_t count, T* out) {
   const T* data = reinterpret_cast<const T*>(view.data);
@@ -100,21 +100,21 @@ static void gather(const Shape& shape, const View& view, int64_t first, int64_t 
   for (int64_t i = count; i < padded(count); ++i) out[i] = T{};
 }
 
-// Room for a tile of a tensor: as it is stored, and as C.
+// Memory for a tile of a tensor: its elements as they are stored, and as C.
 template <class C>
 struct Tile {
   alignas(64) C converted[kTile];
   alignas(64) char raw[kTile * sizeof(double)];
 };
 
-// Asks for the cache lines of the next tile while this one is worked on: the arithmetic leaves the memory idle else.
+// Prefetches the cache lines of the next tile. Without this, memory would be idle during the arithmetic on the current tile.
 template <bool kWrite, class T>
 FASTLM_SIMD void prefetch(const T* next, int64_t count) {
   const char* line = reinterpret_cast<const char*>(next);
   for (int64_t byte = 0; byte < count * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(line + byte, kWrite ? 1 : 0);
 }
 
-// Elements [first, first + count) as C: in place where the tensor has that very form, else copied into the tile.
+// Returns elements [first, first + count) as C: where they are, if the tensor is contiguous and of type C, else in the tile.
 template <class C>
 static const C* read(Tile<C>& tile, const Shape& shape, const View& view, int64_t first, int64_t count) {
   const C* values;
@@ -139,8 +139,8 @@ static const C* read(Tile<C>& tile, const Shape& shape, const View& view, int64_
   return values;
 }
 
-// Elements [first, first + count) of a contiguous output, to be filled with C in whole vectors: in place where the tensor has
-// that very form, else in a tile here that commit() converts.
+// Memory for elements [first, first + count) of a contiguous output, which the caller fills with C in whole vectors: the
+// tensor's own if it is of type C and count is a multiple of 16, else a tile here, which commit() converts.
 template <class C>
 struct Output {
   C* values;
@@ -153,6 +153,7 @@ struct Output {
   }
 };
 
+// Writes the output's tile to the tensor, unless the caller filled the tensor itself.
 template <class C>
 static void commit(const Output<C>& output, void* out, int dtype, int64_t first, int64_t count) {
   if (output.values != output.tile) return;

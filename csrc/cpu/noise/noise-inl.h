@@ -1,8 +1,8 @@
-// Normals, 64 at a time: 16 lanes draw a block of four each.
+// Standard normals, 64 at a time: each of 16 lanes draws a block of four.
 //
-// On one core of a Zen 4 at 2.5 GHz: 24 ns a normal with a fused multiply-add by the C library (baseline), 1.17 ns with AVX2,
-// 0.78 ns with AVX-512. The last is some 290 vector instructions for 64 normals, 2.2 a cycle, which is about what that core
-// issues at 512 bits: what is left to gain is fewer instructions, not better use of the core.
+// Time per normal on one core of a Zen 4 at 2.5 GHz: 24 ns if the C library computes the fused multiply-adds (baseline), 1.17
+// ns with AVX2, 0.78 ns with AVX-512. With AVX-512, 64 normals take some 290 vector instructions, 2.2 a cycle. That is about as
+// many as this core issues at 512 bits, so only fewer instructions could make it faster.
 #pragma once
 
 #include "../../common/philox.h"
@@ -12,7 +12,7 @@ namespace fastlm::FASTLM_ISA {
 
 constexpr int kBatch = 4 * kLanes;
 
-// The 64 normals of 16 blocks from `block` on.
+// Draws the 64 normals of the 16 blocks from `block` on.
 FASTLM_SIMD void normal_batch(uint64_t seed, uint64_t block, float* out) {
   const Words<U64> words = philox(seed, U64(block) + U64::load(kBlockOfLane.block));
   F32 n0, n1, n2, n3;
@@ -21,7 +21,7 @@ FASTLM_SIMD void normal_batch(uint64_t seed, uint64_t block, float* out) {
   store_interleaved(n0, n1, n2, n3, out);
 }
 
-// Any position and count: a batch that is wanted in part only is drawn beside and copied.
+// Draws `count` normals from any position on. A batch that is needed only in part is drawn into a temporary array.
 static void normals(uint64_t seed, uint64_t position, int64_t count, float* out) {
   uint64_t block = position / 4;
   int64_t skip = position % 4;

@@ -9,23 +9,18 @@ void normal(uint64_t seed, uint64_t position, int64_t count, float* out) { norma
 
 #else
 
-#include "../simd/isa.h"
+#include "../../common/sizes.h"
 #include "../parallel.h"
+#include "../simd/isa.h"
 
 namespace fastlm {
 
-#define FASTLM_DECLARE(isa) \
-  namespace isa {           \
-  NormalKernel normal;      \
-  }
-FASTLM_FOR_EACH_ISA(FASTLM_DECLARE)
-#define FASTLM_ENTRY(isa) &isa::normal,
-static NormalKernel* const kernels[] = {FASTLM_FOR_EACH_ISA(FASTLM_ENTRY)};
+FASTLM_ISA_TABLE(NormalKernel, normal)
 
 void normal(uint64_t seed, uint64_t position, int64_t count, float* out) {
   constexpr int64_t unit = 1 << 14;
-  const auto kernel = kernels[current_isa()];
-  parallel_for((count + unit - 1) / unit, [&](int64_t begin, int64_t end) {
+  const auto kernel = normal_kernels[current_isa()];
+  parallel_for(ceil_div(count, unit), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * unit, last = end * unit < count ? end * unit : count;
     kernel(seed, position + first, last - first, out + first);
   });

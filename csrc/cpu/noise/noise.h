@@ -1,11 +1,11 @@
-// Standard normals from a seed and a position: the layout is in common/philox.h.
+// Standard normals from a seed and a position. common/philox.h defines the stream of a seed.
 #pragma once
 
 #include <cstdint>
 
 namespace fastlm {
 
-// out[0 .. count): elements position, position + 1, ... of the stream of the seed.
+// Fills out (count,) with elements position, position + 1, ... of the seed's stream.
 using NormalKernel = void(uint64_t seed, uint64_t position, int64_t count, float* out);
 
 void normal(uint64_t seed, uint64_t position, int64_t count, float* out);

@@ -5,8 +5,8 @@
 
 namespace fastlm::FASTLM_ISA {
 
-// Registers that a matrix product accumulates in: 6 rows of 16 lanes, 12 of the 16 there are.
-constexpr int kProductRows = 6, kProductVectors = 1;
+// gemm accumulates in 6 rows of 16 lanes: 12 of the 16 registers.
+constexpr int kGemmRows = 6, kGemmVectors = 1;
 constexpr bool kBFloat16Pairs = false;
 
 struct Word {
@@ -54,7 +54,7 @@ struct Float {
   FASTLM_MEMBER void store(Float16* p) const {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // To the nearest, ties to even.
+  // Rounds to nearest, ties to even.
   FASTLM_MEMBER void store(BFloat16* p) const {
     const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -92,13 +92,14 @@ FASTLM_SIMD Float select_negative(Word bits, Float x, Float y) {
 }
 FASTLM_SIMD Word as_bits(Float a) { return _mm256_castps_si256(a.v); }
 FASTLM_SIMD Float as_float(Word a) { return _mm256_castsi256_ps(a.v); }
-// The halves convert exactly, so the sum rounds once.
+// Both halves of a word convert exactly, so only the sum rounds.
 FASTLM_SIMD Float to_float(Word a) {
   const __m256 high = _mm256_cvtepi32_ps(_mm256_srli_epi32(a.v, 16));
   const __m256 low = _mm256_cvtepi32_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(0xffff)));
   return _mm256_fmadd_ps(high, _mm256_set1_ps(65536.0f), low);
 }
-// In two steps of half the exponent, so that neither factor over- or underflows and the last product alone rounds.
+// Multiplies in two steps of half the exponent, so that neither factor overflows or underflows, and only the last product
+// rounds.
 FASTLM_SIMD Float scale2(Float a, Float n) {
   const __m256i exponent = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(exponent, 1), bias = _mm256_set1_epi32(127);
   const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
@@ -151,10 +152,10 @@ FASTLM_SIMD Long operator^(Long a, Long b) { return _mm256_xor_si256(a.v, b.v); 
 FASTLM_SIMD Long mul32(Long a, Long b) { return _mm256_mul_epu32(a.v, b.v); }
 FASTLM_SIMD Long high32(Long a) { return _mm256_srli_epi64(a.v, 32); }
 
-// The low words of two Longs in turn: low[0], high[0], low[1], high[1], ...
+// Interleaves the low words of two Longs: low[0], high[0], low[1], high[1], ...
 FASTLM_SIMD Word pack(Long low, Long high) { return _mm256_blend_epi32(low.v, _mm256_slli_epi64(high.v, 32), 0xaa); }
 
-// Transposes the 4x4 of each quad of lanes and stores all.
+// Transposes the 4 x 4 block in each quad of lanes, and stores all of them.
 FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* out) {
   const __m256d ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(a.v, b.v)),
                 ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a.v, b.v));
@@ -166,7 +167,7 @@ FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* ou
   _mm256_storeu_pd((double*)(out + 24), _mm256_unpackhi_pd(ab_high, cd_high));
 }
 
-// out[j * row + i] = r[i][j]: pairs, then quads within 128 bits, then the halves.
+// Stores out[j * row + i] = r[i][j]. It shuffles pairs, then quads within 128 bits, then the halves of registers.
 FASTLM_SIMD void store_transposed(const Float (&r)[8], float* out, int64_t row) {
   __m256 pairs[8], quads[8];
 #pragma GCC unroll 4

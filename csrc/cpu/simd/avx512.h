@@ -1,12 +1,12 @@
-// AVX-512 registers (F, BW, DQ, VL), and what BF16 adds.
+// AVX-512 registers (F, BW, DQ, VL), and the bfloat16 products of AVX-512 BF16.
 #pragma once
 
 #include <immintrin.h>
 
 namespace fastlm::FASTLM_ISA {
 
-// Registers that a matrix product accumulates in: 6 rows of 4, of the 32 there are.
-constexpr int kProductRows = 6, kProductVectors = 4;
+// gemm accumulates in 6 rows of 4 vectors: 24 of the 32 registers.
+constexpr int kGemmRows = 6, kGemmVectors = 4;
 
 struct Word {
   using Scalar = uint32_t;
@@ -53,7 +53,7 @@ struct Float {
   FASTLM_MEMBER void store(Float16* p) const {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // To the nearest, ties to even; not vcvtneps2bf16, which takes subnormals for zero.
+  // Rounds to nearest, ties to even. vcvtneps2bf16 would turn subnormals into zero.
   FASTLM_MEMBER void store(BFloat16* p) const {
     const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -130,10 +130,10 @@ FASTLM_SIMD Long operator^(Long a, Long b) { return _mm512_xor_si512(a.v, b.v); 
 FASTLM_SIMD Long mul32(Long a, Long b) { return _mm512_mul_epu32(a.v, b.v); }
 FASTLM_SIMD Long high32(Long a) { return _mm512_srli_epi64(a.v, 32); }
 
-// The low words of two Longs in turn: low[0], high[0], low[1], high[1], ...
+// Interleaves the low words of two Longs: low[0], high[0], low[1], high[1], ...
 FASTLM_SIMD Word pack(Long low, Long high) { return _mm512_mask_shuffle_epi32(low.v, 0xaaaa, high.v, _MM_PERM_CCAA); }
 
-// Transposes the 4x4 of each quad of lanes and stores all.
+// Transposes the 4 x 4 block in each quad of lanes, and stores all of them.
 FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* out) {
   const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v)),
                 ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v));
@@ -145,7 +145,7 @@ FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* ou
   _mm512_storeu_pd((double*)(out + 48), _mm512_unpackhi_pd(ab_high, cd_high));
 }
 
-// out[j * row + i] = r[i][j]: pairs, then quads within 128 bits, then the 4x4 of those.
+// Stores out[j * row + i] = r[i][j]. It shuffles pairs, then quads within 128 bits, then the 4 x 4 block of those.
 FASTLM_SIMD void store_transposed(const Float (&r)[16], float* out, int64_t row) {
   __m512 pairs[16], quads[16];
 #pragma GCC unroll 8

@@ -4,11 +4,11 @@
 
 namespace fastlm {
 
-#define FASTLM_ISA_STRING(isa) #isa,
+#define FASTLM_ISA_STRING(isa, ...) #isa,
 const char* const isa_names[isa_count] = {FASTLM_FOR_EACH_ISA(FASTLM_ISA_STRING)};
 #undef FASTLM_ISA_STRING
 
-// What each was compiled for, in CMakeLists.txt; the check covers the operating system's part too.
+// CMakeLists.txt has the flags that each instruction set is compiled with. The check includes the operating system's support.
 bool isa_runs_here(int isa) {
 #if defined(__x86_64__)
   if (isa == isa_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

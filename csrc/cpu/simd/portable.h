@@ -1,16 +1,16 @@
-// Registers of 16 bytes in the vector types of GCC and Clang: for every machine that has no header of its own.
+// Registers of 16 bytes, by the vector types of GCC and Clang, for every machine that has no header of its own.
 #pragma once
 
 namespace fastlm::FASTLM_ISA {
 
 #if defined(__x86_64__)
-// Registers that a matrix product accumulates in: 2 rows of 16 lanes, 8 of the 16 there are.
-constexpr int kProductRows = 2, kProductVectors = 1;
-// Pairs of bfloat16 are multiplied here too, not for speed (such a machine is older than AVX2) but so that the code around
-// them is tested on every machine.
+// gemm accumulates in 2 rows of 16 lanes: 8 of the 16 registers.
+constexpr int kGemmRows = 2, kGemmVectors = 1;
+// This multiplies pairs of bfloat16 too: not for speed (such a machine is older than AVX2), but so that the code around them is
+// tested on every machine.
 constexpr bool kBFloat16Pairs = true;
 #else
-constexpr int kProductRows = 6, kProductVectors = 1;  // 24 of 32 registers
+constexpr int kGemmRows = 6, kGemmVectors = 1;  // 24 of 32 registers
 constexpr bool kBFloat16Pairs = false;
 #endif
 
@@ -27,7 +27,7 @@ struct Word {
   FASTLM_MEMBER Word() = default;
   FASTLM_MEMBER Word(u32x4 v) : v(v) {}
   FASTLM_MEMBER explicit Word(uint32_t x) : v{x, x, x, x} {}
-  static FASTLM_MEMBER Word load(const void* p) {  // wherever it lies: pairs of bfloat16 may start at any of them
+  static FASTLM_MEMBER Word load(const void* p) {  // p may have any alignment, because pairs of bfloat16 have
     Word w;
     __builtin_memcpy(&w.v, p, 16);
     return w;
@@ -73,14 +73,14 @@ struct Float {
 FASTLM_SIMD Float operator+(Float a, Float b) { return a.v + b.v; }
 FASTLM_SIMD Float operator-(Float a, Float b) { return a.v - b.v; }
 FASTLM_SIMD Float operator*(Float a, Float b) { return a.v * b.v; }
-// Fused, in hardware or (slowly) by the C library: every instruction set gives the same bits.
+// Fused in hardware or, slowly, by the C library, so that every instruction set gives the same bits.
 FASTLM_SIMD Float fma(Float a, Float b, Float c) {
   f32x4 r;
   for (int i = 0; i < 4; ++i) r[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return r;
 }
 FASTLM_SIMD Float operator/(Float a, Float b) { return a.v / b.v; }
-// Fused where that is one instruction, else rounded twice: where the same bits everywhere are not asked for.
+// Fused if that is one instruction, else rounded twice. Only for results whose bits may differ between machines.
 FASTLM_SIMD Float mul_add(Float a, Float b, Float c) {
 #if defined(__FP_FAST_FMAF)
   return fma(a, b, c);
@@ -88,7 +88,7 @@ FASTLM_SIMD Float mul_add(Float a, Float b, Float c) {
   return a * b + c;
 #endif
 }
-// c + a0 b0 + a1 b1, where each word holds two bfloat16, the first in its low half.
+// Returns c + a0 b0 + a1 b1. Each word holds two bfloat16, the first in its low half.
 FASTLM_SIMD Float mul_add(Word a, Word b, Float c) {
   const u32x4 high = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
   const f32x4 low_product = (f32x4)(a.v << 16) * (f32x4)(b.v << 16);
@@ -115,7 +115,8 @@ FASTLM_SIMD Float select_negative(Word bits, Float x, Float y) { return (bits.v 
 FASTLM_SIMD Word as_bits(Float a) { return (u32x4)a.v; }
 FASTLM_SIMD Float as_float(Word a) { return (f32x4)a.v; }
 FASTLM_SIMD Float to_float(Word a) { return __builtin_convertvector(a.v, f32x4); }
-// In two steps of half the exponent, so that neither factor over- or underflows and the last product alone rounds.
+// Multiplies in two steps of half the exponent, so that neither factor overflows or underflows, and only the last product
+// rounds.
 FASTLM_SIMD Float scale2(Float a, Float n) {
   f32x4 r;
   for (int i = 0; i < 4; ++i) {
@@ -175,17 +176,17 @@ FASTLM_SIMD Long operator^(Long a, Long b) { return a.v ^ b.v; }
 FASTLM_SIMD Long mul32(Long a, Long b) { return (a.v & 0xffffffffu) * b.v; }
 FASTLM_SIMD Long high32(Long a) { return a.v >> 32; }
 
-// The low words of two Longs in turn.
+// Interleaves the low words of two Longs.
 FASTLM_SIMD Word pack(Long low, Long high) {
   return u32x4{uint32_t(low.v[0]), uint32_t(high.v[0]), uint32_t(low.v[1]), uint32_t(high.v[1])};
 }
 
-// Transposes a 4x4 and stores it.
+// Transposes a 4 x 4 block and stores it.
 FASTLM_SIMD void store_interleaved(Float a, Float b, Float c, Float d, float* out) {
   for (int i = 0; i < 4; ++i) Float(f32x4{a.v[i], b.v[i], c.v[i], d.v[i]}).store(out + 4 * i);
 }
 
-// out[j * row + i] = r[i][j].
+// Stores out[j * row + i] = r[i][j].
 FASTLM_SIMD void store_transposed(const Float (&r)[4], float* out, int64_t row) {
   for (int j = 0; j < 4; ++j) Float(f32x4{r[0].v[j], r[1].v[j], r[2].v[j], r[3].v[j]}).store(out + j * row);
 }

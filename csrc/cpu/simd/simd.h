@@ -1,14 +1,16 @@
-// Vectors of 16 lanes on every machine: F32, F64, U32 and U64. A machine with narrower registers uses several (Twice), so every
-// sum over lanes has one order and one result everywhere.
+// Vectors of 16 lanes on every machine: F32, F64, U32 and U64. On a machine with narrower registers a vector is several of them
+// (Twice), so every sum over lanes has one order and one result everywhere.
 //
-// An ISA's header defines its own registers: Float, Double, Word (32 bits) and Long (64 bits), and the operations on them.
-// No standard-library templates here: code compiled for one instruction set must not leak into another through the linker.
+// The header of an instruction set defines its registers, Float, Double, Word (32 bits) and Long (64 bits), and the operations
+// on them. This code uses no templates of the standard library: the linker keeps one copy of each, which may then be of another
+// instruction set.
 #pragma once
 
 #include <cstdint>
 
 #include "../../common/half.h"
 #include "../../common/macros.h"
+#include "../../common/sizes.h"
 
 #define FASTLM_SIMD FASTLM_HD              // a free function on vectors
 #define FASTLM_LAMBDA FASTLM_FORCE_INLINE  // goes after a lambda's parameters
@@ -16,6 +18,9 @@
 namespace fastlm {
 
 constexpr int kLanes = 16;
+
+// `count` rounded up to whole vectors.
+FASTLM_SIMD int64_t padded(int64_t count) { return round_up(count, kLanes); }
 
 }  // namespace fastlm
 
@@ -130,7 +135,7 @@ FASTLM_SIMD void store_interleaved(Twice<H> a, Twice<H> b, Twice<H> c, Twice<H> 
   store_interleaved(a.high, b.high, c.high, d.high, out + 4 * H::lanes);
 }
 
-// N registers' worth of R as one vector of 16 lanes.
+// The vector of 16 lanes that is made of registers R.
 template <class R, int lanes = R::lanes>
 struct Widened {
   using type = Twice<typename Widened<R, 2 * lanes>::type>;
@@ -145,15 +150,16 @@ using U32 = Widened<Word>::type;
 using F64 = Widened<Double>::type;
 using U64 = Widened<Long>::type;
 
-// The words of 16 64-bit lanes in 32-bit lanes, in the order of kBlockOfLane.
+// Returns the low words of 16 64-bit lanes in 32-bit lanes, in the order of kBlockOfLane.
 FASTLM_SIMD Word narrow(Twice<Long> a) { return pack(a.low, a.high); }
 template <class H>
 FASTLM_SIMD Twice<decltype(narrow(H()))> narrow(Twice<H> a) {
   return {narrow(a.low), narrow(a.high)};
 }
 
-// Which block of 16 a 64-bit lane draws, so that pack and store_interleaved, which shuffle within registers alone, put every
-// normal in its place: pack takes the words of two Longs in turn into one Word, and store_interleaved turns the quads of four.
+// The block, of 16, that each 64-bit lane draws. With this order, pack and store_interleaved, which shuffle only within
+// registers, put every normal in its place: pack interleaves the words of two Longs into one Word, and store_interleaved
+// transposes quads of lanes.
 struct BlockOfLane {
   uint64_t block[kLanes];
   constexpr BlockOfLane() : block() {

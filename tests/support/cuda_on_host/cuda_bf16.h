@@ -1,4 +1,4 @@
-// CUDA's bfloat16, as far as csrc/cuda uses it.
+// The part of CUDA's bfloat16 that csrc/cuda uses.
 #pragma once
 
 #include "../../../csrc/common/half.h"

@@ -1,4 +1,4 @@
-// CUDA's half, as far as csrc/cuda uses it.
+// The part of CUDA's half precision that csrc/cuda uses.
 #pragma once
 
 #include "../../../csrc/common/half.h"

@@ -1,9 +1,9 @@
-// CUDA's runtime on the host, as far as csrc/cuda uses it: a kernel's blocks run one after the other, and the threads of one as
-// fibers that hand over at barriers and shuffles alone. What a thread reads before a barrier that others write before it, it
-// reads too early in some order of the fibers; so a missing barrier shows when orders are compared.
+// The part of CUDA's runtime that csrc/cuda uses, on the host. The blocks of a kernel run one after the other. The threads of a
+// block are fibers, which switch only at barriers and shuffles. If a barrier is missing between a write and a read of it by
+// another thread, some order of the fibers reads too early; so comparing orders shows the missing barrier.
 //
-// Environment variables, read at each launch: CUDA_ON_HOST_ORDER is in which order fibers and blocks take their turns: forward,
-// reverse, or a number that seeds a shuffle; CUDA_ON_HOST_SKIP is which of a kernel's __syncthreads does nothing, from 0 on.
+// Each launch reads two environment variables. CUDA_ON_HOST_ORDER is the order of fibers and blocks: forward, reverse, or a
+// number that seeds a shuffle. CUDA_ON_HOST_SKIP is the index, from 0, of the __syncthreads of a kernel that does nothing.
 #pragma once
 
 #include <ucontext.h>
@@ -54,7 +54,7 @@ namespace cuda_on_host {
 
 constexpr int kWarp = 32, kMaxThreads = 1024;
 
-// Switches between stacks; AddressSanitizer wants to know of each switch.
+// A stack to switch to. AddressSanitizer must be told of each switch.
 struct Stack {
   ucontext_t context;
   void* bottom = nullptr;
@@ -83,7 +83,7 @@ struct Fiber : Stack {
 
 class Machine {
  public:
-  Machine() { fibers_.reserve(kMaxThreads); }  // where they are they stay: a context points into itself
+  Machine() { fibers_.reserve(kMaxThreads); }  // fibers must never move, because a context points into itself
 
   void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
     kernel_ = &kernel;
@@ -101,7 +101,7 @@ class Machine {
     if (fiber().barriers++ != skipped_) wait(kAtBarrier);
   }
 
-  // What `value` is in the lane `delta` up, within `width` lanes; its own where there is none.
+  // Returns the `value` of the lane that is `delta` higher, within `width` lanes, or its own if there is none.
   template <class T>
   T shuffle_down(unsigned mask, T value, unsigned delta, int width) {
     static_assert(sizeof(T) <= sizeof(uint64_t), "a register or two");
@@ -143,7 +143,7 @@ class Machine {
 
   static Machine& machine();
 
-  // A fiber's life: the kernel's thread, once for every block.
+  // The function of a fiber: it runs the kernel as one thread, once for every block.
   static void live() {
     Machine& m = machine();
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,4 +1,4 @@
-// What the other tests take for granted: prints a line for each thing that is wrong.
+// Tests what the other tests rely on. It prints a line for each failure.
 #include <cstdio>
 
 #include "../../../csrc/cuda/groups.cuh"
@@ -9,7 +9,7 @@ void check(bool right, const char* what) {
   if (!right) std::puts(what);
 }
 
-// The division that tensors of more than 2^32 elements need, which no test has.
+// Tests the division for tensors of more than 2^32 elements, which no other test has.
 void check_quotients() {
   std::mt19937_64 random(1);
   for (int i = 0; i < 100000; ++i) {
