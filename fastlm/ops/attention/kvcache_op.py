@@ -57,7 +57,7 @@ def _triton(query, key_cache, value_cache, cache_seqlens, key, value, *rest):
     query, key, value = (None if t is None else rows_of(t) for t in (query, key, value))
     with torch.cuda.device_of(query):
         tensors = (query, key_cache, value_cache, cache_seqlens, key, value)
-        kernels.run(kernels.plan_decoding(*tensors, *rest, allow_tf32(), out, lse))
+        kernels.run(kernels.plan_kvcache(*tensors, *rest, allow_tf32(), out, lse))
     return out, lse
 
 

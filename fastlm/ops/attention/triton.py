@@ -52,7 +52,7 @@ def _backward(grad_out, grad_lse, out, lse, statistics, query, key, value, mask,
     with torch.cuda.device_of(query):
         kernels.run(kernels.plan_backward(call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
-        unit = call.scale if kernels.is_plain(call) else 1.0
+        unit = call.scale if kernels.is_scale_only(call) else 1.0
         grad_sinks = sink_gradient(sinks, statistics, unit, lse, delta)
     return *grads, grad_mask, grad_sinks
 
