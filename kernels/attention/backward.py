@@ -106,8 +106,8 @@ def attention_grad_key_value(
     )
     k_start = block * BLOCK_K
     if k_start < k_len:
-        keys_left = k_len - k_start
         k_pointers = tile_pointers(key, batch, kv_head, k_first + k_start, BLOCK_K, COLUMNS)
+        keys_left = k_len - k_start
         k = load_tile(k_pointers, keys_left, D, True)  # (BLOCK_K, COLUMNS)
         v_pointers = tile_pointers(value, batch, kv_head, k_first + k_start, BLOCK_K, VALUE_COLUMNS)
         v = load_tile(v_pointers, keys_left, DV, True)  # (BLOCK_K, VALUE_COLUMNS)

@@ -32,9 +32,9 @@ class KVCache(NamedTuple):
 
 @triton.jit
 def find_rows(cache, b, position, wanted):
-    """Return (batch index or page, row in it, exists) for the positions that are `wanted`.
+    """Return (batch index or page, row in it, found) for the positions that are `wanted`.
 
-    A row that lies outside the cache does not exist, whatever the table holds.
+    A row that lies outside the cache is not found, whatever the table holds.
     """
     if cache.table is None:
         return b.to(tl.int64), position.to(tl.int64), wanted & (position < cache.rows)
@@ -72,9 +72,9 @@ def kvcache_append(
     new = load_tile(new_pointers, added - block * BLOCK, DIM, True)  # (BLOCK, COLUMNS)
     r, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     position = tl.load(cache_seqlens + b) + r  # (BLOCK,)
-    outer, row, exists = find_rows(cache, b, position, (r < added) & (position >= r))
+    outer, row, found = find_rows(cache, b, position, (r < added) & (position >= r))
     pointers = row_pointers(cache, head, outer, row)
-    tl.store(pointers[:, None] + columns[None, :], new, mask=exists[:, None] & (columns < DIM)[None, :])
+    tl.store(pointers[:, None] + columns[None, :], new, mask=found[:, None] & (columns < DIM)[None, :])
 
 
 @triton.jit
@@ -113,16 +113,17 @@ def attention_kvcache(
         end = tl.minimum(end, length + scoring.right)
     for k_start in range(begin, end, BLOCK_K):
         j = k_start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        outer, row, exists = find_rows(keys, b, j, j < length)  # The values lie at the same places.
-        k_rows = row_pointers(keys, kv_head, outer, row)
-        k = tl.load(k_rows[:, None] + columns, mask=exists[:, None] & (columns < D), other=0.0)  # (BLOCK_K, COLUMNS)
+        outer, row, found = find_rows(keys, b, j, j < length)  # The values lie at the same places.
+        # (BLOCK_K, COLUMNS)
+        k = tl.load(row_pointers(keys, kv_head, outer, row)[:, None] + columns, mask=found[:, None] & (columns < D), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
         s, _ = natural_scores(s, position, j[None, :], slope, scoring)
         s = mask_scores(s, None, b, kv_head, position, r[:, None], j[None, :], rows, length, scoring.left, scoring.right)
-        s = tl.where(exists[None, :], s, float("-inf"))
+        s = tl.where(found[None, :], s, float("-inf"))
         p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, True, False)
         v_rows = row_pointers(values, kv_head, outer, row)
-        v = tl.load(v_rows[:, None] + value_columns, mask=exists[:, None] & (value_columns < DV), other=0.0)
+        # (BLOCK_K, VALUE_COLUMNS)
+        v = tl.load(v_rows[:, None] + value_columns, mask=found[:, None] & (value_columns < DV), other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)  # (BLOCK_Q, VALUE_COLUMNS)
     at = ((b.to(tl.int64) * sizes.heads + head) * sizes.q_len + i) * num_splits + split
     tl.store(statistics + at * 2, row_max, mask=r < rows)
