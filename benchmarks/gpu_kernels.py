@@ -1,12 +1,12 @@
-"""Compiles the Triton kernels for GPUs that are not here, and says what they are made of.
+"""Compile the Triton kernels for GPUs that are not here, and print what they are made of.
 
-python benchmarks/gpu_kernels.py                    # all: every GPU, pass, head_dim and dtype, causal or not
+python benchmarks/gpu_kernels.py                    # every GPU, pass, head_dim and dtype, causal or not
 python benchmarks/gpu_kernels.py --cover            # a subset in which every GPU meets every pass and head_dim, and every dtype
 python benchmarks/gpu_kernels.py --features         # every feature once; a line for each kernel
-python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, by the instructions of the hot loop
+python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, from the hot loop's instructions
 
---gpu sm_90 chooses GPUs. Nothing here runs on a GPU, and no figure is a measurement. The exit code is 1 where a kernel does not
-compile. Triton keeps what it compiled.
+--gpu sm_90 chooses GPUs. Nothing here runs on a GPU, and no figure is a measurement. The exit code is 1 if a kernel does not
+compile. Triton caches what it has compiled.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Compiles launches for GPUs that are not at hand, with the settings and specializations that a launch would have there.
+"""Compile launches for GPUs that are not at hand, with the settings and specializations that they would have there.
 
 binary = compile_launch(launch, "sm_90")
-binary.asm["cubin"]  # and machine_code.py tells what it is made of
+binary.asm["cubin"]  # machine_code.py reads it.
 """
 
 import triton
@@ -11,14 +11,14 @@ from triton.runtime.jit import create_function_from_signature
 
 
 def target_of(arch: str) -> GPUTarget:
-    """'sm_90' or 'gfx942' as Triton names it."""
+    """Return Triton's target for an architecture, such as 'sm_90' or 'gfx942'."""
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return GPUTarget("hip", arch, 32 if arch.startswith(("gfx10", "gfx11", "gfx12")) else 64)
 
 
 def compile_launch(launch, arch: str):
-    """The compiled kernel of a launch (attention.Launch), whose tensors may be on any device, 'meta' included."""
+    """Return the compiled kernel of a launch (attention.Launch), whose tensors may be on any device, 'meta' included."""
     target = target_of(arch)
     backend = make_backend(target)
     kernel = launch.kernel

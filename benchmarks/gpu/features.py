@@ -1,4 +1,4 @@
-"""Every feature of attention's Triton kernels, compiled once: the interpreter does not know the compiler's rules."""
+"""Compile every feature of attention's Triton kernels once, because the interpreter does not know the compiler's rules."""
 
 import torch
 from fastlm.kernels import attention
@@ -12,9 +12,8 @@ def _tensor(*shape: int, dtype=torch.float16) -> Tensor:
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> list[attention.Launch]:
-    """The launches of forward and backward."""
-    plain = dict.fromkeys(attention.Call._fields[3:11]) | {"scale": 0.1, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
-    call = attention.Call(query, key, value, **plain | {"allow_tf32": False} | options, arch=arch)
+    """Return the launches of forward and backward."""
+    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch)
     out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
     statistics = _tensor(*query.shape[:3], 2, dtype=torch.float32)
     floating = call.mask is not None and call.mask.is_floating_point()
@@ -23,15 +22,16 @@ def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> li
     return forward + attention.plan_backward(call, out, statistics, out, lse, grads, lse)
 
 
-def _decoding(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:
+def _kvcache(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:
+    """Return the launches of attention with a KV cache."""
     plain = dict.fromkeys(("key", "value", "block_table", "alibi_slopes", "sinks", "left", "right")) | {"scale": 0.1}
     lengths, lse = _tensor(query.shape[0], dtype=torch.int32), _tensor(*query.shape[:3], dtype=torch.float32)
     options = plain | {"softcap": 0.0, "allow_tf32": False} | options
-    return attention.plan_decoding(query, cache, cache, lengths, **options, out=query, lse=lse, arch=arch)
+    return attention.plan_kvcache(query, cache, cache, lengths, **options, out=query, lse=lse, arch=arch)
 
 
 def features(arch: str) -> dict[str, list[attention.Launch]]:
-    """The launches of calls that between them have every option, and of the smallest there are."""
+    """Return the launches of calls that between them have every option, and of the smallest calls."""
     query, key, value = _tensor(2, 8, 300, 64), _tensor(2, 2, 333, 64), _tensor(2, 2, 333, 40)
     packed = _tensor(1, 8, 900, 64), _tensor(1, 2, 900, 64), _tensor(1, 2, 900, 64)
     single = [_tensor(2, 2, 64, 64, dtype=torch.float32)] * 3
@@ -57,14 +57,14 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
         "packed, one sequence": _call(*packed, arch, cu_seqlens_q=two, cu_seqlens_k=two, left=7),
         "negative scale": _call(query, key, value, arch, scale=-1.0),
         "TF32": _call(*single, arch, allow_tf32=True),
-        "decoding": _decoding(_tensor(3, 8, 2, 64), cache, arch, key=new, value=new, **score_options | {"alibi_slopes": sinks}),
-        "decoding, paged": _decoding(_tensor(3, 8, 1, 64), pages, arch, block_table=table, key=new, value=new),
-        "decoding, one of each": _decoding(one, one, arch, key=one, value=one),
+        "KV cache": _kvcache(_tensor(3, 8, 2, 64), cache, arch, key=new, value=new, **score_options | {"alibi_slopes": sinks}),
+        "KV cache, paged": _kvcache(_tensor(3, 8, 1, 64), pages, arch, block_table=table, key=new, value=new),
+        "KV cache, one of each": _kvcache(one, one, arch, key=one, value=one),
     }
 
 
 def failures(arch: str) -> int:
-    """Compile every feature for a GPU, print a line for each kernel, and return how many did not compile."""
+    """Compile every feature for a GPU, print a line for each kernel, and return how many kernels did not compile."""
     failed = 0
     for name, launches in features(arch).items():
         for launch in launches:

@@ -1,6 +1,6 @@
-"""What a compiled kernel is made of: its registers and spills, and the instructions of its hot loop by the unit that runs them.
+"""Read from a compiled kernel its registers and spills, and the instructions of its hot loop by the unit that runs them.
 
-NVIDIA's machine code is read with the disassembler that comes with Triton, AMD's from the compiler's assembly.
+NVIDIA's machine code is read with the disassembler that comes with Triton; AMD's is read from the compiler's assembly.
 """
 
 import os
@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import triton
 
-# Opcodes by unit, the first that matches; what matches none is control flow or addressing that runs beside.
+# Patterns of opcodes by unit; the first that matches counts. An opcode that matches none is control flow or addressing, which
+# runs beside.
 _NVIDIA = (
     ("tensor", r"HMMA|HGMMA|DMMA|UTC\w*MMA|QMMA|OMMA"),
     ("exp", r"MUFU"),
@@ -37,22 +38,22 @@ _AMD = (
 
 
 class Usage(NamedTuple):
-    """What a thread and a program take."""
+    """The registers and memory that a kernel takes."""
 
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
+    registers: int  # per thread
+    spilled_bytes: int  # per thread
+    shared_bytes: int  # per program
 
 
 class Loop(NamedTuple):
     """The instructions of one pass through a loop, by one warp."""
 
     opcodes: tuple[str, ...]
-    units: Counter  # how many by unit
+    units: Counter  # Number of instructions by unit.
 
 
 def usage(binary, arch: str) -> Usage:
-    """Of a kernel that ahead_of_time.compile_launch made."""
+    """Return what a kernel takes that ahead_of_time.compile_launch made."""
     shared = binary.metadata.shared
     if arch.startswith("sm_"):
         text = _tool("cuobjdump", "--dump-resource-usage", binary.asm["cubin"])
@@ -64,7 +65,10 @@ def usage(binary, arch: str) -> Usage:
 
 
 def hot_loop(binary, arch: str) -> Loop:
-    """Of the loops with matrix products, the one that does least besides: the inside, without masks. Empty if there is none."""
+    """Return the hot loop: of the loops with matrix products, the one that does least besides, which is the one without masks.
+
+    The result is empty if no loop has matrix products.
+    """
     loops = [_loop(body, arch) for body in _loop_bodies(_lines(binary, arch))]
     with_products = [loop for loop in loops if loop.units["tensor"]] or [loop for loop in loops if loop.units["float"] > 32]
     most = max((loop.units["tensor"] for loop in with_products), default=0)
@@ -73,16 +77,18 @@ def hot_loop(binary, arch: str) -> Loop:
 
 
 def _loop(body: list[str], arch: str) -> Loop:
+    """Count the instructions of a loop by unit."""
     table = _NVIDIA if arch.startswith("sm_") else _AMD
     return Loop(tuple(body), Counter(unit for opcode in body if (unit := _unit(opcode, table))))
 
 
 def _unit(opcode: str, table: tuple) -> str | None:
+    """Return the unit that runs an opcode."""
     return next((unit for unit, pattern in table if re.match(pattern, opcode)), None)
 
 
 def _loop_bodies(lines: list[tuple[str, str]]) -> list[list[str]]:
-    """The opcodes between a label and a branch back to it, of the innermost loops."""
+    """Return the opcodes of the innermost loops, each from a label to a branch back to it."""
     labels = {name: i for i, (kind, name) in enumerate(lines) if kind == "label"}
     spans = {(labels[name], i) for i, (kind, name) in enumerate(lines) if kind == "branch" and labels.get(name, i) < i}
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
@@ -90,7 +96,7 @@ def _loop_bodies(lines: list[tuple[str, str]]) -> list[list[str]]:
 
 
 def _lines(binary, arch: str) -> list[tuple[str, str]]:
-    """('label', name), ('op', opcode) and ('branch', label) in their order."""
+    """Return ('label', name), ('op', opcode) and ('branch', label) in the order of the code."""
     is_nvidia = arch.startswith("sm_")
     text = _tool("nvdisasm", "-c", binary.asm["cubin"]) if is_nvidia else binary.asm["amdgcn"]
     lines = []
@@ -106,6 +112,7 @@ def _lines(binary, arch: str) -> list[tuple[str, str]]:
 
 
 def _tool(name: str, option: str, cubin: bytes) -> str:
+    """Run one of Triton's tools for NVIDIA's binaries; return what it prints."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
         file.write(cubin)

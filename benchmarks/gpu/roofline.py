@@ -1,6 +1,6 @@
-"""A roofline from machine code: what share of a GPU's matrix throughput a Triton kernel could reach, by its hot loop.
+"""Predict from machine code what share of a GPU's matrix throughput a Triton kernel can reach: a roofline of its hot loop.
 
-These are predictions from disassembly. None of it was measured on a GPU.
+These are predictions from disassembly. Nothing here was measured on a GPU.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,22 @@ from rich.table import Table
 from gpu import variants
 from gpu.variants import Variant
 
-FLOPS_PER_PAIR = {"forward": 4, "grad_key_value": 8, "grad_query": 6, "decode": 4}  # and head_dim, for each score
+FLOPS_PER_SCORE = {"forward": 4, "grad_key_value": 8, "grad_query": 6, "kvcache": 4}  # These times head_dim, for each score.
 
 
 class Rates(NamedTuple):
-    """What a multiprocessor (compute unit) does in a cycle, by the makers' manuals: operations of dense bfloat16 products with
-    float32 sums, and lanes of each other unit; `issue` is in instructions of a warp (wavefront)."""
+    """What a multiprocessor (compute unit) does in a cycle, from the manufacturers' manuals.
 
-    tensor: int
+    A unit without a comment is counted in lanes.
+    """
+
+    tensor: int  # Floating-point operations of dense bfloat16 products with float32 sums.
     float: int
     integer: int
     exp: int
     shared: int
-    issue: int
-    warp: int
+    issue: int  # Instructions of a warp (wavefront).
+    warp: int  # Threads of a warp (wavefront).
 
 
 RATES = {
@@ -39,22 +41,23 @@ RATES = {
     "gfx942": Rates(2048, 64, 64, 16, 32, 5, 64),
     "gfx1100": Rates(512, 64, 64, 16, 32, 4, 32),
 }
+# The rate that counts for the instructions of each unit.
 UNITS = {"exp": "exp", "float": "float", "integer": "integer", "convert": "integer", "shared": "shared"}
 
 
 class Prediction(NamedTuple):
-    """Shares of the peak of matrix products: if all units overlap, so that the busiest alone counts, and if none do."""
+    """A predicted share of the peak of matrix products."""
 
-    best: float
-    worst: float
+    best: float  # All units overlap, so that only the busiest counts.
+    worst: float  # No two units overlap.
     busiest: str
     float_per_score: float
 
 
 def predict(row: dict) -> Prediction:
-    """Of a row of gpu_kernels.inspect, for a half-precision dtype."""
+    """Return the prediction for a row of variants.inspect of a half-precision dtype."""
     rates, threads = RATES[row["arch"]], row["num_warps"] * RATES[row["arch"]].warp
-    cycles = {"tensor": FLOPS_PER_PAIR[row["of"]] * row["head_dim"] * row["q"] * row["k"] / rates.tensor}
+    cycles = {"tensor": FLOPS_PER_SCORE[row["pass_name"]] * row["head_dim"] * row["q"] * row["k"] / rates.tensor}
     for unit, rate in UNITS.items():
         cycles[rate] = cycles.get(rate, 0.0) + row["units"].get(unit, 0) * threads / getattr(rates, rate)
     issue = row["instructions"] * row["num_warps"] / rates.issue
@@ -69,10 +72,11 @@ DEFAULT_GPUS = ("sm_80", "sm_90", "gfx942")
 
 
 def default_variants(gpus: tuple[str, ...]) -> list[Variant]:
+    """Return the variants of the report's table."""
     return [
-        Variant(arch, of, head_dim, "bfloat16", False)
+        Variant(arch, name, head_dim, "bfloat16", False)
         for arch in gpus
-        for of in ("forward", "grad_key_value", "grad_query")
+        for name in ("forward", "grad_key_value", "grad_query")
         for head_dim in (64, 128)
     ]
 
@@ -81,7 +85,7 @@ HEADER = ("GPU", "pass", "head_dim", "tile", "warps", "registers", "spilled", "s
 
 
 def table_rows(asked: list[Variant], go_on: Callable[[], bool] = lambda: True) -> list[tuple[str, ...]]:
-    """Return a row of the table for each variant that is asked for, in their order, as far as ``go_on`` says yes."""
+    """Return the table's row of each variant that is asked for, in their order. Stop once ``go_on`` returns False."""
     found = {}
     for row in variants.inspect_all(asked, 2):
         found[tuple(row[name] for name in Variant._fields)] = row
@@ -92,19 +96,19 @@ def table_rows(asked: list[Variant], go_on: Callable[[], bool] = lambda: True) -
 
 def _table_row(row: dict) -> tuple[str, ...]:
     if "error" in row:
-        return (row["arch"], row["of"], str(row["head_dim"]), row["error"], *[""] * 6)
-    if row["specialized"]:  # what its warps do, they do in loops of their own
+        return (row["arch"], row["pass_name"], str(row["head_dim"]), row["error"], *[""] * 6)
+    if row["specialized"]:  # Its warps work in loops of their own, so that no loop holds all the work.
         float_per_score, share = "", "not predicted: warps are specialized"
     else:
         prediction = predict(row)
         float_per_score, share = f"{prediction.float_per_score:.1f}", f"{prediction.worst:.0%} – {prediction.best:.0%}"
         share += "" if prediction.busiest == "tensor" else f" ({prediction.busiest} is the limit)"
     return (
-        row["arch"], row["of"], str(row["head_dim"]), f"{row['q']} x {row['k']}", str(row["num_warps"]), str(row["registers"]),
-        str(row["spilled_bytes"]), f"{row['shared_bytes'] / 1024:.0f}", float_per_score, share,
+        row["arch"], row["pass_name"], str(row["head_dim"]), f"{row['q']} x {row['k']}", str(row["num_warps"]),
+        str(row["registers"]), str(row["spilled_bytes"]), f"{row['shared_bytes'] / 1024:.0f}", float_per_score, share,
     )  # fmt: skip
 
 
 def table(rows: list[tuple[str, ...]]) -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     return listed("Predicted from machine code, bfloat16, nothing masked; not measured", HEADER, rows)

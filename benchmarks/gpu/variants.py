@@ -6,35 +6,35 @@ Nothing here runs on a GPU, and no figure is a measurement.
 import itertools
 import multiprocessing
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from fastlm.kernels import attention
 from fastlm.kernels.attention.tiles import (
-    BUSY,
-    BY_DESCRIPTORS,
-    DECODE,
     FORWARD,
     GRAD_KEY_VALUE,
     GRAD_QUERY,
+    KVCACHE,
+    LoopKind,
     has_descriptors,
-    tile,
+    tile_for,
 )
 
 from gpu import ahead_of_time, machine_code
 
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
-PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, DECODE)
+PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
-LOOPS = ("plain", "busy", "packed")  # nothing but attention; with a mask and dropout; of packed sequences
+LOOPS = ("plain", "masked", "packed")  # Attention alone; with a mask and dropout; of packed sequences.
 
 
 class Variant(NamedTuple):
     """One compilation."""
 
     arch: str
-    of: str  # one of PASSES
+    pass_name: str  # one of PASSES
     head_dim: int
     dtype: str
     causal: bool
@@ -42,26 +42,29 @@ class Variant(NamedTuple):
 
 
 def every_variant() -> list[Variant]:
-    """All, but decoding, which has no diagonal to skip, once, and what is not plain causal only."""
-    kinds = ((False, "plain"), (True, "plain"), (True, "busy"), (True, "packed"))
+    """Return all variants.
+
+    The KV cache's pass has no diagonal to skip, so it comes once. Loops that are not plain come with a causal limit only.
+    """
+    kinds = ((False, "plain"), (True, "plain"), (True, "masked"), (True, "packed"))
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES) for kind in kinds]
-    return [variant for variant in variants if variant.of != DECODE or not variant.causal]
+    return [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
 
 
 def covering_variants() -> list[Variant]:
-    """For every GPU each pass with each head_dim, and each pass with each loop; all else takes turns."""
+    """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns."""
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
-    for arch, of, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
+    for arch, name, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
         causal, dtype = next(turns)
-        variants.append(Variant(arch, of, head_dim, dtype, causal and of != DECODE))
-    for i, (arch, of, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
-        variants.append(Variant(arch, of, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
+        variants.append(Variant(arch, name, head_dim, dtype, causal and name != KVCACHE))
+    for i, (arch, name, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
+        variants.append(Variant(arch, name, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
     return variants
 
 
 def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
-    """What a launcher would start on that GPU for 4 sequences of 4096 with 16 heads; on a real device, of zeros."""
+    """Return the launch of a variant for 4 sequences of 4096 with 16 heads; on a real device, its tensors are zeros."""
     batch, heads, length, head_dim = 4, 16, 4096, variant.head_dim
 
     def tensor(*shape, dtype=None):
@@ -70,47 +73,48 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
     query, key, value, out = (tensor(batch, heads, length, head_dim) for _ in range(4))
     lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
     statistics = tensor(batch, heads, length, 2, dtype=torch.float32)
-    if variant.of == DECODE:
+    if variant.pass_name == KVCACHE:
         caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
         lengths = tensor(batch, dtype=torch.int32)
         one = tensor(batch, heads, 1, head_dim)
         options = (None, None, None, None, None, None, None, scale, 0.0, False)
-        return attention.plan_decoding(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
-    right = 0 if variant.causal else None
-    mask, seed, drop_below, cu_seqlens = None, None, 0, None
-    if variant.loop == "busy":
-        mask, seed = tensor(batch, heads, length, length, dtype=torch.float32), tensor(dtype=torch.int64)
-        drop_below = 1 << 29
+        return attention.plan_kvcache(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
+    options = {}
+    if variant.loop == "masked":
+        options = {"mask": tensor(batch, heads, length, length, dtype=torch.float32), "seed": tensor(dtype=torch.int64)}
+        options["drop_below"] = 1 << 29
     if variant.loop == "packed":
         query, key, value, out, lse, statistics = (t[:1] for t in (query, key, value, out, lse, statistics))
-        cu_seqlens = tensor(batch + 1, dtype=torch.int32)
-    tensors = (query, key, value, mask, None, None, seed, cu_seqlens, cu_seqlens)
-    call = attention.Call(*tensors, None, right, scale, 0.0, drop_below, 1.0, False, variant.arch)
+        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), tensor(batch + 1, dtype=torch.int32))
+    right = 0 if variant.causal else None
+    call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options)
     launches = attention.plan_forward(call, out, lse, statistics)
-    if variant.of != FORWARD:
+    if variant.pass_name != FORWARD:
         launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
-    return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.of}")
+    return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.pass_name}")
 
 
 def inspect(variant: Variant) -> dict:
-    """What the compiled kernel takes, and the instructions of its hot loop."""
+    """Compile a variant; return what it takes, and the instructions of its hot loop."""
     warnings.simplefilter("ignore")
     launch = launch_of(variant)
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
     dtype = getattr(torch, variant.dtype)
-    kind = {"plain": BY_DESCRIPTORS if has_descriptors(variant.arch, dtype) else "", "busy": BUSY, "packed": ""}[variant.loop]
-    shape = tile(variant.of, variant.arch, dtype, variant.head_dim, kind)
+    kind = LoopKind.MASKED if variant.loop == "masked" else LoopKind.PLAIN
+    if variant.loop == "plain" and has_descriptors(variant.arch, dtype):
+        kind = LoopKind.DESCRIPTORS
+    tile = tile_for(variant.pass_name, variant.arch, dtype, variant.head_dim, kind)
     try:
         binary = ahead_of_time.compile_launch(launch, variant.arch)
-    except Exception as error:  # a compiler that gives up is a finding, and the others go on
+    except Exception as error:  # A compiler that gives up is a finding, and the other variants go on.
         return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
     loop = machine_code.hot_loop(binary, variant.arch)
     usage = machine_code.usage(binary, variant.arch)._asdict()
-    return {**row, **usage, "may_spill": shape.spilled, "instructions": len(loop.opcodes), "units": dict(loop.units)}
+    return {**row, **usage, "may_spill": tile.spilled, "instructions": len(loop.opcodes), "units": dict(loop.units)}
 
 
-def inspect_all(variants: list[Variant], jobs: int):
-    """The rows, as they come."""
+def inspect_all(variants: list[Variant], jobs: int) -> Iterator[dict]:
+    """Yield the rows of the variants, in the order in which they are done."""
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         yield from pool.imap_unordered(inspect, variants)

@@ -1,12 +1,12 @@
-"""The device functions of attention, one idea each: places, ranges, loads, scores, masks, online softmax, dropout.
+"""The device functions that attention's kernels share: a program's block, ranges, loads, scores, masks, softmax, dropout.
 
-The passes (forward.py, backward.py, kvcache.py) are made of them. All work on tiles of queries
-by keys; those that take `query` and `key` take the indices of the tile's rows and columns, shaped to broadcast against it, and
-so serve a transposed tile as well.
+The passes (forward.py, backward.py, kvcache.py, mask.py) are made of them. All work on tiles of queries by keys. Functions that
+take `query` and `key` take the indices of the tile's rows and columns, shaped to broadcast against the tile, so they serve a
+transposed tile as well.
 
-Scores are natural ones, added up as torch adds them; or the products themselves, where a score is a product times a positive
-scale (PLAIN). `scoring.factor` makes a difference of scores an exponent of 2, so that an exponential is one exp2. No product is
-fused with a sum unless `fma` says so: then a score minus itself is 0, however large.
+Scores are in natural units and are added up as torch adds them. Where a score is a product times a positive scale (SCALE_ONLY),
+the kernels use the products themselves. `scoring.factor` turns a difference of scores into an exponent of 2, so that an
+exponential is one exp2. No product is fused with a sum unless the code says `fma`: a score minus itself is 0, however large.
 """
 
 from typing import Any, NamedTuple
@@ -15,23 +15,23 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-HUGE = tl.constexpr(float(1 << 28))  # an exponent of 2 from which on scores that differ do so by 16 or more
+HUGE = tl.constexpr(float(1 << 28))  # From this exponent of 2 on, scores that differ do so by 16 or more.
 
-# ---- arguments: a kernel takes a tensor and its strides, or what belongs together, as one -----------------------------------
+# ---- arguments: a kernel takes a tensor with its strides, or values that belong together, as one tuple ----------------------
 
 
 class Rows(NamedTuple):
-    """A (batch, head, row, column) tensor by its strides. Columns are contiguous."""
+    """A (batch, head, row, column) tensor and its strides. Columns are contiguous."""
 
     data: Any
     batch: int
     head: int
     row: int
-    wide: Any  # whether the rows of one tile span 2**31 elements or more; None is no
+    wide: Any  # True if the rows of one tile span 2**31 elements or more, else None.
 
 
 class Mask(NamedTuple):
-    """What is added to the scores, or bytes of which 0 hides a key; the strides along which it is broadcast are 0."""
+    """A mask and its strides, which are 0 where it is broadcast. Floats are added to the scores; a byte of 0 hides a key."""
 
     data: Any
     batch: int
@@ -40,69 +40,75 @@ class Mask(NamedTuple):
     column: int
 
 
-class Visits(NamedTuple):
-    """Which blocks a mask leaves something of: for each block of one side, the numbers of those of the other, and how many."""
+class BlockList(NamedTuple):
+    """Lists of the blocks that a mask leaves something of: for each block of one side, the blocks of the other side."""
 
-    blocks: Any  # int32 (mask's batch, mask's head, blocks of this side, blocks of the other side)
-    counts: Any  # int32 (mask's batch, mask's head, blocks of this side)
-    batch: int  # strides of counts; 0 where the mask is broadcast
-    head: int
-    most: int  # blocks of the other side
+    blocks: Any  # int32 (mask's batch, mask's heads, blocks of this side, max_blocks)
+    counts: Any  # int32 (mask's batch, mask's heads, blocks of this side): the length of each list
+    batch: int  # Stride of counts; 0 where the mask is broadcast.
+    head: int  # Stride of counts; 0 where the mask is broadcast.
+    max_blocks: int  # The number of blocks of the other side.
 
 
 class Sizes(NamedTuple):
-    """Lengths; with cu_seqlens, batch counts the sequences and lengths are those of all of them together."""
+    """The sizes of a call. With cu_seqlens, batch counts the sequences, and lengths are sums over all of them."""
 
     batch: int
     heads: int
-    group: int  # query heads that share a head of keys
+    group: int  # Number of query heads that share a head of keys.
     q_len: int
     k_len: int
     cu_q: Any  # int32 (batch + 1,), or None
-    cu_k: Any
+    cu_k: Any  # int32 (batch + 1,), or None
 
 
 class Scoring(NamedTuple):
-    """What happens between the products and the softmax; None is nothing."""
+    """The steps between the products and the softmax. A field that is None is a step that is left out."""
 
-    left: Any  # query i sees keys from p_i - left to p_i + right, with p_i = i + k_len - q_len
+    left: Any  # Query i sees keys from p_i - left to p_i + right, with p_i = i + k_len - q_len.
     right: Any
     scale: float
-    factor: float  # exponent of 2 = factor * (score - maximum): log2(e); scale * log2(e) where scores are products
-    power: float  # the smallest power of 2 that is not below it
+    factor: float  # Exponent of 2 = factor * (score - maximum). It is log2(e), or scale * log2(e) where scores are products.
+    power: float  # The smallest power of 2 that is not below factor.
     softcap: Any  # score = softcap * tanh(per_softcap * scale * product)
     per_softcap: Any
-    slopes: Any  # float32 (batch, heads)
-    slope_batch: int  # its stride; 0 where the slopes are one for all
+    slopes: Any  # float32 (batch, heads) or (heads,)
+    slope_batch: int  # Batch stride of slopes; 0 for (heads,).
     sinks: Any  # float32 (heads,)
 
 
 class Dropout(NamedTuple):
-    """Weights are dropped where the word of the generator is at most `drop_to`; seed is None without dropout."""
+    """Dropout of attention weights: a weight is dropped where its random word is at most `drop_to`."""
 
-    seed: Any  # int64 (1,) or (batch,)
-    per_example: Any  # whether each example has its own seed; None is no
+    seed: Any  # int64 (1,) or (batch,); None without dropout
+    per_example: Any  # True if each example has its own seed, else None.
     drop_to: Any
     keep_scale: Any
 
 
-# ---- places: which sequence, head and block a program works on --------------------------------------------------------------
+# ---- the block of a program: its sequence, head and block -------------------------------------------------------------------
 
 
 @triton.jit
-def in_order(program, units, blocks, together):
-    """(unit, block) of a program: last blocks first, which causality makes the longest, `together` units (heads whose keys fit
-    into the cache) at a time."""
-    together = tl.minimum(together, units)  # blocks * together is then at most the number of programs
-    first = program // (blocks * together) * together
-    size = tl.minimum(together, units - first)
+def program_order(program, heads, blocks, heads_per_group):
+    """Return the (head, block) of a program, with `heads` counting those of all examples.
+
+    The last blocks come first, because a causal limit makes them the longest. `heads_per_group` heads, whose K and V fit into
+    the L2 cache, are scheduled together.
+    """
+    heads_per_group = tl.minimum(heads_per_group, heads)  # blocks * heads_per_group is then at most the number of programs
+    first = program // (blocks * heads_per_group) * heads_per_group
+    size = tl.minimum(heads_per_group, heads - first)
     within = program - first * blocks
     return first + within % size, blocks - 1 - within // size
 
 
 @triton.jit
 def find_sequence(slot, cu_seqlens, batch, BLOCK: tl.constexpr):
-    """(sequence, block) of a slot. Sequence b owns the slots from cu_seqlens[b] // BLOCK + b on, one or more for each block."""
+    """Return the (sequence, block) of a slot.
+
+    Sequence b owns the slots from cu_seqlens[b] // BLOCK + b on, which are at least as many as its blocks.
+    """
     low, high = slot * 0, batch - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -110,45 +116,45 @@ def find_sequence(slot, cu_seqlens, batch, BLOCK: tl.constexpr):
         low = tl.where(starts_by, middle, low)
         high = tl.where(starts_by, high, middle - 1)
     block = slot - (tl.load(cu_seqlens + low) // BLOCK + low)
-    return low, tl.minimum(tl.maximum(block, 0), 1 << 23)  # what wrong cu_seqlens give stays a block
+    return low, tl.minimum(tl.maximum(block, 0), 1 << 23)  # Wrong cu_seqlens still give a valid block.
 
 
 @triton.jit
 def sequence(cu_seqlens, b, total):
-    """(first row, rows) of a sequence; inside the tensor whatever cu_seqlens holds."""
+    """Return (first row, number of rows) of a sequence. Both stay inside the tensor, whatever cu_seqlens holds."""
     first = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
     last = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), first), total)
     return first, last - first
 
 
 @triton.jit
-def place(program, heads, length, sizes, cu_seqlens, together, BLOCK: tl.constexpr):
-    """(example, head, block, batch index, first query, queries, first key, keys) of a program.
+def locate(program, heads, length, sizes, cu_seqlens, heads_per_group, BLOCK: tl.constexpr):
+    """Return (example, head, block, batch index, first query, queries, first key, keys) of a program.
 
-    cu_seqlens are those of the side that is cut into blocks: then all rows lie in one batch, and a block may lie past the end
-    of its sequence.
+    `cu_seqlens` belong to the side that is cut into blocks, whose length is `length`. With them, all rows lie in one batch, and
+    a block may lie past the end of its sequence.
     """
     if cu_seqlens is None:
-        unit, block = in_order(program, sizes.batch * heads, tl.cdiv(length, BLOCK), together)
-        b = unit // heads
-        return b, unit % heads, block, b.to(tl.int64), 0, sizes.q_len, 0, sizes.k_len
+        batch_head, block = program_order(program, sizes.batch * heads, tl.cdiv(length, BLOCK), heads_per_group)
+        b = batch_head // heads
+        return b, batch_head % heads, block, b.to(tl.int64), 0, sizes.q_len, 0, sizes.k_len
     else:
-        head, slot = in_order(program, heads, length // BLOCK + sizes.batch, together)
+        head, slot = program_order(program, heads, length // BLOCK + sizes.batch, heads_per_group)
         b, block = find_sequence(slot, cu_seqlens, sizes.batch, BLOCK)
         q_first, q_len = sequence(sizes.cu_q, b, sizes.q_len)
         k_first, k_len = sequence(sizes.cu_k, b, sizes.k_len)
         return b, head, block, (b * 0).to(tl.int64), q_first, q_len, k_first, k_len
 
 
-# ---- ranges: which blocks hold something to see, and which of them nothing that is hidden -----------------------------------
+# ---- ranges: which blocks hold something to see, and which of these need no mask --------------------------------------------
 
 
 @triton.jit
 def seen_range(first, last, length, left, right, BLOCK: tl.constexpr):
-    """(begin, whole, edge, end): which of 0..length, in steps of BLOCK, rows at places first to last see.
+    """Return (begin, whole, edge, end): the part of 0..length, in steps of BLOCK, that rows at positions first to last see.
 
-    A row sees from its place - left to its place + right. Blocks from `whole` to `edge` are seen by every row; those from
-    `begin` to `whole` and from `edge` to `end` in part; the others not at all.
+    A row sees from its position - left to its position + right. Every row sees the blocks from `whole` to `edge`. Some rows see
+    those from `begin` to `whole` and from `edge` to `end`. No row sees the others.
     """
     begin, end, edge = 0, length, length // BLOCK * BLOCK
     if right is not None:
@@ -164,18 +170,21 @@ def seen_range(first, last, length, left, right, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visit_list(visits, b, head, block):
-    """(blocks to visit, how many): of a block's list, where a mask has made lists."""
-    if visits is None:
+def block_list(block_lists, b, head, block):
+    """Return (pointer to the list of a block, its length); (0, 0) where no mask has made lists."""
+    if block_lists is None:
         return 0, 0
     else:
-        at = b.to(tl.int64) * visits.batch + head * visits.head + block
-        return visits.blocks + at * visits.most, tl.load(visits.counts + at)
+        at = b.to(tl.int64) * block_lists.batch + head * block_lists.head + block
+        return block_lists.blocks + at * block_lists.max_blocks, tl.load(block_lists.counts + at)
 
 
 @triton.jit
-def loop_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Return (start, stop) of a phase: 0 is an edge, 1 the inside, which needs no mask, 2 the other edge or what is listed."""
+def phase_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the (start, stop) of a phase of the loop.
+
+    Phase 0 is the first edge, phase 1 the inside, which needs no mask, and phase 2 the other edge, or all that is LISTED.
+    """
     if LISTED:
         if phase == 2:
             return 0, count * BLOCK
@@ -190,12 +199,12 @@ def loop_bounds(phase: tl.constexpr, begin, whole, edge, end, count, LISTED: tl.
 
 
 @triton.jit
-def visited(visits, visit, step, BLOCK: tl.constexpr):
-    """The first row of the block that a step visits."""
-    if visits is None:
+def block_start(block_lists, list_start, step, BLOCK: tl.constexpr):
+    """Return the first row of the block of a step: the step itself, or what the list has for it."""
+    if block_lists is None:
         return step
     else:
-        return tl.load(visit + step // BLOCK) * BLOCK
+        return tl.load(list_start + step // BLOCK) * BLOCK
 
 
 # ---- loads and stores: (ROWS, COLUMNS) tiles of a tensor whose columns are contiguous ---------------------------------------
@@ -203,12 +212,13 @@ def visited(visits, visit, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_pointers(rows, batch, head, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Point to (ROWS, COLUMNS) elements, from row `first` on.
+    """Return pointers (ROWS, COLUMNS) to a tile, from row `first` on.
 
-    What can exceed 2**31 elements is counted in 64 bits; what lies inside a tile in 32, but for rows that lie far apart.
+    Offsets that can exceed 2**31 elements are 64 bits wide. Offsets inside a tile are 32 bits wide, unless its rows lie far
+    apart.
     """
     base = rows.data + batch * rows.batch + head.to(tl.int64) * rows.head + tl.cast(first, tl.int64) * rows.row
-    r = tl.arange(0, ROWS)[:, None]
+    r = tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     if rows.wide is not None:
         r = r.to(tl.int64)
     return base + r * rows.row + tl.arange(0, COLUMNS)[None, :]
@@ -216,12 +226,12 @@ def tile_pointers(rows, batch, head, first, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 @triton.jit
 def load_tile(pointers, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """The tile, with zeros past the first `rows_left` rows (where that is checked) and DIM columns."""
+    """Load a tile (ROWS, COLUMNS), with zeros past DIM columns and, if CHECK_ROWS, past the first `rows_left` rows."""
     ROWS: tl.constexpr = pointers.shape[0]
     COLUMNS: tl.constexpr = pointers.shape[1]
-    columns = tl.arange(0, COLUMNS)[None, :] < DIM
+    columns = tl.arange(0, COLUMNS)[None, :] < DIM  # (1, COLUMNS)
     if CHECK_ROWS:
-        rows = tl.arange(0, ROWS)[:, None] < rows_left
+        rows = tl.arange(0, ROWS)[:, None] < rows_left  # (ROWS, 1)
         if COLUMNS == DIM:
             return tl.load(pointers, mask=rows, other=0.0)
         else:
@@ -234,21 +244,22 @@ def load_tile(pointers, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr):
 
 @triton.jit
 def load_block(
-    pointers, rows, tiles, batch, head, first, within, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr
+    pointers, rows, descriptor, batch, head, first, within, rows_left, DIM: tl.constexpr, CHECK_ROWS: tl.constexpr
 ):  # fmt: skip
-    """The tile from row `within` on of those that begin at `first`, where `pointers` point, with zeros as in `load_tile`.
+    """Load the tile (ROWS, COLUMNS) at row `within` of a sequence that begins at row `first`, with zeros as in `load_tile`.
 
-    `tiles` is a descriptor of (1, 1, ROWS, COLUMNS) blocks of the tensor, by which the GPU's tensor memory accelerator copies a
-    tile and fills up with zeros past the tensor's end; or None.
+    `pointers` point to the sequence's first tile. `descriptor`, unless None, describes (1, 1, ROWS, COLUMNS) blocks of the
+    tensor: the GPU's tensor memory accelerator then copies the tile and fills it up with zeros past the tensor's end.
     """
-    if tiles is None:
+    if descriptor is None:
         return load_tile(pointers + tl.cast(within, tl.int64) * rows.row, rows_left, DIM, CHECK_ROWS)
     else:
-        return tiles.load([batch.to(tl.int32), head, first + within, 0]).reshape(pointers.shape)
+        return descriptor.load([batch.to(tl.int32), head, first + within, 0]).reshape(pointers.shape)
 
 
 @triton.jit
 def store_tile(pointers, values, rows_left, DIM: tl.constexpr):
+    """Store the first `rows_left` rows and DIM columns of a tile (ROWS, COLUMNS)."""
     inside = (tl.arange(0, pointers.shape[0])[:, None] < rows_left) & (tl.arange(0, pointers.shape[1])[None, :] < DIM)
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
 
@@ -258,7 +269,10 @@ def store_tile(pointers, values, rows_left, DIM: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """To a few ulps, near 0 too: (1 - e) / (1 + e) with e = exp(-2 |x|); for small x by its series."""
+    """Return tanh(x) to a few ulps, near 0 too.
+
+    It is (1 - e) / (1 + e) with e = exp(-2 |x|), and a power series for small x.
+    """
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
@@ -272,7 +286,7 @@ def tanh(x):
 
 @triton.jit
 def slope_of(scoring, b, head):
-    """Load the head's ALiBi slope."""
+    """Return the ALiBi slope of a head; 0 without ALiBi."""
     if scoring.slopes is None:
         return 0.0
     else:
@@ -280,38 +294,39 @@ def slope_of(scoring, b, head):
 
 
 @triton.jit
-def scores(products, place, key, slope, scoring):
-    """Return the natural scores of a tile before a mask, and the derivative of the softcap, 1 where there is none."""
+def natural_scores(products, position, key, slope, scoring):
+    """Return (scores, softcap_grad) of a tile: natural scores before the mask, and the softcap's derivative, 1 without one."""
     s = products * scoring.scale
-    derivative = 1.0
+    softcap_grad = 1.0
     if scoring.softcap is not None:
         t = tanh(s * scoring.per_softcap)
         s = t * scoring.softcap
-        derivative = 1.0 - t * t
+        softcap_grad = 1.0 - t * t
     if scoring.slopes is not None:
-        s -= slope * tl.abs(place - key).to(tl.float32)
-    return s, derivative
+        s -= slope * tl.abs(position - key).to(tl.float32)
+    return s, softcap_grad
 
 
 @triton.jit
-def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
-    """Return the scores with the mask added, and -inf where a key is hidden or is none.
+def mask_scores(s, mask, batch, head, position, query, key, queries, keys, left, right):
+    """Return the scores with the mask added, and -inf where a key is hidden or where there is no key or no query.
 
-    A float mask is added to natural scores, as torch adds it: the most negative finite number hides no key from -inf's like.
+    A float mask is added to natural scores, as torch adds it. The most negative finite number is therefore not like -inf: it
+    hides no key.
     """
     seen = (key < keys) & (query < queries)
     if mask is not None:
         base = mask.data + batch * mask.batch + head.to(tl.int64) * mask.head
         pointers = base + query.to(tl.int64) * mask.row + key.to(tl.int64) * mask.column
         if mask.data.dtype.element_ty == tl.uint8:
-            # Numbers, as AMD's compiler cannot bring bits from one layout into another.
+            # This adds numbers, because AMD's compiler cannot convert booleans from one layout to another.
             s += tl.where(tl.load(pointers, mask=seen, other=0) != 0, 0.0, float("-inf"))
         else:
             s += tl.load(pointers, mask=seen, other=0.0).to(tl.float32)
     if left is not None:
-        seen &= key >= place - left
+        seen &= key >= position - left
     if right is not None:
-        seen &= key <= place + right
+        seen &= key <= position + right
     return tl.where(seen, s, float("-inf"))
 
 
@@ -319,69 +334,73 @@ def masked(s, mask, batch, head, place, query, key, queries, keys, left, right):
 
 
 @triton.jit
-def online_softmax(s, scoring, maximum, total, MASKED: tl.constexpr, FUSED: tl.constexpr):
-    """Return (weights, new maximum, new total, rescale) of a tile of scores (ROWS, KEYS); rescale corrects earlier sums.
+def online_softmax(s, scoring, row_max, row_sum, MASKED: tl.constexpr, FUSED: tl.constexpr):
+    """Return (p, new row_max, new row_sum, rescale) of a tile of scores (ROWS, KEYS); rescale corrects earlier partial sums.
 
-    `maximum` and `total` (ROWS,) are those of the keys so far. A FUSED weight takes one multiply-add and one exp2; its exponent
-    is off by `fused_residual`, the same for a whole row. Else the maximum is subtracted first: its own weight is 1, however
-    large it is. Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+    `p` (ROWS, KEYS) holds weights that are not normalized yet. `row_max` and `row_sum` (ROWS,) are those of the keys so far.
+
+    A FUSED weight takes one multiply-add and one exp2. Its exponent is off by `fused_residual`, the same for a whole row.
+    Without FUSED, the maximum is subtracted first, so that its own weight is 1, however large it is.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
-    new = tl.maximum(maximum, tl.max(s, 1))
-    base = tl.where(new == float("-inf"), 0.0, new) if MASKED else new  # a row that has seen nothing yet has no maximum
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max  # A row may have seen no key yet.
     if FUSED:
         factor = fused_factor(base, scoring)
-        weights = tl.exp2(tl.fma(s, factor[:, None], -(base * factor)[:, None]))
-        rescale = tl.exp2(maximum * factor - base * factor)
+        p = tl.exp2(tl.fma(s, factor[:, None], -(base * factor)[:, None]))
+        rescale = tl.exp2(row_max * factor - base * factor)
     else:
-        weights = tl.exp2((s - base[:, None]) * scoring.factor)
-        rescale = tl.exp2((maximum - base) * scoring.factor)
-    return weights, new, tl.fma(total, rescale, tl.sum(weights, 1)), rescale
+        p = tl.exp2((s - base[:, None]) * scoring.factor)
+        rescale = tl.exp2((row_max - base) * scoring.factor)
+    return p, new_max, tl.fma(row_sum, rescale, tl.sum(p, 1)), rescale
 
 
 @triton.jit
-def fused_factor(maximum, scoring):
-    """Return what the scores of rows (ROWS,) are multiplied by, so that the product with the maximum is not far from rounded.
+def fused_factor(row_max, scoring):
+    """Return the factor (ROWS,) of FUSED scores, chosen so that its product with the maximum is rounded by little.
 
-    Where that product is HUGE, a score is the maximum, or so far below it that it weighs nothing: another factor, not smaller,
-    gives the same weights, and a power of 2 an exact product. Elsewhere it is off by 8 at most, and no weight overflows.
+    Where that product is HUGE, a score either is the maximum or lies so far below it that it weighs nothing. A factor that is
+    not smaller gives the same weights there, and a power of 2 gives an exact product. Elsewhere the product is off by 8 at
+    most, and no weight overflows.
     """
-    return tl.where(tl.abs(maximum * scoring.factor) < HUGE, scoring.factor, scoring.power)
+    return tl.where(tl.abs(row_max * scoring.factor) < HUGE, scoring.factor, scoring.power)
 
 
 @triton.jit
-def fused_residual(maximum, scoring):
-    """Return by how much the exponents of FUSED weights are too large: the rounding of the product that they subtract."""
-    known = tl.where(maximum == float("-inf"), 0.0, maximum)
+def fused_residual(row_max, scoring):
+    """Return by how much (ROWS,) the exponents of FUSED weights are too large: the rounding of the product they subtract."""
+    known = tl.where(row_max == float("-inf"), 0.0, row_max)
     factor = fused_factor(known, scoring)
     return tl.fma(known, factor, -(known * factor))
 
 
 @triton.jit
-def finish_softmax(maximum, total, residual, scoring, head, PLAIN: tl.constexpr):
-    """Return (out_scale, lse, log2_total) of rows (ROWS,), their sink included.
+def finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY: tl.constexpr):
+    """Return (out_scale, lse, log2_sum) of rows (ROWS,), with their sink included.
 
-    out_scale is what the weighted sum of values is multiplied by, lse the log-sum-exp in natural units, and log2_total log2 of
-    the total of the weights relative to `maximum`. The exponents of the weights are too large by `residual` (ROWS,).
-    A row that has seen nothing has a total of 0 and gives (0, -inf, 0); a log2_total is 0 where no key was seen.
+    out_scale multiplies the weighted sum of values. lse is the log-sum-exp in natural units. log2_sum is log2 of the sum of the
+    weights relative to `row_max`. The exponents of the weights are too large by `residual` (ROWS,).
+
+    A row that has seen nothing has a sum of 0 and gives (0, -inf, 0). log2_sum is 0 for any row that has seen no key.
     """
-    top = maximum
-    if PLAIN:
-        top = maximum * scoring.scale
-    of_keys = 1.0
+    top = row_max
+    if SCALE_ONLY:
+        top = row_max * scoring.scale
+    keys_scale = 1.0
     keys_top = top
     if scoring.sinks is not None:
         sink = tl.load(scoring.sinks + head)
         top = tl.maximum(keys_top, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
-        of_keys = tl.exp2((keys_top - base) * LOG2E - residual)
+        keys_scale = tl.exp2((keys_top - base) * LOG2E - residual)
         residual = 0.0
-        total = total * of_keys + tl.exp2((sink - base) * LOG2E)  # NaN where the sink is
-    empty = total == 0.0
-    log2_total = tl.log2(tl.where(empty, 1.0, total)) - residual
-    lse = tl.where(empty, float("-inf"), top + log2_total / LOG2E)
+        row_sum = row_sum * keys_scale + tl.exp2((sink - base) * LOG2E)  # NaN where the sink is NaN.
+    empty = row_sum == 0.0
+    log2_sum = tl.log2(tl.where(empty, 1.0, row_sum)) - residual
+    lse = tl.where(empty, float("-inf"), top + log2_sum / LOG2E)
     if scoring.sinks is not None:
-        log2_total = tl.where(keys_top == float("-inf"), 0.0, log2_total + (top - keys_top) * LOG2E)
-    return tl.where(empty, 0.0, of_keys / tl.where(empty, 1.0, total)), lse, log2_total
+        log2_sum = tl.where(keys_top == float("-inf"), 0.0, log2_sum + (top - keys_top) * LOG2E)
+    return tl.where(empty, 0.0, keys_scale / tl.where(empty, 1.0, row_sum)), lse, log2_sum
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------------------------
@@ -389,7 +408,7 @@ def finish_softmax(maximum, total, residual, scoring, head, PLAIN: tl.constexpr)
 
 @triton.jit
 def dropout_stream(dropout, b, head, heads):
-    """(seed, number of the head in its stream)."""
+    """Return (seed, stream): the seed of an example, and the number of its head among those that share the seed."""
     if dropout.seed is None:
         return 0, 0
     elif dropout.per_example is None:
@@ -400,8 +419,8 @@ def dropout_stream(dropout, b, head, heads):
 
 @triton.jit
 def dropout_words(seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """(QUERIES, KEYS) words of the generator: key j's is word j % 4 of counter (j // 4, query, stream, 0)."""
-    block = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)[None, :]
+    """Return the random words (QUERIES, KEYS) of a tile: key j takes word j % 4 of counter (j // 4, query, stream, 0)."""
+    block = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)[None, :]  # (1, KEYS / 4)
     zero = tl.zeros([QUERIES, KEYS // 4], tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, zero + block, zero + query.to(tl.uint32)[:, None], zero + stream.to(tl.uint32), zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (QUERIES, KEYS / 4, 2, 2): words 0, 1, 2, 3 in the order of memory
@@ -409,10 +428,11 @@ def dropout_words(seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: t
 
 
 @triton.jit
-def kept(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """1.0 for the weights of a tile that stay, 0.0 for the others; KEYS_FIRST: of a transposed one.
+def keep_mask(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Return 1.0 for the weights of a tile that stay and 0.0 for those that are dropped.
 
-    Numbers, as AMD's compiler cannot bring bits from one layout into another.
+    The tile is (QUERIES, KEYS), or (KEYS, QUERIES) if KEYS_FIRST. The result is made of numbers, because AMD's compiler cannot
+    convert booleans from one layout to another.
     """
     words = dropout_words(seed, stream, query, first_key, QUERIES, KEYS)
     if KEYS_FIRST:

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64: on the GPU if there is one, in Triton's interpreter elsewhere."""
+"""Test the Triton kernels against the reference in float64: on the GPU if there is one, in Triton's interpreter elsewhere."""
 
 import itertools
 import math
@@ -26,13 +26,13 @@ from fastlm.testing import seeded_normal
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 TRITON = {"backend": "triton", "device": DEVICE}
-SCALE = int(os.environ.get("FASTLM_SWEEP", "1"))  # times as many random calls
+SCALE = int(os.environ.get("FASTLM_SWEEP", "1"))  # How many times as many random calls.
 
-# ---- right ------------------------------------------------------------------------------------------------------------------
+# ---- correctness ------------------------------------------------------------------------------------------------------------
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION_CASES = [(spec.name, case) for spec in SPECS.values() if "triton" in spec.backends for case in spec.cases]
-CALLS = [  # each case in one dtype; on a GPU, which is fast, in all
+CALLS = [  # Each case in one dtype; on a GPU, which is fast, in all dtypes.
     pytest.param(name, case, dtype, id=f"{name}-{case}-{str(dtype).removeprefix('torch.')}")
     for i, (name, case) in enumerate(ATTENTION_CASES)
     for dtype in (DTYPES if ON_GPU else DTYPES[i % 3 :][:1])
@@ -63,7 +63,7 @@ def test_varlen_attention_anywhere(call):
 
 @settings(max_examples=40 * SCALE)
 @given(cache_calls(longest=400, most_heads=2))
-def test_decoding_anywhere(call):
+def test_kvcache_attention_anywhere(call):
     Fresh(call).check(**TRITON)
 
 
@@ -72,15 +72,15 @@ def test_decoding_anywhere(call):
 
 @pytest.mark.parametrize("seed", [7, -1, torch.tensor([3, 2**62])], ids=["one seed", "all bits", "a seed for each"])
 def test_dropout_drops_what_it_drops_elsewhere(seed):
-    """With equal scores and a value for each key alone, the output is zero where a weight was dropped."""
+    """With equal scores, and unit vectors for values, the output is zero where a weight was dropped."""
     batch, heads, queries, keys = 2, 3, 33, 50
     value = torch.eye(keys).expand(batch, heads, keys, keys)
     call = {"query": torch.zeros(batch, heads, queries, 8), "key": torch.zeros(batch, heads, keys, 8), "value": value}
     call |= {"dropout_p": 0.4, "seed": seed}
     out = run(fastlm.attention, call, (), **TRITON)["output 0"]
-    kept = keep_mask(torch.as_tensor(seed), 0.4, batch, heads, queries, keys)
-    assert torch.equal(out != 0, kept)
-    assert torch.equal(fastlm.attention(**call, backend="cpu") != 0, kept)
+    keep = keep_mask(torch.as_tensor(seed), 0.4, batch, heads, queries, keys)
+    assert torch.equal(out != 0, keep)
+    assert torch.equal(fastlm.attention(**call, backend="cpu") != 0, keep)
 
 
 @pytest.mark.parametrize("name", ["mask", "sinks"])
@@ -99,22 +99,21 @@ def test_a_row_does_not_depend_on_its_batch(name):
 
 
 def _descriptors(arch: str, key: torch.Tensor, **options) -> list:
-    """How the forward would copy keys and values on a GPU."""
+    """Return the descriptors by which the forward would copy keys and values on a GPU."""
     arguments = _forward(arch, key, **options)
-    return [arguments["key_tiles"], arguments["value_tiles"]]
+    return [arguments["key_desc"], arguments["value_desc"]]
 
 
 def _blocks(key: torch.Tensor) -> tuple[int, int]:
-    """Queries and keys of the forward's tile on sm_90."""
+    """Return the numbers of queries and of keys of the forward's tile on sm_90."""
     arguments = _forward("sm_90", key)
     return arguments["BLOCK_Q"], arguments["BLOCK_K"]
 
 
 def _forward(arch: str, key: torch.Tensor, **options) -> dict:
-    """The arguments of the forward's launch on a GPU."""
+    """Return the arguments of the forward's launch on a GPU."""
     kernels = triton_kernels.attention()
-    plain = dict.fromkeys(kernels.Call._fields[3:11]) | {"scale": 1.0, "softcap": 0.0, "drop_below": 0, "keep_scale": 1.0}
-    call = kernels.Call(key, key, key, **plain | {"allow_tf32": False} | options, arch=arch)
+    call = kernels.Call(key, key, key, **options, arch=arch)
     return kernels.plan_forward(call, key, key[..., 0].float(), key[..., :2].float())[-1].arguments
 
 
@@ -130,7 +129,7 @@ def test_gpus_with_an_accelerator_for_it_copy_tiles_by_descriptor(arch):
 
 
 def test_the_tile_does_not_depend_on_where_tensors_lie():
-    """The order of a row's sums would: a row's result does not depend on the batch around it."""
+    """Otherwise the order of a row's sums would, and a row's result does not depend on the batch around it."""
     one = _keys(1, 3, 500, 128)
     for key in (one.expand(2, 3, 500, 128), _keys(2, 3, 500, 132)[..., :128]):
         assert _blocks(key) == _blocks(one)
@@ -162,7 +161,7 @@ SIZES = [(1, 1, 1, 1, 1, 1), (2, 4, 2, 37, 70, 24), (2, 2, 2, 65, 3, 64), (1, 2,
 
 @pytest.mark.parametrize(("sizes", "dtype"), list(zip(SIZES, itertools.cycle(DTYPES))), ids=str)
 def test_nothing_is_read_outside_the_tensors(sizes, dtype):
-    """NaN lies around every dimension of what is read; results come in tensors of their own, full of NaN."""
+    """NaN surrounds every dimension of the inputs; results come in tensors of their own, which are full of NaN."""
     batch, heads, kv_heads, q_len, k_len, dim = sizes
     shapes = {"query": (heads, q_len, dim), "key": (kv_heads, k_len, dim), "value": (kv_heads, k_len, dim + 3)}
     shapes["mask"] = (heads, q_len, k_len)
@@ -176,7 +175,7 @@ def test_nothing_is_read_outside_the_tensors(sizes, dtype):
 
 
 @pytest.mark.parametrize("page", [None, 16])
-def test_decoding_writes_its_rows_and_nothing_else(page):
+def test_kvcache_attention_writes_its_rows_and_nothing_else(page):
     lengths = torch.tensor([30, 0, 61], dtype=torch.int32)
     key_cache, value_cache = (seeded_normal(i, (3, 2, 64, 20), torch.float16) for i in range(2))
     key, value = (seeded_normal(i, (3, 2, 3, 20), torch.float16) for i in (2, 3))
@@ -201,13 +200,13 @@ def test_decoding_writes_its_rows_and_nothing_else(page):
 
 
 def _as_pages(cache: torch.Tensor, page: int) -> torch.Tensor:
-    """(B, H, L, D) as (B * L / page, page, H, D)."""
+    """Return a cache (B, H, L, D) as pages (B * L / page, page, H, D)."""
     return cache.unflatten(2, (-1, page)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 
 @pytest.mark.parametrize("lengths", [[-5, 2**31 - 1], [70, 3]], ids=["absurd", "past the cache"])
 def test_lengths_and_pages_outside_the_cache_touch_nothing(lengths):
-    """They cannot be checked without waiting for the GPU; what is read and written stays inside."""
+    """Lengths and pages cannot be checked without waiting for the GPU, but reads and writes stay inside the cache."""
     guarded = Guarded(DEVICE)
     caches = [guarded.put(seeded_normal(i, (2, 2, 64, 20), torch.float32), SENTINEL) for i in range(2)]
     query, new = (seeded_normal(i, (2, 2, 3, 20), torch.float32).to(DEVICE) for i in (2, 3))
@@ -230,7 +229,7 @@ def test_cu_seqlens_outside_the_rows_touch_nothing(offsets):
     guarded.check(math.nan)
 
 
-# ---- what the backend is asked -----------------------------------------------------------------------------------------------
+# ---- what the backend refuses -----------------------------------------------------------------------------------------------
 
 
 def test_a_call_that_the_kernels_cannot_do_is_refused():

@@ -1,7 +1,7 @@
-"""The Triton kernels as compiled for GPUs that are not here: they compile, spill nothing, fit, and use the matrix instructions.
+"""Compile the Triton kernels for GPUs that are not here: they spill nothing, fit, and use the matrix instructions.
 
-One subset of all variants (benchmarks/gpu_kernels.py --cover) in a process of its own, as the interpreter that other tests turn
-on replaces the compiler. `make gpu-kernels` takes them all.
+The tests read a subset of all variants (benchmarks/gpu_kernels.py --cover). It is compiled in a process of its own, because the
+interpreter that other tests turn on replaces the compiler. `make gpu-kernels` compiles all variants.
 """
 
 import json
@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """What each variant is made of."""
+    """Return what each variant is made of."""
     command = [sys.executable, str(SCRIPT), "--cover"]
     process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=1500, check=False)
     assert process.stdout, process.stderr
@@ -28,14 +28,13 @@ def rows() -> list[dict]:
 
 
 def _settings() -> dict[str, str]:
-    """Without the interpreter."""
+    """Return the environment without the interpreter."""
     return {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
 
 
 def _name(row: dict) -> str:
-    return (
-        f"{row['arch']} {row['of']} head_dim {row['head_dim']} {row['dtype']} {row['loop']}{' causal' if row['causal'] else ''}"
-    )
+    causal = " causal" if row["causal"] else ""
+    return f"{row['arch']} {row['pass_name']} head_dim {row['head_dim']} {row['dtype']} {row['loop']}{causal}"
 
 
 def _wrong(rows: list[dict], is_right) -> list[str]:
@@ -47,16 +46,16 @@ def test_every_variant_compiles(rows):
     assert not [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
 
 
-A_FEW = 32  # bytes: what may stay in local memory around a loop
+A_FEW = 32  # Bytes that may stay in local memory around a loop.
 
 
-def test_nothing_is_spilled_but_what_the_table_owns_up_to(rows):
+def test_no_kernel_spills_more_than_the_table_allows(rows):
     assert not [f"{_name(row)}: {row['spilled_bytes']} bytes" for row in rows if row["spilled_bytes"] > row["may_spill"]]
     assert not _wrong(rows, lambda row: row["dtype"] == "float32" or row["arch"] == "gfx1100" or row["may_spill"] <= A_FEW)
 
 
 def test_no_hot_loop_goes_through_local_memory(rows):
-    """But where the table owns up to more than a few bytes, or float32's multiply-adds to any."""
+    """Except where the table allows more than a few bytes, or any bytes for float32's multiply-adds."""
     spills = [row for row in rows if row["may_spill"] > (0 if row["dtype"] == "float32" else A_FEW)]
     assert not _wrong([row for row in rows if row not in spills], lambda row: "local" not in row["units"])
 
@@ -66,13 +65,13 @@ def test_shared_memory_fits(rows):
 
 
 def test_products_are_on_the_matrix_instructions(rows):
-    """But for float32, whose products only AMD's datacenter GPUs have in full precision."""
+    """Except for float32, whose products only AMD's datacenter GPUs have in full precision."""
     on_matrix_units = [row for row in rows if row["dtype"] != "float32" or row["arch"] in ("gfx90a", "gfx942")]
     assert not _wrong(on_matrix_units, lambda row: row["units"].get("tensor"))
 
 
 def test_every_feature_compiles():
-    """For one GPU of each maker, side by side."""
+    """Compile for one GPU of each manufacturer, side by side."""
     commands = [[sys.executable, str(SCRIPT), "--features", "--gpu", arch] for arch in ("sm_90", "gfx942")]
     options = {"env": _settings(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for process in [subprocess.Popen(command, **options) for command in commands]:

@@ -1,4 +1,4 @@
-"""The Triton kernels at the edges: the table of test_edge_numbers.py, what lies beyond 2**31 elements, and their own plans."""
+"""Test the Triton kernels at the edges: the table of test_edge_numbers.py, tensors beyond 2**31 elements, and their plans."""
 
 import math
 import tempfile
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 TRITON = {"backend": "triton", "device": DEVICE}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MASKED = [name for name in ON_KERNELS if name.startswith(("a row of", "huge"))]  # in every dtype; the others take turns
+MASKED = [name for name in ON_KERNELS if name.startswith(("a row of", "huge"))]  # In every dtype; the others take turns.
 CALLS = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for i, name in enumerate(ON_KERNELS)
@@ -36,7 +36,7 @@ def test_kernels_are_as_good_as_plain_pytorch(name, dtype):
 
 @pytest.mark.parametrize("fill", [-1e9, -2.5e38, -3e38, torch.finfo(torch.float32).min])
 def test_a_row_of_large_finite_numbers_weighs_all_keys_the_same(fill):
-    """As torch has it in float32: the scores vanish beside the mask, and log(n) vanishes in the LSE."""
+    """This is what torch computes in float32: the scores vanish beside the mask, and log(n) vanishes in the LSE."""
     call = masked_row(fill)(torch.float32)
     results = run(attention, call, ("value",), lambda outputs, _: _for_the_row(*outputs), **TRITON)
     torch.testing.assert_close(results["output 0"][:, :, ROW], call["value"].mean(dim=2), rtol=1e-5, atol=1e-6)
@@ -46,7 +46,7 @@ def test_a_row_of_large_finite_numbers_weighs_all_keys_the_same(fill):
 
 
 def _for_the_row(out: torch.Tensor, lse: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of the outputs that are 1 for the values of ROW and 0 elsewhere."""
+    """Return gradients of the outputs: 1 for the values of ROW, and 0 elsewhere."""
     gradient = torch.zeros_like(out)
     gradient[:, :, ROW] = 1
     return [gradient, torch.zeros_like(lse)]
@@ -62,7 +62,7 @@ def test_differences_between_the_lowest_numbers_still_count():
 
 def test_a_block_of_nothing_but_nan_in_the_mask_is_visited():
     mask = torch.zeros(256, 256) if ON_GPU else torch.zeros(64, 64)
-    half = len(mask) // 2  # whole blocks of every pass
+    half = len(mask) // 2  # Whole blocks of every pass.
     mask[half:, half:] = math.nan
     call = {**qkv(torch.float32, len(mask), len(mask)), "mask": mask}
     out = Oracle(attention, call, DIFFERENTIABLE, set()).check(**TRITON)["output 0"]
@@ -91,7 +91,7 @@ def test_equal_logits_of_any_size_share_a_row(dtype, magnitude):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("magnitude", [1.0, 3e4])
-def test_decoding_with_huge_logits_and_sinks(dtype, magnitude):
+def test_kvcache_attention_with_huge_logits_and_sinks(dtype, magnitude):
     signs = [seeded_normal(i, (2, 2, 300, 16), dtype).sign() * magnitude for i in range(2)]
     call = {"query": signs[0][:, :, :2], "key_cache": signs[1], "value_cache": seeded_normal(3, (2, 2, 300, 16), dtype)}
     call |= {"cache_seqlens": torch.tensor([300, 17], dtype=torch.int32), "return_lse": True, "causal": True}
@@ -112,10 +112,10 @@ def test_a_cache_that_is_said_to_hold_more_than_integers_do_is_full():
 # ---- indices ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, where the interpreter divides by 0
-def test_more_heads_fit_into_the_cache_than_32_bits_count_with_their_blocks(monkeypatch):
-    """Where keys are few, and a power of 2 of blocks: the product was 0, and divided by."""
-    monkeypatch.setattr(triton_kernels.attention(), "CACHE_SHARE", 1 << 30)
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy warns where the interpreter divides by 0.
+def test_more_heads_fit_into_the_l2_cache_than_32_bits_count_with_their_blocks(monkeypatch):
+    """With few keys, and a power of 2 of blocks, the product of heads and blocks was 0, and the kernel divided by it."""
+    monkeypatch.setattr(triton_kernels.attention(), "L2_BUDGET", 1 << 30)
     call = {name: torch.zeros(1, 1, length, 4) for name, length in (("query", 512), ("key", 0), ("value", 0))}
     results = run(attention, {**call, "causal": True}, (), **TRITON)
     assert not results["output 0"].any() and (results["output 1"] == -math.inf).all()
@@ -123,7 +123,7 @@ def test_more_heads_fit_into_the_cache_than_32_bits_count_with_their_blocks(monk
 
 @pytest.fixture
 def sparse():
-    """Makes (1, 1, rows, columns) float16 tensors of normals whose rows lie far apart, in a file that is mostly a hole."""
+    """Yield a function that makes float16 normals (1, 1, rows, columns) whose rows lie far apart, in a file with a hole."""
     with tempfile.TemporaryDirectory() as folder:
 
         def make(seed: int, rows: int, columns: int, stride: int) -> torch.Tensor:
@@ -138,11 +138,11 @@ def sparse():
         yield make
 
 
-STRIDE = 1024 * 18432  # of 128 rows, the last lies past 2**31; of 16, in the interpreter, it takes a longer one
+STRIDE = 1024 * 18432  # The last of 128 rows lies past 2**31. The interpreter's fewer rows take a longer stride.
 
 
 def test_rows_that_lie_further_apart_than_32_bits_count(sparse):
-    """As in a projection with the sequence first, (L, B, 3 H D), seen as (B, H, L, D)."""
+    """A projection with the sequence first, (L, B, 3 H D), seen as (B, H, L, D), has such rows."""
     rows, stride = (128, STRIDE) if ON_GPU else (32, STRIDE * 8)
     far = [sparse(i, rows, 16, stride) for i in range(3)]
     near = [tensor.contiguous() for tensor in far]
@@ -166,14 +166,14 @@ def test_offsets_are_64_bits_wide_only_where_they_must_be():
 # ---- surroundings -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["attention", "decoding"])
-def test_the_default_dtype_and_device_change_nothing(what):
-    if what == "attention":
+@pytest.mark.parametrize("name", ["attention", "kvcache_attention"])
+def test_the_default_dtype_and_device_change_nothing(name):
+    if name == "attention":
         mask = seeded_normal(4, (40, 40), torch.float32)
         call = {**qkv(torch.float32, 40, 40), "mask": mask, "dropout_p": 0.3, "seed": torch.tensor(3), "causal": True}
         function, leaves = attention, ("query", "key", "value", "mask")
     else:
-        caches = {f"{name}_cache": seeded_normal(i, (2, 2, 64, 16), torch.float32) for i, name in enumerate(("key", "value"))}
+        caches = {f"{side}_cache": seeded_normal(i, (2, 2, 64, 16), torch.float32) for i, side in enumerate(("key", "value"))}
         call = {"query": seeded_normal(3, (2, 4, 1, 16), torch.float32), **caches}
         call |= {"cache_seqlens": torch.tensor([64, 30], dtype=torch.int32), "sinks": torch.ones(4), "return_lse": True}
         function, leaves = fastlm.kvcache_attention, ()

@@ -71,7 +71,7 @@ def backward(
     with torch.cuda.device_of(call.query):
         kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
-        unit = call.scale if kernels.is_plain(kernel_call) else 1.0
+        unit = call.scale if kernels.is_scale_only(kernel_call) else 1.0
         grad_sinks = sink_gradient(call.sinks, statistics, unit, lse, delta)
     return *grads, grad_mask, grad_sinks
 
@@ -82,10 +82,8 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     out, lse, _ = empty_results(call.query, call.value_cache)
     kernels = triton_kernels.attention()
     query, key, value = (None if t is None else rows_of(t) for t in (call.query, call.key, call.value))
-    options = call.block_table, call.alibi_slopes, call.sinks, call.left, call.right, call.scale, call.softcap
     with torch.cuda.device_of(query):
-        tensors = (query, call.key_cache, call.value_cache, call.cache_seqlens, key, value)
-        kernels.run(kernels.plan_decoding(*tensors, *options, allow_tf32(), out, lse))
+        kernels.run(kernels.plan_kvcache(*call._replace(query=query, key=key, value=value), allow_tf32(), out, lse))
     return out, lse
 
 
