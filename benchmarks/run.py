@@ -17,27 +17,26 @@ from pathlib import Path
 
 import torch
 from digits.compare_latents import run_digits
-from gpu import attention as bench_gpu
-from gpu import latent as bench_gpu_latent
 from report import DEFAULT_OUT, RUN, compare, warning, write_report
-from report.tables import listed
 from rich.console import Console
 from suite import machine
 from suite.budget import Budget
 from suite.catalog import rows_of, sections, settings
+from suite.device import CUDA
 from suite.journal import Journal
 from suite.memory import SECONDS, peak_extra_bytes
 from suite.rows import Row, Selection
 from suite.terminal import Activity
 from suite.timing import benchmark_json, time_rows
 from suite.units import size
+from workloads.workload import ON_GPU
 
-from fastlm.backend import cuda as cuda_kernels
 from fastlm.backend import triton as triton_kernels
 
 LOG_WIDTH = 128  # where the output is no terminal
-ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
-PARTS = "ops", "digits", "gpu"
+ONCE = "machine", "digits", "predictions"  # steps of one row each
+PARTS = {"ops": ("rows",), "digits": ("digits",), "gpu": ("predictions",)}  # what --only leaves of a run; a GPU's rows below
+EVERYTHING = "rows", "digits", "predictions"
 RUN_SECONDS = 640.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
 LEAST = 8.0  # seconds of a row's memory
 AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # seconds that are kept for what follows
@@ -82,14 +81,15 @@ def parse_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measure what was asked for, and report it; 1 where an answer was wrong."""
-    selection = Selection(options.full, options.op, tuple(filter(None, options.sizes.split(","))))
+    gpu_alone = options.only == "gpu" and CUDA.available()
+    selection = Selection(options.full, ON_GPU if gpu_alone else options.op, tuple(filter(None, options.sizes.split(","))))
     settings(selection)  # raises where there is no such section or size, before anything is measured
-    parts = ("ops",) if options.op else (options.only,) if options.only else PARTS
+    parts = ("rows",) if options.op else ("rows", "predictions") if gpu_alone else PARTS.get(options.only, EVERYTHING)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     what = {"op": selection.only, "sizes": selection.sizes, "full": selection.full, "parts": parts}
     journal = Journal(out / "bench.jsonl", what | {"commit": machine.commit(), "torch": torch.__version__}, options.resume)
-    limit = None if selection.full or selection.only else RUN_SECONDS
+    limit = None if options.full or options.op else RUN_SECONDS
     right = measure(journal, selection, parts, console, out, Budget(limit))
     console.rule("Report")
     content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
@@ -121,7 +121,7 @@ def measure(
         f"{peaks['peak_gflop_s']['float32']} GFLOP/s"
     )
     right = True
-    if "ops" in parts:
+    if "rows" in parts:
         console.rule("Is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
             right &= time_rows(journal, selection, budget.before(AFTER_ROWS))
@@ -133,11 +133,9 @@ def measure(
         console.rule("Digits VAE: fused and eager")
         with Activity(console, 1, bar=False) as activity:
             right &= journal.once("digits", lambda: run_digits(activity, out))["agreement"]["agree"]
-    if "gpu" in parts:
+    if "predictions" in parts:
         console.rule("GPU kernels")
         journal.once("predictions", lambda: predict(console, budget))
-        if torch.cuda.is_available():
-            measure_gpu(journal, console)
     return right
 
 
@@ -165,18 +163,6 @@ def measure_memory(journal: Journal, selection: Selection, console: Console, bud
             activity.advance()
     if left_out:
         console.print(f"  {left_out} more rows: {budget.why_not('them')}", highlight=False, soft_wrap=True)
-
-
-def measure_gpu(journal: Journal, console: Console) -> None:
-    """Attention, and the latent where this build has its CUDA kernels."""
-    rows = journal.once("gpu", bench_gpu.run)
-    console.print(listed("Attention on this GPU, cold cache, medians", bench_gpu.HEADER, map(bench_gpu.cells, rows)))
-    if reason := cuda_kernels.unavailable(torch.cuda.current_device()):
-        console.print(f"  the latent: {reason}")
-    else:
-        rows = journal.once("gpu_latent", bench_gpu_latent.run)
-        cells = [bench_gpu_latent.cells(row, rows) for row in rows]
-        console.print(listed("The latent on this GPU, cold cache, medians", bench_gpu_latent.HEADER, cells))
 
 
 def predict(console: Console, budget: Budget) -> dict:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 from suite.catalog import sections
-from suite.rows import GROWTH, MODELS, OPS
+from suite.rows import GPU, GROWTH, MODELS, OPS
 
 from report import plots
 from report.blocks import Block, Code, Details, Heading, Plot, Text, Warn, plain
 from report.digits import digits_blocks
-from report.gpu import measured_blocks, prediction_blocks
+from report.gpu import NOT_MEASURED, prediction_blocks
 from report.html import write_html
 from report.markdown import write_markdown
 from report.results import Result, read, results_of
@@ -42,7 +42,7 @@ def write_report(out: Path, publish: bool = False) -> list[Table]:
 def blocks_of(run: dict, results: list[Result], out: Path) -> list[Block]:
     """The report, what was not measured left out; ``out`` has the pictures of the digits."""
     machine = run["machine"]
-    groups = {group: [r for r in results if sections()[r.row.op].group == group] for group in (OPS, GROWTH, MODELS)}
+    groups = {group: [r for r in results if sections()[r.row.op].group == group] for group in (OPS, GPU, MODELS, GROWTH)}
     return [
         Heading(1, "fastlm: benchmark report"),
         Text(_summary(machine)),
@@ -55,7 +55,7 @@ def blocks_of(run: dict, results: list[Result], out: Path) -> list[Block]:
         *_memory(results),
         *_goals(results, machine),
         *digits_blocks(run.get("digits"), out),
-        *measured_blocks(run.get("gpu"), run.get("gpu_latent")),
+        *(_sections(groups[GPU], machine) or NOT_MEASURED),
         *prediction_blocks(run.get("predictions")),
         *METHOD,
         Heading(2, "The machine"),

@@ -11,8 +11,8 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
-BROWN = "#8c6d46"
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN)
+BROWN, OLIVE, WINE = "#8c6d46", "#7f8c1f", "#882255"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN, OLIVE, WINE)
 INK, GREY, GRID = "#1f2328", "#66707a", "#dfe3e8"
 DASHES = (0, (5, 4))
 
@@ -25,6 +25,8 @@ VARIABLES = {
     ORANGE: ("orange", "#f0b429"),
     SKY: ("sky", "#8fd0f5"),
     BROWN: ("brown", "#c4a273"),
+    OLIVE: ("olive", "#b9c64b"),
+    WINE: ("wine", "#cf6aa0"),
     INK: ("ink", "#e6e9ec"),
     GREY: ("grey", "#9aa4ae"),
     GRID: ("grid", "#343a41"),

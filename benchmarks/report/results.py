@@ -41,19 +41,24 @@ class Result:
         """In the unit of its cost."""
         return self.cost.throughput(self.seconds) if self.seconds else None
 
+    def peaks(self, machine: dict) -> dict:
+        """Return the bandwidth and the peaks of the device that the row ran on."""
+        return machine["gpu_peaks"] if self.cost.device == "cuda" else machine
+
     def limit(self, machine: dict) -> float | None:
         """The throughput that the machine's memory and its arithmetic allow, whichever is less: the roofline."""
         if self.cost.bytes_moved is None:
             return None
-        by_memory = machine["bandwidth_gb_s"] * self.cost.work / max(self.cost.bytes_moved, 1)
-        return min(by_memory, machine["peak_gflop_s"][self.row.dtype]) if self.cost.flops else by_memory
+        peaks = self.peaks(machine)
+        by_memory = peaks["bandwidth_gb_s"] * self.cost.work / max(self.cost.bytes_moved, 1)
+        return min(by_memory, peaks["peak_gflop_s"][self.row.dtype]) if self.cost.flops else by_memory
 
     def share(self, machine: dict) -> float | None:
         """Of that limit; of the arithmetic's peak where operations were counted."""
         if not self.seconds:
             return None
         if self.flops:
-            return self.flops / self.seconds / 1e9 / machine["peak_gflop_s"][self.row.dtype]
+            return self.flops / self.seconds / 1e9 / self.peaks(machine)["peak_gflop_s"][self.row.dtype]
         limit = self.limit(machine)
         return self.throughput / limit if limit else None
 

@@ -112,18 +112,21 @@ def _grouped(results: list[Result], key) -> dict[tuple, list[Result]]:
 def machine_table(machine: dict) -> Table:
     rates = {"gemm_gflop_s": "torch's product", "fma_gflop_s": "multiply-adds", "peak_gflop_s": "peak"}
     units = {"memory_gb": "memory (GB)", "copy_gb_s": "copy (GB/s)", "read_gb_s": "read (GB/s)", "others_share": OTHERS}
-    shown = [key for key in machine if key not in ("backends", "bandwidth_gb_s", *rates)]
+    shown = [key for key in machine if key not in ("backends", "bandwidth_gb_s", "gpu_peaks", *rates)]
     rows = [(units.get(key, key.replace("_", " ")), machine[key]) for key in shown]
     for key, name in rates.items():
         rows += [
             (f"{name}, {dtype}" + (" (GFLOP/s)" if dtype != "why_not" else ""), rate) for dtype, rate in machine[key].items()
         ]
+    if gpu := machine.get("gpu_peaks"):
+        rows += [(f"the GPU's {units[key]}", gpu[key]) for key in ("copy_gb_s", "read_gb_s")]
+        rows += [(f"the GPU's product, {dtype} (GFLOP/s)", rate) for dtype, rate in gpu["peak_gflop_s"].items()]
     rows += [(f"backend {name}", state) for name, state in machine["backends"].items()]
     return Table(("", ""), [(plain(name), plain(value)) for name, value in rows])
 
 
 def listed(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Shown:
-    """Rows as they are, for the terminal."""
+    """Return rows as they are, for the terminal."""
     table = Shown(*head, title=title)
     for row in rows:
         table.add_row(*row)

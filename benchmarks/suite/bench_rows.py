@@ -10,7 +10,6 @@ is called once to see how long that takes, and again only where there is time (b
 
 import gc
 import math
-import time
 from collections.abc import Callable
 from functools import cache, cached_property, lru_cache, partial
 
@@ -20,6 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from suite.budget import Budget
 from suite.catalog import rows_of, sections, settings, threads_of
 from suite.check import worst
+from suite.device import Device
 from suite.row_items import BUDGET, DONE, SAY
 from suite.rows import Contest, Row, Selection, Setting, Step, Unavailable
 from suite.units import duration
@@ -27,6 +27,7 @@ from suite.units import duration
 TURNS = 3
 ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
 ENOUGH = 0.5  # seconds of calls after which a turn of a slow one ends, be it the first round
+MOST_ROUNDS = 200  # of a turn, where each round is one call with a cold cache
 ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
 
 
@@ -35,7 +36,7 @@ def pytest_generate_tests(metafunc):
     selection = Selection(option("--full"), option("--only"), tuple(option("--size")))
     done = metafunc.config.stash.get(DONE, ())
     rows = [
-        (*row[:3], turn, row.implementation)
+        pytest.param(*row[:3], turn, row.implementation, marks=mark_of(setting))
         for setting in settings(selection)
         if setting not in done
         for turn in range(TURNS)
@@ -44,11 +45,17 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
 
 
+def mark_of(setting: Setting) -> pytest.MarkDecorator:
+    """Return pytest-benchmark's options for the rows of a setting."""
+    clock = sections()[setting.op].device.clock
+    return pytest.mark.benchmark(timer=clock, min_rounds=ROUNDS, max_time=SECONDS, min_time=ROUND_SECONDS, disable_gc=True)
+
+
 class Entrants:
     """The steps of a setting's implementations, each made once; why there is none is kept, so that no turn fails anew."""
 
     def __init__(self, setting: Setting):
-        self.setting = setting
+        self.setting, self.device = setting, sections()[setting.op].device
         self.step, self.errors = cache(self._step), cache(lambda implementation: self.contest.errors(implementation))
         self.seconds: dict[str, float] = {}  # what a call takes
 
@@ -70,7 +77,6 @@ def entrants(setting: Setting) -> Entrants:
     return Entrants(setting)
 
 
-@pytest.mark.benchmark(min_rounds=ROUNDS, max_time=SECONDS, min_time=ROUND_SECONDS, disable_gc=True)
 def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation):
     row = Row(op, workload, dtype, implementation)
     budget, say = pytestconfig.stash.get(BUDGET, Budget()), pytestconfig.stash.get(SAY, lambda row, part: None)
@@ -99,12 +105,12 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
         pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
     say("timing")
     if first > ENOUGH:  # it is slow, or it was compiled
-        setting.seconds[row.implementation] = timed(benchmark, step, 1)
+        setting.seconds[row.implementation] = timed(benchmark, setting.device, step, 1)
     else:
-        start = time.perf_counter()
+        start = setting.device.clock()
         step()
-        seconds = setting.seconds[row.implementation] = time.perf_counter() - start
-        timed(benchmark, step, math.ceil(ENOUGH / seconds))
+        seconds = setting.seconds[row.implementation] = setting.device.clock() - start
+        timed(benchmark, setting.device, step, math.ceil(ENOUGH / seconds))
 
 
 def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
@@ -117,7 +123,7 @@ def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callab
         return  # the row has the rounds of its first turn, or the reason why there are none
     say("timing")
     check(benchmark, setting, row)
-    timed(benchmark, setting.step(row.implementation), math.ceil(ENOUGH / seconds))
+    timed(benchmark, setting.device, setting.step(row.implementation), math.ceil(ENOUGH / seconds))
 
 
 def check(benchmark: BenchmarkFixture, setting: Entrants, row: Row) -> None:
@@ -130,9 +136,14 @@ def check(benchmark: BenchmarkFixture, setting: Entrants, row: Row) -> None:
         assert not wrong, "wrong: " + ", ".join(f"{name} by {error:.1e} ({most:.1e} allowed)" for name, error, most in wrong)
 
 
-def timed(benchmark: BenchmarkFixture, step: Step, rounds: int) -> float:
-    """Time so many calls, where they are few, and as many as fit into SECONDS otherwise; the fastest in seconds."""
-    if rounds <= ROUNDS:
+def timed(benchmark: BenchmarkFixture, device: Device, step: Step, rounds: int) -> float:
+    """Time so many calls and return the fastest in seconds. Where they are many, time as many as fit into SECONDS.
+
+    Where the device has a cache to clear, each round is one call, and there are at most MOST_ROUNDS.
+    """
+    if device.clear_cache:
+        benchmark.pedantic(step, setup=device.clear_cache, rounds=min(rounds, MOST_ROUNDS))
+    elif rounds <= ROUNDS:
         benchmark.pedantic(step, rounds=rounds)
     else:
         benchmark(step)

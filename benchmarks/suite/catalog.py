@@ -9,7 +9,7 @@ from workloads import BENCHMARKS, models
 
 from suite.model_section import ModelSection
 from suite.op_section import OpSection
-from suite.rows import GROWTH, MODELS, OPS, Row, Section, Selection, Setting, Step
+from suite.rows import GPU, GROWTH, MODELS, OPS, Row, Section, Selection, Setting, Step
 
 MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 
@@ -17,25 +17,25 @@ MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 @cache
 def sections() -> dict[str, Section]:
     every = [OpSection(benchmark) for benchmark in BENCHMARKS] + [ModelSection(model) for model in models.MODELS]
-    order = OPS, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
+    order = OPS, GPU, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
     return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
 
 
 def selected(selection: Selection) -> list[Section]:
-    """The sections of a run.
+    """Return the sections of a run on the devices that are here.
 
     Raises:
         ValueError: no section has that name, or sizes are asked for of more than one.
     """
-    only = selection.only
+    only, here = selection.only, {name: section for name, section in sections().items() if section.device.available()}
     if only is None:
-        found = list(sections().values())
-    elif only in sections():
-        found = [sections()[only]]
+        found = list(here.values())
+    elif only in here:
+        found = [here[only]]
     else:
-        found = [section for name, section in sections().items() if only.lower() in name.lower()]
+        found = [section for name, section in here.items() if only.lower() in name.lower()]
     if not found:
-        raise ValueError(f"OP must be a part of a section's name; got {only!r}. Sections: {'; '.join(sections())}")
+        raise ValueError(f"OP must be a part of a section's name; got {only!r}. Sections: {'; '.join(here)}")
     if selection.sizes and len(found) > 1:
         names = "; ".join(section.name for section in found)
         raise ValueError(f"--sizes needs one section, by its whole name; {only!r} is in the names of: {names}")

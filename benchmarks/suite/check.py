@@ -1,6 +1,5 @@
 """Is the answer right? Asked of every row that can be asked before it is timed. The rule is that of DESIGN.md, 'Numbers'."""
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +7,13 @@ from torch import Tensor
 from workloads.workload import Benchmark
 
 from fastlm.testing import seeded_normal
+from suite.device import DEVICES
 
 VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
 MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
 MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
 MOST_NUMBERS = 1 << 20  # of a latent, whose reference draws its noise in many passes: 6 s for so many on a busy core
+MOST_NUMBERS_OF_CACHE = 1 << 26  # of the keys, which the reference holds once more for each query head of a group
 SOME_QUERIES = 64  # that are checked of such a call
 
 Results = dict[str, Tensor]
@@ -67,12 +68,13 @@ class Judge:
         """Try the reference on the part, and expect the whole to take as much longer as it is larger."""
         if self.part.length == self.part.whole:
             return False
-        if _too_large(self.benchmark, arguments):
+        if _too_large(arguments):
             return True
         part = self.part.arguments(arguments)
-        start = time.perf_counter()
+        clock = DEVICES[self.benchmark.device].clock
+        start = clock()
         self._reference(part)
-        return (time.perf_counter() - start) * self.part.whole / self.part.length > MOST_SECONDS
+        return (clock() - start) * self.part.whole / self.part.length > MOST_SECONDS
 
     def _reference(self, arguments: dict) -> Results:
         for name in self.benchmark.differentiable:
@@ -99,7 +101,7 @@ def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, part: Part
         shape = list(out.shape)
         if part:
             shape[part.dim] = part.whole
-        gradient = seeded_normal(100 + i, tuple(shape), dtype).to(out.dtype)
+        gradient = seeded_normal(100 + i, tuple(shape), dtype).to(out)
         gradients.append(part.take(gradient) if part else gradient)
     return gradients
 
@@ -127,11 +129,17 @@ def worst(judged: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
-    """Return a latent's first rows; of attention the last queries, or the last head where keys and values get gradients."""
+    """Return a latent's first rows, or the last sequence of a cache.
+
+    Of attention, return the last queries, or the last head where keys and values get gradients.
+    """
     if "mu" in arguments:
         rows, columns = arguments["mu"].shape
         return Part(("mu", "logvar"), 0, rows, 0, min(rows, max(1, MOST_NUMBERS // columns)))
-    if "query" not in arguments or "key" not in arguments:
+    if "key_cache" in arguments:
+        sequences = len(arguments["query"])
+        return Part(("query", "key_cache", "value_cache", "cache_seqlens"), 0, sequences, sequences - 1, 1)
+    if "query" not in arguments:
         return None
     query, key = arguments["query"], arguments["key"]
     if query.dim() == 4 and not benchmark.differentiable:  # the last ones see the same keys without the others, causal or not
@@ -142,12 +150,14 @@ def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
     return None
 
 
-def _too_large(benchmark: Benchmark, arguments: dict) -> bool:
+def _too_large(arguments: dict) -> bool:
     """Say whether the whole is not even to be thought of."""
     if "mu" in arguments:
         return arguments["mu"].numel() > MOST_NUMBERS
+    if "key_cache" in arguments:
+        return arguments["key_cache"].numel() > MOST_NUMBERS_OF_CACHE
     query, key = arguments["query"], arguments["key"]
-    return query.dim() == 4 and not benchmark.differentiable and query.shape[:3].numel() * key.shape[2] > MOST_SCORES
+    return query.dim() == 4 and query.shape[:3].numel() * key.shape[2] > MOST_SCORES
 
 
 def _double(value):

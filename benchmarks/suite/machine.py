@@ -13,10 +13,11 @@ from rich.console import Console
 
 import fastlm
 from suite import peak
+from suite.device import CUDA
 from suite.terminal import Activity
 
 LIBRARIES = ("transformers", "diffusers", "timm", "onnxruntime", "jax")
-PEAKS = 5  # how many steps `peaks` tells
+PEAKS = 5  # how many steps of the CPU `peaks` tells
 
 
 def describe() -> dict:
@@ -25,6 +26,7 @@ def describe() -> dict:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if CUDA.available() else {}),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "python": platform.python_version(),
@@ -39,13 +41,14 @@ def describe() -> dict:
 
 def peaks(console: Console) -> dict[str, dict[str, float]]:
     """Measure bandwidths in GB/s (1e9 bytes) and rates in GFLOP/s; see peak.py."""
-    with Activity(console, total=PEAKS) as activity:
+    with Activity(console, total=PEAKS + (peak.GPU_STEPS if CUDA.available() else 0)) as activity:
 
         def say(text: str) -> None:
             activity.say(text)
             activity.advance()
 
-        return peak.bandwidths(say) | peak.arithmetic(say)
+        of_gpu = {"gpu_peaks": peak.of_gpu(say)} if CUDA.available() else {}
+        return peak.bandwidths(say) | peak.arithmetic(say) | of_gpu
 
 
 def best_peaks(measured: list[dict]) -> dict[str, dict[str, float]]:

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from workloads.models import Model
 
 from suite.check import judge
+from suite.device import CPU
 from suite.rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
 
 BEFORE = "before"
@@ -27,7 +28,7 @@ COUNTED = {  # by torch's counter on GPUs alone; of shapes
 class ModelSection:
     """See `rows.Section`."""
 
-    axis, baseline, group = "", BEFORE, MODELS
+    axis, baseline, group, device = "", BEFORE, MODELS, CPU
 
     def __init__(self, model: Model):
         self.model, self.name = model, model.name

@@ -1,6 +1,5 @@
 """A section of the report from what an op says of itself: fastlm's backends beside the peers of peers.py."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
@@ -10,7 +9,8 @@ from workloads.peers import PEERS
 from workloads.workload import Benchmark, Workload
 
 from suite.check import Judge, output_gradients, outputs_of
-from suite.rows import FASTLM, GROWTH, OPS, Cost, Selection, Setting, Step, Unavailable
+from suite.device import DEVICES
+from suite.rows import FASTLM, GPU, GROWTH, OPS, Cost, Selection, Setting, Step, Unavailable
 
 WORTH_MEMORY = 1 << 20  # bytes of inputs and results, from which a size of a user's own gets a row of memory
 
@@ -20,8 +20,9 @@ class OpSection:
 
     def __init__(self, benchmark: Benchmark):
         self.benchmark = benchmark
-        self.name, self.axis, self.group = benchmark.name, benchmark.axis, GROWTH if benchmark.growth else OPS
-        self.baseline = benchmark.peers[0]
+        self.name, self.axis, self.baseline = benchmark.name, benchmark.axis, benchmark.peers[0]
+        self.device = DEVICES[benchmark.device]
+        self.group = GPU if benchmark.device == "cuda" else GROWTH if benchmark.growth else OPS
 
     def settings(self, selection: Selection) -> Iterator[Setting]:
         workloads = [self.workload(size) for size in selection.sizes] or self.benchmark.workloads
@@ -58,13 +59,13 @@ class OpSection:
         unit, workload = self.benchmark.unit, self.workload(setting.workload)
         itemsize = getattr(torch, setting.dtype).itemsize
         work = workload.work * (itemsize if unit == "GB/s" else 1)
-        return Cost(unit, workload.size, work, workload.numbers * itemsize, unit == "GFLOP/s")
+        return Cost(unit, workload.size, work, workload.numbers * itemsize, unit == "GFLOP/s", self.device.name)
 
     def threads(self, setting: Setting) -> int | None:
         return self.workload(setting.workload).threads
 
     def has_memory(self, setting: Setting) -> bool:
-        return setting.dtype == "float32" and self.workload(setting.workload).memory
+        return getattr(torch, setting.dtype) == self.benchmark.dtypes[0] and self.workload(setting.workload).memory
 
     def contest(self, setting: Setting) -> "OpContest":
         return OpContest(self.benchmark, self.workload(setting.workload).make(getattr(torch, setting.dtype)))
@@ -76,7 +77,8 @@ class OpContest:
     flops = None  # the section's cost has them
 
     def __init__(self, benchmark: Benchmark, arguments: dict):
-        self.benchmark, self.arguments = benchmark, arguments
+        self.benchmark, self.device = benchmark, DEVICES[benchmark.device]
+        self.arguments = arguments = self.device.move(arguments)
         self.leaves = {n: arguments[n].requires_grad_() for n in benchmark.differentiable if isinstance(arguments[n], Tensor)}
         self.first: dict[str, tuple[Tensor, ...]] = {}  # results of first runs that were not judged yet
         self.first_seconds: dict[str, float] = {}
@@ -87,9 +89,9 @@ class OpContest:
         try:
             call = self._call(implementation)
             step = self._with_gradients(call) if self.leaves else lambda: outputs_of(call())
-            start = time.perf_counter()
+            start = self.device.clock()
             self.first[implementation] = tuple(result.detach() for result in step())
-            self.first_seconds[implementation] = time.perf_counter() - start
+            self.first_seconds[implementation] = self.device.clock() - start
         except Exception as error:
             if implementation.startswith(FASTLM) and not isinstance(error, NotImplementedError):
                 raise  # a bug of ours, not something missing

@@ -18,9 +18,14 @@ from pathlib import Path
 
 import torch
 
+from suite.device import CPU, CUDA, Device
+
 SOURCE = Path(__file__).with_name("peak_fma.c")
 FLOATS = 1 << 26  # 256 MiB of float32: beyond any cache
 GEMM_SIZES = 128, 256, 512, 1024, 2048
+GPU_GEMM_SIZES = 1024, 2048, 4096, 8192
+GPU_DTYPES = "float32", "bfloat16"  # those of the sections on a GPU
+GPU_STEPS = 1 + len(GPU_DTYPES)  # how many `of_gpu` tells
 GEMM_SECONDS = 2.0  # of a dtype's products, of all sizes together
 FMA_ROUNDS = 5_000_000  # about 0.1 s
 REPEATS, SECONDS = 10, 2.0  # of a measurement, whichever comes first
@@ -33,13 +38,13 @@ def _silent(text: str) -> None:
     pass
 
 
-def bandwidths(say: Say = _silent) -> dict[str, float]:
+def bandwidths(say: Say = _silent, device: Device = CPU) -> dict[str, float]:
     """GB/s (1e9 bytes) of torch's own threads: ``copy_`` counts the bytes read and those written, ``sum`` reads alone."""
     say("the memory's bandwidth")
-    source, target = torch.ones(FLOATS), torch.empty(FLOATS)
+    source, target = torch.ones(FLOATS, device=device.name), torch.empty(FLOATS, device=device.name)
     size = source.numel() * source.element_size()
-    copy = 2 * size / _least_seconds(lambda: target.copy_(source)) / 1e9
-    read = size / _least_seconds(source.sum) / 1e9
+    copy = 2 * size / _least_seconds(lambda: target.copy_(source), device=device) / 1e9
+    read = size / _least_seconds(source.sum, device=device) / 1e9
     return {"copy_gb_s": round(copy, 1), "read_gb_s": round(read, 1), "bandwidth_gb_s": round(max(copy, read), 1)}
 
 
@@ -59,6 +64,15 @@ def arithmetic(say: Say = _silent) -> dict[str, dict]:
     single = rates["float32"]
     peak = {name: max(rate, single) for name, rate in rates.items()} | {"float64": round(single / 2, 1)}
     return {"gemm_gflop_s": gemm, "fma_gflop_s": fma or {"why_not": why_not}, "peak_gflop_s": peak}
+
+
+def of_gpu(say: Say = _silent) -> dict[str, dict]:
+    """Return the bandwidths of the GPU's memory, and as its peak the rate of torch's product in each dtype."""
+    bandwidth, rates = bandwidths(say, CUDA), {}
+    for name in GPU_DTYPES:
+        say(f"the GPU's peak: torch's product in {name}")
+        rates[name] = gemm_rate(getattr(torch, name), device=CUDA, sizes=GPU_GEMM_SIZES)
+    return bandwidth | {"peak_gflop_s": rates}
 
 
 def fma_rates() -> tuple[dict[str, float], str | None]:
@@ -90,33 +104,38 @@ def _rate_of_threads(function: Callable[[int], int]) -> float:
     return round(operations / seconds / 1e9, 1)
 
 
-def gemm_rate(dtype: torch.dtype, product: Callable = torch.matmul) -> float:
+def gemm_rate(
+    dtype: torch.dtype, product: Callable = torch.matmul, device: Device = CPU, sizes: tuple[int, ...] = GEMM_SIZES
+) -> float:
     """GFLOP/s of the best of products of growing size. The next size is tried where the time for it is left."""
     best, end = 0.0, time.perf_counter() + GEMM_SECONDS
-    for size in GEMM_SIZES:
+    for size in sizes:
         # (size, size) each; the warm-up and one more, at the best rate so far.
         expected = 2 * (2 * size**3) / (best * 1e9) if best else 0.0
         left = end - time.perf_counter()
         if expected > left:
             break
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-        best = max(best, 2 * size**3 / _least_seconds(lambda: product(a, b), repeats=3, seconds=left / 2) / 1e9)  # noqa: B023
+        a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
+        seconds = _least_seconds(lambda: product(a, b), repeats=3, seconds=left / 2, device=device)  # noqa: B023
+        best = max(best, 2 * size**3 / seconds / 1e9)
     return round(best, 1)
 
 
-def _least_seconds(work: Callable, repeats: int = REPEATS, seconds: float = SECONDS) -> float:
+def _least_seconds(work: Callable, repeats: int = REPEATS, seconds: float = SECONDS, device: Device = CPU) -> float:
     """Return the best of some runs, of one at least: a limit is what the machine does when nothing disturbs it."""
     end = time.perf_counter() + seconds
     work()
-    least = _seconds(work)
+    least = _seconds(work, device)
     for _ in range(repeats - 1):
         if time.perf_counter() > end:
             break
-        least = min(least, _seconds(work))
+        least = min(least, _seconds(work, device))
     return least
 
 
-def _seconds(work: Callable) -> float:
-    start = time.perf_counter()
+def _seconds(work: Callable, device: Device) -> float:
+    if device.clear_cache:
+        device.clear_cache()
+    start = device.clock()
     work()
-    return time.perf_counter() - start
+    return device.clock() - start

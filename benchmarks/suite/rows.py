@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-OPS, GROWTH, MODELS = "ops", "growth", "models"  # in GROWTH nothing but the size differs between workloads
+from suite.device import Device
+
+OPS, GPU, MODELS, GROWTH = "ops", "gpu", "models", "growth"  # In GROWTH nothing but the size differs between workloads.
 FASTLM = "fastlm "  # how the names of fastlm's own implementations begin
 
 Step = Callable[[], tuple[Tensor, ...]]  # what is timed; returns all that a call computes
@@ -62,6 +64,7 @@ class Cost:
     work: float  # what throughput counts
     bytes_moved: int | None = None  # what must cross the memory bus; None: unknown, and so there is no limit to compare with
     flops: bool = False  # whether ``work`` is floating-point operations
+    device: str = "cpu"
 
     def throughput(self, seconds: float) -> float:
         return self.work / seconds / (1e9 if self.unit.startswith("G") else 1.0)
@@ -89,7 +92,8 @@ class Section(Protocol):
     name: str
     axis: str  # what the sizes count
     baseline: str  # the implementation that speed-ups are counted from
-    group: str  # OPS, GROWTH or MODELS: the part of the report that it belongs to
+    group: str  # OPS, GPU, MODELS or GROWTH: the part of the report that it belongs to
+    device: Device  # where it runs
 
     def settings(self, selection: Selection) -> Iterator[Setting]: ...
 

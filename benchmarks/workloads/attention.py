@@ -7,7 +7,7 @@ import torch
 
 from fastlm import attention, kvcache_attention, varlen_attention
 from fastlm.testing import seeded_normal
-from workloads.workload import Benchmark, Workload
+from workloads.workload import ON_GPU, Benchmark, Workload
 
 FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _HALF = (FP32, BF16, FP16)
@@ -59,7 +59,12 @@ def _windowed(batch: int, heads: int, length: int, head_dim: int = 64, **more) -
     return _square(batch, heads, length, head_dim, work=work, options=options, **more)
 
 
-def _decoding(batch: int, length: int, quick=_HALF) -> Workload:
+def _gpu_square(head_dim: int, length: int, **more) -> Workload:
+    """Sixteen thousand tokens of a model of width 2048."""
+    return _square(16384 // length, 2048 // head_dim, length, head_dim, quick=(BF16,), memory=length == 4096, **more)
+
+
+def _decoding(batch: int, length: int, quick=_HALF, memory: bool = False) -> Workload:
     """A step of 32 query heads over 8 heads of keys."""
     heads, kv_heads, head_dim = 32, 8, 128
 
@@ -72,7 +77,8 @@ def _decoding(batch: int, length: int, quick=_HALF) -> Workload:
         }
 
     cached = 2 * batch * kv_heads * length * head_dim
-    return Workload(f"B{batch}, {length} cached", make, size=batch * length, work=cached, numbers=cached, quick=quick)
+    name = f"B{batch}, {length} cached"
+    return Workload(name, make, size=batch * length, work=cached, numbers=cached, quick=quick, memory=memory)
 
 
 def _ragged(sequences: int, longest: int, quick=(FP32, BF16)) -> Workload:
@@ -103,6 +109,8 @@ def _doubling(most: int) -> list[int]:
 
 _QKV = ("query", "key", "value")
 _EAGER = ("eager", "eager, compiled")
+_GPU_PEERS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention", "flash-attn", "xformers")
+_ON_GPU = {"device": "cuda", "backends": ("triton",), "dtypes": (BF16,)}
 _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
 _both = partial(_square, passes=BACKWARD)
@@ -111,14 +119,20 @@ _causal = partial(_square, options=_CAUSAL)
 
 def _section(name, workloads, peers=("SDPA", "eager"), sized=_square, **more) -> Benchmark:
     common = {"function": attention, "unit": "GFLOP/s", "axis": "sequence length", "sizes": "BxHxSxD", "slow_in_half": _EAGER}
-    return Benchmark(
-        name=name,
-        dtypes=_DTYPES,
-        backends=("cpu",),
-        workloads=tuple(workloads),
-        peers=peers,
-        sized=sized,
-        **common | more,
+    common |= {"dtypes": _DTYPES, "backends": ("cpu",)}
+    return Benchmark(name=name, workloads=tuple(workloads), peers=peers, sized=sized, **common | more)
+
+
+def _gpu_section(head_dim: int, causal: bool, backward: bool) -> Benchmark:
+    more = {"options": _CAUSAL if causal else {}, "passes": BACKWARD if backward else 1.0}
+    name = f"{ON_GPU}attention, forward{' + backward' * backward}, head_dim {head_dim}{', causal' * causal}"
+    return _section(
+        name,
+        (_gpu_square(head_dim, length, **more) for length in (1024, 4096, 16384)),
+        _GPU_PEERS,
+        sized=partial(_square, quick=(BF16,), **more),
+        differentiable=_QKV if backward else (),
+        **_ON_GPU,
     )
 
 
@@ -184,6 +198,23 @@ BENCHMARKS = (
         function=kvcache_attention,
         unit="GB/s",
         axis="cached rows",
+    ),
+    *(
+        _gpu_section(head_dim, causal, backward)
+        for backward in (False, True)
+        for head_dim in (64, 128)
+        for causal in (False, True)
+    ),
+    _section(
+        f"{ON_GPU}kvcache_attention, decoding",
+        (_decoding(batch, 8192, (BF16,), memory=batch == 16) for batch in (1, 16, 64)),
+        _GPU_PEERS,
+        sized=partial(_decoding, quick=(BF16,)),
+        sizes="B x cached rows",
+        function=kvcache_attention,
+        unit="GB/s",
+        axis="cached rows",
+        **_ON_GPU,
     ),
     _section(
         "growth of attention with the sequence",

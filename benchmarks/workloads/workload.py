@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+ON_GPU = "GPU: "  # how the names of sections on a GPU begin
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -40,5 +42,6 @@ class Benchmark:
     sized: Callable[..., Workload]  # ... and what makes a workload of its numbers
     differentiable: tuple[str, ...] = ()  # forward and backward are timed together; without any, the forward alone
     slow_in_half: tuple[str, ...] = ()  # peers that half precision makes so slow that only the long run times them there
+    device: str = "cpu"  # where it runs, by torch's name
     own_noise: bool = False  # peers draw noise of their own: how wrong they are cannot be told
     growth: bool = False  # whether nothing but the size differs between workloads, so that growth exponents say something

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,27 +17,16 @@ from rich.console import Console
 from suite import bench_rows, memory, peak
 from suite.budget import GENEROUS, GUARANTEED, UNLIMITED_SHARE, Budget
 from suite.catalog import settings, weight
+from suite.device import CLEAR_REFS, CPU
 from suite.journal import Journal
 from suite.rows import Row, Selection
 from suite.terminal import Activity
-from support.bench import HANG
+from support.bench import HANG, Clock
 
 TESTS = Path(__file__).parents[1]
 BENCHMARKS = TESTS.parent / "benchmarks"
 ROW = Row("attention, a tiny call", "B1 H1 S16", "float32", "fastlm cpu")
-LINUX = pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="memory is measured on Linux only")
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
+LINUX = pytest.mark.skipif(not CLEAR_REFS.exists(), reason="memory is measured on Linux only")
 
 
 # ---- the peak ---------------------------------------------------------------------------------------------------------------
@@ -46,12 +36,13 @@ class Clock:
 def test_products_grow_while_there_is_time(rate, largest, monkeypatch):
     clock, sizes = Clock(), []
     monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=clock))
+    device = replace(CPU, clock=clock)
 
     def product(a, b):
         sizes.append(len(a))
         clock.spend(2 * len(a) ** 3 / (rate * 1e9))
 
-    assert peak.gemm_rate(torch.bfloat16, product) == pytest.approx(rate, abs=0.05)
+    assert peak.gemm_rate(torch.bfloat16, product, device) == pytest.approx(rate, abs=0.05)
     assert max(sizes) == largest
     assert clock.now < 2 * peak.GEMM_SECONDS
 
@@ -59,7 +50,7 @@ def test_products_grow_while_there_is_time(rate, largest, monkeypatch):
 def test_a_measurement_of_something_slow_ends_after_one_run(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=clock))
-    assert peak._least_seconds(lambda: clock.spend(10.0)) == 10.0
+    assert peak._least_seconds(lambda: clock.spend(10.0), device=replace(CPU, clock=clock)) == 10.0
     assert clock.now == 20.0  # the warm-up, and one run
 
 
@@ -190,7 +181,7 @@ def row_of(monkeypatch):
 
     def run(slow: Slow, seconds: float):
         monkeypatch.setattr(
-            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(contest=lambda setting: slow, baseline="SDPA")}
+            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(contest=lambda setting: slow, baseline="SDPA", device=CPU)}
         )
         bench_rows.entrants.cache_clear()
         budget, parts = Budget(seconds), []

@@ -1,4 +1,4 @@
-"""A made-up run of the benchmark, and a stand-in for a slow row."""
+"""A made-up run of the benchmark, a clock that a test moves, and a stand-in for a slow row."""
 
 import os
 import time
@@ -14,6 +14,18 @@ def sleep_for_long(path: str) -> None:
     """Stand in for a slow row in memory.py's fork: leave the pids of the server and the fork in a file, and sleep."""
     Path(path).write_text(f"{os.getppid()} {os.getpid()}\n")
     time.sleep(HANG)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def entry(
