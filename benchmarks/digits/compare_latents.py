@@ -13,10 +13,10 @@ from torch import Tensor
 
 from digits.data import load_digits
 from digits.vae import BATCH, EPOCHS, LATENTS, evaluate, new_model, optimizer_of, picture, save_and_load, train, train_step
+from fastlm.testing import GRADIENT_FACTOR, allowed_error, errors_of, ulp_of_largest
 
 SEED = 0
 FIRST_STEPS = 50
-FACTOR, ULPS = 3.0, 4  # DESIGN.md, 'Numbers', for gradients: a training is made of them
 EPOCH_TOLERANCE = 0.01
 TIMED_STEPS = 500
 TRAININGS = {"float64": ("eager", torch.float64), "eager": ("eager", torch.float32), "fused": ("fused", torch.float32)}
@@ -65,9 +65,10 @@ def agreement(curves: dict[str, list[float]], steps_per_epoch: int) -> dict:
     float64 were seen to differ.
     """
     fused, eager, golden = (torch.tensor(curves[name], dtype=torch.float64) for name in ("fused", "eager", "float64"))
-    error = (fused - golden)[:FIRST_STEPS].abs().max().item()
-    ulp = torch.finfo(torch.float32).eps * golden[:FIRST_STEPS].max().item()
-    allowed = FACTOR * (eager - golden)[:FIRST_STEPS].abs().max().item() + ULPS * ulp
+    first = slice(FIRST_STEPS)
+    ulp = ulp_of_largest(golden[first], torch.float32)
+    allowed = allowed_error(eager[first], golden[first], GRADIENT_FACTOR, ulp)  # A training is made of gradients.
+    error = errors_of(fused[first], golden[first]).max().item()
     means = [curve.unfold(0, steps_per_epoch, steps_per_epoch).mean(dim=1) for curve in (fused, eager)]
     apart = ((means[0] - means[1]).abs() / means[1]).max().item()
     return {

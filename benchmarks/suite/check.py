@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from workloads.workload import Benchmark
 
-from fastlm.testing import seeded_normal
+from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, allowed_error, errors_of, seeded_normal, ulp_of_largest
 from suite.device import DEVICES
 
-VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
 MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
 MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
 MOST_NUMBERS = 1 << 20  # of a latent, whose reference draws its noise in many passes: 6 s for so many on a busy core
@@ -115,11 +114,11 @@ def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str,
     golden = golden.double()
     largest = golden.abs().max().item()
     # Noise is float32 whatever the dtype; tests hold what has none to float64's own ulps.
-    ulp = max(torch.finfo(dtype).eps for dtype in (actual.dtype, torch.float32))
+    ulp = max(ulp_of_largest(golden, dtype) for dtype in (actual.dtype, torch.float32))
     factor = VALUE_FACTOR if name.startswith("output") else GRADIENT_FACTOR
     return {
-        "error": (actual - golden).abs().max().item() / largest,
-        "allowed": factor * (plain - golden).abs().max().item() / largest + ULPS * ulp,
+        "error": errors_of(actual, golden).max().item() / largest,
+        "allowed": allowed_error(plain, golden, factor, ulp) / largest,
     }
 
 

@@ -184,10 +184,12 @@ def _sdpa_padded(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tenso
 # ---- the latent -------------------------------------------------------------------------------------------------------------
 
 
-def _eager_latent(mu: Tensor, logvar: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """What users write."""
+def eager_latent(mu: Tensor, logvar: Tensor, seed: int | None = None, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return z (B, D) and its KL (B,), as users write it. The noise is ``eps`` or comes from torch, which ignores the seed."""
     std = torch.exp(0.5 * logvar)
-    z = mu + torch.randn_like(std) * std
+    z = mu + std * (torch.randn_like(std) if eps is None else eps)
+    # Often wrong: the last term is the variance, exp(logvar). Without the exp, logvar cancels out of the sum, and nothing
+    # keeps the posterior's width near the prior's.
     return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
 
 
@@ -221,6 +223,6 @@ PEERS: dict[str, dict[str, Callable[..., Call]]] = {
         "FlexAttention": _of_cache(_flex_attention),
         **{name: _of_cache(peer) for name, peer in _GPU_ATTENTION.items()},
     },
-    "reparameterize_with_kl": {"eager": _as_is(_eager_latent), "eager, compiled": _compiled(_eager_latent)},
+    "reparameterize_with_kl": {"eager": _as_is(eager_latent), "eager, compiled": _compiled(eager_latent)},
     "normal": {"torch.randn": _as_is(_randn)},
 }

@@ -9,6 +9,8 @@ import torch
 from suite.rows import Step
 from torch import Tensor, nn
 
+from workloads.peers import eager_latent
+
 VOCABULARY = 4096
 
 
@@ -28,12 +30,6 @@ def text_vae() -> nn.Module:
     model.set_attn_implementation("sdpa")
     model.latent.sample = eager_latent
     return model
-
-
-def eager_latent(mu: Tensor, logvar: Tensor, seed: None = None) -> tuple[Tensor, Tensor]:
-    """What users write: z (B, D) and its KL (B,)."""
-    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-    return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
 
 
 def on_kernels(model: nn.Module) -> type[AbstractContextManager]:

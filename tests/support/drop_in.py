@@ -4,10 +4,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from support.oracle import GRADIENT_FACTOR, ULPS, VALUE_FACTOR, assert_within, ulp_of_largest, worst_error
 from torch import Tensor, nn
 
-from fastlm.testing import seeded_normal
+from fastlm.testing import GRADIENT_FACTOR, ULPS, VALUE_FACTOR, assert_within, seeded_normal, ulp_of_largest, worst_error
 
 Call = Callable[[nn.Module, dict], Tensor]  # call(module, inputs by name) -> output
 DRAWS = 8

@@ -1,11 +1,18 @@
 """What tests of integrations share: proof that fastlm's ops ran, and the oracle's rule with a library's own code as plain."""
 
 import torch
-from support.oracle import GRADIENT_FACTOR, ULPS, VALUE_FACTOR, assert_within, ulp_of_largest, worst_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm.testing import seeded_normal
+from fastlm.testing import (
+    GRADIENT_FACTOR,
+    VALUE_FACTOR,
+    allowed_error,
+    assert_within,
+    seeded_normal,
+    ulp_of_largest,
+    worst_error,
+)
 
 
 class Ops(TorchDispatchMode):
@@ -37,7 +44,7 @@ def assert_held(
         factor = GRADIENT_FACTOR if what.startswith("gradient") else VALUE_FACTOR
         slack = ulp_of_largest(golden[what], actual[what].dtype)
         slack += worst_error(nudged[what], golden[what]) if nudged else 0.0
-        assert_within(actual[what], golden[what], factor * worst_error(plain[what], golden[what]) + ULPS * slack, what)
+        assert_within(actual[what], golden[what], allowed_error(plain[what], golden[what], factor, slack), what)
 
 
 def off_by_an_ulp(tensor: Tensor, seed: int) -> Tensor:

@@ -7,7 +7,6 @@ large terms cancel, as in a z near 0, plain is right by luck alone; so what one 
 numbers, on which one draw may happen to do little, gets several.
 """
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -15,57 +14,20 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import cpu as native
-from fastlm.testing import seeded_normal
+from fastlm.testing import (
+    GRADIENT_FACTOR,
+    ULPS,
+    VALUE_FACTOR,
+    assert_as_good_as_plain,
+    assert_within,
+    seeded_normal,
+    ulp_of_largest,
+    worst_error,
+)
 
-VALUE_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-ULPS = 4
 FEW = 64  # numbers
 ISAS = native.C.isas() if native.C else ["no fastlm._C"]  # every instruction set of this machine, the fastest last
 Results = dict[str, Tensor]  # "output 0", "output 1", …, "gradient of mu", …
-
-
-# ---- the rule ---------------------------------------------------------------------------------------------------------------
-
-
-def ulp_of_largest(values: Tensor, dtype: torch.dtype) -> float:
-    """The distance between neighbours of ``dtype`` at the largest finite magnitude of ``values``."""
-    finite = values[values.isfinite()].abs()
-    largest = finite.max().item() if finite.numel() else 0.0
-    info = torch.finfo(dtype)
-    return max(math.ldexp(info.eps, math.frexp(largest)[1] - 1), info.smallest_normal * info.eps)
-
-
-def worst_error(actual: Tensor, golden: Tensor) -> float:
-    """The largest difference where both are finite."""
-    difference = (actual.double() - golden.double()).abs()
-    finite = difference[difference.isfinite()]
-    return finite.max().item() if finite.numel() else 0.0
-
-
-def assert_within(actual: Tensor, golden: Tensor, allowed: float, what: str = "the result") -> None:
-    """NaN and infinities stand exactly where the golden answer, rounded to the dtype, has them; the rest is that close."""
-    assert actual.shape == golden.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
-    rounded, actual, golden = golden.to(actual.dtype).double(), actual.detach().double(), golden.detach().double()
-    at = (actual.isnan() != rounded.isnan()).nonzero()
-    assert not len(at), f"{what}: {actual[tuple(at[0])]} at {at[0].tolist()}, where golden is {golden[tuple(at[0])]}"
-    infinite = rounded.isinf() | actual.isinf()
-    at = (infinite & (actual != rounded)).nonzero()
-    assert not len(at), f"{what}: {actual[tuple(at[0])]} at {at[0].tolist()}, where golden is {golden[tuple(at[0])]}"
-    error = torch.where(infinite | rounded.isnan(), 0.0, (actual - golden).abs())
-    at = (error > allowed).nonzero()
-    assert not len(at), (
-        f"{what}: {len(at)} of {error.numel()} are wrong by more than {allowed:.3g}, the first, at {at[0].tolist()}, "
-        f"{actual[tuple(at[0])]} where golden is {golden[tuple(at[0])]}; the worst by {error.max():.3g}"
-    )
-
-
-def assert_as_good_as_plain(
-    actual: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "the result", slack: float | None = None
-) -> None:
-    """``actual`` is wrong by at most ``factor`` times what ``plain`` is, plus a few times ``slack``: an ulp at the largest."""
-    assert actual.dtype == plain.dtype, f"{what} is {actual.dtype}, not {plain.dtype}"
-    slack = ulp_of_largest(golden, actual.dtype) if slack is None else slack
-    assert_within(actual, golden, factor * worst_error(plain, golden) + ULPS * slack, what)
 
 
 # ---- the runs ---------------------------------------------------------------------------------------------------------------

@@ -8,20 +8,14 @@ from unittest import mock
 
 import torch
 import transformers as hf
-from support.oracle import (
-    GRADIENT_FACTOR,
-    VALUE_FACTOR,
-    assert_as_good_as_plain,
-    rounding_of_delta,
-    ulp_of_largest,
-    worst_error,
-)
+from support.oracle import rounding_of_delta
 from torch import Tensor, nn
 from transformers.masking_utils import eager_mask
 
 import fastlm
 import fastlm.integrations.transformers
 from fastlm.integrations.transformers import attention as transformers_attention
+from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_plain, ulp_of_largest, worst_error
 
 VOCABULARY = 60
 PAD, BOS, EOS = 0, 1, 2
