@@ -25,7 +25,7 @@ from suite.catalog import rows_of, sections, settings
 from suite.device import CUDA
 from suite.journal import Journal
 from suite.memory import SECONDS, peak_extra_bytes
-from suite.rows import Row, Selection
+from suite.rows import Filter, Row
 from suite.terminal import Activity
 from suite.timing import benchmark_json, time_rows
 from suite.units import size
@@ -82,15 +82,15 @@ def parse_options() -> argparse.Namespace:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measure what was asked for, and report it; 1 where an answer was wrong."""
     gpu_alone = options.only == "gpu" and CUDA.available()
-    selection = Selection(options.full, ON_GPU if gpu_alone else options.op, tuple(filter(None, options.sizes.split(","))))
-    settings(selection)  # raises where there is no such section or size, before anything is measured
+    row_filter = Filter(options.full, ON_GPU if gpu_alone else options.op, tuple(filter(None, options.sizes.split(","))))
+    settings(row_filter)  # raises where there is no such section or size, before anything is measured
     parts = ("rows",) if options.op else ("rows", "predictions") if gpu_alone else PARTS.get(options.only, EVERYTHING)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    what = {"op": selection.only, "sizes": selection.sizes, "full": selection.full, "parts": parts}
+    what = {"op": row_filter.only, "sizes": row_filter.sizes, "full": row_filter.full, "parts": parts}
     journal = Journal(out / "bench.jsonl", what | {"commit": machine.commit(), "torch": torch.__version__}, options.resume)
     limit = None if options.full or options.op else RUN_SECONDS
-    right = measure(journal, selection, parts, console, out, Budget(limit))
+    right = measure(journal, row_filter, parts, console, out, Budget(limit))
     console.rule("Report")
     content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
     content["machine"] |= machine.best_peaks(journal.of("peaks"))
@@ -109,9 +109,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 0 if right else 1
 
 
-def measure(
-    journal: Journal, selection: Selection, parts: tuple[str, ...], console: Console, out: Path, budget: Budget
-) -> bool:
+def measure(journal: Journal, row_filter: Filter, parts: tuple[str, ...], console: Console, out: Path, budget: Budget) -> bool:
     """Take every step that the journal does not have yet; return whether all answers were right."""
     console.rule("The machine")
     description = journal.once("machine", machine.describe)
@@ -124,11 +122,11 @@ def measure(
     if "rows" in parts:
         console.rule("Is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
-            right &= time_rows(journal, selection, budget.before(AFTER_ROWS))
+            right &= time_rows(journal, row_filter, budget.before(AFTER_ROWS))
         journal.add("others_share", others.share or 0.0)
         journal.add("peaks", machine.peaks(console))
         console.rule("Peak extra memory")
-        measure_memory(journal, selection, console, budget.before(AFTER_MEMORY))
+        measure_memory(journal, row_filter, console, budget.before(AFTER_MEMORY))
     if "digits" in parts:
         console.rule("Digits VAE: fused and eager")
         with Activity(console, 1, bar=False) as activity:
@@ -139,11 +137,11 @@ def measure(
     return right
 
 
-def measure_memory(journal: Journal, selection: Selection, console: Console, budget: Budget) -> None:
+def measure_memory(journal: Journal, row_filter: Filter, console: Console, budget: Budget) -> None:
     """Measure the peak extra memory of the settings that are worth it, each row in a process of its own."""
-    worth = [setting for setting in settings(selection) if sections()[setting.op].has_memory(setting)]
+    worth = [setting for setting in settings(row_filter) if sections()[setting.op].has_memory(setting)]
     done = {Row(*(row[name] for name in Row._fields)) for row in journal.of("memory")}
-    rows = [row for setting in worth for row in rows_of(setting, selection.full) if row not in done]
+    rows = [row for setting in worth for row in rows_of(setting, row_filter.full) if row not in done]
     budget.plan(dict.fromkeys(rows, 1))
     left_out = 0
     with Activity(console, len(rows)) as activity:

@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from suite.catalog import sections
-from suite.rows import GROWTH, Selection
+from suite.rows import GROWTH, Filter
 from suite.units import count, growth_exponent, size, times
 
 from report.plot_style import BLUE, COLOURS, DASHES, GREY, INK, ORANGE, VERMILION, new_figure
@@ -40,7 +40,7 @@ def panels_of(number: int, columns: int, share: bool = True) -> tuple[Figure, li
 def colours_of(op: str) -> dict[str, str]:
     """A colour per implementation, the same in every picture of a section: fastlm's own comes first."""
     section = sections()[op]
-    names = [name for setting in section.settings(Selection()) for name in section.implementations(setting, full=True)]
+    names = [name for setting in section.settings(Filter()) for name in section.implementations(setting, full=True)]
     return dict(zip(dict.fromkeys(names), COLOURS))
 
 

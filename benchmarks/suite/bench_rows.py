@@ -21,7 +21,7 @@ from suite.catalog import rows_of, sections, settings, threads_of
 from suite.check import worst
 from suite.device import Device
 from suite.row_items import BUDGET, DONE, SAY
-from suite.rows import Contest, Row, Selection, Setting, Step, Unavailable
+from suite.rows import Filter, Row, Runner, Setting, Step, Unavailable
 from suite.units import duration
 
 TURNS = 3
@@ -33,14 +33,14 @@ ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    selection = Selection(option("--full"), option("--only"), tuple(option("--size")))
+    row_filter = Filter(option("--full"), option("--only"), tuple(option("--size")))
     done = metafunc.config.stash.get(DONE, ())
     rows = [
         pytest.param(*row[:3], turn, row.implementation, marks=mark_of(setting))
-        for setting in settings(selection)
+        for setting in settings(row_filter)
         if setting not in done
         for turn in range(TURNS)
-        for row in rows_of(setting, selection.full)
+        for row in rows_of(setting, row_filter.full)
     ]
     metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
 
@@ -51,30 +51,30 @@ def mark_of(setting: Setting) -> pytest.MarkDecorator:
     return pytest.mark.benchmark(timer=clock, min_rounds=ROUNDS, max_time=SECONDS, min_time=ROUND_SECONDS, disable_gc=True)
 
 
-class Entrants:
+class RunnerCache:
     """The steps of a setting's implementations, each made once; why there is none is kept, so that no turn fails anew."""
 
     def __init__(self, setting: Setting):
         self.setting, self.device = setting, sections()[setting.op].device
-        self.step, self.errors = cache(self._step), cache(lambda implementation: self.contest.errors(implementation))
+        self.step, self.errors = cache(self._step), cache(lambda implementation: self.runner.errors(implementation))
         self.seconds: dict[str, float] = {}  # what a call takes
 
     @cached_property
-    def contest(self) -> Contest:
+    def runner(self) -> Runner:
         """Make the inputs when the first row asks for them: there may be no time for any."""
-        return sections()[self.setting.op].contest(self.setting)
+        return sections()[self.setting.op].runner(self.setting)
 
     def _step(self, implementation: str) -> Step | Unavailable:
         try:
-            return self.contest.step(implementation)
+            return self.runner.step(implementation)
         except Unavailable as reason:
             return reason
 
 
 @lru_cache(maxsize=1)  # the tensors of one setting at a time
-def entrants(setting: Setting) -> Entrants:
+def runner_cache(setting: Setting) -> RunnerCache:
     gc.collect()  # the last setting's models and tensors, which refer to each other
-    return Entrants(setting)
+    return RunnerCache(setting)
 
 
 def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation):
@@ -94,44 +94,44 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
     if not budget.allows_first(needed):
         pytest.skip(budget.why_not("its first call"))
     say("first call")
-    setting = entrants(row.setting)
-    step = setting.step(row.implementation)
+    runners = runner_cache(row.setting)
+    step = runners.step(row.implementation)
     if isinstance(step, Unavailable):
         pytest.skip(str(step))
     say("checking")
-    check(benchmark, setting, row)
-    first = setting.contest.first_seconds[row.implementation]
+    check(benchmark, runners, row)
+    first = runners.runner.first_seconds[row.implementation]
     if not budget.allows_second(first, needed):
         pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
     say("timing")
     if first > ENOUGH:  # it is slow, or it was compiled
-        setting.seconds[row.implementation] = timed(benchmark, setting.device, step, 1)
+        runners.seconds[row.implementation] = timed(benchmark, runners.device, step, 1)
     else:
-        start = setting.device.clock()
+        start = runners.device.clock()
         step()
-        seconds = setting.seconds[row.implementation] = setting.device.clock() - start
-        timed(benchmark, setting.device, step, math.ceil(ENOUGH / seconds))
+        seconds = runners.seconds[row.implementation] = runners.device.clock() - start
+        timed(benchmark, runners.device, step, math.ceil(ENOUGH / seconds))
 
 
 def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Time the row again, where there is time."""
     if budget.left <= 0:
         return
-    setting = entrants(row.setting)
-    seconds = setting.seconds.get(row.implementation)
+    runners = runner_cache(row.setting)
+    seconds = runners.seconds.get(row.implementation)
     if seconds is None or not budget.allows_repeating(max(seconds, SECONDS)):
         return  # the row has the rounds of its first turn, or the reason why there are none
     say("timing")
-    check(benchmark, setting, row)
-    timed(benchmark, setting.device, setting.step(row.implementation), math.ceil(ENOUGH / seconds))
+    check(benchmark, runners, row)
+    timed(benchmark, runners.device, runners.step(row.implementation), math.ceil(ENOUGH / seconds))
 
 
-def check(benchmark: BenchmarkFixture, setting: Entrants, row: Row) -> None:
+def check(benchmark: BenchmarkFixture, runners: RunnerCache, row: Row) -> None:
     """Write down how wrong the row's results are; a row of fastlm's own fails where they are too wrong."""
     benchmark.group = " ".join(row.setting)
-    judged = setting.errors(row.implementation)
-    benchmark.extra_info |= {"errors": judged, "flops": setting.contest.flops, **worst(judged)}
-    wrong = [(name, j["error"], j["allowed"]) for name, j in judged.items() if not j["error"] <= j["allowed"]]
+    errors = runners.errors(row.implementation)
+    benchmark.extra_info |= {"errors": errors, "flops": runners.runner.flops, **worst(errors)}
+    wrong = [(name, each["error"], each["allowed"]) for name, each in errors.items() if not each["error"] <= each["allowed"]]
     if row.own:
         assert not wrong, "wrong: " + ", ".join(f"{name} by {error:.1e} ({most:.1e} allowed)" for name, error, most in wrong)
 

@@ -39,7 +39,7 @@ class Part:
         return arguments | {name: self.take(arguments[name].detach()) for name in self.names}
 
 
-class Judge:
+class ErrorCheck:
     """Of the answers to one call, whoever gives them.
 
     Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype.
@@ -61,7 +61,7 @@ class Judge:
         ``results`` are the outputs and then the gradients, for `output_gradients`, of what is differentiable.
         """
         actual = {name: self.part.take(result) if self.part else result for name, result in self._named(results).items()}
-        return {name: judge(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
+        return {name: check_result(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
 
     def _too_much(self, arguments: dict) -> bool:
         """Try the reference on the part, and expect the whole to take as much longer as it is larger."""
@@ -105,7 +105,7 @@ def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, part: Part
     return gradients
 
 
-def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
+def check_result(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
     """One result; names that begin with "output" are held to the rule for values, others to that for gradients.
 
     Its largest error may be twice (for gradients: three times) that of ``plain``, plus 4 ulps. Both figures are shares of the
@@ -122,9 +122,9 @@ def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str,
     }
 
 
-def worst(judged: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The result with the largest error, and what it is allowed; empty where nothing was judged."""
-    return max(judged.values(), key=lambda j: j["error"], default={})
+def worst(errors: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The result with the largest error, and what it is allowed; empty where nothing was errors."""
+    return max(errors.values(), key=lambda each: each["error"], default={})
 
 
 def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from workloads.models import Model
 
-from suite.check import judge
+from suite.check import check_result
 from suite.device import CPU
-from suite.rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
+from suite.rows import FASTLM, MODELS, Cost, Filter, Setting, Step, Unavailable
 
 BEFORE = "before"
 SEED = 0  # of the weights
@@ -33,10 +33,10 @@ class ModelSection:
     def __init__(self, model: Model):
         self.model, self.name = model, model.name
 
-    def settings(self, selection: Selection) -> Iterator[Setting]:
-        if selection.sizes:
+    def settings(self, row_filter: Filter) -> Iterator[Setting]:
+        if row_filter.sizes:
             raise ValueError(f"{self.name!r} is a model of one size; --sizes is for the ops' sections")
-        for dtype in ("float32", "bfloat16") if selection.full else ("float32",):
+        for dtype in ("float32", "bfloat16") if row_filter.full else ("float32",):
             yield Setting(self.name, self.model.workload, dtype)
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:
@@ -51,8 +51,8 @@ class ModelSection:
     def has_memory(self, setting: Setting) -> bool:
         return setting.dtype == "float32" and self.model.memory
 
-    def contest(self, setting: Setting) -> "ModelContest":
-        return ModelContest(self.model, getattr(torch, setting.dtype))
+    def runner(self, setting: Setting) -> "ModelRunner":
+        return ModelRunner(self.model, getattr(torch, setting.dtype))
 
 
 class _Ops(TorchDispatchMode):
@@ -65,12 +65,12 @@ class _Ops(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class ModelContest:
-    """See `rows.Contest`. Each implementation has a copy of the model of its own, of the same first weights."""
+class ModelRunner:
+    """See `rows.Runner`. Each implementation has a copy of the model of its own, of the same first weights."""
 
     def __init__(self, model: Model, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.judged = model.judged or model.ready
+        self.checked = model.checked or model.ready
         self.first_seconds: dict[str, float] = {}
         self.flops = None
 
@@ -95,14 +95,14 @@ class ModelContest:
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
         """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
         plain, golden = self.expected
-        actual = plain if implementation == BEFORE else self._step(implementation, self.dtype, self.judged)()
+        actual = plain if implementation == BEFORE else self._step(implementation, self.dtype, self.checked)()
         names = ["output" if i == 0 else f"gradient {i}" for i in range(len(golden))]
-        return {name: judge(name, *each) for name, *each in zip(names, actual, plain, golden)}
+        return {name: check_result(name, *each) for name, *each in zip(names, actual, plain, golden)}
 
     @cached_property
     def expected(self) -> list[tuple[Tensor, ...]]:
-        """The results of the model as it is, in the dtype of the contest and in float64."""
-        return [self._step(BEFORE, dtype, self.judged)() for dtype in (self.dtype, torch.float64)]
+        """The results of the model as it is, in the dtype of the runner and in float64."""
+        return [self._step(BEFORE, dtype, self.checked)() for dtype in (self.dtype, torch.float64)]
 
     @cached_property
     def built(self) -> nn.Module:

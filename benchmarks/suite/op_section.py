@@ -8,9 +8,9 @@ from torch import Tensor
 from workloads.peers import PEERS
 from workloads.workload import Benchmark, Workload
 
-from suite.check import Judge, output_gradients, outputs_of
+from suite.check import ErrorCheck, output_gradients, outputs_of
 from suite.device import DEVICES
-from suite.rows import FASTLM, GPU, GROWTH, OPS, Cost, Selection, Setting, Step, Unavailable
+from suite.rows import FASTLM, GPU, GROWTH, OPS, Cost, Filter, Setting, Step, Unavailable
 
 WORTH_MEMORY = 1 << 20  # bytes of inputs and results, from which a size of a user's own gets a row of memory
 
@@ -24,11 +24,11 @@ class OpSection:
         self.device = DEVICES[benchmark.device]
         self.group = GPU if benchmark.device == "cuda" else GROWTH if benchmark.growth else OPS
 
-    def settings(self, selection: Selection) -> Iterator[Setting]:
-        workloads = [self.workload(size) for size in selection.sizes] or self.benchmark.workloads
+    def settings(self, row_filter: Filter) -> Iterator[Setting]:
+        workloads = [self.workload(size) for size in row_filter.sizes] or self.benchmark.workloads
         for workload in workloads:
-            every = selection.full and not self.benchmark.growth
-            quick = workload.quick or ((torch.float32,) if selection.full else ())
+            every = row_filter.full and not self.benchmark.growth
+            quick = workload.quick or ((torch.float32,) if row_filter.full else ())
             for dtype in self.benchmark.dtypes if every else quick:
                 yield Setting(self.name, workload.name, str(dtype).removeprefix("torch."))
 
@@ -67,12 +67,12 @@ class OpSection:
     def has_memory(self, setting: Setting) -> bool:
         return getattr(torch, setting.dtype) == self.benchmark.dtypes[0] and self.workload(setting.workload).memory
 
-    def contest(self, setting: Setting) -> "OpContest":
-        return OpContest(self.benchmark, self.workload(setting.workload).make(getattr(torch, setting.dtype)))
+    def runner(self, setting: Setting) -> "OpRunner":
+        return OpRunner(self.benchmark, self.workload(setting.workload).make(getattr(torch, setting.dtype)))
 
 
-class OpContest:
-    """See `rows.Contest`: forward and backward are one step, or the forward alone where nothing gets a gradient."""
+class OpRunner:
+    """See `rows.Runner`: forward and backward are one step, or the forward alone where nothing gets a gradient."""
 
     flops = None  # the section's cost has them
 
@@ -80,7 +80,7 @@ class OpContest:
         self.benchmark, self.device = benchmark, DEVICES[benchmark.device]
         self.arguments = arguments = self.device.move(arguments)
         self.leaves = {n: arguments[n].requires_grad_() for n in benchmark.differentiable if isinstance(arguments[n], Tensor)}
-        self.first: dict[str, tuple[Tensor, ...]] = {}  # results of first runs that were not judged yet
+        self.first: dict[str, tuple[Tensor, ...]] = {}  # results of first runs that were not checked yet
         self.first_seconds: dict[str, float] = {}
         torch.compiler.reset()  # past so many compilations of one function, dynamo gives up compiling it
 
@@ -119,8 +119,8 @@ class OpContest:
         results = self.first.pop(implementation)
         if not implementation.startswith(FASTLM) and self.benchmark.own_noise:
             return {}
-        return self.judge.errors(results)
+        return self.error_check.errors(results)
 
     @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.benchmark, self.arguments)
+    def error_check(self) -> ErrorCheck:
+        return ErrorCheck(self.benchmark, self.arguments)

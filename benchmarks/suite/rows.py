@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Selection:
+class Filter:
     """Which rows a run has."""
 
     full: bool = False  # the long sizes, and every dtype
@@ -70,7 +70,7 @@ class Cost:
         return self.work / seconds / (1e9 if self.unit.startswith("G") else 1.0)
 
 
-class Contest(Protocol):
+class Runner(Protocol):
     """The implementations of one setting, ready to run on the same inputs."""
 
     flops: int | None  # of a call, where they are counted as the baseline's first one runs
@@ -83,7 +83,7 @@ class Contest(Protocol):
         """
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
-        """How wrong each result is, and may be, as check.judge has it; empty where that cannot be told. Asked once."""
+        """How wrong each result is, and may be, as check.check_result has it; empty where that cannot be told. Asked once."""
 
 
 class Section(Protocol):
@@ -95,7 +95,7 @@ class Section(Protocol):
     group: str  # OPS, GPU, MODELS or GROWTH: the part of the report that it belongs to
     device: Device  # where it runs
 
-    def settings(self, selection: Selection) -> Iterator[Setting]: ...
+    def settings(self, row_filter: Filter) -> Iterator[Setting]: ...
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:
         """fastlm's own come first."""
@@ -107,4 +107,4 @@ class Section(Protocol):
     def has_memory(self, setting: Setting) -> bool:
         """Whether peak memory is worth a row."""
 
-    def contest(self, setting: Setting) -> Contest: ...
+    def runner(self, setting: Setting) -> Runner: ...

@@ -12,7 +12,7 @@ from suite.budget import Budget
 from suite.catalog import rows_of, weight
 from suite.journal import Journal
 from suite.row_items import BUDGET, DONE, SAY, missing, row_of
-from suite.rows import Row, Selection, Setting
+from suite.rows import Filter, Row, Setting
 from suite.terminal import Activity
 from suite.units import duration
 
@@ -20,17 +20,17 @@ HERE = Path(__file__).parent
 HEAD, STEP = "head", "rows"  # of the journal
 
 
-def time_rows(journal: Journal, selection: Selection, budget: Budget) -> bool:
+def time_rows(journal: Journal, row_filter: Filter, budget: Budget) -> bool:
     """Time every row that the journal does not have yet, as far as the budget goes; whether all answers were right.
 
     Raises:
         KeyboardInterrupt: it was interrupted; the journal has the settings that were finished.
     """
-    arguments = [str(HERE / "bench_rows.py"), "--benchmark-quiet", *["--full"] * selection.full]
-    arguments += [f"--only={selection.only}"] * (selection.only is not None) + [f"--size={size}" for size in selection.sizes]
+    arguments = [str(HERE / "bench_rows.py"), "--benchmark-quiet", *["--full"] * row_filter.full]
+    arguments += [f"--only={row_filter.only}"] * (row_filter.only is not None) + [f"--size={size}" for size in row_filter.sizes]
     # None of the tests' settings; and no terminal output but ours.
     isolation = ["-c", os.devnull, f"--rootdir={HERE}", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:warnings"]
-    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, selection, budget)])
+    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, row_filter, budget)])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -48,8 +48,8 @@ def benchmark_json(journal: Journal) -> dict:
 class _Recorder:
     """A pytest plugin that keeps what is finished, and shows how far it is and each setting's medians."""
 
-    def __init__(self, journal: Journal, selection: Selection, budget: Budget):
-        self.journal, self.selection, self.budget = journal, selection, budget
+    def __init__(self, journal: Journal, row_filter: Filter, budget: Budget):
+        self.journal, self.row_filter, self.budget = journal, row_filter, budget
         # A copy of the standard output: pytest captures the original while a row runs.
         self.console = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
         self.failures: set[str] = set()
@@ -66,7 +66,7 @@ class _Recorder:
         for item in session.items:
             setting = row_of(item).setting
             self.left[setting] = self.left.get(setting, 0) + 1
-        self.budget.plan({setting: weight(setting, self.selection.full) for setting in self.left})
+        self.budget.plan({setting: weight(setting, self.row_filter.full) for setting in self.left})
         self.activity = Activity(self.console, len(session.items))
         self.activity.__enter__()
 
@@ -90,7 +90,7 @@ class _Recorder:
         entries = [entry.as_dict() for entry in config._benchmarksession.benchmarks if not entry.has_error]
         entries = [entry for entry in entries if Setting(*(entry["params"][n] for n in Setting._fields)) == setting]
         self.journal.add(STEP, {"setting": setting, "benchmarks": entries, "missing": missing(config, setting)})
-        rounds = {row.implementation: [] for row in rows_of(setting, self.selection.full)}
+        rounds = {row.implementation: [] for row in rows_of(setting, self.row_filter.full)}
         for entry in entries:
             rounds[entry["params"]["implementation"]] += entry["stats"]["data"]
         medians = [f"{name} {duration(statistics.median(times)) if times else '-'}" for name, times in rounds.items()]

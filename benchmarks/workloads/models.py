@@ -33,7 +33,7 @@ class Model:
     build: Callable[[], nn.Module]
     ready: Callable[[nn.Module], Step]  # makes the inputs, and returns the step that is timed
     put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # how fastlm gets in, below
-    judged: Callable[[nn.Module], Step] | None = None  # as ``ready``, without noise or changed weights, and a small one
+    checked: Callable[[nn.Module], Step] | None = None  # as ``ready``, without noise or changed weights, and a small one
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
 
 
@@ -235,7 +235,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: forward_of(model, 2, 512, 768),
         put_in={"replace": replaced},
-        judged=lambda model: forward_of(model, 1, 128, 768),
+        checked=lambda model: forward_of(model, 1, 128, 768),
     ),
     Model(
         name="TransformerEncoder of BERT-base's size, padded, inference",
@@ -245,7 +245,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: padded_encoder(model, 4, 256),
         put_in={"replace": replaced},
-        judged=lambda model: padded_encoder(model, 2, 64),
+        checked=lambda model: padded_encoder(model, 2, 64),
     ),
     Model(
         name="BertModel, base, padded, inference",
@@ -255,7 +255,7 @@ MODELS = (
         build=bert,
         ready=lambda model: padded_forward(model, 4, 256),
         put_in={"transformers": by_name},
-        judged=lambda model: padded_forward(model, 2, 64),
+        checked=lambda model: padded_forward(model, 2, 64),
     ),
     Model(
         name="BertModel, base, padded, training",
@@ -265,7 +265,7 @@ MODELS = (
         build=bert,
         ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
         put_in={"transformers": by_name},
-        judged=lambda model: gradients_of(model, 2, 64, padded=True),
+        checked=lambda model: gradients_of(model, 2, 64, padded=True),
         memory=True,
     ),
     Model(
@@ -276,7 +276,7 @@ MODELS = (
         build=gpt2,
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
         put_in={"transformers": by_name},
-        judged=lambda model: gradients_of(model, 1, 128, padded=False),
+        checked=lambda model: gradients_of(model, 1, 128, padded=False),
     ),
     Model(
         name="GPT-2, small, generation",
@@ -286,7 +286,7 @@ MODELS = (
         build=gpt2,
         ready=lambda model: generation(model, 4, 256),
         put_in={"transformers": by_name},
-        judged=lambda model: generation(model, 1, 64),
+        checked=lambda model: generation(model, 1, 64),
     ),
     Model(
         name="TextVAE, small, training",
@@ -296,7 +296,7 @@ MODELS = (
         build=text_vae,
         ready=lambda model: text_gradients(model, 32, 72),
         put_in={"kernels": on_kernels},
-        judged=lambda model: noiseless_gradients(model, 4, 72),
+        checked=lambda model: noiseless_gradients(model, 4, 72),
         memory=True,
     ),
     Model(
@@ -307,7 +307,7 @@ MODELS = (
         build=text_vae,
         ready=lambda model: text_generation(model, 8, 64),
         put_in={"kernels": on_kernels},
-        judged=lambda model: text_generation(model, 2, 16),
+        checked=lambda model: text_generation(model, 2, 16),
     ),
     Model(
         name="AutoencoderKL, encoding and sampling",
@@ -317,7 +317,7 @@ MODELS = (
         build=autoencoder,
         ready=lambda model: encoding(model, 4, 128),
         put_in={"replace, use": partial(replaced_and_used, integration="diffusers")},
-        judged=lambda model: encoding(model, 1, 64, sample=False),
+        checked=lambda model: encoding(model, 1, 64, sample=False),
         memory=True,
     ),
     Model(
@@ -328,7 +328,7 @@ MODELS = (
         build=pythae_vae,
         ready=lambda model: vae_gradients(model, 512),
         put_in={"replace": partial(replaced_of, integration="pythae")},
-        judged=lambda model: vae_gradients(model, 512, "kl"),
+        checked=lambda model: vae_gradients(model, 512, "kl"),
     ),
     Model(
         name="VAE of torch.distributions, forward and backward",
@@ -338,7 +338,7 @@ MODELS = (
         build=DistributionsVAE,
         ready=lambda model: vae_gradients(model, 512),
         put_in={"Normal": own_normal},
-        judged=lambda model: vae_gradients(model, 512, "kl"),
+        checked=lambda model: vae_gradients(model, 512, "kl"),
     ),
     Model(
         name="Vision transformer, small, inference",
@@ -348,6 +348,6 @@ MODELS = (
         build=vision_transformer,
         ready=lambda model: forward_of(model, 8, 3, 224, 224),
         put_in={"use": used},
-        judged=lambda model: forward_of(model, 1, 3, 224, 224),
+        checked=lambda model: forward_of(model, 1, 3, 224, 224),
     ),
 )

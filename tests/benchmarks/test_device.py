@@ -11,10 +11,10 @@ from report import blocks_of
 from report.blocks import Details, Plot, Table
 from report.results import results_of
 from suite import bench_rows, catalog, device, peak
-from suite.check import Judge
+from suite.check import ErrorCheck
 from suite.device import CPU, CUDA
-from suite.op_section import OpContest
-from suite.rows import Selection, Unavailable
+from suite.op_section import OpRunner
+from suite.rows import Filter, Unavailable
 from support.bench import Clock, entry, made_up_run
 from workloads.workload import ON_GPU
 
@@ -134,7 +134,7 @@ def test_a_gpu_times_each_call_alone_with_a_cold_cache(gpu):
 
 def test_pytest_benchmark_is_given_the_clock_of_the_rows_device():
     for section in catalog.sections().values():
-        setting = next(iter(section.settings(Selection())))
+        setting = next(iter(section.settings(Filter())))
         assert bench_rows.mark_of(setting).kwargs["timer"] is section.device.clock
         assert (section.device is CUDA) == section.name.startswith(ON_GPU)
 
@@ -183,34 +183,34 @@ def test_peaks_of_a_gpu_are_measured_with_its_clock(monkeypatch):
 def test_peers_on_a_gpu_compute_what_fastlm_does(name):
     """A CPU stands in for the GPU, fastlm's CPU backend for its GPU's, and small sizes for large ones."""
     benchmark = replace(GPU_BENCHMARKS[name], device="cpu", backends=("cpu",))
-    contest = OpContest(benchmark, benchmark.sized(*SMALL[benchmark.sizes]).make(benchmark.dtypes[0]))
+    runner = OpRunner(benchmark, benchmark.sized(*SMALL[benchmark.sizes]).make(benchmark.dtypes[0]))
     ran = set()
     for peer in ("fastlm cpu", *(peer for peer in benchmark.peers if "compiled" not in peer and peer != "FlexAttention")):
         try:
-            contest.step(peer)
+            runner.step(peer)
         except Unavailable as reason:
             assert "No module named" in str(reason) or "No viable backend" in str(reason)
             continue
         ran.add(peer)
-        judged = contest.errors(peer)
-        assert judged or (benchmark.own_noise and peer in benchmark.peers)
-        assert all(j["error"] <= 4 * j["allowed"] for j in judged.values()), (peer, judged)
+        errors = runner.errors(peer)
+        assert errors or (benchmark.own_noise and peer in benchmark.peers)
+        assert all(j["error"] <= 4 * j["allowed"] for j in errors.values()), (peer, errors)
     assert {"fastlm cpu", benchmark.peers[0]} <= ran
     assert ran >= {"SDPA flash", "SDPA math"} or "SDPA" not in benchmark.peers
 
 
-def test_of_a_large_cache_the_last_sequence_is_judged(monkeypatch):
+def test_of_a_large_cache_the_last_sequence_is_checked(monkeypatch):
     monkeypatch.setattr("suite.check.MOST_NUMBERS_OF_CACHE", 1000)
     benchmark = replace(GPU_BENCHMARKS[f"{ON_GPU}kvcache_attention, decoding"], device="cpu", backends=("cpu",))
-    contest = OpContest(benchmark, benchmark.sized(3, 70).make(torch.bfloat16))
-    (result,), judge = contest.step("fastlm cpu")(), Judge(benchmark, contest.arguments)
-    assert result.shape == (3, 32, 1, 128) and judge.golden["output 0"].shape == (1, 32, 1, 128)
-    (judged,) = judge.errors((result,)).values()
-    assert judged["error"] <= judged["allowed"]
+    runner = OpRunner(benchmark, benchmark.sized(3, 70).make(torch.bfloat16))
+    (result,), error_check = runner.step("fastlm cpu")(), ErrorCheck(benchmark, runner.arguments)
+    assert result.shape == (3, 32, 1, 128) and error_check.golden["output 0"].shape == (1, 32, 1, 128)
+    (errors,) = error_check.errors((result,)).values()
+    assert errors["error"] <= errors["allowed"]
     wrong = result.clone()
     wrong[-1] += 1.0
-    (judged,) = judge.errors((wrong,)).values()
-    assert judged["error"] > judged["allowed"]
+    (errors,) = error_check.errors((wrong,)).values()
+    assert errors["error"] > errors["allowed"]
 
 
 def test_without_a_gpu_a_run_has_no_rows_of_one(monkeypatch):
@@ -219,9 +219,9 @@ def test_without_a_gpu_a_run_has_no_rows_of_one(monkeypatch):
         for section in sections:
             if section.device.name == "cuda":
                 monkeypatch.setattr(section, "device", replace(CUDA, available=lambda here=here: here))
-        found = {setting.op for setting in catalog.settings(Selection()) if setting.op.startswith(ON_GPU)}
+        found = {setting.op for setting in catalog.settings(Filter()) if setting.op.startswith(ON_GPU)}
         assert found == (set(GPU_BENCHMARKS) if here else set())
-    assert {setting.op for setting in catalog.settings(Selection(only=ON_GPU))} == set(GPU_BENCHMARKS)
+    assert {setting.op for setting in catalog.settings(Filter(only=ON_GPU))} == set(GPU_BENCHMARKS)
 
 
 def test_rows_of_a_gpu_stand_in_the_report_under_the_limits_of_the_gpu(tmp_path):

@@ -19,7 +19,7 @@ from suite.budget import GENEROUS, GUARANTEED, UNLIMITED_SHARE, Budget
 from suite.catalog import settings, weight
 from suite.device import CLEAR_REFS, CPU
 from suite.journal import Journal
-from suite.rows import Row, Selection
+from suite.rows import Filter, Row
 from suite.terminal import Activity
 from support.bench import HANG, Clock
 
@@ -153,7 +153,7 @@ def test_a_run_without_a_limit_does_not_repeat_what_is_slow_for_hours():
 
 
 def test_models_get_more_time_than_ops():
-    every = {setting.op: weight(setting, full=False) for setting in settings(Selection())}
+    every = {setting.op: weight(setting, full=False) for setting in settings(Filter())}
     assert every["GPT-2, small, training"] > every["attention, forward, causal"]
 
 
@@ -161,7 +161,7 @@ def test_models_get_more_time_than_ops():
 
 
 class Slow:
-    """A contest whose first call took so long."""
+    """A runner whose first call took so long."""
 
     flops = None
 
@@ -181,9 +181,9 @@ def row_of(monkeypatch):
 
     def run(slow: Slow, seconds: float):
         monkeypatch.setattr(
-            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(contest=lambda setting: slow, baseline="SDPA", device=CPU)}
+            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(runner=lambda setting: slow, baseline="SDPA", device=CPU)}
         )
-        bench_rows.entrants.cache_clear()
+        bench_rows.runner_cache.cache_clear()
         budget, parts = Budget(seconds), []
         budget.plan({ROW.setting: 1})
         budget.enter(ROW.setting)
@@ -192,7 +192,7 @@ def row_of(monkeypatch):
             bench_rows.first_turn(fixture, ROW, budget, parts.append)
         finally:
             bench_rows.next_turn(fixture, ROW, budget, parts.append)  # calls nothing
-            bench_rows.entrants.cache_clear()
+            bench_rows.runner_cache.cache_clear()
         return parts
 
     return run
@@ -213,8 +213,8 @@ def test_rows_that_were_not_reached_are_in_the_journal_with_the_reason(tmp_path)
     path = tmp_path / "bench.jsonl"
     code = (
         "from pathlib import Path; from suite.budget import Budget; from suite.journal import Journal\n"
-        "from suite.rows import Selection; from suite.timing import time_rows\n"
-        f"print(time_rows(Journal(Path({str(path)!r}), {{}}), Selection(only={ROW.op!r}), Budget(0.0)))"
+        "from suite.rows import Filter; from suite.timing import time_rows\n"
+        f"print(time_rows(Journal(Path({str(path)!r}), {{}}), Filter(only={ROW.op!r}), Budget(0.0)))"
     )
     ran = python(code)
     assert ran.returncode == 0 and ran.stdout.rstrip().endswith("True"), ran.stdout + ran.stderr
