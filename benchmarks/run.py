@@ -1,4 +1,4 @@
-"""The main job, `make bench` or `fastlm bench`: check, time and measure each op and model, train the digits VAE, and report.
+"""Run the main job, `make bench` or `fastlm bench`: check, time and measure each op and model, train the digits VAE, report.
 
     fastlm bench                                             # at most twelve minutes on two cores, on slow ones with fewer rows
     fastlm bench --full                                      # the long sizes and every dtype too
@@ -33,13 +33,13 @@ from workloads.workload import ON_GPU
 
 from fastlm.backend import triton as triton_kernels
 
-LOG_WIDTH = 128  # where the output is no terminal
-ONCE = "machine", "digits", "predictions"  # steps of one row each
-PARTS = {"ops": ("rows",), "digits": ("digits",), "gpu": ("predictions",)}  # what --only leaves of a run; a GPU's rows below
+LOG_WIDTH = 128  # The output has so many columns where it is no terminal.
+ONCE = "machine", "digits", "predictions"  # These steps have one row each.
+PARTS = {"ops": ("rows",), "digits": ("digits",), "gpu": ("predictions",)}  # what --only runs, without a GPU's rows
 EVERYTHING = "rows", "digits", "predictions"
-RUN_SECONDS = 640.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
-LEAST = 8.0  # seconds of a row's memory
-AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # seconds that are kept for what follows
+RUN_SECONDS = 640.0  # A whole run takes so many before its report, and so ends within twelve minutes.
+LEAST = 8.0  # The memory of a row is measured for so many seconds at least.
+AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # So many seconds are kept for what follows.
 
 
 def main() -> int:
@@ -80,10 +80,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Measure what was asked for, and report it; 1 where an answer was wrong."""
+    """Measure what was asked for and report it. Return 1 where an answer was wrong, else 0."""
     gpu_alone = options.only == "gpu" and CUDA.available()
     row_filter = Filter(options.full, ON_GPU if gpu_alone else options.op, tuple(filter(None, options.sizes.split(","))))
-    settings(row_filter)  # raises where there is no such section or size, before anything is measured
+    settings(row_filter)  # It raises where there is no such section or size, before anything is measured.
     parts = ("rows",) if options.op else ("rows", "predictions") if gpu_alone else PARTS.get(options.only, EVERYTHING)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
 
 def measure(journal: Journal, row_filter: Filter, parts: tuple[str, ...], console: Console, out: Path, budget: Budget) -> bool:
-    """Take every step that the journal does not have yet; return whether all answers were right."""
+    """Take every step that the journal does not have yet. Return whether all answers were right."""
     console.rule("The machine")
     description = journal.once("machine", machine.describe)
     peaks = journal.once("peaks", lambda: machine.peaks(console))
@@ -164,12 +164,12 @@ def measure_memory(journal: Journal, row_filter: Filter, console: Console, budge
 
 
 def predict(console: Console, budget: Budget) -> dict:
-    """Tell what the machine code of the Triton kernels lets expect of GPUs; no GPU is needed, and none is measured."""
+    """Predict the speed of the Triton kernels on GPUs from their machine code. No GPU is needed, and none is measured."""
     if triton_kernels.NOT_INSTALLED:
         return {"why_not": triton_kernels.NOT_INSTALLED}
     if budget.left <= 0:
         return {"why_not": budget.why_not("them")}
-    from gpu import roofline  # imports Triton
+    from gpu import roofline  # This imports Triton.
 
     variants = roofline.default_variants(roofline.DEFAULT_GPUS)
     with Activity(console, len(variants)) as activity:
@@ -187,7 +187,7 @@ def predict(console: Console, budget: Budget) -> dict:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """What a reader types to have these figures of their own machine."""
+    """Return what a reader types to have these figures of their own machine."""
     words = ["fastlm bench"]
     words += [f'"{options.op}"'] if options.op else []
     words += [f"--sizes {options.sizes}"] if options.sizes else []

@@ -1,4 +1,4 @@
-"""The digits VAE with the fused and with the eager latent: the same training? at which speed, and in how much memory?"""
+"""Compare the digits VAE with the fused and with the eager latent: their trainings, their speed, and their memory."""
 
 import statistics
 import time
@@ -23,14 +23,14 @@ TRAININGS = {"float64": ("eager", torch.float64), "eager": ("eager", torch.float
 
 
 def run_digits(activity: Activity, out: Path) -> dict:
-    """Train both; return what the report says of them, and leave digits.png in ``out``."""
+    """Train both, return what the report says of them, and leave digits.png in ``out``."""
 
     def begin(text: str) -> None:
         activity.print(f"  {text}")
         activity.say(text)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a network this small gains nothing from more
+    torch.set_num_threads(1)  # A network this small gains nothing from more.
     digits = load_digits("digits")
     curves, tests, models = {}, {}, {}
     for name, (latent, dtype) in TRAININGS.items():
@@ -57,7 +57,7 @@ def run_digits(activity: Activity, out: Path) -> dict:
 
 
 def agreement(curves: dict[str, list[float]], steps_per_epoch: int) -> dict:
-    """Do the loss curves of one seed and one noise agree?
+    """Check whether the loss curves of one seed and one noise agree.
 
     At first, rounding is all that can part them: the fused curve may stray from the float64 one three times as far as the eager
     one does, plus 4 ulps of the largest loss. Later a training is chaotic, as rounding errors turn units of the network on and
@@ -82,7 +82,7 @@ def agreement(curves: dict[str, list[float]], steps_per_epoch: int) -> dict:
 
 
 def speeds(images: Tensor) -> dict[str, float]:
-    """Steps per second of a batch, each latent drawing noise in its own usual way; step by step in turn, by the median."""
+    """Return steps per second of a batch, by the median of steps taken in turn. Each latent draws noise its usual way."""
     steps = {latent: _step(latent, images[:BATCH]) for latent in LATENTS}
     seconds = {latent: [] for latent in LATENTS}
     for _ in range(TIMED_STEPS):
@@ -99,5 +99,5 @@ def _step(latent: str, x: Tensor) -> Callable[[], float]:
 
 
 def whole_step(latent: str) -> Callable[[], float]:
-    """A step on all training images at once, for memory.py: with BATCH of them, the latent is too small to see."""
+    """Return a step on all training images at once, for memory.py. With BATCH of them the latent is too small to see."""
     return _step(latent, load_digits("digits").train)

@@ -1,4 +1,4 @@
-"""What the report says of GPUs beside the rows that were measured on one."""
+"""Write the report's predictions for GPUs, or that no row was measured on one."""
 
 from report.blocks import Block, Heading, Table, Text, plain
 
@@ -13,7 +13,7 @@ NOT_MEASURED = [Heading(2, "GPU"), Text("No GPU was at hand: nothing here was me
 
 
 def prediction_blocks(predictions: dict | None) -> list[Block]:
-    """A table of predictions, or why there is none."""
+    """Return a table of predictions, or why there is none."""
     if predictions is None:
         return []
     title = Heading(2, "GPU kernels: predictions")

@@ -1,4 +1,4 @@
-"""What the report says of its figures: what they are, and how they were measured."""
+"""Explain the report's figures: what they are, and how they were measured."""
 
 from report.blocks import Bullets, Heading, Text
 

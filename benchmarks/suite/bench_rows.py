@@ -1,4 +1,4 @@
-"""Times every row on pytest-benchmark: fastlm's implementations beside what a user would write or pick instead.
+"""Time every row with pytest-benchmark: fastlm's implementations beside what a user would write or pick instead.
 
     pytest benchmarks/suite/bench_rows.py --benchmark-json=rows.json   # `--full` adds the long sizes and every dtype
     fastlm bench                                                       # the same, and memory, the digits VAE and a report
@@ -24,11 +24,11 @@ from suite.row_items import BUDGET, DONE, SAY
 from suite.rows import Filter, Row, Runner, Setting, Step, Unavailable
 from suite.units import duration
 
-TURNS = 3
-ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
-ENOUGH = 0.5  # seconds of calls after which a turn of a slow one ends, be it the first round
-MOST_ROUNDS = 200  # of a turn, where each round is one call with a cold cache
-ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
+TURNS = 3  # of each implementation
+ROUNDS, SECONDS = 3, 0.12  # A turn takes at least so many rounds and seconds.
+ENOUGH = 0.5  # A turn of a slow call ends after so many seconds, even if that is the first round.
+MOST_ROUNDS = 200  # A turn takes at most so many where each round is one call with a cold cache.
+ROUND_SECONDS = 0.002  # A round takes at least so many, as short calls are repeated to outweigh the clock and cold caches.
 
 
 def pytest_generate_tests(metafunc):
@@ -52,16 +52,16 @@ def mark_of(setting: Setting) -> pytest.MarkDecorator:
 
 
 class RunnerCache:
-    """The steps of a setting's implementations, each made once; why there is none is kept, so that no turn fails anew."""
+    """Make the step of each implementation of a setting once. Keep why there is none, so that no turn fails anew."""
 
     def __init__(self, setting: Setting):
         self.setting, self.device = setting, sections()[setting.op].device
         self.step, self.errors = cache(self._step), cache(lambda implementation: self.runner.errors(implementation))
-        self.seconds: dict[str, float] = {}  # what a call takes
+        self.seconds: dict[str, float] = {}  # of a call, by implementation
 
     @cached_property
     def runner(self) -> Runner:
-        """Make the inputs when the first row asks for them: there may be no time for any."""
+        """Make the inputs when the first row asks for them, as there may be no time for any."""
         return sections()[self.setting.op].runner(self.setting)
 
     def _step(self, implementation: str) -> Step | Unavailable:
@@ -71,9 +71,9 @@ class RunnerCache:
             return reason
 
 
-@lru_cache(maxsize=1)  # the tensors of one setting at a time
+@lru_cache(maxsize=1)  # One setting's tensors are kept at a time.
 def runner_cache(setting: Setting) -> RunnerCache:
-    gc.collect()  # the last setting's models and tensors, which refer to each other
+    gc.collect()  # The last setting's models and tensors refer to each other.
     return RunnerCache(setting)
 
 
@@ -90,7 +90,7 @@ def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation)
 
 def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Make the row's step, check what it computes, and time it where there is time for another call."""
-    needed = row.own or row.implementation == sections()[row.op].baseline  # without these two, a setting says nothing
+    needed = row.own or row.implementation == sections()[row.op].baseline  # Without these two a setting says nothing.
     if not budget.allows_first(needed):
         pytest.skip(budget.why_not("its first call"))
     say("first call")
@@ -104,7 +104,7 @@ def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Calla
     if not budget.allows_second(first, needed):
         pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
     say("timing")
-    if first > ENOUGH:  # it is slow, or it was compiled
+    if first > ENOUGH:  # It is slow, or it was compiled.
         runners.seconds[row.implementation] = timed(benchmark, runners.device, step, 1)
     else:
         start = runners.device.clock()
@@ -120,14 +120,14 @@ def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callab
     runners = runner_cache(row.setting)
     seconds = runners.seconds.get(row.implementation)
     if seconds is None or not budget.allows_repeating(max(seconds, SECONDS)):
-        return  # the row has the rounds of its first turn, or the reason why there are none
+        return  # The row has the rounds of its first turn, or the reason why there are none.
     say("timing")
     check(benchmark, runners, row)
     timed(benchmark, runners.device, runners.step(row.implementation), math.ceil(ENOUGH / seconds))
 
 
 def check(benchmark: BenchmarkFixture, runners: RunnerCache, row: Row) -> None:
-    """Write down how wrong the row's results are; a row of fastlm's own fails where they are too wrong."""
+    """Record the errors of the row's results. A row of fastlm's own fails where they are larger than allowed."""
     benchmark.group = " ".join(row.setting)
     errors = runners.errors(row.implementation)
     benchmark.extra_info |= {"errors": errors, "flops": runners.runner.flops, **worst(errors)}

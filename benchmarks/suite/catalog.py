@@ -1,4 +1,4 @@
-"""What there is to time: every section, from the workloads of the ops and from the table of models, and the rows of a run."""
+"""List every section, from the workloads of the ops and from the table of models, and select the rows of a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 @cache
 def sections() -> dict[str, Section]:
     every = [OpSection(benchmark) for benchmark in BENCHMARKS] + [ModelSection(model) for model in models.MODELS]
-    order = OPS, GPU, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
+    order = OPS, GPU, MODELS, GROWTH  # What matters least comes last, as a slow machine may have no time for it.
     return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
 
 
@@ -67,7 +67,7 @@ def threads_of(setting: Setting) -> Iterator[None]:
 
 
 def fresh_step(**row: str) -> Step:
-    """A row's step with arguments of its own: what memory.py measures in a process of its own."""
+    """Return a row's step with arguments of its own, for memory.py to measure in a process of its own."""
     row = Row(**row)
     torch.set_num_threads(sections()[row.op].threads(row.setting) or torch.get_num_threads())
     return sections()[row.op].runner(row.setting).step(row.implementation)

@@ -1,4 +1,4 @@
-"""Is the answer right? Asked of every row that can be asked before it is timed. The rule is that of DESIGN.md, 'Numbers'."""
+"""Check the answers of every row, where that can be done, before it is timed. fastlm/testing.py has the rule."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,12 @@ from workloads.workload import Benchmark
 from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, allowed_error, errors_of, seeded_normal, ulp_of_largest
 from suite.device import DEVICES
 
-MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
-MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
-MOST_NUMBERS = 1 << 20  # of a latent, whose reference draws its noise in many passes: 6 s for so many on a busy core
-MOST_NUMBERS_OF_CACHE = 1 << 26  # of the keys, which the reference holds once more for each query head of a group
-SOME_QUERIES = 64  # that are checked of such a call
+# A part of a call is checked where the whole would exceed one of these.
+MOST_SCORES = 1 << 25  # The reference holds them in float64: 256 MiB, several times over.
+MOST_SECONDS = 3.0  # Of the reference in the inputs' own dtype: many CPUs compute half precision very slowly.
+MOST_NUMBERS = 1 << 20  # Of a latent: its reference draws noise in many passes, which takes a busy core 6 s for so many.
+MOST_NUMBERS_OF_CACHE = 1 << 26  # Of the keys: the reference repeats them for each query head of a group.
+SOME_QUERIES = 64  # So many queries are then checked.
 
 Results = dict[str, Tensor]
 
@@ -24,11 +25,11 @@ def outputs_of(result) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """What is checked of a call where all would be too much. It depends on nothing outside it."""
+    """The part of a call that is checked where the whole would be too much. It depends on nothing outside it."""
 
-    names: tuple[str, ...]  # of the arguments that are cut; results are cut alike
+    names: tuple[str, ...]  # the arguments that are cut; results are cut alike
     dim: int
-    whole: int  # how many there are along that dimension
+    whole: int  # the size of that dimension before the cut
     start: int
     length: int
 
@@ -40,7 +41,7 @@ class Part:
 
 
 class ErrorCheck:
-    """Of the answers to one call, whoever gives them.
+    """Tell how wrong the answers to one call are, whoever gives them.
 
     Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype.
     """
@@ -106,14 +107,13 @@ def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, part: Part
 
 
 def check_result(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
-    """One result; names that begin with "output" are held to the rule for values, others to that for gradients.
+    """Return the error of one result and what it may be, as shares of the largest golden value.
 
-    Its largest error may be twice (for gradients: three times) that of ``plain``, plus 4 ulps. Both figures are shares of the
-    largest golden value.
+    Names that begin with "output" are held to the rule for values, others to that for gradients.
     """
     golden = golden.double()
     largest = golden.abs().max().item()
-    # Noise is float32 whatever the dtype; tests hold what has none to float64's own ulps.
+    # Noise is float32 whatever the dtype. Tests hold what has none to float64's own ulps.
     ulp = max(ulp_of_largest(golden, dtype) for dtype in (actual.dtype, torch.float32))
     factor = VALUE_FACTOR if name.startswith("output") else GRADIENT_FACTOR
     return {
@@ -123,7 +123,7 @@ def check_result(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> di
 
 
 def worst(errors: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The result with the largest error, and what it is allowed; empty where nothing was errors."""
+    """Return the figures of the result with the largest error, or nothing where no result was checked."""
     return max(errors.values(), key=lambda each: each["error"], default={})
 
 
@@ -141,7 +141,8 @@ def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
     if "query" not in arguments:
         return None
     query, key = arguments["query"], arguments["key"]
-    if query.dim() == 4 and not benchmark.differentiable:  # the last ones see the same keys without the others, causal or not
+    if query.dim() == 4 and not benchmark.differentiable:
+        # The last queries see the same keys without the others, causal or not.
         queries = min(SOME_QUERIES, query.shape[2])
         return Part(("query",), 2, query.shape[2], query.shape[2] - queries, queries)
     if query.shape[1] == key.shape[1]:  # (B, H, L, D) or (total, H, D)
@@ -150,7 +151,7 @@ def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
 
 
 def _too_large(arguments: dict) -> bool:
-    """Say whether the whole is not even to be thought of."""
+    """Say whether the reference has no memory for the whole, so that it is not even tried."""
     if "mu" in arguments:
         return arguments["mu"].numel() > MOST_NUMBERS
     if "key_cache" in arguments:

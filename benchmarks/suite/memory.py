@@ -25,9 +25,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 
 
 def peak_extra_bytes(target: str, *, seconds: float = SECONDS, **arguments) -> dict:
-    """Measure the call that ``target``, "module:function", makes ready from ``arguments``; give it up after so many seconds.
+    """Measure the call that ``target``, "module:function", makes ready from ``arguments``. Give up after so many seconds.
 
-    {"bytes": peak, "result_bytes": what of it are the tensors that the call returns}; or {"why_not": reason}.
+    Return {"bytes": the peak, "result_bytes": the part of it that the call returns}, or {"why_not": the reason}.
     """
     if sys.platform != "linux":
         return {"why_not": "it is measured on Linux only"}
@@ -65,7 +65,7 @@ def serve() -> None:
     importlib.import_module("torch._dynamo")
     importlib.import_module("suite.catalog").sections()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # What a library prints is no answer.
     while line := _read_line():
         print(json.dumps(_answer(*json.loads(line))), file=answers, flush=True)
 

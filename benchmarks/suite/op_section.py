@@ -1,4 +1,4 @@
-"""A section of the report from what an op says of itself: fastlm's backends beside the peers of peers.py."""
+"""Make a section of the report from an op's `Benchmark`: fastlm's backends beside the peers of peers.py."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -12,11 +12,11 @@ from suite.check import ErrorCheck, output_gradients, outputs_of
 from suite.device import DEVICES
 from suite.rows import FASTLM, GPU, GROWTH, OPS, Cost, Filter, Setting, Step, Unavailable
 
-WORTH_MEMORY = 1 << 20  # bytes of inputs and results, from which a size of a user's own gets a row of memory
+WORTH_MEMORY = 1 << 20  # A size of a user's own gets a row of memory from so many bytes of inputs and results on.
 
 
 class OpSection:
-    """See `rows.Section`."""
+    """An op's section; see `rows.Section`."""
 
     def __init__(self, benchmark: Benchmark):
         self.benchmark = benchmark
@@ -33,7 +33,7 @@ class OpSection:
                 yield Setting(self.name, workload.name, str(dtype).removeprefix("torch."))
 
     def workload(self, name: str) -> Workload:
-        """The one of that name, or the one that sizes such as "1x8x512x64" make.
+        """Return the workload of that name, or the one that sizes such as "1x8x512x64" make.
 
         Raises:
             ValueError: it is neither.
@@ -72,20 +72,20 @@ class OpSection:
 
 
 class OpRunner:
-    """See `rows.Runner`: forward and backward are one step, or the forward alone where nothing gets a gradient."""
+    """An op's runner; see `rows.Runner`. A step is forward and backward, or the forward where nothing gets a gradient."""
 
-    flops = None  # the section's cost has them
+    flops = None  # The section's cost has them.
 
     def __init__(self, benchmark: Benchmark, arguments: dict):
         self.benchmark, self.device = benchmark, DEVICES[benchmark.device]
         self.arguments = arguments = self.device.move(arguments)
         self.leaves = {n: arguments[n].requires_grad_() for n in benchmark.differentiable if isinstance(arguments[n], Tensor)}
-        self.first: dict[str, tuple[Tensor, ...]] = {}  # results of first runs that were not checked yet
+        self.first: dict[str, tuple[Tensor, ...]] = {}  # Results of first runs wait here for their check.
         self.first_seconds: dict[str, float] = {}
-        torch.compiler.reset()  # past so many compilations of one function, dynamo gives up compiling it
+        torch.compiler.reset()  # Dynamo compiles a function only so many times.
 
     def step(self, implementation: str) -> Step:
-        """It has run once."""
+        """Return the step after its first run."""
         try:
             call = self._call(implementation)
             step = self._with_gradients(call) if self.leaves else lambda: outputs_of(call())
@@ -94,7 +94,7 @@ class OpRunner:
             self.first_seconds[implementation] = self.device.clock() - start
         except Exception as error:
             if implementation.startswith(FASTLM) and not isinstance(error, NotImplementedError):
-                raise  # a bug of ours, not something missing
+                raise  # It is a bug of ours, and nothing is missing.
             raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
         return step
 

@@ -1,4 +1,4 @@
-"""What to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
+"""List what to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
 
 import math
 from functools import partial
@@ -12,12 +12,12 @@ from workloads.workload import ON_GPU, Benchmark, Workload
 FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _HALF = (FP32, BF16, FP16)
 WINDOW = 256
-BACKWARD = 3.5  # products of a forward and backward: two and five, over the forward's two
-LONGEST_EAGER = 8192  # beyond it, the scores that eager code holds fill a machine's memory
+BACKWARD = 3.5  # A forward and backward has seven products, over the forward's two.
+LONGEST_EAGER = 8192  # Beyond this length, the scores of eager code fill a machine's memory.
 
 
 def _work(batch: int, heads: int, q_len: int, k_len: int, head_dim: int, passes: float = 1.0) -> int:
-    """Floating-point operations of the two products of the forward; a backward has five, 2.5 times as many."""
+    """Count the floating-point operations of the forward's two products, ``passes`` times."""
     return int(4 * batch * heads * q_len * k_len * head_dim * passes)
 
 
@@ -37,10 +37,11 @@ def _square(
     options: dict | None = None,
     **more,
 ) -> Workload:
-    """Queries and keys of one length; ``options`` go to the call, ``more`` to the workload."""
+    """Return a workload with queries and keys of one length. ``options`` go to the call, ``more`` to the workload."""
     options = options or {}
     shape = (batch, heads, length, head_dim)
-    numbers = 4 * math.prod(shape) if passes == 1.0 else 12 * math.prod(shape)  # q, k, v, out; with gradients, those and all
+    # The forward moves q, k, v and out. With gradients, those move again, and so do all four gradients.
+    numbers = 4 * math.prod(shape) if passes == 1.0 else 12 * math.prod(shape)
     half = 0.5 if options.get("causal") else 1.0
     return Workload(
         name or f"B{batch} H{heads} S{length}",
@@ -60,12 +61,12 @@ def _windowed(batch: int, heads: int, length: int, head_dim: int = 64, **more) -
 
 
 def _gpu_square(head_dim: int, length: int, **more) -> Workload:
-    """Sixteen thousand tokens of a model of width 2048."""
+    """Return a workload of sixteen thousand tokens of a model of width 2048."""
     return _square(16384 // length, 2048 // head_dim, length, head_dim, quick=(BF16,), memory=length == 4096, **more)
 
 
 def _decoding(batch: int, length: int, quick=_HALF, memory: bool = False) -> Workload:
-    """A step of 32 query heads over 8 heads of keys."""
+    """Return a step of decoding, with 32 query heads over 8 heads of keys."""
     heads, kv_heads, head_dim = 32, 8, 128
 
     def make(dtype) -> dict:
@@ -82,7 +83,7 @@ def _decoding(batch: int, length: int, quick=_HALF, memory: bool = False) -> Wor
 
 
 def _ragged(sequences: int, longest: int, quick=(FP32, BF16)) -> Workload:
-    """Sequences of lengths that are spread evenly, packed."""
+    """Return a workload of packed sequences, whose lengths are spread evenly."""
     lengths = [max(1, longest * (i + 1) // sequences) for i in range(sequences)]
     total, heads, head_dim = sum(lengths), 8, 64
 
@@ -101,7 +102,7 @@ def _on_threads(threads: int) -> Workload:
 
 
 def _doubling(most: int) -> list[int]:
-    """1, 2, 4, ... and the last one ``most``."""
+    """Return 1, 2, 4, ... and ``most`` as the last one."""
     return [*(1 << i for i in range((most - 1).bit_length())), most]
 
 

@@ -1,4 +1,4 @@
-"""What to time of the Gaussian latent."""
+"""List what to time of the Gaussian latent."""
 
 from functools import partial
 
@@ -9,8 +9,9 @@ from fastlm.testing import FLOATS, seeded_normal
 from workloads.workload import ON_GPU, Benchmark, Workload
 
 _PARAMETERS = "mu", "logvar"
-FORWARD, BOTH = 3, 8  # of each dtype's numbers an element: mu, logvar -> z; then mu, logvar, grad_z -> grad_mu, grad_logvar
-_HALF = 1 << 20, 1 << 22  # elements for which half precision is worth a row, and memory for the first
+# Numbers that an element moves: mu, logvar -> z in the forward; then mu, logvar, grad_z -> grad_mu, grad_logvar.
+FORWARD, BOTH = 3, 8
+_HALF = 1 << 20, 1 << 22  # Half precision is worth a row for so many elements, and memory for the first.
 
 
 def _workload(rows: int, columns: int, quick: bool = True, numbers: int = BOTH, half: bool | None = None) -> Workload:

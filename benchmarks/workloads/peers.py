@@ -1,4 +1,4 @@
-"""What a user would write or pick instead of fastlm's functions, by the names that the ops' benchmarks give them.
+"""Define what a user would write or pick instead of fastlm's functions, by the names that the ops' benchmarks give them.
 
 Each peer takes the keyword arguments of the function that it stands in for, gets ready (compiles, builds a graph, lays its
 inputs out as it likes them) and returns the call that is timed. It raises where it is not installed or does not do the call.
@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile starts no workers, to be busy beside what is timed
+# With one thread, torch.compile starts no workers that are busy beside what is timed.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
 def _as_is(function: Callable) -> Callable[..., Call]:
-    """A peer that needs no preparation."""
+    """Return a function as a peer that needs no preparation."""
     return lambda **arguments: partial(function, **arguments)
 
 
 def _compiled(function: Callable) -> Callable[..., Call]:
-    """The same under torch.compile, for these shapes alone, as in a program that has one."""
+    """Return the same under torch.compile, for these shapes alone, as in a program that has one."""
     return lambda **arguments: partial(torch.compile(function, dynamic=False), **arguments)
 
 
@@ -76,7 +77,7 @@ def _eager_compiled(**arguments) -> Call:
 
 
 def _flex_attention(query, key, value, causal: bool = False, window=None) -> Call:
-    """FlexAttention compiled for one length. On CPUs it has no backward."""
+    """Compile FlexAttention for one length. On CPUs it has no backward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(batch, head, row, column):
@@ -90,7 +91,7 @@ def _flex_attention(query, key, value, causal: bool = False, window=None) -> Cal
 
 
 def _flash_attn(query, key, value, causal: bool = False) -> Call:
-    """flash-attn, which takes (B, L, H, D)."""
+    """Prepare flash-attn, which takes (B, L, H, D)."""
     from flash_attn import flash_attn_func
 
     tensors = [t.transpose(1, 2) for t in (query, key, value)]
@@ -98,7 +99,7 @@ def _flash_attn(query, key, value, causal: bool = False) -> Call:
 
 
 def _xformers(query, key, value, causal: bool = False) -> Call:
-    """xformers' attention, which takes (B, L, H, D)."""
+    """Prepare xformers' attention, which takes (B, L, H, D)."""
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     tensors, bias = [t.transpose(1, 2) for t in (query, key, value)], LowerTriangularMask() if causal else None
@@ -106,7 +107,7 @@ def _xformers(query, key, value, causal: bool = False) -> Call:
 
 
 def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
-    """ONNX Runtime's fused MultiHeadAttention, which takes (B, L, H * D); inputs and output are bound where they lie."""
+    """Prepare ONNX Runtime's fused MultiHeadAttention, which takes (B, L, H * D). Its tensors are bound where they lie."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -123,7 +124,8 @@ def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
-    settings.add_session_config_entry("session.force_spinning_stop", "1")  # it would go on spinning while others are timed
+    # Its threads would go on spinning while others are timed.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for name, tensor in inputs.items():
@@ -134,12 +136,12 @@ def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
         session.run_with_iobinding(binding)
         return out.view(batch, length, heads, -1).transpose(1, 2)
 
-    call.keeps = inputs  # the binding holds addresses alone
+    call.keeps = inputs  # The binding holds addresses alone.
     return call
 
 
 def _jax(query, key, value, causal: bool = False, window=None) -> Call:
-    """jax.nn.dot_product_attention, which takes (B, L, H, D), compiled by XLA."""
+    """Compile jax.nn.dot_product_attention, which takes (B, L, H, D), by XLA."""
     import jax
 
     query, key, value = (jax.dlpack.from_dlpack(t.transpose(1, 2).contiguous()) for t in (query, key, value))
@@ -162,7 +164,7 @@ def _eager_of_cache(query, key_cache, value_cache, cache_seqlens) -> Tensor:
 
 
 def _sdpa_each(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
-    """A call for each sequence."""
+    """Call SDPA once for each sequence."""
     bounds = cu_seqlens_q.tolist()
     outs = []
     for begin, end in zip(bounds, bounds[1:]):
@@ -172,7 +174,7 @@ def _sdpa_each(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
 
 
 def _sdpa_padded(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
-    """One call on sequences padded to the longest, and back. Causal: no query sees what was padded behind it."""
+    """Pad the sequences to the longest, call SDPA once, and unpad. Causal queries do not see the padding behind them."""
     lengths = cu_seqlens_q.diff().long()
     row = torch.arange(int(lengths.max()))
     real = row < lengths[:, None]  # (B, L)

@@ -1,4 +1,4 @@
-"""The devices of the benchmarks: how each measures time and memory, and the sections of a GPU with a CPU in its place."""
+"""Test how each device of the benchmarks measures time and memory, and a GPU's sections with a CPU in its place."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,4 +1,4 @@
-"""What bounds a run: its budget of time, a peak that ends by the clock, a log that moves, and processes that end with it."""
+"""Test what bounds a run: its budget of time, a peak that ends by the clock, a log that moves, and processes that end."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def test_a_measurement_of_something_slow_ends_after_one_run(monkeypatch):
 
 
 def run_of(call_seconds: list[float], seconds: float | None) -> tuple[float, list[int]]:
-    """Time settings of one implementation whose calls take so long; the seconds in all, and each one's calls."""
+    """Time settings of one implementation whose calls take so long. Return the seconds in all, and each one's calls."""
     clock = Clock()
     budget = Budget(seconds, clock)
     budget.plan({setting: 1 for setting in range(len(call_seconds))})
@@ -99,7 +99,7 @@ def test_one_slow_setting_leaves_time_for_the_others():
 
 
 def test_the_settings_behind_keep_most_of_what_they_were_to_have():
-    """However slow those in front are: 10 s each at first, of which three quarters are kept."""
+    """However slow those in front are, three quarters of 10 s are kept for each behind."""
     clock = Clock()
     budget = Budget(100.0, clock)
     budget.plan({setting: 1 for setting in range(10)})
@@ -111,7 +111,7 @@ def test_the_settings_behind_keep_most_of_what_they_were_to_have():
 
 
 def test_settings_are_left_out_so_that_those_behind_them_have_their_turn():
-    """Ten models of 20 s each, then forty ops of 1 s: not the models alone."""
+    """Ten models of 20 s each are followed by forty ops of 1 s. Not the models alone may run."""
     clock = Clock()
     budget = Budget(200.0, clock)
     budget.plan({("model", i): 10 for i in range(10)} | {("op", i): 2 for i in range(40)})
@@ -209,7 +209,7 @@ def test_a_wrong_answer_is_told_where_there_is_no_time_to_repeat_it(row_of):
 
 
 def test_rows_that_were_not_reached_are_in_the_journal_with_the_reason(tmp_path):
-    """In a process of its own, as a run within a run is not for pytest."""
+    """The run has a process of its own, as pytest cannot run within a run."""
     path = tmp_path / "bench.jsonl"
     code = (
         "from pathlib import Path; from suite.budget import Budget; from suite.journal import Journal\n"
@@ -281,7 +281,7 @@ def test_a_log_gets_no_such_line_where_something_is_printed_often_enough():
 
 
 def gone(pid: int) -> bool:
-    """Whether the process has ended, be it that its parent has not asked for its exit code."""
+    """Say whether the process has ended, even if its parent has not asked for its exit code."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -289,7 +289,7 @@ def gone(pid: int) -> bool:
 
 
 def until(condition) -> bool:
-    """Wait until the condition holds; whether it did before a time that only a hang takes."""
+    """Wait until the condition holds. Return whether it did before a time that only a hang takes."""
     end = time.monotonic() + HANG
     while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The benchmarks' rows, and runs of them: what is asked for, what is missing, what is wrong, and what is interrupted."""
+"""Test the benchmarks' rows, and runs of them: what is asked for, missing, wrong, and interrupted."""
 
 import copy
 import json
@@ -72,7 +72,7 @@ def test_sizes_of_ones_own():
 
 @pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if not b.name.startswith("growth")])
 def test_peers_compute_what_fastlm_does(name):
-    """At the smallest size. Of a latent the noise is the peer's own; there fastlm alone is checked."""
+    """Check each at the smallest size. A latent's peers draw their own noise, so fastlm alone is checked there."""
     benchmark = BENCHMARKS[name]
     numbers = SMALL.get(benchmark.sizes, (2, 70))
     runner = OpRunner(benchmark, benchmark.sized(*numbers).make(torch.float32))
@@ -134,7 +134,7 @@ def test_of_a_large_call_the_last_queries_are_checked(name, monkeypatch):
     ],
 )
 def test_of_a_slow_call_a_part_is_checked(name, sizes, whole, part, monkeypatch):
-    """Its results and gradients are the whole call's."""
+    """The part's results and gradients are the whole call's."""
     benchmark = BENCHMARKS[name]
     runner = OpRunner(benchmark, benchmark.sized(*sizes).make(torch.bfloat16))
     assert runner.error_check.golden["output 0"].shape == whole
@@ -237,7 +237,7 @@ def test_operations_of_a_model_are_counted_attention_and_its_backward_included()
 
 
 def test_the_text_vae_is_the_same_model_before_and_on_kernels():
-    """The same loss of the posterior's mean, the same texts; each with its own latent, neither with the other's."""
+    """Both have the same loss of the posterior's mean and the same texts, and each has its own latent."""
     torch.manual_seed(0)
     mu, logvar = torch.randn(4000, 3), torch.randn(4000, 3)
     z, kl = eager_latent(mu, logvar)
@@ -282,7 +282,7 @@ def test_memory_is_measured_in_a_process_of_its_own_and_a_failure_or_a_crash_is_
 
 
 def takes(megabytes: int, returned: int):
-    """A call that takes so much and gives it back, and so much that it returns."""
+    """Return a call that allocates and frees so many megabytes, and returns so many."""
 
     def call():
         taken, result = torch.ones(megabytes << 18), torch.ones(returned << 18)  # float32
@@ -338,7 +338,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def main(monkeypatch, *arguments: str) -> int:
-    """The command in this process: where it measures nothing."""
+    """Run the command in this process, where it measures nothing."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     return benchmark_run.main()
 
@@ -366,7 +366,7 @@ def test_a_run_from_the_command_to_the_report_and_to_a_comparison(tmp_path, monk
 
 
 def test_a_killed_run_is_gone_on_with(tmp_path):
-    """Killed once a setting is finished; what it had is not measured again."""
+    """The run is killed once a setting is finished. What it had is not measured again."""
     arguments = (TINY, "--sizes", ",".join(f"1x1x{16 * i}x16" for i in range(1, 5)), "--out", str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     journal = tmp_path / "bench.jsonl"

@@ -1,4 +1,4 @@
-"""What tests of integrations share: proof that fastlm's ops ran, and the oracle's rule with a library's own code as plain."""
+"""Prove in tests of integrations that fastlm's ops ran, and hold them to the rule with a library's own code as plain."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastlm.testing import (
 
 
 class Ops(TorchDispatchMode):
-    """``with Ops() as ops`` notes every torch op that runs inside: ``ops.all``, and of them ``ops.fastlm``, ours, in order."""
+    """Note every torch op that runs in a ``with`` block, in order: ``all``, and of them our own, ``fastlm``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class Ops(TorchDispatchMode):
 def assert_held(
     actual: dict[str, Tensor], plain: dict[str, Tensor], golden: dict[str, Tensor], nudged: dict[str, Tensor] | None = None
 ) -> None:
-    """Each result is as good as ``plain``, the library's own in the same dtype; ``golden`` is its own in float64.
+    """Assert that each result is as good as ``plain``, the library's own in the same dtype. ``golden`` is its own in float64.
 
     A name that starts with "gradient" has the factor of gradients. The dtypes of actual and plain may differ: a KL is float32.
-    nudged: golden with its inputs off by an ulp, where plain may be right by luck alone, as in a deep model (see `oracle`).
+    ``nudged`` is golden with its inputs off by an ulp, where plain may be right by luck alone, as in a deep model (`oracle`).
     """
     assert actual.keys() == plain.keys() == golden.keys()
     for what in golden:
@@ -48,6 +48,6 @@ def assert_held(
 
 
 def off_by_an_ulp(tensor: Tensor, seed: int) -> Tensor:
-    """float32 numbers in float64, each off by an ulp, up or down."""
+    """Return float32 numbers in float64, each off by an ulp, up or down."""
     signs = seeded_normal(seed, tensor.shape, torch.float64).sign()
     return tensor.double() * (1 + torch.finfo(torch.float32).eps * signs)
