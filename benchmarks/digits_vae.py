@@ -1,4 +1,4 @@
-"""The worked example as a program; what it does stands in digits/vae.py, its options in ``--help``."""
+"""Run the worked example. digits/vae.py says what it does, ``--help`` has its options."""
 
 from digits.vae import main
 

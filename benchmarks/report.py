@@ -1,4 +1,4 @@
-"""Writes the report of a run again, without measuring again.
+"""Write the report of a run again, without measuring again.
 
 python benchmarks/report.py [build/bench]            # report.html and report.md, beside the run's bench.json
 python benchmarks/report.py build/bench --publish    # and put it into the repository: RESULTS.md, with its pictures

@@ -1,4 +1,4 @@
-"""The main job, `make bench` or `fastlm bench`: check, time and measure each op and model, train the digits VAE, and report.
+"""Run the main job, `make bench` or `fastlm bench`: check, time and measure each op and model, train the digits VAE, report.
 
     fastlm bench                                             # at most twelve minutes on two cores, on slow ones with fewer rows
     fastlm bench --full                                      # the long sizes and every dtype too
@@ -17,30 +17,29 @@ from pathlib import Path
 
 import torch
 from digits.compare_latents import run_digits
-from gpu import attention as bench_gpu
-from gpu import latent as bench_gpu_latent
 from report import DEFAULT_OUT, RUN, compare, warning, write_report
-from report.tables import listed
 from rich.console import Console
 from suite import machine
 from suite.budget import Budget
 from suite.catalog import rows_of, sections, settings
+from suite.device import CUDA
 from suite.journal import Journal
 from suite.memory import SECONDS, peak_extra_bytes
-from suite.rows import Row, Selection
+from suite.rows import Filter, Row
 from suite.terminal import Activity
 from suite.timing import benchmark_json, time_rows
 from suite.units import size
+from workloads.workload import ON_GPU
 
-from fastlm.backend import cuda as cuda_kernels
 from fastlm.backend import triton as triton_kernels
 
-LOG_WIDTH = 128  # where the output is no terminal
-ONCE = "machine", "digits", "gpu", "gpu_latent", "predictions"  # steps of one row each
-PARTS = "ops", "digits", "gpu"
-RUN_SECONDS = 640.0  # of a whole run, without the interpreter's start and the report, so that it ends within twelve minutes
-LEAST = 8.0  # seconds of a row's memory
-AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # seconds that are kept for what follows
+LOG_WIDTH = 128  # The output has so many columns where it is no terminal.
+ONCE = "machine", "digits", "predictions"  # These steps have one row each.
+PARTS = {"ops": ("rows",), "digits": ("digits",), "gpu": ("predictions",)}  # what --only runs, without a GPU's rows
+EVERYTHING = "rows", "digits", "predictions"
+RUN_SECONDS = 640.0  # A whole run takes so many before its report, and so ends within twelve minutes.
+LEAST = 8.0  # The memory of a row is measured for so many seconds at least.
+AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # So many seconds are kept for what follows.
 
 
 def main() -> int:
@@ -81,16 +80,17 @@ def parse_options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Measure what was asked for, and report it; 1 where an answer was wrong."""
-    selection = Selection(options.full, options.op, tuple(filter(None, options.sizes.split(","))))
-    settings(selection)  # raises where there is no such section or size, before anything is measured
-    parts = ("ops",) if options.op else (options.only,) if options.only else PARTS
+    """Measure what was asked for and report it. Return 1 where an answer was wrong, else 0."""
+    gpu_alone = options.only == "gpu" and CUDA.available()
+    row_filter = Filter(options.full, ON_GPU if gpu_alone else options.op, tuple(filter(None, options.sizes.split(","))))
+    settings(row_filter)  # It raises where there is no such section or size, before anything is measured.
+    parts = ("rows",) if options.op else ("rows", "predictions") if gpu_alone else PARTS.get(options.only, EVERYTHING)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    what = {"op": selection.only, "sizes": selection.sizes, "full": selection.full, "parts": parts}
+    what = {"op": row_filter.only, "sizes": row_filter.sizes, "full": row_filter.full, "parts": parts}
     journal = Journal(out / "bench.jsonl", what | {"commit": machine.commit(), "torch": torch.__version__}, options.resume)
-    limit = None if selection.full or selection.only else RUN_SECONDS
-    right = measure(journal, selection, parts, console, out, Budget(limit))
+    limit = None if options.full or options.op else RUN_SECONDS
+    right = measure(journal, row_filter, parts, console, out, Budget(limit))
     console.rule("Report")
     content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
     content["machine"] |= machine.best_peaks(journal.of("peaks"))
@@ -109,10 +109,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return 0 if right else 1
 
 
-def measure(
-    journal: Journal, selection: Selection, parts: tuple[str, ...], console: Console, out: Path, budget: Budget
-) -> bool:
-    """Take every step that the journal does not have yet; return whether all answers were right."""
+def measure(journal: Journal, row_filter: Filter, parts: tuple[str, ...], console: Console, out: Path, budget: Budget) -> bool:
+    """Take every step that the journal does not have yet. Return whether all answers were right."""
     console.rule("The machine")
     description = journal.once("machine", machine.describe)
     peaks = journal.once("peaks", lambda: machine.peaks(console))
@@ -121,31 +119,29 @@ def measure(
         f"{peaks['peak_gflop_s']['float32']} GFLOP/s"
     )
     right = True
-    if "ops" in parts:
+    if "rows" in parts:
         console.rule("Is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
-            right &= time_rows(journal, selection, budget.before(AFTER_ROWS))
+            right &= time_rows(journal, row_filter, budget.before(AFTER_ROWS))
         journal.add("others_share", others.share or 0.0)
         journal.add("peaks", machine.peaks(console))
         console.rule("Peak extra memory")
-        measure_memory(journal, selection, console, budget.before(AFTER_MEMORY))
+        measure_memory(journal, row_filter, console, budget.before(AFTER_MEMORY))
     if "digits" in parts:
         console.rule("Digits VAE: fused and eager")
         with Activity(console, 1, bar=False) as activity:
             right &= journal.once("digits", lambda: run_digits(activity, out))["agreement"]["agree"]
-    if "gpu" in parts:
+    if "predictions" in parts:
         console.rule("GPU kernels")
         journal.once("predictions", lambda: predict(console, budget))
-        if torch.cuda.is_available():
-            measure_gpu(journal, console)
     return right
 
 
-def measure_memory(journal: Journal, selection: Selection, console: Console, budget: Budget) -> None:
+def measure_memory(journal: Journal, row_filter: Filter, console: Console, budget: Budget) -> None:
     """Measure the peak extra memory of the settings that are worth it, each row in a process of its own."""
-    worth = [setting for setting in settings(selection) if sections()[setting.op].has_memory(setting)]
+    worth = [setting for setting in settings(row_filter) if sections()[setting.op].has_memory(setting)]
     done = {Row(*(row[name] for name in Row._fields)) for row in journal.of("memory")}
-    rows = [row for setting in worth for row in rows_of(setting, selection.full) if row not in done]
+    rows = [row for setting in worth for row in rows_of(setting, row_filter.full) if row not in done]
     budget.plan(dict.fromkeys(rows, 1))
     left_out = 0
     with Activity(console, len(rows)) as activity:
@@ -167,25 +163,13 @@ def measure_memory(journal: Journal, selection: Selection, console: Console, bud
         console.print(f"  {left_out} more rows: {budget.why_not('them')}", highlight=False, soft_wrap=True)
 
 
-def measure_gpu(journal: Journal, console: Console) -> None:
-    """Attention, and the latent where this build has its CUDA kernels."""
-    rows = journal.once("gpu", bench_gpu.run)
-    console.print(listed("Attention on this GPU, cold cache, medians", bench_gpu.HEADER, map(bench_gpu.cells, rows)))
-    if reason := cuda_kernels.unavailable(torch.cuda.current_device()):
-        console.print(f"  the latent: {reason}")
-    else:
-        rows = journal.once("gpu_latent", bench_gpu_latent.run)
-        cells = [bench_gpu_latent.cells(row, rows) for row in rows]
-        console.print(listed("The latent on this GPU, cold cache, medians", bench_gpu_latent.HEADER, cells))
-
-
 def predict(console: Console, budget: Budget) -> dict:
-    """Tell what the machine code of the Triton kernels lets expect of GPUs; no GPU is needed, and none is measured."""
+    """Predict the speed of the Triton kernels on GPUs from their machine code. No GPU is needed, and none is measured."""
     if triton_kernels.NOT_INSTALLED:
         return {"why_not": triton_kernels.NOT_INSTALLED}
     if budget.left <= 0:
         return {"why_not": budget.why_not("them")}
-    from gpu import roofline  # imports Triton
+    from gpu import roofline  # This imports Triton.
 
     variants = roofline.default_variants(roofline.DEFAULT_GPUS)
     with Activity(console, len(variants)) as activity:
@@ -203,7 +187,7 @@ def predict(console: Console, budget: Budget) -> dict:
 
 
 def command_of(options: argparse.Namespace) -> str:
-    """What a reader types to have these figures of their own machine."""
+    """Return what a reader types to have these figures of their own machine."""
     words = ["fastlm bench"]
     words += [f'"{options.op}"'] if options.op else []
     words += [f"--sizes {options.sizes}"] if options.sizes else []

@@ -1,10 +1,70 @@
-"""What tests and benchmarks of fastlm share, for use on kernels of one's own too. It imports torch only."""
+"""Inputs and the rule of errors for tests and benchmarks of fastlm, and of kernels of one's own. It imports torch only.
+
+The rule: *golden* is the reference in float64 on the very same inputs, *plain* the reference in the inputs' own dtype, which is
+what plain PyTorch gets. A result may be wrong by a small factor of what plain is, plus a few ulps of the largest golden value.
+"""
+
+import math
 
 import torch
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VALUE_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+ULPS = 4
 
 
-def seeded_normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Normals for a test or a benchmark, the same in every run; drawn in float64, so that dtypes differ by rounding alone."""
+def seeded_normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Draw normals that are the same in every run. They are drawn in float64, so that dtypes differ by rounding alone."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def ulp_of_largest(values: Tensor, dtype: torch.dtype) -> float:
+    """Return the distance between neighbours of ``dtype`` at the largest finite magnitude of ``values``."""
+    finite = values[values.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    info = torch.finfo(dtype)
+    return max(math.ldexp(info.eps, math.frexp(largest)[1] - 1), info.smallest_normal * info.eps)
+
+
+def worst_error(actual: Tensor, golden: Tensor) -> float:
+    """Return the largest difference where both are finite."""
+    difference = (actual.double() - golden.double()).abs()
+    finite = difference[difference.isfinite()]
+    return finite.max().item() if finite.numel() else 0.0
+
+
+def errors_of(actual: Tensor, golden: Tensor) -> Tensor:
+    """Return the error of each element in float64; infinite where a NaN or an infinity is out of place.
+
+    They must stand exactly where the golden answer, rounded to the dtype of ``actual``, has them.
+    """
+    rounded, actual, golden = golden.detach().to(actual.dtype).double(), actual.detach().double(), golden.detach().double()
+    in_place = (actual == rounded) | (actual.isnan() & rounded.isnan())
+    special = torch.where(in_place, 0.0, math.inf).to(actual)
+    return torch.where(actual.isfinite() & rounded.isfinite(), (actual - golden).abs(), special)
+
+
+def allowed_error(plain: Tensor, golden: Tensor, factor: float, slack: float) -> float:
+    """Return ``factor`` times the error of ``plain``, plus a few times ``slack``, an ulp of the largest value."""
+    return factor * worst_error(plain, golden) + ULPS * slack
+
+
+def assert_within(actual: Tensor, golden: Tensor, allowed: float, what: str = "the result") -> None:
+    """Assert that every element of ``actual`` is wrong by at most ``allowed``, and that NaN and infinities are in place."""
+    assert actual.shape == golden.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
+    errors = errors_of(actual, golden)
+    at = ((errors > allowed) | errors.isinf()).nonzero()
+    assert not len(at), (
+        f"{what}: {len(at)} of {errors.numel()} are wrong by more than {allowed:.3g}, the first, at {at[0].tolist()}, "
+        f"{actual[tuple(at[0])]} where golden is {golden[tuple(at[0])]}; the worst by {errors.max():.3g}"
+    )
+
+
+def assert_as_good_as_plain(
+    actual: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "the result", slack: float | None = None
+) -> None:
+    """Assert that ``actual`` is wrong by at most the `allowed_error`, where ``slack`` is an ulp of golden's largest value."""
+    assert actual.dtype == plain.dtype, f"{what} is {actual.dtype}, not {plain.dtype}"
+    slack = ulp_of_largest(golden, actual.dtype) if slack is None else slack
+    assert_within(actual, golden, allowed_error(plain, golden, factor, slack), what)

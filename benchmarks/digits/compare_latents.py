@@ -1,4 +1,4 @@
-"""The digits VAE with the fused and with the eager latent: the same training? at which speed, and in how much memory?"""
+"""Compare the digits VAE with the fused and with the eager latent: their trainings, their speed, and their memory."""
 
 import statistics
 import time
@@ -13,24 +13,24 @@ from torch import Tensor
 
 from digits.data import load_digits
 from digits.vae import BATCH, EPOCHS, LATENTS, evaluate, new_model, optimizer_of, picture, save_and_load, train, train_step
+from fastlm.testing import GRADIENT_FACTOR, allowed_error, errors_of, ulp_of_largest
 
 SEED = 0
 FIRST_STEPS = 50
-FACTOR, ULPS = 3.0, 4  # DESIGN.md, 'Numbers', for gradients: a training is made of them
 EPOCH_TOLERANCE = 0.01
 TIMED_STEPS = 500
 TRAININGS = {"float64": ("eager", torch.float64), "eager": ("eager", torch.float32), "fused": ("fused", torch.float32)}
 
 
 def run_digits(activity: Activity, out: Path) -> dict:
-    """Train both; return what the report says of them, and leave digits.png in ``out``."""
+    """Train both, return what the report says of them, and leave digits.png in ``out``."""
 
     def begin(text: str) -> None:
         activity.print(f"  {text}")
         activity.say(text)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a network this small gains nothing from more
+    torch.set_num_threads(1)  # A network this small gains nothing from more.
     digits = load_digits("digits")
     curves, tests, models = {}, {}, {}
     for name, (latent, dtype) in TRAININGS.items():
@@ -57,7 +57,7 @@ def run_digits(activity: Activity, out: Path) -> dict:
 
 
 def agreement(curves: dict[str, list[float]], steps_per_epoch: int) -> dict:
-    """Do the loss curves of one seed and one noise agree?
+    """Check whether the loss curves of one seed and one noise agree.
 
     At first, rounding is all that can part them: the fused curve may stray from the float64 one three times as far as the eager
     one does, plus 4 ulps of the largest loss. Later a training is chaotic, as rounding errors turn units of the network on and
@@ -65,9 +65,10 @@ def agreement(curves: dict[str, list[float]], steps_per_epoch: int) -> dict:
     float64 were seen to differ.
     """
     fused, eager, golden = (torch.tensor(curves[name], dtype=torch.float64) for name in ("fused", "eager", "float64"))
-    error = (fused - golden)[:FIRST_STEPS].abs().max().item()
-    ulp = torch.finfo(torch.float32).eps * golden[:FIRST_STEPS].max().item()
-    allowed = FACTOR * (eager - golden)[:FIRST_STEPS].abs().max().item() + ULPS * ulp
+    first = slice(FIRST_STEPS)
+    ulp = ulp_of_largest(golden[first], torch.float32)
+    allowed = allowed_error(eager[first], golden[first], GRADIENT_FACTOR, ulp)  # A training is made of gradients.
+    error = errors_of(fused[first], golden[first]).max().item()
     means = [curve.unfold(0, steps_per_epoch, steps_per_epoch).mean(dim=1) for curve in (fused, eager)]
     apart = ((means[0] - means[1]).abs() / means[1]).max().item()
     return {
@@ -81,7 +82,7 @@ def agreement(curves: dict[str, list[float]], steps_per_epoch: int) -> dict:
 
 
 def speeds(images: Tensor) -> dict[str, float]:
-    """Steps per second of a batch, each latent drawing noise in its own usual way; step by step in turn, by the median."""
+    """Return steps per second of a batch, by the median of steps taken in turn. Each latent draws noise its usual way."""
     steps = {latent: _step(latent, images[:BATCH]) for latent in LATENTS}
     seconds = {latent: [] for latent in LATENTS}
     for _ in range(TIMED_STEPS):
@@ -98,5 +99,5 @@ def _step(latent: str, x: Tensor) -> Callable[[], float]:
 
 
 def whole_step(latent: str) -> Callable[[], float]:
-    """A step on all training images at once, for memory.py: with BATCH of them, the latent is too small to see."""
+    """Return a step on all training images at once, for memory.py. With BATCH of them the latent is too small to see."""
     return _step(latent, load_digits("digits").train)

@@ -1,4 +1,4 @@
-"""Handwritten digits as numbers in [0, 1]: the 8 x 8 ones that scikit-learn ships, or MNIST."""
+"""Load handwritten digits as numbers in [0, 1]: the 8 x 8 ones that scikit-learn ships, or MNIST."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ class Digits:
 
 
 def load_digits(name: str) -> Digits:
-    """``name`` is 'digits' (embedded, 1,437 + 360 images) or 'mnist' (downloaded by torchvision, 60,000 + 10,000)."""
+    """Load 'digits' (embedded, 1,437 + 360 images) or 'mnist' (downloaded by torchvision, 60,000 + 10,000)."""
     return {"digits": _embedded, "mnist": _mnist}[name]()
 
 

@@ -1,4 +1,4 @@
-"""A picture of digits."""
+"""Draw pictures of digits."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def draw_digits(path: Path, rows: dict[str, Tensor], side: int, width: int) -> None:
-    """``rows`` of images (N, side * side) in [0, 1] under their titles, ``width`` to a line, dark ink on white."""
+    """Draw ``rows`` of images (N, side * side) in [0, 1] under their titles, ``width`` to a line, dark ink on white."""
     heights = [-(-len(images) // width) for images in rows.values()]
     figure = new_figure(0.6 * width, 0.6 * sum(heights) + 0.35 * len(rows))
     axes = figure.subplots(len(rows), height_ratios=heights)
@@ -20,7 +20,7 @@ def draw_digits(path: Path, rows: dict[str, Tensor], side: int, width: int) -> N
 
 
 def _tiles(images: Tensor, side: int, width: int) -> Tensor:
-    """(N, side * side) -> one image of ceil(N / width) x width tiles, each with a white frame."""
+    """Join images (N, side * side) into one of ceil(N / width) x width tiles, each with a white frame."""
     frame = max(1, side // 16)
     height, tile = -(-len(images) // width), side + 2 * frame
     tiles = torch.zeros(height * width, tile, tile)

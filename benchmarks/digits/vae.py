@@ -1,11 +1,12 @@
-"""A variational autoencoder of handwritten digits: trained, saved, loaded again, and sampled into a picture.
+"""Train a variational autoencoder of handwritten digits, save and load it, and draw samples of it.
 
     python benchmarks/digits_vae.py                        # 8 x 8 digits that come with scikit-learn: about ten seconds
     python benchmarks/digits_vae.py --data mnist           # 28 x 28, the network 784 -> 64 -> 2 * 100 -> 64 -> 784
     python benchmarks/digits_vae.py --latent eager         # the same model in plain PyTorch
 
 The stochastic layer is `fastlm.nn.GaussianLatent`; that one line is all a VAE needs to use the fused kernel. The network is
-that of an example copied all over the web, three of whose mistakes are put right here; look for "Often wrong" in the comments.
+that of an example copied all over the web, three of whose mistakes are put right: look for "Often wrong" in the comments, here
+and in workloads/peers.py.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from workloads.peers import eager_latent
 
 from digits.data import Digits, load_digits
 from digits.plot import draw_digits
@@ -29,20 +31,16 @@ HIDDEN, LATENT = 64, 100
 BATCH, LEARNING_RATE = 128, 3e-3
 EPOCHS = {"digits": 300, "mnist": 20}
 COLUMNS = TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"), TimeElapsedColumn()
-PICTURE_WIDTH = 16  # digits in a row of the picture
+PICTURE_WIDTH = 16  # digits to a row of the picture
 
 
 class EagerLatent(GaussianLatent):
-    """The same layer as people write it, in plain PyTorch; with a ``seed``, of the very noise that the fused layer draws."""
+    """The same layer as people write it, in plain PyTorch. With a ``seed``, it draws the very noise of the fused layer."""
 
     def forward(self, x: Tensor, *, seed: int | None = None) -> tuple[Tensor, Tensor]:
         mu, logvar = self.parameters_of(x)
-        eps = torch.randn_like(mu) if seed is None else noise.normal(mu.shape, seed=seed).to(mu.dtype)
-        z = mu + torch.exp(0.5 * logvar) * eps
-        # Often wrong: the last term is the variance, exp(logvar). Without the exp, logvar cancels out of the sum, and nothing
-        # keeps the posterior's width near the prior's.
-        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
-        return z, kl
+        eps = None if seed is None else noise.normal(mu.shape, seed=seed).to(mu.dtype)
+        return eager_latent(mu, logvar, eps=eps)
 
 
 LATENTS = {"fused": GaussianLatent, "eager": EagerLatent}
@@ -58,40 +56,40 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(LATENT, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, pixels))
 
     def forward(self, x: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images (N, pixels) in [0, 1] -> logits of their reconstructions (N, pixels), and the latents' KL (N,) in nats."""
+        """Return logits of the reconstructions (N, pixels) of images (N, pixels) in [0, 1], and their KL (N,) in nats."""
         z, kl = self.latent(self.encoder(x), seed=seed)
         return self.decoder(z), kl
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Decode the posterior's mean: no noise."""
+        """Decode the posterior's mean, without noise."""
         return torch.sigmoid(self.decoder(self.latent.mode(self.encoder(x))))
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """New digits: decode draws from the prior N(0, 1)."""
+        """Make new digits by decoding draws from the prior N(0, 1)."""
         return torch.sigmoid(self.decoder(torch.randn(count, LATENT, generator=generator)))
 
 
 def new_model(pixels: int, latent: str, seed: int) -> VAE:
-    """A VAE with its first weights; those depend on the ``seed`` alone, not on the kind of latent."""
+    """Return a VAE with its first weights, which depend on the ``seed`` alone and not on the kind of latent."""
     torch.manual_seed(seed)
     return VAE(pixels, LATENTS[latent])
 
 
 def loss_of(logits: Tensor, x: Tensor, kl: Tensor) -> Tensor:
-    """The negative evidence lower bound in nats per image: reconstruction plus KL divergence, averaged over the batch.
+    """Return the negative evidence lower bound in nats per image: reconstruction plus KL, averaged over the batch.
 
     Often wrong: binary_cross_entropy with its default reduction averages over pixels as well. Added to a KL summed over
     everything, it weighs next to nothing, and the model learns to ignore its input. Both terms are sums per image here.
     """
     reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=-1)
-    # Often wrong: pixels normalised to [-1, 1]. Cross-entropy needs targets in [0, 1], the sigmoid's range; see digits_data.
+    # Often wrong: pixels normalised to [-1, 1]. Cross-entropy needs targets in [0, 1], the sigmoid's range; see data.py.
     return (reconstruction + kl).mean()
 
 
 def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, seed: int | None = None) -> float:
-    """One step of gradient descent on the images ``x`` (N, pixels); the loss. ``seed`` fixes the noise of the step."""
+    """Take a step of gradient descent on images ``x`` (N, pixels), return the loss. ``seed`` fixes the step's noise."""
     logits, kl = model(x, seed)
     loss = loss_of(logits, x, kl)
     optimizer.zero_grad()
@@ -102,7 +100,7 @@ def train_step(model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, seed: in
 
 @dataclass
 class History:
-    """What a training was like: of each step, the loss in nats per image, and how long it took."""
+    """The loss in nats per image and the seconds of each step of a training."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -139,13 +137,13 @@ def train(model: VAE, images: Tensor, epochs: int, seed: int, same_noise: bool =
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, seed: int = 0) -> float:
-    """The loss on ``images`` (N, pixels) with one draw of noise each, in nats per image."""
+    """Return the loss on ``images`` (N, pixels) with one draw of noise each, in nats per image."""
     logits, kl = model(images, seed)
     return loss_of(logits, images, kl).item()
 
 
 def picture(model: VAE, digits: Digits, path: Path) -> None:
-    """Digits of the test set, what the model makes of them, and digits that never were."""
+    """Draw digits of the test set, their reconstructions, and digits that never were."""
     seen = digits.test[:PICTURE_WIDTH]
     samples = model.sample(4 * PICTURE_WIDTH, torch.Generator().manual_seed(0))
     rows = {"test digits": seen, "reconstructed": model.reconstruct(seen), "sampled from the prior": samples}
@@ -153,7 +151,7 @@ def picture(model: VAE, digits: Digits, path: Path) -> None:
 
 
 def save_and_load(model: VAE, pixels: int, path: Path) -> VAE:
-    """Write the weights, and read them into a model of fastlm's own: the latents share their parameters."""
+    """Write the weights, and read them into a model with fastlm's latent. All latents have the same parameters."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, path)
     loaded = VAE(pixels)

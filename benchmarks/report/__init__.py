@@ -1,4 +1,4 @@
-"""The report of a run, from its JSON file: one HTML page, the same in Markdown, and the tables that the terminal shows."""
+"""Write the report of a run from its JSON file: one HTML page, the same in Markdown, and tables for the terminal."""
 
 import re
 from functools import partial
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 from suite.catalog import sections
-from suite.rows import GROWTH, MODELS, OPS
+from suite.rows import GPU, GROWTH, MODELS, OPS
 
 from report import plots
 from report.blocks import Block, Code, Details, Heading, Plot, Text, Warn, plain
 from report.digits import digits_blocks
-from report.gpu import measured_blocks, prediction_blocks
+from report.gpu import NOT_MEASURED, prediction_blocks
 from report.html import write_html
 from report.markdown import write_markdown
 from report.results import Result, read, results_of
@@ -21,12 +21,12 @@ from report.texts import ABOUT_GOALS, ABOUT_GROWTH, ABOUT_MEMORY, ABOUT_MODELS, 
 
 BENCHMARKS = Path(__file__).parents[1]
 DEFAULT_OUT = BENCHMARKS.parent / "build" / "bench"
-RUN = "bench.json"  # the run's file, in its folder
-DISTURBED = 0.05  # share of the CPU time that went to others, from which the report warns
+RUN = "bench.json"  # the run's file in its folder
+DISTURBED = 0.05  # The report warns where others had more than this share of the CPU time.
 
 
 def write_report(out: Path, publish: bool = False) -> list[Table]:
-    """Write report.html and report.md into a run's folder, and with ``publish`` RESULTS.md; tables for the terminal."""
+    """Write report.html and report.md into a run's folder, and with ``publish`` RESULTS.md. Return tables for the terminal."""
     run = read(out / RUN)
     results = results_of(run)
     blocks = blocks_of(run, results, out)
@@ -34,15 +34,15 @@ def write_report(out: Path, publish: bool = False) -> list[Table]:
     write_markdown(blocks, out / "report.md", out)
     if publish:
         for picture in (BENCHMARKS / "results").glob("*.png"):
-            picture.unlink()  # of sections that are no more
+            picture.unlink()  # Its section may be no more.
         write_markdown(blocks, BENCHMARKS / "RESULTS.md", BENCHMARKS / "results")
     return [terminal_table(op, rows) for op, rows in _by_op(results)]
 
 
 def blocks_of(run: dict, results: list[Result], out: Path) -> list[Block]:
-    """The report, what was not measured left out; ``out`` has the pictures of the digits."""
+    """Return the report without what was not measured. ``out`` has the pictures of the digits."""
     machine = run["machine"]
-    groups = {group: [r for r in results if sections()[r.row.op].group == group] for group in (OPS, GROWTH, MODELS)}
+    groups = {group: [r for r in results if sections()[r.row.op].group == group] for group in (OPS, GPU, MODELS, GROWTH)}
     return [
         Heading(1, "fastlm: benchmark report"),
         Text(_summary(machine)),
@@ -55,7 +55,7 @@ def blocks_of(run: dict, results: list[Result], out: Path) -> list[Block]:
         *_memory(results),
         *_goals(results, machine),
         *digits_blocks(run.get("digits"), out),
-        *measured_blocks(run.get("gpu"), run.get("gpu_latent")),
+        *(_sections(groups[GPU], machine) or NOT_MEASURED),
         *prediction_blocks(run.get("predictions")),
         *METHOD,
         Heading(2, "The machine"),
@@ -73,7 +73,7 @@ def _summary(machine: dict) -> str:
 
 
 def warning(machine: dict) -> str:
-    """What to say of a run that was not alone on the machine; empty where it was."""
+    """Return a warning for a run that was not alone on the machine, or nothing where it was."""
     share = machine.get("others_share") or 0.0
     if share <= DISTURBED:
         return ""

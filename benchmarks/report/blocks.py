@@ -1,7 +1,7 @@
-"""A report as a list of blocks, from which page_markdown.py and page_html.py write the same thing twice.
+"""Describe a report as a list of blocks, which html.py and markdown.py both write.
 
-Text has Markdown's **bold**, *italic* and `code`, and a backslash before a character that is meant as it stands: `plain` puts
-those before whatever comes from elsewhere, such as an error's message.
+Text has Markdown's **bold**, *italic* and `code`, and a backslash before a character that is meant as it stands. `plain` puts
+backslashes into whatever comes from elsewhere, such as an error's message.
 """
 
 import re
@@ -48,7 +48,7 @@ class Table:
 class Plot:
     name: str  # of its file
     alt: str
-    draw: Callable[[int], Figure]  # takes how many panels may stand side by side
+    draw: Callable[[int], Figure]  # takes the number of panels that may stand side by side
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Details:
-    """What is folded away until it is asked for."""
+    """Blocks that are folded away until the reader asks for them."""
 
     summary: str
     blocks: Sequence
@@ -73,12 +73,12 @@ _MARKED = re.compile(r"\\(?P<literal>.)|\*\*(?P<bold>.+?)\*\*|\*(?P<italic>[^*]+
 
 
 def plain(text: object) -> str:
-    """Text in which nothing is marked."""
+    """Return the text with every mark escaped."""
     return re.sub(r"([\\*_`\[\]|])", r"\\\1", " ".join(str(text).split()))
 
 
 def marked(text: str, write: Callable[[str, str], str]) -> str:
-    """``text`` with each piece as ``write(kind, piece)`` has it; kinds are "text", "bold", "italic" and "code"."""
+    """Rewrite each piece of ``text`` by ``write(kind, piece)``. Kinds are "text", "bold", "italic" and "code"."""
     parts, end = [], 0
     for match in _MARKED.finditer(text):
         parts.append(write("text", text[end : match.start()]))

@@ -1,4 +1,4 @@
-"""What got slower, or faster, between two runs: `fastlm bench --compare A.json B.json`.
+"""Tell what got slower or faster between two runs: `fastlm bench --compare A.json B.json`.
 
 How noise is told from change. The peers are the control group: their code is the same in both runs, and what they changed by is
 the machine's doing. The median of the peers' changes is the machine's drift, and fastlm's times in B are divided by it. A row
@@ -29,20 +29,20 @@ SLOWER, FASTER, SAME = "slower", "faster", "same"
 
 @dataclass(frozen=True)
 class Change:
-    """A row of fastlm in both runs; seconds."""
+    """A row of fastlm in both runs. Times are in seconds."""
 
     row: Row
     before: tuple[float, float, float]  # the 20th, 50th and 80th percentiles
     after: tuple[float, float, float]  # as measured
-    change: float  # of the median, drift taken out: 0.1 is 10 % more time
+    change: float  # of the median, drift taken out; 0.1 is 10 % more time
     verdict: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    drift: float  # what a peer's time in B is of that in A, in the median
-    threshold: float  # the change from which a row counts
-    control: int  # how many rows of peers tell that
+    drift: float  # the median ratio of a peer's time in B to that in A
+    threshold: float  # a row counts from this change on
+    control: int  # rows of peers that tell both
     changes: list[Change]
     gone: list[Row]  # rows of fastlm that only A has
     new: list[Row]
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def compare(before: dict, after: dict) -> Comparison:
-    """Two runs' JSON."""
+    """Compare the JSON of two runs."""
     a, b = ({row: percentiles(times) for row, times in times_of(run).items()} for run in (before, after))
     same_torch = _torch(before) == _torch(after)
     logs = [math.log(b[row][1] / a[row][1]) for row in a if row in b and not row.own and same_torch]
@@ -83,7 +83,7 @@ def _change(row: Row, before: tuple, after: tuple, drift: float, threshold: floa
 
 
 def show(paths: tuple[Path, Path], console: Console) -> int:
-    """Print the comparison of two runs' files; 1 where something got slower, else 0.
+    """Print the comparison of two runs' files. Return 1 where something got slower, else 0.
 
     Raises:
         ValueError: a file is not a run's.

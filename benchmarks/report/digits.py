@@ -1,4 +1,4 @@
-"""The report's section on the digits VAE."""
+"""Write the report's section on the digits VAE."""
 
 from functools import partial
 from pathlib import Path

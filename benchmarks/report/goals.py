@@ -1,4 +1,4 @@
-"""What fastlm set out to reach, and whether this run did: ratios to the baseline of the same run, on the same threads."""
+"""List the goals of fastlm and check them against a run, as ratios to its baseline on the same threads."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ class Goal:
     """A bound on a ratio to a peer, for fastlm's rows of a benchmark, of one dtype and of sizes ``fewest`` to ``most``."""
 
     op: str
-    ratio: str  # SPEED_UP: at least the bound; MEMORY: at most
+    ratio: str  # SPEED_UP has to be at least the bound, MEMORY at most
     bound: float
     dtype: str = "float32"
     fewest: int = 0
     most: int = 1 << 62
-    over: str | None = None  # the baseline
+    over: str | None = None  # the peer; None is the baseline
 
     def covers(self, result: Result) -> bool:
         row = result.row.op, result.row.dtype, result.row.own
@@ -54,7 +54,7 @@ GOALS = (
     Goal(_WINDOW, SPEED_UP, 1.5, over="FlexAttention"),
     Goal(_WINDOW, SPEED_UP, 1.5, "bfloat16", over="FlexAttention"),
     Goal(_BOTH, SPEED_UP, 2.0, "bfloat16"),
-    Goal(_BOTH, SPEED_UP, 6.5, "float16"),  # what 2 x in the forward and 8 x in the backward come to
+    Goal(_BOTH, SPEED_UP, 6.5, "float16"),  # 2 x in the forward and 8 x in the backward come to this.
     Goal(_BOTH, MEMORY, 1.0),
     Goal("attention, a tiny call", SPEED_UP, 0.5),
     Goal(_DECODING, SPEED_UP, 4.0, fewest=4096, most=4096),
@@ -67,7 +67,7 @@ GOALS = (
 
 
 def judge(results: list[Result]) -> list[Verdict]:
-    """Every goal against every row it covers. What was not measured does not meet it."""
+    """Hold every goal against every row that it covers. What was not measured does not meet it."""
     by_row = {r.row: r for r in results}
     return [_verdict(goal, result, by_row) for goal in GOALS for result in results if goal.covers(result)]
 

@@ -1,4 +1,4 @@
-"""A page's blocks as one HTML file that needs no other: pictures are in it, and nothing is asked of any server."""
+"""Write blocks as one HTML file that needs no other: pictures are in it, and nothing is asked of any server."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from pathlib import Path
 from report.blocks import Block, Bullets, Code, Details, Heading, Photo, Plot, Table, Text, Warn, marked
 from report.plot_style import VARIABLES, svg
 
-WIDE = 2  # panels of a plot side by side, where there is room for them; on a phone they stand below each other
+WIDE = 2  # So many panels of a plot stand side by side where there is room. On a phone they stand below each other.
 
 _LIGHT = " ".join(f"--{name}: {colour};" for colour, (name, _) in VARIABLES.items())
 _DARK = " ".join(f"--{name}: {dark};" for name, dark in VARIABLES.values())

@@ -1,4 +1,4 @@
-"""A page's blocks as Markdown, as GitHub shows it, with its pictures beside it."""
+"""Write blocks as Markdown, as GitHub shows it, with the pictures beside it."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 from report.blocks import Block, Bullets, Code, Details, Heading, Photo, Plot, Table, Text, Warn
 from report.plot_style import save
 
-SIDE_BY_SIDE = 2  # panels of a plot
+SIDE_BY_SIDE = 2  # So many panels of a plot stand side by side.
 
 
 def write_markdown(blocks: list[Block], path: Path, pictures: Path) -> None:
@@ -18,7 +18,7 @@ def write_markdown(blocks: list[Block], path: Path, pictures: Path) -> None:
 
 
 def _safe(text: str) -> str:
-    """Our marks are Markdown's own; what is left to see to is HTML's."""
+    """Escape HTML. Our marks are Markdown's own."""
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
 
 

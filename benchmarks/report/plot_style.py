@@ -1,6 +1,6 @@
-"""What the plots share: readable sizes, colours that the colour-blind can tell apart (Okabe and Ito), and ways to save.
+"""Share among the plots readable sizes, colours that the colour-blind can tell apart (Okabe and Ito), and ways to save.
 
-A plot is drawn once and goes on white as well as on black: as SVG its colours become variables of the page's style sheet.
+A plot is drawn once for white and black pages: as SVG its colours become variables of the page's style sheet.
 """
 
 import io
@@ -11,12 +11,12 @@ from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
-BROWN = "#8c6d46"
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN)
+BROWN, OLIVE, WINE = "#8c6d46", "#7f8c1f", "#882255"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN, OLIVE, WINE)
 INK, GREY, GRID = "#1f2328", "#66707a", "#dfe3e8"
 DASHES = (0, (5, 4))
 
-# By colour: the variable's name, and what it is where the page is dark.
+# Each colour has a variable's name and its value on a dark page.
 VARIABLES = {
     BLUE: ("blue", "#4aa8e0"),
     VERMILION: ("vermilion", "#f08a4b"),
@@ -25,6 +25,8 @@ VARIABLES = {
     ORANGE: ("orange", "#f0b429"),
     SKY: ("sky", "#8fd0f5"),
     BROWN: ("brown", "#c4a273"),
+    OLIVE: ("olive", "#b9c64b"),
+    WINE: ("wine", "#cf6aa0"),
     INK: ("ink", "#e6e9ec"),
     GREY: ("grey", "#9aa4ae"),
     GRID: ("grid", "#343a41"),
@@ -43,23 +45,23 @@ rcParams |= {
     "axes.axisbelow": True,
     "grid.color": GRID,
     "lines.linewidth": 2.2,
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # Text stays text.
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
 }
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches. Not by way of pyplot: no window, and nothing to close."""
+    """Return an empty figure of that many inches. Without pyplot there is no window, and nothing to close."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As a PNG on white."""
+    """Save a figure as a PNG on white."""
     figure.savefig(path, dpi=150, facecolor="white")
 
 
 def svg(figure: Figure, name: str) -> str:
-    """An <svg> element that takes its colours from the page. ``name`` keeps its identifiers apart from other pictures'."""
+    """Return an <svg> element with the page's colours. ``name`` keeps its identifiers apart from other pictures'."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()

@@ -1,4 +1,4 @@
-"""The pictures of the report. Lines and bars carry their own labels wherever there is room: little is looked up in a legend."""
+"""Draw the pictures of the report. Lines and bars carry their own labels wherever there is room, in place of a legend."""
 
 import math
 import statistics
@@ -11,19 +11,19 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from suite.catalog import sections
-from suite.rows import GROWTH, Selection
+from suite.rows import GROWTH, Filter
 from suite.units import count, growth_exponent, size, times
 
 from report.plot_style import BLUE, COLOURS, DASHES, GREY, INK, ORANGE, VERMILION, new_figure
 from report.results import Result
 
-MANY_TICKS = 300  # from which range of a logarithmic axis there are ticks at powers of ten alone
-LABEL_GAP = 0.065  # between labels, as a share of the axis
-PANEL, ALONE = (5.6, 4.0), (4.4, 3.4)  # inches: of several side by side, and of one above the other
+MANY_TICKS = 300  # A logarithmic axis of a larger range has ticks at powers of ten alone.
+LABEL_GAP = 0.065  # Labels are so far apart at least, as a share of the axis.
+PANEL, ALONE = (5.6, 4.0), (4.4, 3.4)  # Inches of a panel: several side by side, or one above the other.
 
 
 def panels_of(number: int, columns: int, share: bool = True) -> tuple[Figure, list[Axes]]:
-    """That many axes, at most ``columns`` of them side by side."""
+    """Make that many axes, at most ``columns`` of them side by side."""
     single, columns = columns == 1, min(columns, number)
     lines = -(-number // columns)
     width, height = ALONE if single else PANEL
@@ -38,9 +38,9 @@ def panels_of(number: int, columns: int, share: bool = True) -> tuple[Figure, li
 
 
 def colours_of(op: str) -> dict[str, str]:
-    """A colour per implementation, the same in every picture of a section: fastlm's own comes first."""
+    """Choose a colour per implementation, the same in every picture of a section. fastlm's own comes first."""
     section = sections()[op]
-    names = [name for setting in section.settings(Selection()) for name in section.implementations(setting, full=True)]
+    names = [name for setting in section.settings(Filter()) for name in section.implementations(setting, full=True)]
     return dict(zip(dict.fromkeys(names), COLOURS))
 
 
@@ -48,7 +48,7 @@ def colours_of(op: str) -> dict[str, str]:
 
 
 def throughput(results: list[Result], machine: dict, columns: int) -> Figure:
-    """Throughput against size of one section: a panel per dtype, a line per implementation, and what the machine allows."""
+    """Draw throughput against size of a section: a panel per dtype, a line per implementation, and the machine's limit."""
     timed = [r for r in results if r.seconds]
     dtypes = list(dict.fromkeys(r.row.dtype for r in timed))
     figure, axes = panels_of(len(dtypes), columns)
@@ -67,7 +67,7 @@ def throughput(results: list[Result], machine: dict, columns: int) -> Figure:
 
 
 def growth(results: list[Result], columns: int) -> Figure:
-    """Time, and memory where it was measured, against size; each line's growth exponent beside its name."""
+    """Draw time, and memory where it was measured, against size. Each line's growth exponent is beside its name."""
     figures = {
         "time (ms)": lambda r: r.seconds and r.seconds * 1e3,
         "extra memory (MiB)": lambda r: (r.peak_bytes or 0) / 2**20,
@@ -84,7 +84,7 @@ def growth(results: list[Result], columns: int) -> Figure:
 
 
 def _lines(axis: Axes, rows: list[Result], value) -> dict[str, float]:
-    """One line per implementation; the height that each ends at."""
+    """Draw a line per implementation. Return the height that each ends at."""
     ends = {}
     for name, colour in colours_of(rows[0].row.op).items():
         line = sorted((r.cost.size, value(r)) for r in rows if r.row.implementation == name)
@@ -98,7 +98,7 @@ def _lines(axis: Axes, rows: list[Result], value) -> dict[str, float]:
 
 
 def _finish(axes: list[Axes], ends: list[dict[str, float]], results: list[Result]) -> None:
-    """Ticks, and names where lines end; only now that every line has widened the axes that panels may share."""
+    """Set ticks, and names where lines end, after every line has widened the axes that panels may share."""
     ticks = sorted({r.cost.size for r in results})
     for axis, labels in zip(axes, ends):
         axis.set_xlabel(sections()[results[0].row.op].axis)
@@ -109,14 +109,14 @@ def _finish(axes: list[Axes], ends: list[dict[str, float]], results: list[Result
 
 
 def _logarithmic(axis: Axis, limits: tuple[float, float], text: str = "{x:g}") -> None:
-    """Ticks at 1, 2, 5, 10, ..., or where those would crowd, at powers of ten."""
+    """Set ticks at 1, 2, 5, 10, ..., or where those would crowd, at powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if limits[1] / limits[0] < MANY_TICKS else (1,)))
     axis.set_major_formatter(text)
     axis.set_minor_locator(NullLocator())
 
 
 def _label_ends(axis: Axes, heights: dict[str, float], colours: dict[str, str]) -> None:
-    """Names to the right of a logarithmic axis, at the heights where their lines end, moved apart where they would touch."""
+    """Write names right of a logarithmic axis, at the heights where lines end, moved apart where they would touch."""
     low, high = (math.log(y) for y in axis.get_ylim())
     shares = {name: (math.log(height) - low) / (high - low) for name, height in heights.items()}
     for (name, _), place in zip(sorted(shares.items(), key=lambda item: item[1]), apart(sorted(shares.values()), LABEL_GAP)):
@@ -125,7 +125,7 @@ def _label_ends(axis: Axes, heights: dict[str, float], colours: dict[str, str]) 
 
 
 def apart(places: list[float], gap: float) -> list[float]:
-    """Rising places, each at least a gap above the one before, and none above 1 where there is room below."""
+    """Move rising places apart, each at least a gap above the one before, and none above 1 where there is room below."""
     moved = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else place)
@@ -140,7 +140,7 @@ def apart(places: list[float], gap: float) -> list[float]:
 
 
 def roofline(results: list[Result], machine: dict, columns: int) -> Figure:
-    """Throughput against arithmetic intensity of what counts floating-point operations, under this machine's roofs."""
+    """Draw throughput against arithmetic intensity under this machine's roofs, of rows that count operations."""
     rows = [r for r in results if r.seconds and r.cost.flops]
     dtypes = list(dict.fromkeys(r.row.dtype for r in rows))
     figure, axes = panels_of(len(dtypes), columns)
@@ -153,7 +153,7 @@ def roofline(results: list[Result], machine: dict, columns: int) -> Figure:
 
 
 def _roofline_points(axis: Axes, rows: list[Result]) -> None:
-    """fastlm's, full, and the fastest other's, hollow, with a line between."""
+    """Draw fastlm's point, full, and the fastest other's, hollow, with a line between."""
     x = rows[0].cost.work / rows[0].cost.bytes_moved
     own, others = best(rows, own=True), best(rows, own=False)
     heights = [r.throughput for r in (own, others) if r]
@@ -167,7 +167,7 @@ def _roofline_points(axis: Axes, rows: list[Result]) -> None:
 def _roof(axis: Axes, machine: dict, dtype: str) -> None:
     peak, bandwidth = machine["peak_gflop_s"][dtype], machine["bandwidth_gb_s"]
     axis.set(xscale="log", yscale="log")
-    axis.margins(y=0.1)  # room for the peak's figure
+    axis.margins(y=0.1)  # The peak's figure needs room.
     left, right = axis.get_xlim()
     left = min(left, peak / bandwidth / 4)
     right = max(right, peak / bandwidth * 8)
@@ -181,7 +181,7 @@ def _roof(axis: Axes, machine: dict, dtype: str) -> None:
 
 
 def best(rows: Iterable[Result], own: bool) -> Result | None:
-    """The fastest of fastlm's rows, or of the others'."""
+    """Return the fastest of fastlm's rows, or of the others'."""
     return min((r for r in rows if r.seconds and r.row.own == own), key=lambda r: r.seconds, default=None)
 
 
@@ -191,7 +191,7 @@ DTYPE_COLOURS = {"float32": BLUE, "bfloat16": ORANGE, "float16": VERMILION, "flo
 
 
 def speed_ups(results: list[Result], columns: int) -> Figure:
-    """A bar per section and dtype, from 1 × to the median of its sizes, over the fastest other; a dot for each size."""
+    """Draw a bar per section and dtype, from 1 × to the median speed-up over the fastest other, and a dot for each size."""
     bars: dict[str, dict[str, list[float]]] = {}
     for setting, rows in groupby(results, key=lambda r: r.setting):
         rows = list(rows)
@@ -203,7 +203,7 @@ def speed_ups(results: list[Result], columns: int) -> Figure:
     axis = figure.subplots()
     place = 0.0
     for name, by_dtype in bars.items():
-        where = (1, place), (4, 0), "data", "offset points"  # beside the line, which would strike it through
+        where = (1, place), (4, 0), "data", "offset points"  # The line would strike it through.
         axis.annotate(name, *where, va="center", weight="bold", fontsize=10 if columns > 1 else 9)
         for dtype, ratios in by_dtype.items():
             place -= 0.55 if dtype == next(iter(by_dtype)) else 0.36
@@ -231,7 +231,7 @@ def _speed_up_bar(axis: Axes, place: float, dtype: str, ratios: list[float]) -> 
 
 
 def memory(results: list[Result], columns: int) -> Figure:
-    """Peak extra memory, a panel per setting, a bar per implementation; the paler part is the call's results themselves."""
+    """Draw peak extra memory, a panel per setting, a bar per implementation. The paler part is the call's results."""
     panels = [list(rows) for _, rows in groupby((r for r in results if r.peak_bytes), key=lambda r: r.setting)]
     figure = new_figure(5.0 if columns == 1 else 8.5, 0.6 + sum(0.34 * len(rows) + 0.6 for rows in panels))
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=[len(rows) + 0.4 for rows in panels])[:, 0]
@@ -261,7 +261,7 @@ def _memory_bars(axis: Axes, rows: list[Result]) -> None:
 
 
 def losses(digits: dict, columns: int) -> Figure:
-    """The trainings side by side: their losses, and how far each strays from the one in float64."""
+    """Draw the trainings side by side: their losses, and how far each strays from the one in float64."""
     curves = {name: torch.tensor(curve, dtype=torch.float64) for name, curve in digits["curves"].items()}
     steps = digits["steps_per_epoch"]
     figure, (left, right) = panels_of(2, columns, share=False)

@@ -1,4 +1,4 @@
-"""A run as the report reads it: one `Result` per row, merged from the times and the memory in the run's JSON file."""
+"""Read a run for the report: one `Result` per row, merged from the times and the memory in the run's JSON file."""
 
 import json
 from collections.abc import Iterable
@@ -9,28 +9,28 @@ from suite.catalog import rows_of, sections
 from suite.rows import Cost, Row, Setting
 from suite.units import percentiles
 
-FROM_CHECKS = "error", "allowed"  # what a row's "extra_info" has
+FROM_CHECKS = "error", "allowed"  # A row's "extra_info" has these.
 
 
 @dataclass
 class Result:
-    """A row of the report. What was not measured is None; ``why_not`` says why there is no time."""
+    """A row of the report. What was not measured is None, and ``why_not`` says why there is no time."""
 
     row: Row
     cost: Cost
     seconds: float | None = None  # the median of the rounds of all turns
-    fast: float | None = None  # the 20th and 80th percentiles: how much the machine was at rest
-    slow: float | None = None
-    error: float | None = None  # share of the largest golden value
+    fast: float | None = None  # the 20th percentile
+    slow: float | None = None  # the 80th; the machine was at rest where the two are close
+    error: float | None = None  # as a share of the largest golden value
     allowed: float | None = None
-    flops: int | None = None  # of a call, where they were counted and not computed
+    flops: int | None = None  # operations of a call, where they were counted and not computed
     peak_bytes: int | None = None  # peak extra memory, results included
     result_bytes: int | None = None  # outputs and gradients alone
     why_not: str | None = None
     why_no_peak: str | None = None
     speed_up: float | None = None  # over the baseline of the same setting
     peak_ratio: float | None = None  # to the baseline's
-    noisy: bool = False  # its spread, or the baseline's, is wider than what the two differ by
+    noisy: bool = False  # whether its spread, or the baseline's, is wider than their difference
 
     @property
     def setting(self) -> Setting:
@@ -38,28 +38,33 @@ class Result:
 
     @property
     def throughput(self) -> float | None:
-        """In the unit of its cost."""
+        """Return the throughput in the unit of its cost."""
         return self.cost.throughput(self.seconds) if self.seconds else None
 
+    def peaks(self, machine: dict) -> dict:
+        """Return the bandwidth and the peaks of the device that the row ran on."""
+        return machine["gpu_peaks"] if self.cost.device == "cuda" else machine
+
     def limit(self, machine: dict) -> float | None:
-        """The throughput that the machine's memory and its arithmetic allow, whichever is less: the roofline."""
+        """Return the roofline: the throughput that memory and arithmetic allow, whichever is less."""
         if self.cost.bytes_moved is None:
             return None
-        by_memory = machine["bandwidth_gb_s"] * self.cost.work / max(self.cost.bytes_moved, 1)
-        return min(by_memory, machine["peak_gflop_s"][self.row.dtype]) if self.cost.flops else by_memory
+        peaks = self.peaks(machine)
+        by_memory = peaks["bandwidth_gb_s"] * self.cost.work / max(self.cost.bytes_moved, 1)
+        return min(by_memory, peaks["peak_gflop_s"][self.row.dtype]) if self.cost.flops else by_memory
 
     def share(self, machine: dict) -> float | None:
-        """Of that limit; of the arithmetic's peak where operations were counted."""
+        """Return the share of that limit; of the arithmetic's peak where operations were counted."""
         if not self.seconds:
             return None
         if self.flops:
-            return self.flops / self.seconds / 1e9 / machine["peak_gflop_s"][self.row.dtype]
+            return self.flops / self.seconds / 1e9 / self.peaks(machine)["peak_gflop_s"][self.row.dtype]
         limit = self.limit(machine)
         return self.throughput / limit if limit else None
 
 
 def read(path: Path) -> dict:
-    """A run's JSON file.
+    """Read a run's JSON file.
 
     Raises:
         ValueError: it is not one.
@@ -74,7 +79,7 @@ def read(path: Path) -> dict:
 
 
 def times_of(run: dict) -> dict[Row, list[float]]:
-    """The seconds of each row's rounds, of all its turns, in the order that they were measured in."""
+    """Return the seconds of each row's rounds, of all its turns, in the order that they were measured in."""
     times: dict[Row, list[float]] = {}
     for entry in run["benchmarks"]:
         times.setdefault(_row(entry["params"]), []).extend(entry["stats"]["data"])
@@ -82,10 +87,10 @@ def times_of(run: dict) -> dict[Row, list[float]]:
 
 
 def results_of(run: dict) -> list[Result]:
-    """A row per section, size, dtype and implementation, in the order of the sections."""
+    """Return a row per section, size, dtype and implementation, in the order of the sections."""
     times, missing = times_of(run), {_row(row): row["why_not"] for row in run.get("missing", ())}
     checks = {_row(entry["params"]): entry["extra_info"] for entry in run["benchmarks"]}
-    # Operations are counted as the baseline first runs: an entry from before that has none.
+    # Operations are counted as the baseline first runs. An entry from before that has none.
     flops = {_row(e["params"]).setting: e["extra_info"]["flops"] for e in run["benchmarks"] if e["extra_info"].get("flops")}
     peaks = {_row(row): row for row in run.get("memory", ())}
     rows = _in_order({**times, **missing})
@@ -97,7 +102,7 @@ def results_of(run: dict) -> list[Result]:
 
 
 def _in_order(rows: Iterable[Row]) -> list[Row]:
-    """By section, then setting as they were measured, then implementation as the section lists them."""
+    """Sort by section, then setting as they were measured, then implementation as the section lists them."""
     rows = list(rows)
     op = {name: i for i, name in enumerate(sections())}
     setting = {each: i for i, each in enumerate(dict.fromkeys(row.setting for row in rows))}

@@ -1,4 +1,4 @@
-"""The tables of the report, as rows of marked text, and those of the terminal."""
+"""Write the tables of the report, as rows of marked text, and those of the terminal."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -16,11 +16,11 @@ from report.results import Result
 HEAD = ("size", "dtype", "", "p50", "p20 – p80", "{unit}", "of limit", "speed-up", "peak memory", "ratio", "error")
 
 OTHERS = "share of the CPU time that other programs had while rows were timed"
-NOISE = " ≈"  # behind a speed-up that is within the noise
+NOISE = " ≈"  # It follows a speed-up that is within the noise.
 
 
 def goals_table(results: list[Result], machine: dict) -> Table:
-    """Each goal against each row it covers, where the row stands against what the machine allows, and where the goal does."""
+    """List each goal against each row that it covers, with the shares of the machine's limit of the row and the goal."""
     head = ("benchmark", "size", "dtype", "figure", "goal", "measured", "", "throughput", "of limit", "the goal's")
     return Table(head, [_goal_cells(verdict, machine) for verdict in judge(results)])
 
@@ -37,7 +37,7 @@ def _goal_cells(v: Verdict, machine: dict) -> tuple[str, ...]:
 
 
 def full_table(results: list[Result], machine: dict) -> Table:
-    """All there is to say of the rows of one section; what was not measured is a dash."""
+    """List all figures of the rows of one section. What was not measured is a dash."""
     head = tuple(column.format(unit=results[0].cost.unit) for column in HEAD)
     return Table(head, [_full_cells(r, machine) for r in results])
 
@@ -60,7 +60,7 @@ def _full_cells(r: Result, machine: dict) -> tuple[str, ...]:
 
 
 def missing_list(results: list[Result]) -> list[Bullets]:
-    """Why the dashes are there, a line per implementation and reason; no block where there is none."""
+    """Say why the dashes are there, a line per implementation and reason; no block where there are none."""
     where: dict[tuple[str, str], list[str]] = {}
     for r in results:
         reason = f"Not timed: {r.why_not}" if r.why_not else f"Memory not measured: {r.why_no_peak}" if r.why_no_peak else None
@@ -89,7 +89,7 @@ def memory_table(results: list[Result]) -> Table:
 
 
 def growth_table(results: list[Result]) -> Table:
-    """The exponents of the sections in which nothing but one size grows."""
+    """List the exponents of the sections in which nothing but one size grows."""
     rows = []
     of_growth = [r for r in results if sections()[r.row.op].group == GROWTH]
     for (op, dtype, name), group in _grouped(of_growth, lambda r: (r.row.op, r.row.dtype, r.row.implementation)).items():
@@ -112,18 +112,21 @@ def _grouped(results: list[Result], key) -> dict[tuple, list[Result]]:
 def machine_table(machine: dict) -> Table:
     rates = {"gemm_gflop_s": "torch's product", "fma_gflop_s": "multiply-adds", "peak_gflop_s": "peak"}
     units = {"memory_gb": "memory (GB)", "copy_gb_s": "copy (GB/s)", "read_gb_s": "read (GB/s)", "others_share": OTHERS}
-    shown = [key for key in machine if key not in ("backends", "bandwidth_gb_s", *rates)]
+    shown = [key for key in machine if key not in ("backends", "bandwidth_gb_s", "gpu_peaks", *rates)]
     rows = [(units.get(key, key.replace("_", " ")), machine[key]) for key in shown]
     for key, name in rates.items():
         rows += [
             (f"{name}, {dtype}" + (" (GFLOP/s)" if dtype != "why_not" else ""), rate) for dtype, rate in machine[key].items()
         ]
+    if gpu := machine.get("gpu_peaks"):
+        rows += [(f"the GPU's {units[key]}", gpu[key]) for key in ("copy_gb_s", "read_gb_s")]
+        rows += [(f"the GPU's product, {dtype} (GFLOP/s)", rate) for dtype, rate in gpu["peak_gflop_s"].items()]
     rows += [(f"backend {name}", state) for name, state in machine["backends"].items()]
     return Table(("", ""), [(plain(name), plain(value)) for name, value in rows])
 
 
 def listed(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Shown:
-    """Rows as they are, for the terminal."""
+    """Return rows as they are, for the terminal."""
     table = Shown(*head, title=title)
     for row in rows:
         table.add_row(*row)
@@ -131,7 +134,7 @@ def listed(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Sh
 
 
 def terminal_table(op: str, results: list[Result]) -> Shown:
-    """A line per setting with every implementation's time, then what the first one, fastlm's, reaches."""
+    """List every implementation's time, a line per setting, then the figures of the first one, fastlm's."""
     implementations = list(dict.fromkeys(r.row.implementation for r in results))
     table = Shown(title=op, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(("size", "dtype", *implementations, "speed-up", results[0].cost.unit, "memory")):

@@ -1,4 +1,4 @@
-"""What the report says of its figures: what they are, and how they were measured."""
+"""Explain the report's figures: what they are, and how they were measured."""
 
 from report.blocks import Bullets, Heading, Text
 
@@ -23,8 +23,8 @@ Time and memory as one size grows and nothing else does. The exponent b of a·n^
 1 is proportional, 2 is quadratic; for threads, −1 is ideal. Small sizes are mostly overhead: it lowers exponents."""
 
 ABOUT_MEMORY = """\
-Peak extra memory of a call in float32; the paler part is its results, gradients included, which no implementation can do
-without."""
+Peak extra memory of a call in float32, on a GPU in the first dtype of its section; the paler part is its results, gradients
+included, which no implementation can do without."""
 
 ABOUT_GOALS = """\
 *of limit* is the row's share of what the machine allows; *the goal's* is the share that the goal would take: over 100 % it is
@@ -62,6 +62,8 @@ METHOD = [
             "**Peak memory** is how far the process's resident set rises above what it was before the call, its inputs being "
             "there: all that is allocated during the call, results and gradients included. Each in a process of its own, after "
             "warm-up, float32 only.",
+            "**On a GPU** each round is one call, timed by CUDA events with a cold second-level cache. Its limit comes from "
+            "the same bandwidths and from torch's products on that GPU, its peak memory from torch's allocator.",
             "**compiled** is `torch.compile`, for each size anew. A peer that is not installed (`pip install fastlm[peers]` "
             "has ONNX Runtime and JAX) or cannot do a call is named "
             "below its table, with the reason.",

@@ -1,4 +1,4 @@
-"""Times every row on pytest-benchmark: fastlm's implementations beside what a user would write or pick instead.
+"""Time every row with pytest-benchmark: fastlm's implementations beside what a user would write or pick instead.
 
     pytest benchmarks/suite/bench_rows.py --benchmark-json=rows.json   # `--full` adds the long sizes and every dtype
     fastlm bench                                                       # the same, and memory, the digits VAE and a report
@@ -10,7 +10,6 @@ is called once to see how long that takes, and again only where there is time (b
 
 import gc
 import math
-import time
 from collections.abc import Callable
 from functools import cache, cached_property, lru_cache, partial
 
@@ -20,57 +19,64 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from suite.budget import Budget
 from suite.catalog import rows_of, sections, settings, threads_of
 from suite.check import worst
+from suite.device import Device
 from suite.row_items import BUDGET, DONE, SAY
-from suite.rows import Contest, Row, Selection, Setting, Step, Unavailable
+from suite.rows import Filter, Row, Runner, Setting, Step, Unavailable
 from suite.units import duration
 
-TURNS = 3
-ROUNDS, SECONDS = 3, 0.12  # of a turn, at least
-ENOUGH = 0.5  # seconds of calls after which a turn of a slow one ends, be it the first round
-ROUND_SECONDS = 0.002  # of a round, at least: a short call is repeated, so that the clock and cold caches do not weigh in
+TURNS = 3  # of each implementation
+ROUNDS, SECONDS = 3, 0.12  # A turn takes at least so many rounds and seconds.
+ENOUGH = 0.5  # A turn of a slow call ends after so many seconds, even if that is the first round.
+MOST_ROUNDS = 200  # A turn takes at most so many where each round is one call with a cold cache.
+ROUND_SECONDS = 0.002  # A round takes at least so many, as short calls are repeated to outweigh the clock and cold caches.
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    selection = Selection(option("--full"), option("--only"), tuple(option("--size")))
+    row_filter = Filter(option("--full"), option("--only"), tuple(option("--size")))
     done = metafunc.config.stash.get(DONE, ())
     rows = [
-        (*row[:3], turn, row.implementation)
-        for setting in settings(selection)
+        pytest.param(*row[:3], turn, row.implementation, marks=mark_of(setting))
+        for setting in settings(row_filter)
         if setting not in done
         for turn in range(TURNS)
-        for row in rows_of(setting, selection.full)
+        for row in rows_of(setting, row_filter.full)
     ]
     metafunc.parametrize(("op", "workload", "dtype", "turn", "implementation"), rows)
 
 
-class Entrants:
-    """The steps of a setting's implementations, each made once; why there is none is kept, so that no turn fails anew."""
+def mark_of(setting: Setting) -> pytest.MarkDecorator:
+    """Return pytest-benchmark's options for the rows of a setting."""
+    clock = sections()[setting.op].device.clock
+    return pytest.mark.benchmark(timer=clock, min_rounds=ROUNDS, max_time=SECONDS, min_time=ROUND_SECONDS, disable_gc=True)
+
+
+class RunnerCache:
+    """Make the step of each implementation of a setting once. Keep why there is none, so that no turn fails anew."""
 
     def __init__(self, setting: Setting):
-        self.setting = setting
-        self.step, self.errors = cache(self._step), cache(lambda implementation: self.contest.errors(implementation))
-        self.seconds: dict[str, float] = {}  # what a call takes
+        self.setting, self.device = setting, sections()[setting.op].device
+        self.step, self.errors = cache(self._step), cache(lambda implementation: self.runner.errors(implementation))
+        self.seconds: dict[str, float] = {}  # of a call, by implementation
 
     @cached_property
-    def contest(self) -> Contest:
-        """Make the inputs when the first row asks for them: there may be no time for any."""
-        return sections()[self.setting.op].contest(self.setting)
+    def runner(self) -> Runner:
+        """Make the inputs when the first row asks for them, as there may be no time for any."""
+        return sections()[self.setting.op].runner(self.setting)
 
     def _step(self, implementation: str) -> Step | Unavailable:
         try:
-            return self.contest.step(implementation)
+            return self.runner.step(implementation)
         except Unavailable as reason:
             return reason
 
 
-@lru_cache(maxsize=1)  # the tensors of one setting at a time
-def entrants(setting: Setting) -> Entrants:
-    gc.collect()  # the last setting's models and tensors, which refer to each other
-    return Entrants(setting)
+@lru_cache(maxsize=1)  # One setting's tensors are kept at a time.
+def runner_cache(setting: Setting) -> RunnerCache:
+    gc.collect()  # The last setting's models and tensors refer to each other.
+    return RunnerCache(setting)
 
 
-@pytest.mark.benchmark(min_rounds=ROUNDS, max_time=SECONDS, min_time=ROUND_SECONDS, disable_gc=True)
 def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation):
     row = Row(op, workload, dtype, implementation)
     budget, say = pytestconfig.stash.get(BUDGET, Budget()), pytestconfig.stash.get(SAY, lambda row, part: None)
@@ -84,55 +90,60 @@ def test_row(benchmark, pytestconfig, op, workload, dtype, turn, implementation)
 
 def first_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Make the row's step, check what it computes, and time it where there is time for another call."""
-    needed = row.own or row.implementation == sections()[row.op].baseline  # without these two, a setting says nothing
+    needed = row.own or row.implementation == sections()[row.op].baseline  # Without these two a setting says nothing.
     if not budget.allows_first(needed):
         pytest.skip(budget.why_not("its first call"))
     say("first call")
-    setting = entrants(row.setting)
-    step = setting.step(row.implementation)
+    runners = runner_cache(row.setting)
+    step = runners.step(row.implementation)
     if isinstance(step, Unavailable):
         pytest.skip(str(step))
     say("checking")
-    check(benchmark, setting, row)
-    first = setting.contest.first_seconds[row.implementation]
+    check(benchmark, runners, row)
+    first = runners.runner.first_seconds[row.implementation]
     if not budget.allows_second(first, needed):
         pytest.skip(budget.why_not(f"another call, where the first one took {duration(first)}"))
     say("timing")
-    if first > ENOUGH:  # it is slow, or it was compiled
-        setting.seconds[row.implementation] = timed(benchmark, step, 1)
+    if first > ENOUGH:  # It is slow, or it was compiled.
+        runners.seconds[row.implementation] = timed(benchmark, runners.device, step, 1)
     else:
-        start = time.perf_counter()
+        start = runners.device.clock()
         step()
-        seconds = setting.seconds[row.implementation] = time.perf_counter() - start
-        timed(benchmark, step, math.ceil(ENOUGH / seconds))
+        seconds = runners.seconds[row.implementation] = runners.device.clock() - start
+        timed(benchmark, runners.device, step, math.ceil(ENOUGH / seconds))
 
 
 def next_turn(benchmark: BenchmarkFixture, row: Row, budget: Budget, say: Callable[[str], None]) -> None:
     """Time the row again, where there is time."""
     if budget.left <= 0:
         return
-    setting = entrants(row.setting)
-    seconds = setting.seconds.get(row.implementation)
+    runners = runner_cache(row.setting)
+    seconds = runners.seconds.get(row.implementation)
     if seconds is None or not budget.allows_repeating(max(seconds, SECONDS)):
-        return  # the row has the rounds of its first turn, or the reason why there are none
+        return  # The row has the rounds of its first turn, or the reason why there are none.
     say("timing")
-    check(benchmark, setting, row)
-    timed(benchmark, setting.step(row.implementation), math.ceil(ENOUGH / seconds))
+    check(benchmark, runners, row)
+    timed(benchmark, runners.device, runners.step(row.implementation), math.ceil(ENOUGH / seconds))
 
 
-def check(benchmark: BenchmarkFixture, setting: Entrants, row: Row) -> None:
-    """Write down how wrong the row's results are; a row of fastlm's own fails where they are too wrong."""
+def check(benchmark: BenchmarkFixture, runners: RunnerCache, row: Row) -> None:
+    """Record the errors of the row's results. A row of fastlm's own fails where they are larger than allowed."""
     benchmark.group = " ".join(row.setting)
-    judged = setting.errors(row.implementation)
-    benchmark.extra_info |= {"errors": judged, "flops": setting.contest.flops, **worst(judged)}
-    wrong = [(name, j["error"], j["allowed"]) for name, j in judged.items() if not j["error"] <= j["allowed"]]
+    errors = runners.errors(row.implementation)
+    benchmark.extra_info |= {"errors": errors, "flops": runners.runner.flops, **worst(errors)}
+    wrong = [(name, each["error"], each["allowed"]) for name, each in errors.items() if not each["error"] <= each["allowed"]]
     if row.own:
         assert not wrong, "wrong: " + ", ".join(f"{name} by {error:.1e} ({most:.1e} allowed)" for name, error, most in wrong)
 
 
-def timed(benchmark: BenchmarkFixture, step: Step, rounds: int) -> float:
-    """Time so many calls, where they are few, and as many as fit into SECONDS otherwise; the fastest in seconds."""
-    if rounds <= ROUNDS:
+def timed(benchmark: BenchmarkFixture, device: Device, step: Step, rounds: int) -> float:
+    """Time so many calls and return the fastest in seconds. Where they are many, time as many as fit into SECONDS.
+
+    Where the device has a cache to clear, each round is one call, and there are at most MOST_ROUNDS.
+    """
+    if device.clear_cache:
+        benchmark.pedantic(step, setup=device.clear_cache, rounds=min(rounds, MOST_ROUNDS))
+    elif rounds <= ROUNDS:
         benchmark.pedantic(step, rounds=rounds)
     else:
         benchmark(step)

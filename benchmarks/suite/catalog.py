@@ -1,4 +1,4 @@
-"""What there is to time: every section, from the workloads of the ops and from the table of models, and the rows of a run."""
+"""List every section, from the workloads of the ops and from the table of models, and select the rows of a run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from workloads import BENCHMARKS, models
 
 from suite.model_section import ModelSection
 from suite.op_section import OpSection
-from suite.rows import GROWTH, MODELS, OPS, Row, Section, Selection, Setting, Step
+from suite.rows import GPU, GROWTH, MODELS, OPS, Filter, Row, Section, Setting, Step
 
 MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 
@@ -17,33 +17,33 @@ MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 @cache
 def sections() -> dict[str, Section]:
     every = [OpSection(benchmark) for benchmark in BENCHMARKS] + [ModelSection(model) for model in models.MODELS]
-    order = OPS, MODELS, GROWTH  # what matters least comes last, where a slow machine may have no time for it
+    order = OPS, GPU, MODELS, GROWTH  # What matters least comes last, as a slow machine may have no time for it.
     return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
 
 
-def selected(selection: Selection) -> list[Section]:
-    """The sections of a run.
+def selected(row_filter: Filter) -> list[Section]:
+    """Return the sections of a run on the devices that are here.
 
     Raises:
         ValueError: no section has that name, or sizes are asked for of more than one.
     """
-    only = selection.only
+    only, here = row_filter.only, {name: section for name, section in sections().items() if section.device.available()}
     if only is None:
-        found = list(sections().values())
-    elif only in sections():
-        found = [sections()[only]]
+        found = list(here.values())
+    elif only in here:
+        found = [here[only]]
     else:
-        found = [section for name, section in sections().items() if only.lower() in name.lower()]
+        found = [section for name, section in here.items() if only.lower() in name.lower()]
     if not found:
-        raise ValueError(f"OP must be a part of a section's name; got {only!r}. Sections: {'; '.join(sections())}")
-    if selection.sizes and len(found) > 1:
+        raise ValueError(f"OP must be a part of a section's name; got {only!r}. Sections: {'; '.join(here)}")
+    if row_filter.sizes and len(found) > 1:
         names = "; ".join(section.name for section in found)
         raise ValueError(f"--sizes needs one section, by its whole name; {only!r} is in the names of: {names}")
     return found
 
 
-def settings(selection: Selection) -> list[Setting]:
-    return [setting for section in selected(selection) for setting in section.settings(selection)]
+def settings(row_filter: Filter) -> list[Setting]:
+    return [setting for section in selected(row_filter) for setting in section.settings(row_filter)]
 
 
 def rows_of(setting: Setting, full: bool) -> list[Row]:
@@ -67,7 +67,7 @@ def threads_of(setting: Setting) -> Iterator[None]:
 
 
 def fresh_step(**row: str) -> Step:
-    """A row's step with arguments of its own: what memory.py measures in a process of its own."""
+    """Return a row's step with arguments of its own, for memory.py to measure in a process of its own."""
     row = Row(**row)
     torch.set_num_threads(sections()[row.op].threads(row.setting) or torch.get_num_threads())
-    return sections()[row.op].contest(row.setting).step(row.implementation)
+    return sections()[row.op].runner(row.setting).step(row.implementation)

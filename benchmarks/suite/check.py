@@ -1,19 +1,20 @@
-"""Is the answer right? Asked of every row that can be asked before it is timed. The rule is that of DESIGN.md, 'Numbers'."""
+"""Check the answers of every row, where that can be done, before it is timed. fastlm/testing.py has the rule."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from workloads.workload import Benchmark
 
-from fastlm.testing import seeded_normal
+from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, allowed_error, errors_of, seeded_normal, ulp_of_largest
+from suite.device import DEVICES
 
-VALUE_FACTOR, GRADIENT_FACTOR, ULPS = 2.0, 3.0, 4
-MOST_SCORES = 1 << 25  # that the reference is asked to hold in float64: 256 MiB, several times over
-MOST_SECONDS = 3.0  # of the reference in the inputs' own dtype, which many CPUs compute very slowly in half precision
-MOST_NUMBERS = 1 << 20  # of a latent, whose reference draws its noise in many passes: 6 s for so many on a busy core
-SOME_QUERIES = 64  # that are checked of such a call
+# A part of a call is checked where the whole would exceed one of these.
+MOST_SCORES = 1 << 25  # The reference holds them in float64: 256 MiB, several times over.
+MOST_SECONDS = 3.0  # Of the reference in the inputs' own dtype: many CPUs compute half precision very slowly.
+MOST_NUMBERS = 1 << 20  # Of a latent: its reference draws noise in many passes, which takes a busy core 6 s for so many.
+MOST_NUMBERS_OF_CACHE = 1 << 26  # Of the keys: the reference repeats them for each query head of a group.
+SOME_QUERIES = 64  # So many queries are then checked.
 
 Results = dict[str, Tensor]
 
@@ -24,11 +25,11 @@ def outputs_of(result) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Part:
-    """What is checked of a call where all would be too much. It depends on nothing outside it."""
+    """The part of a call that is checked where the whole would be too much. It depends on nothing outside it."""
 
-    names: tuple[str, ...]  # of the arguments that are cut; results are cut alike
+    names: tuple[str, ...]  # the arguments that are cut; results are cut alike
     dim: int
-    whole: int  # how many there are along that dimension
+    whole: int  # the size of that dimension before the cut
     start: int
     length: int
 
@@ -39,8 +40,8 @@ class Part:
         return arguments | {name: self.take(arguments[name].detach()) for name in self.names}
 
 
-class Judge:
-    """Of the answers to one call, whoever gives them.
+class ErrorCheck:
+    """Tell how wrong the answers to one call are, whoever gives them.
 
     Golden is the reference in float64 on the same ``arguments``, plain the reference in the inputs' own dtype.
     """
@@ -61,18 +62,19 @@ class Judge:
         ``results`` are the outputs and then the gradients, for `output_gradients`, of what is differentiable.
         """
         actual = {name: self.part.take(result) if self.part else result for name, result in self._named(results).items()}
-        return {name: judge(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
+        return {name: check_result(name, actual[name], self.plain[name], self.golden[name]) for name in self.golden}
 
     def _too_much(self, arguments: dict) -> bool:
         """Try the reference on the part, and expect the whole to take as much longer as it is larger."""
         if self.part.length == self.part.whole:
             return False
-        if _too_large(self.benchmark, arguments):
+        if _too_large(arguments):
             return True
         part = self.part.arguments(arguments)
-        start = time.perf_counter()
+        clock = DEVICES[self.benchmark.device].clock
+        start = clock()
         self._reference(part)
-        return (time.perf_counter() - start) * self.part.whole / self.part.length > MOST_SECONDS
+        return (clock() - start) * self.part.whole / self.part.length > MOST_SECONDS
 
     def _reference(self, arguments: dict) -> Results:
         for name in self.benchmark.differentiable:
@@ -99,42 +101,48 @@ def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype, part: Part
         shape = list(out.shape)
         if part:
             shape[part.dim] = part.whole
-        gradient = seeded_normal(100 + i, tuple(shape), dtype).to(out.dtype)
+        gradient = seeded_normal(100 + i, tuple(shape), dtype).to(out)
         gradients.append(part.take(gradient) if part else gradient)
     return gradients
 
 
-def judge(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
-    """One result; names that begin with "output" are held to the rule for values, others to that for gradients.
+def check_result(name: str, actual: Tensor, plain: Tensor, golden: Tensor) -> dict[str, float]:
+    """Return the error of one result and what it may be, as shares of the largest golden value.
 
-    Its largest error may be twice (for gradients: three times) that of ``plain``, plus 4 ulps. Both figures are shares of the
-    largest golden value.
+    Names that begin with "output" are held to the rule for values, others to that for gradients.
     """
     golden = golden.double()
     largest = golden.abs().max().item()
-    # Noise is float32 whatever the dtype; tests hold what has none to float64's own ulps.
-    ulp = max(torch.finfo(dtype).eps for dtype in (actual.dtype, torch.float32))
+    # Noise is float32 whatever the dtype. Tests hold what has none to float64's own ulps.
+    ulp = max(ulp_of_largest(golden, dtype) for dtype in (actual.dtype, torch.float32))
     factor = VALUE_FACTOR if name.startswith("output") else GRADIENT_FACTOR
     return {
-        "error": (actual - golden).abs().max().item() / largest,
-        "allowed": factor * (plain - golden).abs().max().item() / largest + ULPS * ulp,
+        "error": errors_of(actual, golden).max().item() / largest,
+        "allowed": allowed_error(plain, golden, factor, ulp) / largest,
     }
 
 
-def worst(judged: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The result with the largest error, and what it is allowed; empty where nothing was judged."""
-    return max(judged.values(), key=lambda j: j["error"], default={})
+def worst(errors: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Return the figures of the result with the largest error, or nothing where no result was checked."""
+    return max(errors.values(), key=lambda each: each["error"], default={})
 
 
 def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
-    """Return a latent's first rows; of attention the last queries, or the last head where keys and values get gradients."""
+    """Return a latent's first rows, or the last sequence of a cache.
+
+    Of attention, return the last queries, or the last head where keys and values get gradients.
+    """
     if "mu" in arguments:
         rows, columns = arguments["mu"].shape
         return Part(("mu", "logvar"), 0, rows, 0, min(rows, max(1, MOST_NUMBERS // columns)))
-    if "query" not in arguments or "key" not in arguments:
+    if "key_cache" in arguments:
+        sequences = len(arguments["query"])
+        return Part(("query", "key_cache", "value_cache", "cache_seqlens"), 0, sequences, sequences - 1, 1)
+    if "query" not in arguments:
         return None
     query, key = arguments["query"], arguments["key"]
-    if query.dim() == 4 and not benchmark.differentiable:  # the last ones see the same keys without the others, causal or not
+    if query.dim() == 4 and not benchmark.differentiable:
+        # The last queries see the same keys without the others, causal or not.
         queries = min(SOME_QUERIES, query.shape[2])
         return Part(("query",), 2, query.shape[2], query.shape[2] - queries, queries)
     if query.shape[1] == key.shape[1]:  # (B, H, L, D) or (total, H, D)
@@ -142,12 +150,14 @@ def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
     return None
 
 
-def _too_large(benchmark: Benchmark, arguments: dict) -> bool:
-    """Say whether the whole is not even to be thought of."""
+def _too_large(arguments: dict) -> bool:
+    """Say whether the reference has no memory for the whole, so that it is not even tried."""
     if "mu" in arguments:
         return arguments["mu"].numel() > MOST_NUMBERS
+    if "key_cache" in arguments:
+        return arguments["key_cache"].numel() > MOST_NUMBERS_OF_CACHE
     query, key = arguments["query"], arguments["key"]
-    return query.dim() == 4 and not benchmark.differentiable and query.shape[:3].numel() * key.shape[2] > MOST_SCORES
+    return query.dim() == 4 and query.shape[:3].numel() * key.shape[2] > MOST_SCORES
 
 
 def _double(value):

@@ -1,4 +1,4 @@
-"""The options of bench_rows.py, and the rows that have no time: pytest-benchmark's JSON gets why, as "missing"."""
+"""Define the options of bench_rows.py, and write into pytest-benchmark's JSON as "missing" why rows have no time."""
 
 import pytest
 

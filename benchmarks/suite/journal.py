@@ -1,4 +1,4 @@
-"""What a run has measured so far, a line of JSON as each part is finished, so that an interrupted run can go on."""
+"""Keep what a run has measured so far, a line of JSON for each finished part, so that an interrupted run can go on."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 class Journal:
     """The file of a run.
 
-    ``run`` says what is measured and of what (options, commit): a journal of another run is not gone on with.
+    ``run`` says what is measured and of what (options, commit). A journal of another run cannot be resumed.
 
     Raises:
         ValueError: there is nothing to resume, or it is of another run.
@@ -18,7 +18,7 @@ class Journal:
         if resume:
             self.rows = _read(path)
             self._check(run)
-            path.write_text("".join(_line(*row) for row in self.rows))  # without a line that was cut off
+            path.write_text("".join(_line(*row) for row in self.rows))  # A line that was cut off is left out.
         else:
             path.write_text("")
             self.add("run", run)
@@ -29,15 +29,15 @@ class Journal:
             file.write(_line(step, row))
 
     def of(self, step: str) -> list:
-        """The rows of a step, in the order that they were measured in."""
+        """Return the rows of a step in the order that they were measured in."""
         return [row for name, row in self.rows if name == step]
 
     def one(self, step: str):
-        """The content of a step that has one row, or None where it was not run."""
+        """Return the content of a step that has one row, or None where it was not run."""
         return next(iter(self.of(step)), None)
 
     def once(self, step: str, measure):
-        """The content of such a step; measured now, unless the interrupted run had got that far."""
+        """Return the content of such a step. Measure it now, unless the interrupted run had got that far."""
         if not self.of(step):
             self.add(step, measure())
         return self.one(step)
@@ -59,8 +59,8 @@ def _line(step: str, row) -> str:
 
 
 def _read(path: Path) -> list[tuple]:
-    """Its rows; a last line that was cut off by the interruption is left out."""
+    """Return its rows. A last line that the interruption cut off is left out."""
     if not path.exists():
         raise ValueError(f"--resume: there is no interrupted run in {path.parent}")
-    *lines, _ = path.read_text().split("\n")  # what follows the last end of line is not whole
+    *lines, _ = path.read_text().split("\n")  # What follows the last end of line is not whole.
     return [tuple(json.loads(line)) for line in lines]

@@ -1,4 +1,4 @@
-"""The machine a report was measured on, and the memory bandwidth and arithmetic that it really has."""
+"""Describe the machine that a report was measured on, with the memory bandwidth and arithmetic that it really has."""
 
 import datetime
 import importlib.util
@@ -13,18 +13,20 @@ from rich.console import Console
 
 import fastlm
 from suite import peak
+from suite.device import CUDA
 from suite.terminal import Activity
 
 LIBRARIES = ("transformers", "diffusers", "timm", "onnxruntime", "jax")
-PEAKS = 5  # how many steps `peaks` tells
+PEAKS = 5  # `peaks` tells so many steps of the CPU.
 
 
 def describe() -> dict:
-    """What a reader needs to judge the figures, and to repeat them."""
+    """Return what a reader needs to judge the figures and to repeat them."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if CUDA.available() else {}),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "python": platform.python_version(),
@@ -39,17 +41,18 @@ def describe() -> dict:
 
 def peaks(console: Console) -> dict[str, dict[str, float]]:
     """Measure bandwidths in GB/s (1e9 bytes) and rates in GFLOP/s; see peak.py."""
-    with Activity(console, total=PEAKS) as activity:
+    with Activity(console, total=PEAKS + (peak.GPU_STEPS if CUDA.available() else 0)) as activity:
 
         def say(text: str) -> None:
             activity.say(text)
             activity.advance()
 
-        return peak.bandwidths(say) | peak.arithmetic(say)
+        of_gpu = {"gpu_peaks": peak.of_gpu(say)} if CUDA.available() else {}
+        return peak.bandwidths(say) | peak.arithmetic(say) | of_gpu
 
 
 def best_peaks(measured: list[dict]) -> dict[str, dict[str, float]]:
-    """The best of several: a limit is what the machine does when nothing disturbs it."""
+    """Return the best of several, as a limit is what the machine does when nothing disturbs it."""
     return {name: _best([each[name] for each in measured]) for name in measured[0]}
 
 
@@ -60,7 +63,7 @@ def _best(values: list):
 
 
 class OthersShare:
-    """What share of the machine's CPU time went to other programs, or to other guests of its host, in a ``with`` block."""
+    """Measure the share of CPU time that went to other programs, or other guests of the host, in a ``with`` block."""
 
     def __enter__(self):
         self.start = _cpu_times()
@@ -75,7 +78,7 @@ class OthersShare:
 
 
 def _cpu_times() -> tuple[float, float, float] | None:
-    """Seconds of all CPUs together: of all kinds, busy, and busy with this process and its children. Linux only."""
+    """Return seconds of all CPUs together: in all, busy, and busy with this process and its children. Linux only."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -94,7 +97,7 @@ def _cpu_model() -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that are compared with or measured in, where they are installed."""
+    """Return the versions of the libraries, where installed, that fastlm is compared with or measured in."""
     return {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)}
 
 
@@ -103,4 +106,4 @@ def commit() -> str | None:
     try:
         return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout, or no git
+        return None  # This is no checkout, or there is no git.

@@ -1,14 +1,12 @@
-"""Peak extra memory of a call, in a process of its own: how far its resident set rises above what it was before the call.
+"""Measure the peak extra memory of a call in a process of its own. Linux only.
 
-Counted is all that the call allocates, results and gradients included; its inputs are there before. Linux only: the high-water
-mark of the resident set is reset by writing 5 to /proc/self/clear_refs (man 5 proc).
+All that the call allocates counts, results and gradients included; its inputs are there before. device.py has the measurement.
 
 The processes are forks of one that has imported what all need and computed nothing: this file, run as a program. None of them
 outlives the run, however that ends: the program sees its standard input end, and Linux kills a process whose parent died.
 """
 
 import ctypes
-import gc
 import importlib
 import json
 import multiprocessing
@@ -16,25 +14,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-SECONDS = 120.0  # a measurement that takes longer is given up
-CLEAR_REFS = Path("/proc/self/clear_refs")
+SECONDS = 120.0  # A measurement that takes longer is given up.
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # Every block of 64 KiB and more comes from the system and goes back when freed, so that none is counted twice or not at all.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
 
 def peak_extra_bytes(target: str, *, seconds: float = SECONDS, **arguments) -> dict:
-    """Measure the call that ``target``, "module:function", makes ready from ``arguments``; give it up after so many seconds.
+    """Measure the call that ``target``, "module:function", makes ready from ``arguments``. Give up after so many seconds.
 
-    {"bytes": peak, "result_bytes": what of it are the tensors that the call returns}; or {"why_not": reason}.
+    Return {"bytes": the peak, "result_bytes": the part of it that the call returns}, or {"why_not": the reason}.
     """
-    if not CLEAR_REFS.exists():
-        return {"why_not": f"measured on Linux only: no {CLEAR_REFS}"}
+    if sys.platform != "linux":
+        return {"why_not": "it is measured on Linux only"}
     found = _ask(target, arguments, seconds)
     if "bytes" in found and found["bytes"] < found["result_bytes"] / 2:
         return {"why_not": "it keeps its memory from call to call, so that none is seen to be taken"}
@@ -69,7 +65,7 @@ def serve() -> None:
     importlib.import_module("torch._dynamo")
     importlib.import_module("suite.catalog").sections()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # What a library prints is no answer.
     while line := _read_line():
         print(json.dumps(_answer(*json.loads(line))), file=answers, flush=True)
 
@@ -117,31 +113,12 @@ def _answer_in_fork(sender: Connection, parent: int, target: str, arguments: dic
     _end_with_parent(parent)
     try:
         module, function = target.split(":")
-        found = _measure(getattr(importlib.import_module(module), function)(**arguments))
+        call = getattr(importlib.import_module(module), function)(**arguments)
+        found = importlib.import_module("suite.device").measure_memory(call)
     except Exception as error:
         reason = str(error) if type(error).__name__ == "Unavailable" else f"{type(error).__name__}: {error}"
         found = {"why_not": reason.splitlines()[0]}
     sender.send(found)
-
-
-def _measure(call: Callable) -> dict:
-    """The warm-up brings in code pages, thread stacks and compiled kernels; what it leaves in the heap goes back."""
-    call()
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-    CLEAR_REFS.write_text("5")
-    before = _status("VmRSS")
-    result = call()  # kept, so that it counts
-    peak = max(0, _status("VmHWM") - before)
-    return {"bytes": peak, "result_bytes": sum(t.nbytes for t in result) if isinstance(result, tuple) else 0}
-
-
-def _status(field: str) -> int:
-    """A figure of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 if __name__ == "__main__":

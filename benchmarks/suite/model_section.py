@@ -1,4 +1,4 @@
-"""A section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
+"""Make a section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
 
 import copy
 import time
@@ -11,31 +11,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from workloads.models import Model
 
-from suite.check import judge
-from suite.rows import FASTLM, MODELS, Cost, Selection, Setting, Step, Unavailable
+from suite.check import check_result
+from suite.device import CPU
+from suite.rows import FASTLM, MODELS, Cost, Filter, Setting, Step, Unavailable
 
 BEFORE = "before"
-SEED = 0  # of the weights
+SEED = 0  # It fixes the weights.
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ITS_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-COUNTED = {  # by torch's counter on GPUs alone; of shapes
+COUNTED = {  # Operations, by the shapes of the arguments. torch counts them on GPUs alone.
     _ATTENTION: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
     _ITS_BACKWARD: lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value),
 }
 
 
 class ModelSection:
-    """See `rows.Section`."""
+    """A model's section; see `rows.Section`."""
 
-    axis, baseline, group = "", BEFORE, MODELS
+    axis, baseline, group, device = "", BEFORE, MODELS, CPU
 
     def __init__(self, model: Model):
         self.model, self.name = model, model.name
 
-    def settings(self, selection: Selection) -> Iterator[Setting]:
-        if selection.sizes:
+    def settings(self, row_filter: Filter) -> Iterator[Setting]:
+        if row_filter.sizes:
             raise ValueError(f"{self.name!r} is a model of one size; --sizes is for the ops' sections")
-        for dtype in ("float32", "bfloat16") if selection.full else ("float32",):
+        for dtype in ("float32", "bfloat16") if row_filter.full else ("float32",):
             yield Setting(self.name, self.model.workload, dtype)
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:
@@ -50,12 +51,12 @@ class ModelSection:
     def has_memory(self, setting: Setting) -> bool:
         return setting.dtype == "float32" and self.model.memory
 
-    def contest(self, setting: Setting) -> "ModelContest":
-        return ModelContest(self.model, getattr(torch, setting.dtype))
+    def runner(self, setting: Setting) -> "ModelRunner":
+        return ModelRunner(self.model, getattr(torch, setting.dtype))
 
 
 class _Ops(TorchDispatchMode):
-    """Whether an op of fastlm ran inside: the numbers would agree if none did."""
+    """Note whether an op of fastlm runs inside. The numbers would agree too if none did."""
 
     ours = False
 
@@ -64,17 +65,17 @@ class _Ops(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class ModelContest:
-    """See `rows.Contest`. Each implementation has a copy of the model of its own, of the same first weights."""
+class ModelRunner:
+    """A model's runner; see `rows.Runner`. Each implementation has its own copy of the model, with the same first weights."""
 
     def __init__(self, model: Model, dtype: torch.dtype):
         self.model, self.dtype = model, dtype
-        self.judged = model.judged or model.ready
+        self.checked = model.checked or model.ready
         self.first_seconds: dict[str, float] = {}
         self.flops = None
 
     def step(self, implementation: str) -> Step:
-        """It has run once."""
+        """Return the step after its first run."""
         try:
             step = self._step(implementation, self.dtype, self.model.ready)
             with _Ops() as ops, FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
@@ -83,7 +84,7 @@ class ModelContest:
                 self.first_seconds[implementation] = time.perf_counter() - start
         except Exception as error:
             if implementation != BEFORE and not isinstance(error, (ImportError, NotImplementedError)):
-                raise  # a bug of ours, not something missing
+                raise  # It is a bug of ours, and nothing is missing.
             raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
         if ops.ours != (implementation != BEFORE):
             raise AssertionError(f"{implementation}: {'no op' if not ops.ours else 'an op'} of fastlm ran in {self.model.name}")
@@ -92,16 +93,16 @@ class ModelContest:
         return step
 
     def errors(self, implementation: str) -> dict[str, dict[str, float]]:
-        """Against the model as it is in float64; of the first result as of a value, of those behind it as of gradients."""
+        """Check against the unchanged model in float64: the first result as a value, those behind it as gradients."""
         plain, golden = self.expected
-        actual = plain if implementation == BEFORE else self._step(implementation, self.dtype, self.judged)()
+        actual = plain if implementation == BEFORE else self._step(implementation, self.dtype, self.checked)()
         names = ["output" if i == 0 else f"gradient {i}" for i in range(len(golden))]
-        return {name: judge(name, *each) for name, *each in zip(names, actual, plain, golden)}
+        return {name: check_result(name, *each) for name, *each in zip(names, actual, plain, golden)}
 
     @cached_property
     def expected(self) -> list[tuple[Tensor, ...]]:
-        """The results of the model as it is, in the dtype of the contest and in float64."""
-        return [self._step(BEFORE, dtype, self.judged)() for dtype in (self.dtype, torch.float64)]
+        """Return the results of the unchanged model, in the dtype of the runner and in float64."""
+        return [self._step(BEFORE, dtype, self.checked)() for dtype in (self.dtype, torch.float64)]
 
     @cached_property
     def built(self) -> nn.Module:

@@ -1,6 +1,5 @@
-"""A section of the report from what an op says of itself: fastlm's backends beside the peers of peers.py."""
+"""Make a section of the report from an op's `Benchmark`: fastlm's backends beside the peers of peers.py."""
 
-import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
@@ -9,30 +8,32 @@ from torch import Tensor
 from workloads.peers import PEERS
 from workloads.workload import Benchmark, Workload
 
-from suite.check import Judge, output_gradients, outputs_of
-from suite.rows import FASTLM, GROWTH, OPS, Cost, Selection, Setting, Step, Unavailable
+from suite.check import ErrorCheck, output_gradients, outputs_of
+from suite.device import DEVICES
+from suite.rows import FASTLM, GPU, GROWTH, OPS, Cost, Filter, Setting, Step, Unavailable
 
-WORTH_MEMORY = 1 << 20  # bytes of inputs and results, from which a size of a user's own gets a row of memory
+WORTH_MEMORY = 1 << 20  # A size of a user's own gets a row of memory from so many bytes of inputs and results on.
 
 
 class OpSection:
-    """See `rows.Section`."""
+    """An op's section; see `rows.Section`."""
 
     def __init__(self, benchmark: Benchmark):
         self.benchmark = benchmark
-        self.name, self.axis, self.group = benchmark.name, benchmark.axis, GROWTH if benchmark.growth else OPS
-        self.baseline = benchmark.peers[0]
+        self.name, self.axis, self.baseline = benchmark.name, benchmark.axis, benchmark.peers[0]
+        self.device = DEVICES[benchmark.device]
+        self.group = GPU if benchmark.device == "cuda" else GROWTH if benchmark.growth else OPS
 
-    def settings(self, selection: Selection) -> Iterator[Setting]:
-        workloads = [self.workload(size) for size in selection.sizes] or self.benchmark.workloads
+    def settings(self, row_filter: Filter) -> Iterator[Setting]:
+        workloads = [self.workload(size) for size in row_filter.sizes] or self.benchmark.workloads
         for workload in workloads:
-            every = selection.full and not self.benchmark.growth
-            quick = workload.quick or ((torch.float32,) if selection.full else ())
+            every = row_filter.full and not self.benchmark.growth
+            quick = workload.quick or ((torch.float32,) if row_filter.full else ())
             for dtype in self.benchmark.dtypes if every else quick:
                 yield Setting(self.name, workload.name, str(dtype).removeprefix("torch."))
 
     def workload(self, name: str) -> Workload:
-        """The one of that name, or the one that sizes such as "1x8x512x64" make.
+        """Return the workload of that name, or the one that sizes such as "1x8x512x64" make.
 
         Raises:
             ValueError: it is neither.
@@ -58,41 +59,42 @@ class OpSection:
         unit, workload = self.benchmark.unit, self.workload(setting.workload)
         itemsize = getattr(torch, setting.dtype).itemsize
         work = workload.work * (itemsize if unit == "GB/s" else 1)
-        return Cost(unit, workload.size, work, workload.numbers * itemsize, unit == "GFLOP/s")
+        return Cost(unit, workload.size, work, workload.numbers * itemsize, unit == "GFLOP/s", self.device.name)
 
     def threads(self, setting: Setting) -> int | None:
         return self.workload(setting.workload).threads
 
     def has_memory(self, setting: Setting) -> bool:
-        return setting.dtype == "float32" and self.workload(setting.workload).memory
+        return getattr(torch, setting.dtype) == self.benchmark.dtypes[0] and self.workload(setting.workload).memory
 
-    def contest(self, setting: Setting) -> "OpContest":
-        return OpContest(self.benchmark, self.workload(setting.workload).make(getattr(torch, setting.dtype)))
+    def runner(self, setting: Setting) -> "OpRunner":
+        return OpRunner(self.benchmark, self.workload(setting.workload).make(getattr(torch, setting.dtype)))
 
 
-class OpContest:
-    """See `rows.Contest`: forward and backward are one step, or the forward alone where nothing gets a gradient."""
+class OpRunner:
+    """An op's runner; see `rows.Runner`. A step is forward and backward, or the forward where nothing gets a gradient."""
 
-    flops = None  # the section's cost has them
+    flops = None  # The section's cost has them.
 
     def __init__(self, benchmark: Benchmark, arguments: dict):
-        self.benchmark, self.arguments = benchmark, arguments
+        self.benchmark, self.device = benchmark, DEVICES[benchmark.device]
+        self.arguments = arguments = self.device.move(arguments)
         self.leaves = {n: arguments[n].requires_grad_() for n in benchmark.differentiable if isinstance(arguments[n], Tensor)}
-        self.first: dict[str, tuple[Tensor, ...]] = {}  # results of first runs that were not judged yet
+        self.first: dict[str, tuple[Tensor, ...]] = {}  # Results of first runs wait here for their check.
         self.first_seconds: dict[str, float] = {}
-        torch.compiler.reset()  # past so many compilations of one function, dynamo gives up compiling it
+        torch.compiler.reset()  # Dynamo compiles a function only so many times.
 
     def step(self, implementation: str) -> Step:
-        """It has run once."""
+        """Return the step after its first run."""
         try:
             call = self._call(implementation)
             step = self._with_gradients(call) if self.leaves else lambda: outputs_of(call())
-            start = time.perf_counter()
+            start = self.device.clock()
             self.first[implementation] = tuple(result.detach() for result in step())
-            self.first_seconds[implementation] = time.perf_counter() - start
+            self.first_seconds[implementation] = self.device.clock() - start
         except Exception as error:
             if implementation.startswith(FASTLM) and not isinstance(error, NotImplementedError):
-                raise  # a bug of ours, not something missing
+                raise  # It is a bug of ours, and nothing is missing.
             raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
         return step
 
@@ -117,8 +119,8 @@ class OpContest:
         results = self.first.pop(implementation)
         if not implementation.startswith(FASTLM) and self.benchmark.own_noise:
             return {}
-        return self.judge.errors(results)
+        return self.error_check.errors(results)
 
     @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.benchmark, self.arguments)
+    def error_check(self) -> ErrorCheck:
+        return ErrorCheck(self.benchmark, self.arguments)

@@ -1,4 +1,4 @@
-"""Runs bench_rows.py under pytest: each finished setting goes into the journal, under a progress bar, a line per setting."""
+"""Run bench_rows.py under pytest. Each finished setting goes into the journal and gets a line above the progress bar."""
 
 import os
 import statistics
@@ -12,48 +12,48 @@ from suite.budget import Budget
 from suite.catalog import rows_of, weight
 from suite.journal import Journal
 from suite.row_items import BUDGET, DONE, SAY, missing, row_of
-from suite.rows import Row, Selection, Setting
+from suite.rows import Filter, Row, Setting
 from suite.terminal import Activity
 from suite.units import duration
 
 HERE = Path(__file__).parent
-HEAD, STEP = "head", "rows"  # of the journal
+HEAD, STEP = "head", "rows"  # steps of the journal
 
 
-def time_rows(journal: Journal, selection: Selection, budget: Budget) -> bool:
-    """Time every row that the journal does not have yet, as far as the budget goes; whether all answers were right.
+def time_rows(journal: Journal, row_filter: Filter, budget: Budget) -> bool:
+    """Time every row that the journal does not have yet, as far as the budget goes. Return whether all answers were right.
 
     Raises:
         KeyboardInterrupt: it was interrupted; the journal has the settings that were finished.
     """
-    arguments = [str(HERE / "bench_rows.py"), "--benchmark-quiet", *["--full"] * selection.full]
-    arguments += [f"--only={selection.only}"] * (selection.only is not None) + [f"--size={size}" for size in selection.sizes]
+    arguments = [str(HERE / "bench_rows.py"), "--benchmark-quiet", *["--full"] * row_filter.full]
+    arguments += [f"--only={row_filter.only}"] * (row_filter.only is not None) + [f"--size={size}" for size in row_filter.sizes]
     # None of the tests' settings; and no terminal output but ours.
     isolation = ["-c", os.devnull, f"--rootdir={HERE}", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:warnings"]
-    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, selection, budget)])
+    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, row_filter, budget)])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest could not run bench_rows.py: exit code {code!r}")
-    return code != pytest.ExitCode.TESTS_FAILED  # nothing is collected where the journal has all
+    return code != pytest.ExitCode.TESTS_FAILED  # Nothing is collected where the journal has all.
 
 
 def benchmark_json(journal: Journal) -> dict:
-    """The rows in pytest-benchmark's own format, and "missing": those that have no time."""
+    """Return the rows in pytest-benchmark's own format, and as "missing" those that have no time."""
     finished = journal.of(STEP)
     parts = {part: [row for setting in finished for row in setting[part]] for part in ("benchmarks", "missing")}
     return {**(journal.one(HEAD) or {}), **parts}
 
 
 class _Recorder:
-    """A pytest plugin that keeps what is finished, and shows how far it is and each setting's medians."""
+    """A pytest plugin that keeps what is finished, and shows its progress and each setting's medians."""
 
-    def __init__(self, journal: Journal, selection: Selection, budget: Budget):
-        self.journal, self.selection, self.budget = journal, selection, budget
+    def __init__(self, journal: Journal, row_filter: Filter, budget: Budget):
+        self.journal, self.row_filter, self.budget = journal, row_filter, budget
         # A copy of the standard output: pytest captures the original while a row runs.
         self.console = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
         self.failures: set[str] = set()
-        self.why_not: str | None = None  # of the last setting, where nothing of it was timed
+        self.why_not: str | None = None  # the reason of the last setting, where nothing of it was timed
 
     def pytest_configure(self, config):
         config.stash[DONE] = {Setting(*setting["setting"]) for setting in self.journal.of(STEP)}
@@ -62,22 +62,22 @@ class _Recorder:
     def pytest_collection_finish(self, session):
         if not self.journal.of(HEAD):
             self.journal.add(HEAD, _head(session.config))
-        self.left = {}  # how many turns of each setting
+        self.left = {}  # turns of each setting
         for item in session.items:
             setting = row_of(item).setting
             self.left[setting] = self.left.get(setting, 0) + 1
-        self.budget.plan({setting: weight(setting, self.selection.full) for setting in self.left})
+        self.budget.plan({setting: weight(setting, self.row_filter.full) for setting in self.left})
         self.activity = Activity(self.console, len(session.items))
         self.activity.__enter__()
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and (message := report.longrepr.reprcrash.message) not in self.failures:  # each turn fails alike
+        if report.failed and (message := report.longrepr.reprcrash.message) not in self.failures:  # Each turn fails alike.
             self.failures.add(message)
             self.activity.print(f"{report.nodeid}\n{report.longreprtext}", style="red", markup=False, highlight=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        """Around a turn of a row, with what pytest reports of it; after the last turn, the setting is finished."""
+        """Run a turn of a row, with what pytest reports of it, and finish the setting after its last turn."""
         row = row_of(item)
         result = yield
         self.activity.advance()
@@ -90,7 +90,7 @@ class _Recorder:
         entries = [entry.as_dict() for entry in config._benchmarksession.benchmarks if not entry.has_error]
         entries = [entry for entry in entries if Setting(*(entry["params"][n] for n in Setting._fields)) == setting]
         self.journal.add(STEP, {"setting": setting, "benchmarks": entries, "missing": missing(config, setting)})
-        rounds = {row.implementation: [] for row in rows_of(setting, self.selection.full)}
+        rounds = {row.implementation: [] for row in rows_of(setting, self.row_filter.full)}
         for entry in entries:
             rounds[entry["params"]["implementation"]] += entry["stats"]["data"]
         medians = [f"{name} {duration(statistics.median(times)) if times else '-'}" for name, times in rounds.items()]
@@ -108,7 +108,7 @@ class _Recorder:
 
 
 def _head(config: pytest.Config) -> dict:
-    """What pytest-benchmark writes beside its benchmarks."""
+    """Return what pytest-benchmark writes beside its benchmarks."""
     session, hook = config._benchmarksession, config.hook
     commit = hook.pytest_benchmark_generate_commit_info(config=config)
     return {"machine_info": session.get_machine_info(), "commit_info": commit, "version": __version__}

@@ -1,4 +1,4 @@
-"""The sections of the benchmark's report about ops, in their order: one file for each op. A new op enters the report here."""
+"""List the sections of the report about ops, in their order, from one file for each op. A new op enters the report here."""
 
 from workloads import attention, latent, noise
 

@@ -1,4 +1,4 @@
-"""What to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
+"""List what to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
 
 import math
 from functools import partial
@@ -7,17 +7,17 @@ import torch
 
 from fastlm import attention, kvcache_attention, varlen_attention
 from fastlm.testing import seeded_normal
-from workloads.workload import Benchmark, Workload
+from workloads.workload import ON_GPU, Benchmark, Workload
 
 FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _HALF = (FP32, BF16, FP16)
 WINDOW = 256
-BACKWARD = 3.5  # products of a forward and backward: two and five, over the forward's two
-LONGEST_EAGER = 8192  # beyond it, the scores that eager code holds fill a machine's memory
+BACKWARD = 3.5  # A forward and backward has seven products, over the forward's two.
+LONGEST_EAGER = 8192  # Beyond this length, the scores of eager code fill a machine's memory.
 
 
 def _work(batch: int, heads: int, q_len: int, k_len: int, head_dim: int, passes: float = 1.0) -> int:
-    """Floating-point operations of the two products of the forward; a backward has five, 2.5 times as many."""
+    """Count the floating-point operations of the forward's two products, ``passes`` times."""
     return int(4 * batch * heads * q_len * k_len * head_dim * passes)
 
 
@@ -37,10 +37,11 @@ def _square(
     options: dict | None = None,
     **more,
 ) -> Workload:
-    """Queries and keys of one length; ``options`` go to the call, ``more`` to the workload."""
+    """Return a workload with queries and keys of one length. ``options`` go to the call, ``more`` to the workload."""
     options = options or {}
     shape = (batch, heads, length, head_dim)
-    numbers = 4 * math.prod(shape) if passes == 1.0 else 12 * math.prod(shape)  # q, k, v, out; with gradients, those and all
+    # The forward moves q, k, v and out. With gradients, those move again, and so do all four gradients.
+    numbers = 4 * math.prod(shape) if passes == 1.0 else 12 * math.prod(shape)
     half = 0.5 if options.get("causal") else 1.0
     return Workload(
         name or f"B{batch} H{heads} S{length}",
@@ -59,8 +60,13 @@ def _windowed(batch: int, heads: int, length: int, head_dim: int = 64, **more) -
     return _square(batch, heads, length, head_dim, work=work, options=options, **more)
 
 
-def _decoding(batch: int, length: int, quick=_HALF) -> Workload:
-    """A step of 32 query heads over 8 heads of keys."""
+def _gpu_square(head_dim: int, length: int, **more) -> Workload:
+    """Return a workload of sixteen thousand tokens of a model of width 2048."""
+    return _square(16384 // length, 2048 // head_dim, length, head_dim, quick=(BF16,), memory=length == 4096, **more)
+
+
+def _decoding(batch: int, length: int, quick=_HALF, memory: bool = False) -> Workload:
+    """Return a step of decoding, with 32 query heads over 8 heads of keys."""
     heads, kv_heads, head_dim = 32, 8, 128
 
     def make(dtype) -> dict:
@@ -72,11 +78,12 @@ def _decoding(batch: int, length: int, quick=_HALF) -> Workload:
         }
 
     cached = 2 * batch * kv_heads * length * head_dim
-    return Workload(f"B{batch}, {length} cached", make, size=batch * length, work=cached, numbers=cached, quick=quick)
+    name = f"B{batch}, {length} cached"
+    return Workload(name, make, size=batch * length, work=cached, numbers=cached, quick=quick, memory=memory)
 
 
 def _ragged(sequences: int, longest: int, quick=(FP32, BF16)) -> Workload:
-    """Sequences of lengths that are spread evenly, packed."""
+    """Return a workload of packed sequences, whose lengths are spread evenly."""
     lengths = [max(1, longest * (i + 1) // sequences) for i in range(sequences)]
     total, heads, head_dim = sum(lengths), 8, 64
 
@@ -95,7 +102,7 @@ def _on_threads(threads: int) -> Workload:
 
 
 def _doubling(most: int) -> list[int]:
-    """1, 2, 4, ... and the last one ``most``."""
+    """Return 1, 2, 4, ... and ``most`` as the last one."""
     return [*(1 << i for i in range((most - 1).bit_length())), most]
 
 
@@ -103,6 +110,8 @@ def _doubling(most: int) -> list[int]:
 
 _QKV = ("query", "key", "value")
 _EAGER = ("eager", "eager, compiled")
+_GPU_PEERS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention", "flash-attn", "xformers")
+_ON_GPU = {"device": "cuda", "backends": ("triton",), "dtypes": (BF16,)}
 _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
 _both = partial(_square, passes=BACKWARD)
@@ -111,14 +120,20 @@ _causal = partial(_square, options=_CAUSAL)
 
 def _section(name, workloads, peers=("SDPA", "eager"), sized=_square, **more) -> Benchmark:
     common = {"function": attention, "unit": "GFLOP/s", "axis": "sequence length", "sizes": "BxHxSxD", "slow_in_half": _EAGER}
-    return Benchmark(
-        name=name,
-        dtypes=_DTYPES,
-        backends=("cpu",),
-        workloads=tuple(workloads),
-        peers=peers,
-        sized=sized,
-        **common | more,
+    common |= {"dtypes": _DTYPES, "backends": ("cpu",)}
+    return Benchmark(name=name, workloads=tuple(workloads), peers=peers, sized=sized, **common | more)
+
+
+def _gpu_section(head_dim: int, causal: bool, backward: bool) -> Benchmark:
+    more = {"options": _CAUSAL if causal else {}, "passes": BACKWARD if backward else 1.0}
+    name = f"{ON_GPU}attention, forward{' + backward' * backward}, head_dim {head_dim}{', causal' * causal}"
+    return _section(
+        name,
+        (_gpu_square(head_dim, length, **more) for length in (1024, 4096, 16384)),
+        _GPU_PEERS,
+        sized=partial(_square, quick=(BF16,), **more),
+        differentiable=_QKV if backward else (),
+        **_ON_GPU,
     )
 
 
@@ -184,6 +199,23 @@ BENCHMARKS = (
         function=kvcache_attention,
         unit="GB/s",
         axis="cached rows",
+    ),
+    *(
+        _gpu_section(head_dim, causal, backward)
+        for backward in (False, True)
+        for head_dim in (64, 128)
+        for causal in (False, True)
+    ),
+    _section(
+        f"{ON_GPU}kvcache_attention, decoding",
+        (_decoding(batch, 8192, (BF16,), memory=batch == 16) for batch in (1, 16, 64)),
+        _GPU_PEERS,
+        sized=partial(_decoding, quick=(BF16,)),
+        sizes="B x cached rows",
+        function=kvcache_attention,
+        unit="GB/s",
+        axis="cached rows",
+        **_ON_GPU,
     ),
     _section(
         "growth of attention with the sequence",

@@ -1,4 +1,4 @@
-"""Whole models before and after fastlm is put into them: a row of the table for each.
+"""Build whole models before and after fastlm is put into them: a row of the table for each.
 
 To add a model, write how it is built, what a step of it is and how fastlm gets in, and add a row. Weights are random: nothing
 is downloaded, and time does not depend on them. What a model needs that is not installed makes a row that says so.
@@ -29,18 +29,18 @@ class Model:
     name: str
     workload: str  # the size, as a reader sees it
     unit: str  # "tokens/s" or "images/s"
-    items: int  # of that unit in a step
+    items: int  # tokens or images of a step
     build: Callable[[], nn.Module]
     ready: Callable[[nn.Module], Step]  # makes the inputs, and returns the step that is timed
-    put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # how fastlm gets in, below
-    judged: Callable[[nn.Module], Step] | None = None  # as ``ready``, without noise or changed weights, and a small one
+    put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # ways for fastlm to get in, below
+    checked: Callable[[nn.Module], Step] | None = None  # as ``ready``, but small, without noise and with fixed weights
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
 
 
 # ---- how fastlm gets in -----------------------------------------------------------------------------------------------------
 
 
-Entry = Callable[[], AbstractContextManager]  # what each step is run in
+Entry = Callable[[], AbstractContextManager]  # Each step is run inside it.
 
 
 def replaced(model: nn.Module) -> Entry:
@@ -70,7 +70,7 @@ def own_normal(model: nn.Module) -> Entry:
 
 
 def by_name(model: nn.Module) -> Entry:
-    """transformers' own way: the name of an attention implementation."""
+    """Set fastlm in transformers' own way, by the name of an attention implementation."""
     importlib.import_module("fastlm.integrations.transformers")
     model.set_attn_implementation("fastlm")
     return nullcontext
@@ -80,7 +80,7 @@ def by_name(model: nn.Module) -> Entry:
 
 
 def torch_encoder() -> nn.Module:
-    """nn.TransformerEncoder of BERT-base's size."""
+    """Build nn.TransformerEncoder of BERT-base's size."""
     layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
     return nn.TransformerEncoder(layer, 12).eval()
 
@@ -121,7 +121,7 @@ class DistributionsVAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 784))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructions (B, 784) of x (B, 784), and the KL, 0-d."""
+        """Return reconstructions (B, 784) of x (B, 784), and the KL, 0-d."""
         mu, logvar = self.encoder(x).chunk(2, dim=-1)
         posterior = self.normal(mu, torch.exp(0.5 * logvar))
         kl = torch.distributions.kl_divergence(posterior, self.normal(torch.zeros_like(mu), torch.ones_like(mu)))
@@ -146,7 +146,7 @@ def _tokens(batch: int, length: int) -> Tensor:
 
 
 def _padding(batch: int, length: int) -> Tensor:
-    """(B, L), 1 where there is a token: lengths from a quarter of the longest up, as a batch of texts has them."""
+    """Return a mask (B, L), 1 where there is a token. As in a batch of texts, lengths are a quarter of the longest and up."""
     lengths = torch.linspace(length / 4, length, batch).long()
     return (torch.arange(length) < lengths[:, None]).long()
 
@@ -167,14 +167,15 @@ def padded_forward(model: nn.Module, batch: int, length: int) -> Step:
 
 
 def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimize: bool = False) -> Step:
-    """Forward and backward, and with ``optimize`` a step of AdamW; the model's output and its first weights' gradient.
+    """Run forward and backward, and with ``optimize`` a step of AdamW. Return the output and the first weights' gradient.
 
     No gradient stays on the model, so that its memory counts as the step's own.
     """
     model.train()
     ids = _tokens(batch, length)
     inputs = {"input_ids": ids} | ({"attention_mask": _padding(batch, length)} if padded else {})
-    weights = _normals(model, batch, length, model.config.hidden_size) if padded else None  # of a loss that is not constant
+    # The weights make a loss that is not constant.
+    weights = _normals(model, batch, length, model.config.hidden_size) if padded else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimize else None
 
     def step() -> tuple[Tensor, ...]:
@@ -191,7 +192,7 @@ def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimi
 
 
 def generation(model: nn.Module, batch: int, length: int) -> Step:
-    """NEW_TOKENS greedy tokens with a cache; the logits that each was chosen by."""
+    """Generate NEW_TOKENS greedy tokens with a cache. Return the logits that each was chosen by."""
     ids = _tokens(batch, length)
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     options |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True, "output_logits": True}
@@ -199,14 +200,14 @@ def generation(model: nn.Module, batch: int, length: int) -> Step:
 
 
 def encoding(model: nn.Module, batch: int, side: int, sample: bool = True) -> Step:
-    """Images to latents: drawn from the posterior, or its mean."""
+    """Encode images to latents: draws from the posterior, or its mean."""
     x = _normals(model, batch, 3, side, side)
     draw = (lambda posterior: posterior.sample()) if sample else (lambda posterior: posterior.mode())
     return torch.inference_mode()(lambda: (draw(model.encode(x).latent_dist),))
 
 
 def vae_gradients(model: nn.Module, batch: int, part: str = "loss") -> Step:
-    """Forward and backward of a VAE's "loss", or of its "kl", which knows no noise, on images of 28 x 28."""
+    """Run forward and backward of a VAE's "loss", or of its "kl", which has no noise, on images of 28 x 28."""
     x = _normals(model, batch, 784).sigmoid()
 
     def losses() -> dict[str, Tensor]:
@@ -235,7 +236,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: forward_of(model, 2, 512, 768),
         put_in={"replace": replaced},
-        judged=lambda model: forward_of(model, 1, 128, 768),
+        checked=lambda model: forward_of(model, 1, 128, 768),
     ),
     Model(
         name="TransformerEncoder of BERT-base's size, padded, inference",
@@ -245,7 +246,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: padded_encoder(model, 4, 256),
         put_in={"replace": replaced},
-        judged=lambda model: padded_encoder(model, 2, 64),
+        checked=lambda model: padded_encoder(model, 2, 64),
     ),
     Model(
         name="BertModel, base, padded, inference",
@@ -255,7 +256,7 @@ MODELS = (
         build=bert,
         ready=lambda model: padded_forward(model, 4, 256),
         put_in={"transformers": by_name},
-        judged=lambda model: padded_forward(model, 2, 64),
+        checked=lambda model: padded_forward(model, 2, 64),
     ),
     Model(
         name="BertModel, base, padded, training",
@@ -265,7 +266,7 @@ MODELS = (
         build=bert,
         ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
         put_in={"transformers": by_name},
-        judged=lambda model: gradients_of(model, 2, 64, padded=True),
+        checked=lambda model: gradients_of(model, 2, 64, padded=True),
         memory=True,
     ),
     Model(
@@ -276,7 +277,7 @@ MODELS = (
         build=gpt2,
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
         put_in={"transformers": by_name},
-        judged=lambda model: gradients_of(model, 1, 128, padded=False),
+        checked=lambda model: gradients_of(model, 1, 128, padded=False),
     ),
     Model(
         name="GPT-2, small, generation",
@@ -286,7 +287,7 @@ MODELS = (
         build=gpt2,
         ready=lambda model: generation(model, 4, 256),
         put_in={"transformers": by_name},
-        judged=lambda model: generation(model, 1, 64),
+        checked=lambda model: generation(model, 1, 64),
     ),
     Model(
         name="TextVAE, small, training",
@@ -296,7 +297,7 @@ MODELS = (
         build=text_vae,
         ready=lambda model: text_gradients(model, 32, 72),
         put_in={"kernels": on_kernels},
-        judged=lambda model: noiseless_gradients(model, 4, 72),
+        checked=lambda model: noiseless_gradients(model, 4, 72),
         memory=True,
     ),
     Model(
@@ -307,7 +308,7 @@ MODELS = (
         build=text_vae,
         ready=lambda model: text_generation(model, 8, 64),
         put_in={"kernels": on_kernels},
-        judged=lambda model: text_generation(model, 2, 16),
+        checked=lambda model: text_generation(model, 2, 16),
     ),
     Model(
         name="AutoencoderKL, encoding and sampling",
@@ -317,7 +318,7 @@ MODELS = (
         build=autoencoder,
         ready=lambda model: encoding(model, 4, 128),
         put_in={"replace, use": partial(replaced_and_used, integration="diffusers")},
-        judged=lambda model: encoding(model, 1, 64, sample=False),
+        checked=lambda model: encoding(model, 1, 64, sample=False),
         memory=True,
     ),
     Model(
@@ -328,7 +329,7 @@ MODELS = (
         build=pythae_vae,
         ready=lambda model: vae_gradients(model, 512),
         put_in={"replace": partial(replaced_of, integration="pythae")},
-        judged=lambda model: vae_gradients(model, 512, "kl"),
+        checked=lambda model: vae_gradients(model, 512, "kl"),
     ),
     Model(
         name="VAE of torch.distributions, forward and backward",
@@ -338,7 +339,7 @@ MODELS = (
         build=DistributionsVAE,
         ready=lambda model: vae_gradients(model, 512),
         put_in={"Normal": own_normal},
-        judged=lambda model: vae_gradients(model, 512, "kl"),
+        checked=lambda model: vae_gradients(model, 512, "kl"),
     ),
     Model(
         name="Vision transformer, small, inference",
@@ -348,6 +349,6 @@ MODELS = (
         build=vision_transformer,
         ready=lambda model: forward_of(model, 8, 3, 224, 224),
         put_in={"use": used},
-        judged=lambda model: forward_of(model, 1, 3, 224, 224),
+        checked=lambda model: forward_of(model, 1, 3, 224, 224),
     ),
 )

@@ -1,4 +1,4 @@
-"""What to time of the noise."""
+"""List what to time of the noise."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a user would write or pick instead of fastlm's functions on a CPU, by the names that the ops' benchmarks give them.
+"""Define what a user would write or pick instead of fastlm's functions, by the names that the ops' benchmarks give them.
 
 Each peer takes the keyword arguments of the function that it stands in for, gets ready (compiles, builds a graph, lays its
 inputs out as it likes them) and returns the call that is timed. It raises where it is not installed or does not do the call.
@@ -12,34 +12,52 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # torch.compile starts no workers, to be busy beside what is timed
+# With one thread, torch.compile starts no workers that are busy beside what is timed.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
 def _as_is(function: Callable) -> Callable[..., Call]:
-    """A peer that needs no preparation."""
+    """Return a function as a peer that needs no preparation."""
     return lambda **arguments: partial(function, **arguments)
 
 
 def _compiled(function: Callable) -> Callable[..., Call]:
-    """The same under torch.compile, for these shapes alone, as in a program that has one."""
+    """Return the same under torch.compile, for these shapes alone, as in a program that has one."""
     return lambda **arguments: partial(torch.compile(function, dynamic=False), **arguments)
 
 
 # ---- attention --------------------------------------------------------------------------------------------------------------
 
 
-def _seen(length: int, window: tuple[int | None, int | None] | None) -> Tensor:
-    """(L, L) bool: what a causal query sees, of a window where there is one."""
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
+def _seen(length: int, window: tuple[int | None, int | None] | None, device: torch.device) -> Tensor:
+    """Return what a causal query sees, of a window where there is one: (L, L) bool."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return seen.triu(-window[0]) if window else seen
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, window=None) -> Call:
-    mask = _seen(query.shape[2], window) if window else None
-    return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal and mask is None)
+    mask = _seen(query.shape[2], window, query.device) if window else None
+    options = {"is_causal": causal and mask is None, "enable_gqa": query.shape[1] != key.shape[1]}
+    return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+
+
+def _sdpa_on(backend: SDPBackend) -> Callable[..., Call]:
+    """Return SDPA as a peer that runs on one of its backends or not at all."""
+
+    def ready(**arguments) -> Call:
+        call = _sdpa(**arguments)
+
+        def on_backend() -> Tensor:
+            with sdpa_kernel(backend):
+                return call()
+
+        return on_backend
+
+    return ready
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
@@ -50,7 +68,7 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor
 
 
 def _eager(query, key, value, causal: bool = False, window=None, attend: Callable = _softmax_attention) -> Call:
-    hidden = ~_seen(query.shape[2], window) if causal else None
+    hidden = ~_seen(query.shape[2], window, query.device) if causal else None
     return lambda: attend(query, key, value, hidden)
 
 
@@ -59,20 +77,37 @@ def _eager_compiled(**arguments) -> Call:
 
 
 def _flex_attention(query, key, value, causal: bool = False, window=None) -> Call:
-    """FlexAttention compiled for one length. On CPUs it has no backward."""
+    """Compile FlexAttention for one length. On CPUs it has no backward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(batch, head, row, column):
         return (row >= column) & (row - column <= (window[0] if window else length))
 
     length = query.shape[2]
-    blocks = create_block_mask(seen, None, None, length, length, device="cpu") if causal else None
+    blocks = create_block_mask(seen, None, None, length, length, device=query.device) if causal else None
     compiled = torch.compile(flex_attention, dynamic=False)
-    return torch.no_grad()(lambda: compiled(query, key, value, block_mask=blocks))
+    call = partial(compiled, query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+    return call if query.is_cuda else torch.no_grad()(call)
+
+
+def _flash_attn(query, key, value, causal: bool = False) -> Call:
+    """Prepare flash-attn, which takes (B, L, H, D)."""
+    from flash_attn import flash_attn_func
+
+    tensors = [t.transpose(1, 2) for t in (query, key, value)]
+    return lambda: flash_attn_func(*tensors, causal=causal).transpose(1, 2)
+
+
+def _xformers(query, key, value, causal: bool = False) -> Call:
+    """Prepare xformers' attention, which takes (B, L, H, D)."""
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    tensors, bias = [t.transpose(1, 2) for t in (query, key, value)], LowerTriangularMask() if causal else None
+    return lambda: memory_efficient_attention(*tensors, attn_bias=bias).transpose(1, 2)
 
 
 def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
-    """ONNX Runtime's fused MultiHeadAttention, which takes (B, L, H * D); inputs and output are bound where they lie."""
+    """Prepare ONNX Runtime's fused MultiHeadAttention, which takes (B, L, H * D). Its tensors are bound where they lie."""
     import onnxruntime
     from onnx import TensorProto, helper
 
@@ -89,7 +124,8 @@ def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
-    settings.add_session_config_entry("session.force_spinning_stop", "1")  # it would go on spinning while others are timed
+    # Its threads would go on spinning while others are timed.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for name, tensor in inputs.items():
@@ -100,12 +136,12 @@ def _onnx_runtime(query, key, value, causal: bool = False, window=None) -> Call:
         session.run_with_iobinding(binding)
         return out.view(batch, length, heads, -1).transpose(1, 2)
 
-    call.keeps = inputs  # the binding holds addresses alone
+    call.keeps = inputs  # The binding holds addresses alone.
     return call
 
 
 def _jax(query, key, value, causal: bool = False, window=None) -> Call:
-    """jax.nn.dot_product_attention, which takes (B, L, H, D), compiled by XLA."""
+    """Compile jax.nn.dot_product_attention, which takes (B, L, H, D), by XLA."""
     import jax
 
     query, key, value = (jax.dlpack.from_dlpack(t.transpose(1, 2).contiguous()) for t in (query, key, value))
@@ -117,8 +153,9 @@ def _jax(query, key, value, causal: bool = False, window=None) -> Call:
 # ---- decoding, and packed sequences -----------------------------------------------------------------------------------------
 
 
-def _sdpa_of_cache(query, key_cache, value_cache, cache_seqlens) -> Tensor:
-    return F.scaled_dot_product_attention(query, key_cache, value_cache, enable_gqa=True)
+def _of_cache(peer: Callable[..., Call]) -> Callable[..., Call]:
+    """Return a peer of attention as one of decoding with a full cache."""
+    return lambda query, key_cache, value_cache, cache_seqlens: peer(query=query, key=key_cache, value=value_cache)
 
 
 def _eager_of_cache(query, key_cache, value_cache, cache_seqlens) -> Tensor:
@@ -127,7 +164,7 @@ def _eager_of_cache(query, key_cache, value_cache, cache_seqlens) -> Tensor:
 
 
 def _sdpa_each(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
-    """A call for each sequence."""
+    """Call SDPA once for each sequence."""
     bounds = cu_seqlens_q.tolist()
     outs = []
     for begin, end in zip(bounds, bounds[1:]):
@@ -137,7 +174,7 @@ def _sdpa_each(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
 
 
 def _sdpa_padded(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
-    """One call on sequences padded to the longest, and back. Causal: no query sees what was padded behind it."""
+    """Pad the sequences to the longest, call SDPA once, and unpad. Causal queries do not see the padding behind them."""
     lengths = cu_seqlens_q.diff().long()
     row = torch.arange(int(lengths.max()))
     real = row < lengths[:, None]  # (B, L)
@@ -149,16 +186,27 @@ def _sdpa_padded(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tenso
 # ---- the latent -------------------------------------------------------------------------------------------------------------
 
 
-def _eager_latent(mu: Tensor, logvar: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """What users write."""
+def eager_latent(mu: Tensor, logvar: Tensor, seed: int | None = None, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return z (B, D) and its KL (B,), as users write it. The noise is ``eps`` or comes from torch, which ignores the seed."""
     std = torch.exp(0.5 * logvar)
-    z = mu + torch.randn_like(std) * std
+    z = mu + std * (torch.randn_like(std) if eps is None else eps)
+    # Often wrong: the last term is the variance, exp(logvar). Without the exp, logvar cancels out of the sum, and nothing
+    # keeps the posterior's width near the prior's.
     return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
 
 
 def _randn(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape)
 
+
+_GPU_ATTENTION: dict[str, Callable[..., Call]] = {
+    "SDPA flash": _sdpa_on(SDPBackend.FLASH_ATTENTION),
+    "SDPA efficient": _sdpa_on(SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA cudnn": _sdpa_on(SDPBackend.CUDNN_ATTENTION),
+    "SDPA math": _sdpa_on(SDPBackend.MATH),
+    "flash-attn": _flash_attn,
+    "xformers": _xformers,
+}
 
 PEERS: dict[str, dict[str, Callable[..., Call]]] = {
     "attention": {
@@ -168,9 +216,15 @@ PEERS: dict[str, dict[str, Callable[..., Call]]] = {
         "FlexAttention": _flex_attention,
         "ONNX Runtime": _onnx_runtime,
         "JAX": _jax,
+        **_GPU_ATTENTION,
     },
     "varlen_attention": {"SDPA for each": _as_is(_sdpa_each), "SDPA padded": _as_is(_sdpa_padded)},
-    "kvcache_attention": {"SDPA": _as_is(_sdpa_of_cache), "eager": _as_is(_eager_of_cache)},
-    "reparameterize_with_kl": {"eager": _as_is(_eager_latent), "eager, compiled": _compiled(_eager_latent)},
+    "kvcache_attention": {
+        "SDPA": _of_cache(_sdpa),
+        "eager": _as_is(_eager_of_cache),
+        "FlexAttention": _of_cache(_flex_attention),
+        **{name: _of_cache(peer) for name, peer in _GPU_ATTENTION.items()},
+    },
+    "reparameterize_with_kl": {"eager": _as_is(eager_latent), "eager, compiled": _compiled(eager_latent)},
     "normal": {"torch.randn": _as_is(_randn)},
 }

@@ -1,6 +1,6 @@
-"""fastlm's own TextVAE for the table of models: on torch's attention with its latent written out, and as it is.
+"""Build fastlm's own TextVAE for the table of models: on torch's attention with its latent written out, and as it is.
 
-Of random weights and of the "small" preset, as `fastlm lm train` makes it on the default corpus.
+It has random weights and the "small" preset, as `fastlm lm train` makes it on the default corpus.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -9,11 +9,13 @@ import torch
 from suite.rows import Step
 from torch import Tensor, nn
 
+from workloads.peers import eager_latent
+
 VOCABULARY = 4096
 
 
 class _Vocabulary:
-    """What a model asks of its tokenizer."""
+    """A stand-in for the tokenizer, with what a model asks of it."""
 
     pad_token_id, bos_token_id, eos_token_id, mask_token_id = range(4)
 
@@ -30,21 +32,15 @@ def text_vae() -> nn.Module:
     return model
 
 
-def eager_latent(mu: Tensor, logvar: Tensor, seed: None = None) -> tuple[Tensor, Tensor]:
-    """What users write: z (B, D) and its KL (B,)."""
-    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-    return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
-
-
 def on_kernels(model: nn.Module) -> type[AbstractContextManager]:
-    """The model as `build` makes it."""
-    del model.latent.sample  # the module's own is behind it
+    """Put the model back on fastlm's kernels, as `build` makes it."""
+    del model.latent.sample  # The module's own is behind it.
     model.set_attn_implementation("fastlm")
     return nullcontext
 
 
 def _texts(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) that begin with <|bos|>, and their mask: batches are of texts of about one length, nine tenths of L and up."""
+    """Return ids (B, L) that begin with <|bos|>, and their mask. Texts of a batch have nine tenths of L tokens and more."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(4, VOCABULARY, (batch, length), generator=generator)
     ids[:, 0] = _Vocabulary.bos_token_id
@@ -53,7 +49,7 @@ def _texts(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def text_gradients(model: nn.Module, batch: int, length: int) -> Step:
-    """Forward and backward of the loss and a step of AdamW; the logits, and the embeddings' gradient."""
+    """Run forward, backward and a step of AdamW. Return the logits and the embeddings' gradient."""
     model.train()
     ids, mask = _texts(batch, length)
     labels = ids.masked_fill(mask == 0, -100)
@@ -72,7 +68,7 @@ def text_gradients(model: nn.Module, batch: int, length: int) -> Step:
 
 
 def noiseless_gradients(model: nn.Module, batch: int, length: int) -> Step:
-    """The same with the posterior's mean for z, and without the step of AdamW."""
+    """Run the same with the posterior's mean for z, and without the step of AdamW."""
     model.train()
     ids, mask = _texts(batch, length)
     labels = ids.masked_fill(mask == 0, -100)
@@ -87,7 +83,7 @@ def noiseless_gradients(model: nn.Module, batch: int, length: int) -> Step:
 
 
 def text_generation(model: nn.Module, batch: int, new_tokens: int) -> Step:
-    """Latents to texts of so many tokens, the likeliest each time; the logits that each was chosen by."""
+    """Generate so many tokens from latents, the likeliest each time. Return the logits that each was chosen by."""
     weights = model.to_embedding.weight
     latents = torch.randn(batch, weights.shape[1], generator=torch.Generator().manual_seed(1)).to(weights.dtype)
     ids = torch.full((batch, 1), _Vocabulary.bos_token_id)

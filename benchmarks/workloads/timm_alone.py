@@ -1,4 +1,4 @@
-"""timm without torchvision, of which PyPI's does not import beside a CPU build of torch; a broken one breaks transformers.
+"""Import timm without torchvision. PyPI's does not import beside a CPU build of torch, and a broken one breaks transformers.
 
     timm = import_timm()
 
@@ -44,7 +44,7 @@ def _stand_ins() -> Iterator[None]:
 
 
 def import_timm() -> ModuleType:
-    """The module timm.
+    """Return the module timm.
 
     Raises:
         ImportError: it is not installed.

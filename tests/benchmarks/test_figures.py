@@ -1,4 +1,4 @@
-"""What the benchmarks read from samples, and how two runs are compared."""
+"""Test what the benchmarks read from samples, and how two runs are compared."""
 
 import random
 
@@ -52,7 +52,7 @@ def rounds(seconds: float, seed: int, spread: float = 0.02) -> list[float]:
 
 
 def a_run(own: float, drift: float = 1.0, spread: float = 0.02, seed: int = 0, **machine) -> dict:
-    """fastlm takes ``own`` seconds in the last size and 1 in the others, rows of peers 2; all times as many as ``drift``."""
+    """Make up a run: fastlm takes ``own`` seconds in the last size and 1 in others, peers 2, all multiplied by ``drift``."""
     entries = []
     for i, workload in enumerate(SIZES):
         seconds = own if workload == SIZES[-1] else 1.0

@@ -1,4 +1,4 @@
-"""What bounds a run: its budget of time, a peak that ends by the clock, a log that moves, and processes that end with it."""
+"""Test what bounds a run: its budget of time, a peak that ends by the clock, a log that moves, and processes that end."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,27 +17,16 @@ from rich.console import Console
 from suite import bench_rows, memory, peak
 from suite.budget import GENEROUS, GUARANTEED, UNLIMITED_SHARE, Budget
 from suite.catalog import settings, weight
+from suite.device import CLEAR_REFS, CPU
 from suite.journal import Journal
-from suite.rows import Row, Selection
+from suite.rows import Filter, Row
 from suite.terminal import Activity
-from support.bench import HANG
+from support.bench import HANG, Clock
 
 TESTS = Path(__file__).parents[1]
 BENCHMARKS = TESTS.parent / "benchmarks"
 ROW = Row("attention, a tiny call", "B1 H1 S16", "float32", "fastlm cpu")
-LINUX = pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="memory is measured on Linux only")
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, seconds: float) -> None:
-        self.now += seconds
+LINUX = pytest.mark.skipif(not CLEAR_REFS.exists(), reason="memory is measured on Linux only")
 
 
 # ---- the peak ---------------------------------------------------------------------------------------------------------------
@@ -46,12 +36,13 @@ class Clock:
 def test_products_grow_while_there_is_time(rate, largest, monkeypatch):
     clock, sizes = Clock(), []
     monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=clock))
+    device = replace(CPU, clock=clock)
 
     def product(a, b):
         sizes.append(len(a))
         clock.spend(2 * len(a) ** 3 / (rate * 1e9))
 
-    assert peak.gemm_rate(torch.bfloat16, product) == pytest.approx(rate, abs=0.05)
+    assert peak.gemm_rate(torch.bfloat16, product, device) == pytest.approx(rate, abs=0.05)
     assert max(sizes) == largest
     assert clock.now < 2 * peak.GEMM_SECONDS
 
@@ -59,7 +50,7 @@ def test_products_grow_while_there_is_time(rate, largest, monkeypatch):
 def test_a_measurement_of_something_slow_ends_after_one_run(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=clock))
-    assert peak._least_seconds(lambda: clock.spend(10.0)) == 10.0
+    assert peak._least_seconds(lambda: clock.spend(10.0), device=replace(CPU, clock=clock)) == 10.0
     assert clock.now == 20.0  # the warm-up, and one run
 
 
@@ -67,7 +58,7 @@ def test_a_measurement_of_something_slow_ends_after_one_run(monkeypatch):
 
 
 def run_of(call_seconds: list[float], seconds: float | None) -> tuple[float, list[int]]:
-    """Time settings of one implementation whose calls take so long; the seconds in all, and each one's calls."""
+    """Time settings of one implementation whose calls take so long. Return the seconds in all, and each one's calls."""
     clock = Clock()
     budget = Budget(seconds, clock)
     budget.plan({setting: 1 for setting in range(len(call_seconds))})
@@ -108,7 +99,7 @@ def test_one_slow_setting_leaves_time_for_the_others():
 
 
 def test_the_settings_behind_keep_most_of_what_they_were_to_have():
-    """However slow those in front are: 10 s each at first, of which three quarters are kept."""
+    """However slow those in front are, three quarters of 10 s are kept for each behind."""
     clock = Clock()
     budget = Budget(100.0, clock)
     budget.plan({setting: 1 for setting in range(10)})
@@ -120,7 +111,7 @@ def test_the_settings_behind_keep_most_of_what_they_were_to_have():
 
 
 def test_settings_are_left_out_so_that_those_behind_them_have_their_turn():
-    """Ten models of 20 s each, then forty ops of 1 s: not the models alone."""
+    """Ten models of 20 s each are followed by forty ops of 1 s. Not the models alone may run."""
     clock = Clock()
     budget = Budget(200.0, clock)
     budget.plan({("model", i): 10 for i in range(10)} | {("op", i): 2 for i in range(40)})
@@ -162,7 +153,7 @@ def test_a_run_without_a_limit_does_not_repeat_what_is_slow_for_hours():
 
 
 def test_models_get_more_time_than_ops():
-    every = {setting.op: weight(setting, full=False) for setting in settings(Selection())}
+    every = {setting.op: weight(setting, full=False) for setting in settings(Filter())}
     assert every["GPT-2, small, training"] > every["attention, forward, causal"]
 
 
@@ -170,7 +161,7 @@ def test_models_get_more_time_than_ops():
 
 
 class Slow:
-    """A contest whose first call took so long."""
+    """A runner whose first call took so long."""
 
     flops = None
 
@@ -190,9 +181,9 @@ def row_of(monkeypatch):
 
     def run(slow: Slow, seconds: float):
         monkeypatch.setattr(
-            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(contest=lambda setting: slow, baseline="SDPA")}
+            bench_rows, "sections", lambda: {ROW.op: SimpleNamespace(runner=lambda setting: slow, baseline="SDPA", device=CPU)}
         )
-        bench_rows.entrants.cache_clear()
+        bench_rows.runner_cache.cache_clear()
         budget, parts = Budget(seconds), []
         budget.plan({ROW.setting: 1})
         budget.enter(ROW.setting)
@@ -201,7 +192,7 @@ def row_of(monkeypatch):
             bench_rows.first_turn(fixture, ROW, budget, parts.append)
         finally:
             bench_rows.next_turn(fixture, ROW, budget, parts.append)  # calls nothing
-            bench_rows.entrants.cache_clear()
+            bench_rows.runner_cache.cache_clear()
         return parts
 
     return run
@@ -218,12 +209,12 @@ def test_a_wrong_answer_is_told_where_there_is_no_time_to_repeat_it(row_of):
 
 
 def test_rows_that_were_not_reached_are_in_the_journal_with_the_reason(tmp_path):
-    """In a process of its own, as a run within a run is not for pytest."""
+    """The run has a process of its own, as pytest cannot run within a run."""
     path = tmp_path / "bench.jsonl"
     code = (
         "from pathlib import Path; from suite.budget import Budget; from suite.journal import Journal\n"
-        "from suite.rows import Selection; from suite.timing import time_rows\n"
-        f"print(time_rows(Journal(Path({str(path)!r}), {{}}), Selection(only={ROW.op!r}), Budget(0.0)))"
+        "from suite.rows import Filter; from suite.timing import time_rows\n"
+        f"print(time_rows(Journal(Path({str(path)!r}), {{}}), Filter(only={ROW.op!r}), Budget(0.0)))"
     )
     ran = python(code)
     assert ran.returncode == 0 and ran.stdout.rstrip().endswith("True"), ran.stdout + ran.stderr
@@ -290,7 +281,7 @@ def test_a_log_gets_no_such_line_where_something_is_printed_often_enough():
 
 
 def gone(pid: int) -> bool:
-    """Whether the process has ended, be it that its parent has not asked for its exit code."""
+    """Say whether the process has ended, even if its parent has not asked for its exit code."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -298,7 +289,7 @@ def gone(pid: int) -> bool:
 
 
 def until(condition) -> bool:
-    """Wait until the condition holds; whether it did before a time that only a hang takes."""
+    """Wait until the condition holds. Return whether it did before a time that only a hang takes."""
     end = time.monotonic() + HANG
     while not (held := condition()) and time.monotonic() < end:
         time.sleep(0.02)

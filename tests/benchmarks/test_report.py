@@ -1,4 +1,4 @@
-"""The benchmarks' report: what a row says, and that HTML and Markdown are the same page, safe and in need of no other file."""
+"""Test the report: what a row says, and that HTML and Markdown are the same page, safe and in need of no other file."""
 
 import json
 import re
@@ -19,7 +19,7 @@ NASTY = "<script>alert(1)</script> a|b *c* _d_ `e` [f](g) \\h &amp;"
 
 @pytest.fixture
 def run() -> dict:
-    """Two sizes, of which the second's difference is within the noise; memory of one; a peer that is missing."""
+    """Make up a run with two sizes, the second's difference within the noise, memory of one, and a missing peer."""
     rows = [
         entry(OWN, [1.0, 1.0, 1.1], error=1e-7, allowed=2e-7),
         entry(OWN, [1.0, 1.2, 1.0], turn=1, error=1e-7, allowed=2e-7),
@@ -72,7 +72,7 @@ def test_a_peer_that_is_missing_is_a_row_that_says_why(run):
 
 
 class Reader(HTMLParser):
-    """What a browser would make of a page: its text, its tags, and every address that it names."""
+    """Read a page as a browser does: its text, its tags, and every address that it names."""
 
     def __init__(self):
         super().__init__()

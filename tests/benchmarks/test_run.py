@@ -1,4 +1,4 @@
-"""The benchmarks' rows, and runs of them: what is asked for, what is missing, what is wrong, and what is interrupted."""
+"""Test the benchmarks' rows, and runs of them: what is asked for, missing, wrong, and interrupted."""
 
 import copy
 import json
@@ -16,15 +16,15 @@ import run as benchmark_run
 import torch
 import workloads
 from suite import catalog, memory
-from suite.check import SOME_QUERIES, Judge
+from suite.check import SOME_QUERIES, ErrorCheck
 from suite.journal import Journal
 from suite.model_section import ModelSection
-from suite.op_section import OpContest
-from suite.rows import Row, Selection, Setting, Unavailable
+from suite.op_section import OpRunner
+from suite.rows import Filter, Row, Setting, Unavailable
 from support.bench import HANG
 from workloads import text_vae
 from workloads.models import Model
-from workloads.peers import PEERS
+from workloads.peers import PEERS, eager_latent
 
 import fastlm
 from fastlm import cli
@@ -32,38 +32,39 @@ from fastlm import cli
 HERE = Path(__file__).parent
 TINY = "attention, a tiny call"
 SMALL = {"BxHxSxD": (2, 2, 300, 16), "rows x columns": (9, 7), "elements": (99,)}
-BENCHMARKS = {benchmark.name: benchmark for benchmark in workloads.BENCHMARKS}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in workloads.BENCHMARKS if benchmark.device == "cpu"}
 
 # ---- what is asked for ------------------------------------------------------------------------------------------------------
 
 
 def test_every_benchmark_has_peers_and_every_row_its_own_key():
-    found = [row for setting in catalog.settings(Selection(full=True)) for row in catalog.rows_of(setting, full=True)]
+    settings = [setting for section in catalog.sections().values() for setting in section.settings(Filter(full=True))]
+    found = [row for setting in settings for row in catalog.rows_of(setting, full=True)]
     assert len(set(found)) == len(found)
-    for benchmark in BENCHMARKS.values():
+    for benchmark in workloads.BENCHMARKS:
         assert set(benchmark.peers) <= set(PEERS[benchmark.function.__name__])
 
 
 def test_a_section_is_asked_for_by_its_name_or_a_part_of_names():
-    assert [s.name for s in catalog.selected(Selection(only="attention, forward"))] == ["attention, forward"]
-    assert {s.name for s in catalog.selected(Selection(only="GROWTH"))} == {
+    assert [s.name for s in catalog.selected(Filter(only="attention, forward"))] == ["attention, forward"]
+    assert {s.name for s in catalog.selected(Filter(only="GROWTH"))} == {
         n for n in catalog.sections() if n.startswith("growth")
     }
     with pytest.raises(ValueError, match="OP must be a part of a section's name; got 'nothing'.*varlen_attention, causal"):
-        catalog.settings(Selection(only="nothing"))
+        catalog.settings(Filter(only="nothing"))
 
 
 def test_sizes_of_ones_own():
-    found = catalog.settings(Selection(only="attention, forward, causal", sizes=("1x2x64x32", "2x2x64x32")))
+    found = catalog.settings(Filter(only="attention, forward, causal", sizes=("1x2x64x32", "2x2x64x32")))
     assert found == [Setting("attention, forward, causal", size, "float32") for size in ("1x2x64x32", "2x2x64x32")]
     section = catalog.sections()["attention, forward, causal"]
     arguments = section.workload("2x2x64x32").make(torch.float32)
     assert arguments["query"].shape == (2, 2, 64, 32) and arguments["causal"]
     assert section.cost(found[1]).work == 2 * section.cost(found[0]).work == 4 * 2 * 2 * 64 * 64 * 32 // 2
     with pytest.raises(ValueError, match="'attention, forward, causal' are written BxHxSxD; got '3xS'"):
-        catalog.settings(Selection(only="attention, forward, causal", sizes=("3xS",)))
+        catalog.settings(Filter(only="attention, forward, causal", sizes=("3xS",)))
     with pytest.raises(ValueError, match="--sizes needs one section"):
-        catalog.settings(Selection(only="attention", sizes=("1x2x64x32",)))
+        catalog.settings(Filter(only="attention", sizes=("1x2x64x32",)))
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------------
@@ -71,34 +72,34 @@ def test_sizes_of_ones_own():
 
 @pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if not b.name.startswith("growth")])
 def test_peers_compute_what_fastlm_does(name):
-    """At the smallest size. Of a latent the noise is the peer's own; there fastlm alone is judged."""
+    """Check each at the smallest size. A latent's peers draw their own noise, so fastlm alone is checked there."""
     benchmark = BENCHMARKS[name]
     numbers = SMALL.get(benchmark.sizes, (2, 70))
-    contest = OpContest(benchmark, benchmark.sized(*numbers).make(torch.float32))
+    runner = OpRunner(benchmark, benchmark.sized(*numbers).make(torch.float32))
     quick = [peer for peer in benchmark.peers if "compiled" not in peer and peer != "FlexAttention"]
     for peer in (f"fastlm {benchmark.backends[0]}", *quick):
         try:
-            contest.step(peer)
+            runner.step(peer)
         except Unavailable as reason:
             assert "No module named" in str(reason) or "has no window" in str(reason)
             continue
-        judged = contest.errors(peer)
-        assert judged or (benchmark.own_noise and peer in benchmark.peers)
-        assert all(j["error"] <= 4 * j["allowed"] for j in judged.values()), (peer, judged)
+        errors = runner.errors(peer)
+        assert errors or (benchmark.own_noise and peer in benchmark.peers)
+        assert all(j["error"] <= 4 * j["allowed"] for j in errors.values()), (peer, errors)
 
 
 def test_a_peer_that_fails_is_unavailable_and_a_bug_of_ours_is_not(monkeypatch):
-    contest = OpContest(BENCHMARKS[TINY], BENCHMARKS[TINY].workloads[0].make(torch.float32))
+    runner = OpRunner(BENCHMARKS[TINY], BENCHMARKS[TINY].workloads[0].make(torch.float32))
 
     def fails(**arguments):
         raise RuntimeError("does not do this\nand more")
 
     monkeypatch.setitem(PEERS["attention"], "SDPA", fails)
     with pytest.raises(Unavailable, match="^RuntimeError: does not do this$"):
-        contest.step("SDPA")
-    monkeypatch.setattr(contest, "_call", lambda implementation: fails)
+        runner.step("SDPA")
+    monkeypatch.setattr(runner, "_call", lambda implementation: fails)
     with pytest.raises(RuntimeError, match="does not do this"):
-        contest.step("fastlm cpu")
+        runner.step("fastlm cpu")
 
 
 def test_a_wrong_answer_is_seen():
@@ -106,22 +107,22 @@ def test_a_wrong_answer_is_seen():
     arguments = benchmark.workloads[0].make(torch.float32)
     right = fastlm.attention(**arguments)
     for factor, ok in ((1.0, True), (1.001, False)):
-        judged = Judge(benchmark, arguments).errors((right * factor,))["output 0"]
-        assert (judged["error"] <= judged["allowed"]) == ok
+        errors = ErrorCheck(benchmark, arguments).errors((right * factor,))["output 0"]
+        assert (errors["error"] <= errors["allowed"]) == ok
 
 
 @pytest.mark.parametrize("name", ["attention, forward", "attention, forward, causal", "attention, forward, window 256"])
-def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
+def test_of_a_large_call_the_last_queries_are_checked(name, monkeypatch):
     monkeypatch.setattr("suite.check.MOST_SCORES", 1000)
     benchmark = BENCHMARKS[name]
     arguments = benchmark.sized(1, 2, 400, 16).make(torch.float32)
-    right, judge = fastlm.attention(**arguments), Judge(benchmark, arguments)
-    assert judge.golden["output 0"].shape[2] == SOME_QUERIES
-    assert all(j["error"] <= j["allowed"] for j in judge.errors((right,)).values())
+    right, error_check = fastlm.attention(**arguments), ErrorCheck(benchmark, arguments)
+    assert error_check.golden["output 0"].shape[2] == SOME_QUERIES
+    assert all(j["error"] <= j["allowed"] for j in error_check.errors((right,)).values())
     wrong = right.clone()
     wrong[:, :, -1] += 1e-3
-    judged = judge.errors((wrong,))["output 0"]
-    assert judged["error"] > judged["allowed"]
+    errors = error_check.errors((wrong,))["output 0"]
+    assert errors["error"] > errors["allowed"]
 
 
 @pytest.mark.parametrize(
@@ -132,38 +133,38 @@ def test_of_a_large_call_the_last_queries_are_judged(name, monkeypatch):
         ("varlen_attention, causal", (2, 30), (45, 8, 64), (45, 1, 64)),
     ],
 )
-def test_of_a_slow_call_a_part_is_judged(name, sizes, whole, part, monkeypatch):
-    """Its results and gradients are the whole call's."""
+def test_of_a_slow_call_a_part_is_checked(name, sizes, whole, part, monkeypatch):
+    """The part's results and gradients are the whole call's."""
     benchmark = BENCHMARKS[name]
-    contest = OpContest(benchmark, benchmark.sized(*sizes).make(torch.bfloat16))
-    assert contest.judge.golden["output 0"].shape == whole
+    runner = OpRunner(benchmark, benchmark.sized(*sizes).make(torch.bfloat16))
+    assert runner.error_check.golden["output 0"].shape == whole
     monkeypatch.setattr("suite.check.MOST_SECONDS", 0.0)
-    results, judge = contest.step("fastlm cpu")(), Judge(benchmark, contest.arguments)
-    judged = judge.errors(results)
-    assert len(judged) == len(results) and judge.golden["output 0"].shape == part
-    assert all(j["error"] <= j["allowed"] for j in judged.values()), judged
-    for i, name in enumerate(judged):
+    results, error_check = runner.step("fastlm cpu")(), ErrorCheck(benchmark, runner.arguments)
+    errors = error_check.errors(results)
+    assert len(errors) == len(results) and error_check.golden["output 0"].shape == part
+    assert all(j["error"] <= j["allowed"] for j in errors.values()), errors
+    for i, name in enumerate(errors):
         wrong = [result.detach().clone() for result in results]
         wrong[i][:, -1:] += 1.0
-        j = judge.errors(tuple(wrong))[name]
+        j = error_check.errors(tuple(wrong))[name]
         assert j["error"] > j["allowed"], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_a_large_latent_the_first_rows_are_judged(dtype, monkeypatch):
+def test_of_a_large_latent_the_first_rows_are_checked(dtype, monkeypatch):
     """Noise, outputs and gradients of these rows are the whole call's."""
     monkeypatch.setattr("suite.check.MOST_NUMBERS", 100)
     benchmark = BENCHMARKS["reparameterize_with_kl"]
-    contest = OpContest(benchmark, benchmark.sized(50, 30).make(dtype))
-    results = contest.step("fastlm cpu")()
-    judged = contest.judge.errors(results)
-    assert set(judged) == {"output 0", "output 1", "gradient of mu", "gradient of logvar"}
-    assert all(j["error"] <= j["allowed"] for j in judged.values()), judged
-    assert contest.judge.golden["output 0"].shape == (3, 30)
-    for i, name in enumerate(judged):
+    runner = OpRunner(benchmark, benchmark.sized(50, 30).make(dtype))
+    results = runner.step("fastlm cpu")()
+    errors = runner.error_check.errors(results)
+    assert set(errors) == {"output 0", "output 1", "gradient of mu", "gradient of logvar"}
+    assert all(j["error"] <= j["allowed"] for j in errors.values()), errors
+    assert runner.error_check.golden["output 0"].shape == (3, 30)
+    for i, name in enumerate(errors):
         wrong = [result.detach().clone() for result in results]
         wrong[i][2] *= 1.5
-        j = contest.judge.errors(tuple(wrong))[name]
+        j = runner.error_check.errors(tuple(wrong))[name]
         assert j["error"] > j["allowed"], name
 
 
@@ -188,7 +189,7 @@ def missing(model):
     raise ImportError("pip install it")
 
 
-def test_a_model_is_timed_and_judged_before_and_after():
+def test_a_model_is_timed_and_checked_before_and_after():
     x = torch.randn(2, 1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Model(
         name="a layer",
@@ -200,16 +201,16 @@ def test_a_model_is_timed_and_judged_before_and_after():
         put_in={"swap": swapped, "missing": missing, "nothing": lambda m: torch.no_grad},
     )
     section = ModelSection(model)
-    setting = next(iter(section.settings(Selection())))
+    setting = next(iter(section.settings(Filter())))
     assert section.implementations(setting, full=False) == ["fastlm swap", "fastlm missing", "fastlm nothing", "before"]
-    contest = section.contest(setting)
-    torch.testing.assert_close(contest.step("fastlm swap")()[0], contest.step("before")()[0])  # of the same first weights
-    judged = contest.errors("fastlm swap")["output"]
-    assert 0 < judged["error"] <= judged["allowed"]
+    runner = section.runner(setting)
+    torch.testing.assert_close(runner.step("fastlm swap")()[0], runner.step("before")()[0])  # of the same first weights
+    errors = runner.errors("fastlm swap")["output"]
+    assert 0 < errors["error"] <= errors["allowed"]
     with pytest.raises(Unavailable, match="ImportError: pip install it"):
-        contest.step("fastlm missing")
+        runner.step("fastlm missing")
     with pytest.raises(AssertionError, match="fastlm nothing: no op of fastlm ran in a layer"):
-        contest.step("fastlm nothing")
+        runner.step("fastlm nothing")
     assert section.cost(setting).throughput(0.5) == 4
 
 
@@ -227,19 +228,19 @@ def test_operations_of_a_model_are_counted_attention_and_its_backward_included()
         return step
 
     model = Model("a layer", "B2", "tokens/s", 2, Attending, ready, {"swap": lambda model: swapped(model) and nullcontext})
-    contest = ModelSection(model).contest(Setting("a layer", "B2", "float32"))
-    contest.step("fastlm swap")
-    assert contest.flops is None
-    contest.step("before")
+    runner = ModelSection(model).runner(Setting("a layer", "B2", "float32"))
+    runner.step("fastlm swap")
+    assert runner.flops is None
+    runner.step("before")
     product, scores = 2 * batch * length * width * width, 2 * batch * length * length * width
-    assert contest.flops == 2 * product + (2 + 5) * scores  # x has no gradient; the backward computes the scores once more
+    assert runner.flops == 2 * product + (2 + 5) * scores  # x has no gradient; the backward computes the scores once more
 
 
 def test_the_text_vae_is_the_same_model_before_and_on_kernels():
-    """The same loss of the posterior's mean, the same texts; each with its own latent, neither with the other's."""
+    """Both have the same loss of the posterior's mean and the same texts, and each has its own latent."""
     torch.manual_seed(0)
     mu, logvar = torch.randn(4000, 3), torch.randn(4000, 3)
-    z, kl = text_vae.eager_latent(mu, logvar)
+    z, kl = eager_latent(mu, logvar)
     posterior = torch.distributions.Normal(mu, (0.5 * logvar).exp())
     golden = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(-1)
     torch.testing.assert_close(kl, golden, rtol=1e-5, atol=1e-5)
@@ -251,7 +252,7 @@ def test_the_text_vae_is_the_same_model_before_and_on_kernels():
     text_vae.on_kernels(after)
     implementations = [{m.config._attn_implementation for m in (v, v.encoder, v.decoder.model)} for v in (before, after)]
     assert implementations == [{"sdpa"}, {"fastlm"}]
-    assert before.latent.sample is text_vae.eager_latent and "sample" not in vars(after.latent)
+    assert before.latent.sample is eager_latent and "sample" not in vars(after.latent)
     for step in (
         partial(text_vae.noiseless_gradients, batch=2, length=12),
         partial(text_vae.text_generation, batch=2, new_tokens=4),
@@ -281,7 +282,7 @@ def test_memory_is_measured_in_a_process_of_its_own_and_a_failure_or_a_crash_is_
 
 
 def takes(megabytes: int, returned: int):
-    """A call that takes so much and gives it back, and so much that it returns."""
+    """Return a call that allocates and frees so many megabytes, and returns so many."""
 
     def call():
         taken, result = torch.ones(megabytes << 18), torch.ones(returned << 18)  # float32
@@ -337,7 +338,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def main(monkeypatch, *arguments: str) -> int:
-    """The command in this process: where it measures nothing."""
+    """Run the command in this process, where it measures nothing."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     return benchmark_run.main()
 
@@ -365,7 +366,7 @@ def test_a_run_from_the_command_to_the_report_and_to_a_comparison(tmp_path, monk
 
 
 def test_a_killed_run_is_gone_on_with(tmp_path):
-    """Killed once a setting is finished; what it had is not measured again."""
+    """The run is killed once a setting is finished. What it had is not measured again."""
     arguments = (TINY, "--sizes", ",".join(f"1x1x{16 * i}x16" for i in range(1, 5)), "--out", str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     journal = tmp_path / "bench.jsonl"

@@ -7,13 +7,12 @@ import pytest
 import torch
 from diffusers.models.autoencoders import vae as theirs
 from support.libraries import Ops, assert_held
-from support.oracle import ULPS
 from support.wrapped_tensor import Wrapped
 
 from fastlm.integrations import diffusers as integration
 from fastlm.integrations.diffusers import DiagonalGaussianDistribution
 from fastlm.ops.noise import normal
-from fastlm.testing import FLOATS, seeded_normal
+from fastlm.testing import FLOATS, ULPS, seeded_normal
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 CLASSES = (DiagonalGaussianDistribution, theirs.DiagonalGaussianDistribution)

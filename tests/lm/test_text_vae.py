@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.drop_in import assert_as_good_as_original
-from support.oracle import VALUE_FACTOR, assert_as_good_as_plain
 from transformers import AutoConfig, AutoModel, EuroBertConfig, LlamaConfig
 
 import fastlm
 import fastlm.integrations.transformers  # noqa: F401
 from fastlm.lm.model.text_vae import IGNORED, TextVAE, TextVAEConfig
+from fastlm.testing import VALUE_FACTOR, assert_as_good_as_plain
 
 VOCABULARY, LATENT, FREE_BITS = 40, 6, 0.3
 PAD, BOS, EOS = 0, 1, 2

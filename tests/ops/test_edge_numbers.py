@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.oracle import Oracle, worst_error
+from support.oracle import Oracle
 
 import fastlm
-from fastlm.testing import seeded_normal
+from fastlm.testing import seeded_normal, worst_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCH, HEADS, QUERIES, KEYS, DIM = 1, 2, 70, 130, 16

@@ -1,4 +1,4 @@
-"""A made-up run of the benchmark, and a stand-in for a slow row."""
+"""Make up a run of the benchmark, a clock that a test moves, and a stand-in for a slow row."""
 
 import os
 import time
@@ -16,16 +16,28 @@ def sleep_for_long(path: str) -> None:
     time.sleep(HANG)
 
 
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def entry(
     implementation: str, times: list[float], op: str = FORWARD, workload: str = "B4 H8 S512", turn: int = 0, **extra
 ) -> dict:
-    """A benchmark as pytest-benchmark writes it."""
+    """Return a benchmark as pytest-benchmark writes it."""
     params = {"op": op, "workload": workload, "dtype": "float32", "turn": turn, "implementation": implementation}
     return {"params": params, "extra_info": extra, "stats": {"data": times}}
 
 
 def made_up_run(*entries: dict, **more) -> dict:
-    """A run's JSON."""
+    """Return the JSON of a run."""
     rates = {"float32": 200.0, "bfloat16": 400.0, "float16": 200.0, "float64": 100.0}
     machine = {
         "cpu": "<b>a CPU</b> & co_",

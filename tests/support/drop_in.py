@@ -1,13 +1,12 @@
-"""What the tests of drop-in modules share: the oracle's rule, with the original module in the place of the reference."""
+"""Hold drop-in modules to the oracle's rule, with the original module in the place of the reference."""
 
 import copy
 from collections.abc import Callable
 
 import torch
-from support.oracle import GRADIENT_FACTOR, ULPS, VALUE_FACTOR, assert_within, ulp_of_largest, worst_error
 from torch import Tensor, nn
 
-from fastlm.testing import seeded_normal
+from fastlm.testing import GRADIENT_FACTOR, ULPS, VALUE_FACTOR, assert_within, seeded_normal, ulp_of_largest, worst_error
 
 Call = Callable[[nn.Module, dict], Tensor]  # call(module, inputs by name) -> output
 DRAWS = 8
@@ -16,11 +15,11 @@ DRAWS = 8
 def assert_as_good_as_original(
     ours: nn.Module, original: nn.Module, call: Call, inputs: dict, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Outputs, and gradients of parameters and inputs where they are on, of ``ours`` and the ``original``, both in ``dtype``.
+    """Assert that ``ours`` is as good as the ``original``, both in ``dtype``: the output, and the gradients where they are on.
 
-    Golden is the original in float64 on the same numbers. As in the oracle, what an ulp more or less in each number does to
-    golden counts too. Small modules have few numbers, so that one problem shows little of how wrong the original is: it is the
-    worst of several that counts, this one and the same with all numbers a thousandth off.
+    Gradients are those of parameters and inputs. Golden is the original in float64 on the same numbers. As in the oracle, what
+    an ulp more or less in each number does to golden counts too. Small modules have few numbers, so that one problem shows
+    little of how wrong the original is: the worst of several counts, this one and the same with all numbers a thousandth off.
     """
     eps, inputs = torch.finfo(dtype).eps, _in(dtype, inputs)
     golden = _run(_double(original), call, _in(torch.float64, inputs))
@@ -61,12 +60,12 @@ def _double(module: nn.Module) -> nn.Module:
 
 
 def _in(dtype: torch.dtype, inputs: dict) -> dict:
-    """Floating tensors in the dtype, as leaves of their own; the rest as it is."""
+    """Return floating tensors in the dtype, as leaves of their own, and the rest as it is."""
     return {name: _leaf(value.to(dtype), value) if _is_floating(value) else value for name, value in inputs.items()}
 
 
 def _all_off(module: nn.Module, inputs: dict, relative: float, draw: int) -> tuple[nn.Module, dict]:
-    """A copy and inputs with each number off by that much, up or down at random."""
+    """Return a copy of the module and the inputs, with each number off by that much, up or down at random."""
 
     def off(value: Tensor) -> Tensor:
         signs = seeded_normal(200 + 10 * draw + value.dim(), value.shape, torch.float64).sign()
@@ -84,5 +83,5 @@ def _is_floating(value) -> bool:
 
 
 def _leaf(value: Tensor, original: Tensor) -> Tensor:
-    """One that wants a gradient where the original does."""
+    """Return a leaf that requires a gradient where the original does."""
     return value.detach().clone().requires_grad_(original.requires_grad)

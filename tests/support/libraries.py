@@ -1,15 +1,22 @@
-"""What tests of integrations share: proof that fastlm's ops ran, and the oracle's rule with a library's own code as plain."""
+"""Prove in tests of integrations that fastlm's ops ran, and hold them to the rule with a library's own code as plain."""
 
 import torch
-from support.oracle import GRADIENT_FACTOR, ULPS, VALUE_FACTOR, assert_within, ulp_of_largest, worst_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm.testing import seeded_normal
+from fastlm.testing import (
+    GRADIENT_FACTOR,
+    VALUE_FACTOR,
+    allowed_error,
+    assert_within,
+    seeded_normal,
+    ulp_of_largest,
+    worst_error,
+)
 
 
 class Ops(TorchDispatchMode):
-    """``with Ops() as ops`` notes every torch op that runs inside: ``ops.all``, and of them ``ops.fastlm``, ours, in order."""
+    """Note every torch op that runs in a ``with`` block, in order: ``all``, and of them our own, ``fastlm``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,20 +34,20 @@ class Ops(TorchDispatchMode):
 def assert_held(
     actual: dict[str, Tensor], plain: dict[str, Tensor], golden: dict[str, Tensor], nudged: dict[str, Tensor] | None = None
 ) -> None:
-    """Each result is as good as ``plain``, the library's own in the same dtype; ``golden`` is its own in float64.
+    """Assert that each result is as good as ``plain``, the library's own in the same dtype. ``golden`` is its own in float64.
 
     A name that starts with "gradient" has the factor of gradients. The dtypes of actual and plain may differ: a KL is float32.
-    nudged: golden with its inputs off by an ulp, where plain may be right by luck alone, as in a deep model (see `oracle`).
+    ``nudged`` is golden with its inputs off by an ulp, where plain may be right by luck alone, as in a deep model (`oracle`).
     """
     assert actual.keys() == plain.keys() == golden.keys()
     for what in golden:
         factor = GRADIENT_FACTOR if what.startswith("gradient") else VALUE_FACTOR
         slack = ulp_of_largest(golden[what], actual[what].dtype)
         slack += worst_error(nudged[what], golden[what]) if nudged else 0.0
-        assert_within(actual[what], golden[what], factor * worst_error(plain[what], golden[what]) + ULPS * slack, what)
+        assert_within(actual[what], golden[what], allowed_error(plain[what], golden[what], factor, slack), what)
 
 
 def off_by_an_ulp(tensor: Tensor, seed: int) -> Tensor:
-    """float32 numbers in float64, each off by an ulp, up or down."""
+    """Return float32 numbers in float64, each off by an ulp, up or down."""
     signs = seeded_normal(seed, tensor.shape, torch.float64).sign()
     return tensor.double() * (1 + torch.finfo(torch.float32).eps * signs)

@@ -1,13 +1,12 @@
-"""The rule that every backend is held to (DESIGN.md, 'Numbers'), and how to run a call several ways to apply it.
+"""Hold every backend to the rule of errors (fastlm/testing.py) by running a call several ways.
 
 *Golden* is the reference in float64 on the very same inputs. *Plain* is the reference in the inputs' own dtype: what plain
 PyTorch gets. A backend may be wrong by a small factor of what plain PyTorch is, plus a few ulps of the largest value. Where
 large terms cancel, as in a z near 0, plain is right by luck alone; so what one rounding of each input would change counts too:
-*nudged* is golden on inputs and gradients that are all off by one ulp of the arithmetic, up or down at random; a result of few
-numbers, on which one draw may happen to do little, gets several.
+*nudged* is golden on inputs and gradients that are all off by one ulp of the arithmetic, up or down at random. Small results
+are perturbed several times, because one random perturbation may change little.
 """
 
-import math
 from collections.abc import Callable
 from functools import cached_property
 
@@ -15,71 +14,34 @@ import torch
 from torch import Tensor
 
 from fastlm.backend import cpu as native
-from fastlm.testing import seeded_normal
+from fastlm.testing import (
+    GRADIENT_FACTOR,
+    ULPS,
+    VALUE_FACTOR,
+    assert_as_good_as_plain,
+    assert_within,
+    seeded_normal,
+    ulp_of_largest,
+    worst_error,
+)
 
-VALUE_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
-ULPS = 4
-FEW = 64  # numbers
-ISAS = native.C.isas() if native.C else ["no fastlm._C"]  # every instruction set of this machine, the fastest last
-Results = dict[str, Tensor]  # "output 0", "output 1", …, "gradient of mu", …
-
-
-# ---- the rule ---------------------------------------------------------------------------------------------------------------
-
-
-def ulp_of_largest(values: Tensor, dtype: torch.dtype) -> float:
-    """The distance between neighbours of ``dtype`` at the largest finite magnitude of ``values``."""
-    finite = values[values.isfinite()].abs()
-    largest = finite.max().item() if finite.numel() else 0.0
-    info = torch.finfo(dtype)
-    return max(math.ldexp(info.eps, math.frexp(largest)[1] - 1), info.smallest_normal * info.eps)
-
-
-def worst_error(actual: Tensor, golden: Tensor) -> float:
-    """The largest difference where both are finite."""
-    difference = (actual.double() - golden.double()).abs()
-    finite = difference[difference.isfinite()]
-    return finite.max().item() if finite.numel() else 0.0
-
-
-def assert_within(actual: Tensor, golden: Tensor, allowed: float, what: str = "the result") -> None:
-    """NaN and infinities stand exactly where the golden answer, rounded to the dtype, has them; the rest is that close."""
-    assert actual.shape == golden.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
-    rounded, actual, golden = golden.to(actual.dtype).double(), actual.detach().double(), golden.detach().double()
-    at = (actual.isnan() != rounded.isnan()).nonzero()
-    assert not len(at), f"{what}: {actual[tuple(at[0])]} at {at[0].tolist()}, where golden is {golden[tuple(at[0])]}"
-    infinite = rounded.isinf() | actual.isinf()
-    at = (infinite & (actual != rounded)).nonzero()
-    assert not len(at), f"{what}: {actual[tuple(at[0])]} at {at[0].tolist()}, where golden is {golden[tuple(at[0])]}"
-    error = torch.where(infinite | rounded.isnan(), 0.0, (actual - golden).abs())
-    at = (error > allowed).nonzero()
-    assert not len(at), (
-        f"{what}: {len(at)} of {error.numel()} are wrong by more than {allowed:.3g}, the first, at {at[0].tolist()}, "
-        f"{actual[tuple(at[0])]} where golden is {golden[tuple(at[0])]}; the worst by {error.max():.3g}"
-    )
-
-
-def assert_as_good_as_plain(
-    actual: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "the result", slack: float | None = None
-) -> None:
-    """``actual`` is wrong by at most ``factor`` times what ``plain`` is, plus a few times ``slack``: an ulp at the largest."""
-    assert actual.dtype == plain.dtype, f"{what} is {actual.dtype}, not {plain.dtype}"
-    slack = ulp_of_largest(golden, actual.dtype) if slack is None else slack
-    assert_within(actual, golden, factor * worst_error(plain, golden) + ULPS * slack, what)
+FEW = 64  # A result of at most so many numbers is small.
+ISAS = native.C.isas() if native.C else ["no fastlm._C"]  # This machine's instruction sets, fastest last.
+Results = dict[str, Tensor]  # Names are "output 0", "output 1", …, "gradient of mu", …
 
 
 # ---- the runs ---------------------------------------------------------------------------------------------------------------
 
 
 def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Normals for the gradients of the outputs, rounded to the call's dtype: the same numbers in every run of a call."""
+    """Draw normals for the outputs' gradients, rounded to the call's dtype: the same numbers in every run of a call."""
     return [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
 
 
 def run(
     function: Callable, arguments: dict, differentiable: tuple, make_gradients=output_gradients, device="cpu", **options
 ) -> Results:
-    """The outputs of ``function(**arguments, **options)`` and the gradients of the tensors named in ``differentiable``."""
+    """Return the outputs of ``function(**arguments, **options)`` and the gradients of the tensors in ``differentiable``."""
     arguments = {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     tensors = {name: arguments[name] for name in differentiable if arguments.get(name) is not None}
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items() if t.is_floating_point()}
@@ -94,7 +56,7 @@ def run(
 
 
 def _moved(tensor: Tensor, device: str) -> Tensor:
-    """On the device, in memory as it was: Tensor.to would make a view that leaves gaps contiguous."""
+    """Move a tensor to the device with its strides. Tensor.to would make a view that leaves gaps contiguous."""
     if tensor.device.type == device:
         return tensor
     whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -117,7 +79,7 @@ class Oracle:
         self, function: Callable, arguments: dict, differentiable: tuple[str, ...], noisy: set[str], gradients=output_gradients
     ):
         self.function, self.arguments, self.differentiable = function, arguments, differentiable
-        self.noisy = noisy  # the results that hold noise, which is float32 whatever the dtype
+        self.noisy = noisy  # These results hold noise, which is float32 whatever the dtype.
         self.gradients = gradients
         self.dtype = _dtype_of(arguments)
         self.golden = self._reference(_in(torch.float64, arguments), self.dtype)
@@ -125,8 +87,8 @@ class Oracle:
         self.nudged: dict[tuple[torch.dtype, int], Results] = {}
 
     def _reference(self, arguments: dict, gradient_dtype: torch.dtype, nudge: float = 0.0, draw: int = 0) -> Results:
-        """The reference's results, with gradients of the outputs that hold the same numbers whatever the dtype of the run."""
-        if nudge:  # but no logvar: it might jump over the end of a clamp
+        """Run the reference. The gradients of the outputs hold the same numbers whatever the dtype of the run."""
+        if nudge:  # A nudged logvar might jump over the end of a clamp.
             arguments = {name: value if name == "logvar" else _off_by(nudge, value, draw) for name, value in arguments.items()}
 
         def gradients(outputs, dtype):
@@ -138,7 +100,7 @@ class Oracle:
         return run(self.function, arguments, self.differentiable, gradients, backend="reference")
 
     def _nudged(self, arithmetic: torch.dtype, draw: int) -> Results:
-        """Golden on tensors that are off by an ulp of the arithmetic; eight in float64, where golden is itself rounded."""
+        """Run golden on tensors that are off by an ulp of the arithmetic; by eight in float64, where golden is rounded too."""
         if (arithmetic, draw) not in self.nudged:
             nudge = torch.finfo(arithmetic).eps * (8 if arithmetic == torch.float64 else 1)
             results = self._reference(_in(torch.float64, self.arguments), self.dtype, nudge, draw)
@@ -167,14 +129,14 @@ class Oracle:
             assert_as_good_as_plain(actual, self.plain[what], self.golden[what], factor, what, slack)
 
     def _slack(self, what: str, dtype: torch.dtype, draws: int) -> float:
-        """An ulp of the largest value, in the result's dtype or the arithmetic's if that is coarser, and what a nudge does."""
+        """Return an ulp of the largest value, of the result's dtype or the arithmetic's if coarser, plus a nudge's effect."""
         golden = self.golden[what]
         arithmetic = torch.float64 if self.dtype == torch.float64 and what not in self.noisy else torch.float32
         ulp = max(ulp_of_largest(golden, dtype), ulp_of_largest(golden, arithmetic))
         return ulp + max(worst_error(self._nudged(arithmetic, draw)[what], golden) for draw in range(draws))
 
     def _error_in_float64(self, what: str) -> float:
-        """There golden and plain are one, so plain's error is that of float32, scaled; noise is float32 and is not scaled."""
+        """Return plain's error in float32, scaled, as golden and plain are one in float64. Noise, float32, is not scaled."""
         scale = 1.0 if what in self.noisy else torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         return scale * self.errors_in_float32[what]
 
@@ -186,22 +148,22 @@ class Oracle:
 
 
 def _off_by(relative: float, value, draw: int):
-    """A tensor with each number off by that much, up or down; anything else as it is."""
+    """Return a tensor with each number off by that much, up or down, and anything else as it is."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value * (1 + relative * seeded_normal(200 + 10 * draw + value.dim(), value.shape, torch.float64).sign())
 
 
 def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int) -> Tensor:
-    """What rounding the output does to delta = sum(out * its gradient), which backwards take from there (DESIGN.md, 'Numbers').
+    """Return what rounding the output does to delta = sum(out * its gradient), which backwards take from there.
 
     Subtracting it from the scores' gradients is what adding to the gradient of the log-sum-exp does.
     """
     sizes = (out * gradient).abs().sum(dim=-1)
-    sizes = sizes if out.dim() == 4 else sizes.T  # packed: (total, heads), where the log-sum-exp is (heads, total)
+    sizes = sizes if out.dim() == 4 else sizes.T  # Packed: (total, heads); the log-sum-exp is (heads, total).
     return relative * sizes * seeded_normal(400 + draw, sizes.shape, torch.float64).sign()
 
 
 def noisy_results(name: str) -> set[str]:
-    """Which results of the op of that name hold noise."""
+    """Return which results of the op of that name hold noise."""
     return {"output 0", "gradient of logvar"} if name in ("normal", "reparameterize", "reparameterize_with_kl") else set()

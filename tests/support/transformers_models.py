@@ -1,4 +1,4 @@
-"""Tiny models of transformers with weights that make attention matter, inputs for them, and what it takes to compare them."""
+"""Build tiny models of transformers with weights that make attention matter, make inputs for them, and compare them."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -8,20 +8,14 @@ from unittest import mock
 
 import torch
 import transformers as hf
-from support.oracle import (
-    GRADIENT_FACTOR,
-    VALUE_FACTOR,
-    assert_as_good_as_plain,
-    rounding_of_delta,
-    ulp_of_largest,
-    worst_error,
-)
+from support.oracle import rounding_of_delta
 from torch import Tensor, nn
 from transformers.masking_utils import eager_mask
 
 import fastlm
 import fastlm.integrations.transformers
 from fastlm.integrations.transformers import attention as transformers_attention
+from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_plain, ulp_of_largest, worst_error
 
 VOCABULARY = 60
 PAD, BOS, EOS = 0, 1, 2
@@ -63,14 +57,14 @@ class Architecture:
     encoder_decoder: bool = False
 
     def build(self, implementation: str = "eager", **options) -> hf.PreTrainedModel:
-        """In eval mode, without dropout, with the same weights every time."""
+        """Build the model in eval mode, without dropout, with the same weights every time."""
         config = self.model.config_class(**TOKENS, **{**self.options, **options})
         for name in DROPOUTS:
             if name not in options and isinstance(getattr(config, name, None), float):
                 setattr(config, name, 0.0)
         torch.manual_seed(0)
         model = self.model._from_config(config, attn_implementation=implementation)
-        model.set_experts_implementation("eager")  # the only one that knows float64
+        model.set_experts_implementation("eager")  # No other knows float64.
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             spread = 1 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3
@@ -97,7 +91,7 @@ ARCHITECTURES = {
     ),
     "GPT-OSS": Architecture(
         hf.GptOssForCausalLM,
-        # every expert is taken, so that no rounding chooses another
+        # Every expert is taken, so that no rounding chooses another.
         {**LLAMA, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 2, "rope_parameters": ROPE},
     ),
     "ModernBERT": Architecture(
@@ -121,7 +115,7 @@ ARCHITECTURES = {
 
 
 def inputs_of(model: nn.Module, padding: str | None = None, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of three; with padding, the second of its sequences is 4 shorter, and the third has one token."""
+    """Make a batch of three. With padding, the second of its sequences is 4 shorter, and the third has one token."""
     generator = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     ids = torch.randint(3, VOCABULARY, (3, LENGTH), generator=generator)
@@ -144,7 +138,7 @@ def inputs_of(model: nn.Module, padding: str | None = None, seed: int = 0) -> di
 
 
 def valid_of(inputs: dict[str, Tensor]) -> Tensor:
-    """Which positions of the output are of tokens, (batch, length): what stands at the others means nothing."""
+    """Return which positions of the output are of tokens, (batch, length). The others mean nothing."""
     if "decoder_attention_mask" in inputs:
         return inputs["decoder_attention_mask"].bool()
     if "decoder_input_ids" in inputs:
@@ -154,7 +148,7 @@ def valid_of(inputs: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def golden_masks() -> Iterator[None]:
-    """Eager's masks hold the least number of their dtype, and its softmax is float32's: in float64 a row of them gives NaN."""
+    """Make eager's masks hold float32's least number. Its softmax is in float32, where float64's least number gives NaN."""
 
     def mask_of_float32(*args, dtype=torch.float32, **kwargs):
         mask = eager_mask(*args, dtype=torch.float32 if dtype == torch.float64 else dtype, **kwargs)
@@ -166,7 +160,7 @@ def golden_masks() -> Iterator[None]:
 
 
 def results_of(model: nn.Module, inputs: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
-    """All logits, of those of tokens the valid positions, and, by name, the gradients of all parameters."""
+    """Return all logits, those of tokens at valid positions alone, and by name the gradients of all parameters."""
     outputs = {name: logits for name, logits in model(**inputs).items() if "logits" in name}
     valid = valid_of(inputs)
     outputs = {name: logits[valid] if logits.shape[:2] == valid.shape else logits for name, logits in outputs.items()}
@@ -181,7 +175,7 @@ def results_of(model: nn.Module, inputs: dict[str, Tensor], gradients: bool) -> 
 
 
 class RoundedOutput(torch.autograd.Function):
-    """(out, lse) -> out; its rounding to a dtype with that epsilon shifts the scores' gradients (oracle.rounding_of_delta)."""
+    """Map (out, lse) to out. Rounding it to a dtype with that epsilon shifts the scores' gradients (rounding_of_delta)."""
 
     @staticmethod
     def forward(ctx, out: Tensor, lse: Tensor, epsilon: float) -> Tensor:
@@ -195,7 +189,7 @@ class RoundedOutput(torch.autograd.Function):
 
 
 def nudged_results(model: nn.Module, inputs: dict[str, Tensor], gradients: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A float64 model's results with what no implementation answers for (tests/support/oracle.py).
+    """Return a float64 model's results with roundings that no implementation can avoid (tests/support/oracle.py).
 
     Its weights are off by an ulp of float32, and attention outputs are rounded to ``dtype`` before deltas are taken from them.
     """
@@ -204,7 +198,7 @@ def nudged_results(model: nn.Module, inputs: dict[str, Tensor], gradients: bool,
     for parameter in model.parameters():
         signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
         parameter.data = parameter * (1 + torch.finfo(torch.float32).eps * signs)
-    model.set_attn_implementation("fastlm")  # whose float64 is the reference
+    model.set_attn_implementation("fastlm")  # Its float64 is the reference.
 
     def rounded(*args, **kwargs):
         return RoundedOutput.apply(*fastlm.attention(*args, return_lse=True, **kwargs), torch.finfo(dtype).eps)
@@ -214,14 +208,14 @@ def nudged_results(model: nn.Module, inputs: dict[str, Tensor], gradients: bool,
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype, implementation: str) -> nn.Module:
-    """A copy of a model in that dtype, and on that implementation."""
+    """Return a copy of a model in that dtype and on that implementation."""
     model = copy.deepcopy(model).to(dtype)
     model.set_attn_implementation(implementation)
     return model
 
 
 def assert_as_good_as_eager(model: nn.Module, dtype: torch.dtype, padding: str | None, gradients: bool) -> None:
-    """fastlm's results on a model, its weights rounded to ``dtype``, are held to the rule of tests/support/oracle.py."""
+    """Hold fastlm's results on a model, its weights rounded to ``dtype``, to the rule of tests/support/oracle.py."""
     model = model.to(dtype)
     exact, plain, fast = (
         in_dtype(model, type_, name) for type_, name in ((torch.float64, "eager"), (dtype, "eager"), (dtype, "fastlm"))
@@ -238,7 +232,7 @@ def assert_as_good_as_eager(model: nn.Module, dtype: torch.dtype, padding: str |
 
 
 def count_calls(monkeypatch) -> Callable[[], int]:
-    """How often fastlm's attention has run since: what proves that it did."""
+    """Return a function that tells how often fastlm's attention has run since, which proves that it did."""
     calls, original = [], transformers_attention.attention
 
     def counted(*args, **kwargs):
