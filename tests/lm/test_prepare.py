@@ -229,8 +229,8 @@ def test_a_full_disk_leaves_the_last_good_corpus(tmp_path, limit, message):
     before = contents(tmp_path / "out")
     process = python(f"""
 import resource
-from fastlm.lm import duplicates
-from fastlm.lm.prepare import prepare
+from fastlm.lm.data import duplicates
+from fastlm.lm.data.prepare import prepare
 duplicates.CACHE = 1 if {limit} > 1_000_000 else 16
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
@@ -247,7 +247,7 @@ def test_the_index_of_duplicates_is_on_the_disk(tmp_path):
     code = f"""
 import os, random
 from pathlib import Path
-from fastlm.lm import duplicates
+from fastlm.lm.data import duplicates
 duplicates.CACHE = 1
 rng, path = random.Random(0), Path("{tmp_path}/index")
 def resident():
@@ -267,7 +267,7 @@ def test_a_corpus_larger_than_the_memory_it_takes(tmp_path):
     """Peak memory after 30 MB of text is above that after 2 MB by less than a third of the difference."""
     code = f"""
 import random, resource
-from fastlm.lm.prepare import prepare
+from fastlm.lm.data.prepare import prepare
 rng = random.Random(0)
 words = {WORDS!r}
 def corpus(path, megabytes):

@@ -4,8 +4,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import fields
 
-from ..model.checkpoint import load
-from ..model.generate import Sampling, Writer
+from ..model.sampling import Sampling
 from .command import command
 
 GENERATE = """\
@@ -63,6 +62,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
+    from ..model.checkpoint import load
+    from ..model.generate import Writer
+
     if arguments.prompts and (arguments.reconstruct or arguments.vary is not None):
         raise ValueError("a PROMPT goes with neither --reconstruct nor --vary")
     if arguments.stream and (len(arguments.prompts) > 1 or arguments.count != 1):
@@ -92,6 +94,9 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_interpolate(arguments: argparse.Namespace) -> None:
+    from ..model.checkpoint import load
+    from ..model.generate import Writer
+
     show(Writer(*load(arguments.checkpoint)).interpolate(arguments.first, arguments.second, arguments.steps))
 
 

@@ -6,14 +6,10 @@ import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from ..data.batches import Texts
 from ..data.prepare import SPLITS
-from ..model.checkpoint import load
-from ..model.evaluate import evaluate
-from ..model.generate import Writer
-from ..model.presets import KINDS, PRESETS
+from ..model.sizes import KINDS, PRESETS
 from ..training.schedules import SCHEDULES
-from ..training.train import Settings, settings_of, train
+from ..training.settings import Settings, settings_of
 from .command import command
 from .generate import show
 
@@ -72,6 +68,10 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    from ..model.checkpoint import load
+    from ..model.generate import Writer
+    from ..training.train import train
+
     output = Path(arguments.output)
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
     settings = replace(settings_of(output)[0] if arguments.resume else Settings(), **given)
@@ -93,6 +93,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
+    from ..data.batches import Texts
+    from ..model.checkpoint import load
+    from ..model.evaluate import evaluate
+
     folders = [Path(folder) for folder in (arguments.checkpoint, arguments.against) if folder]
     corpus = Path(arguments.corpus) if arguments.corpus else settings_of(folders[0])[1]
     found = {}

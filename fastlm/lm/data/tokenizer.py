@@ -3,9 +3,12 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # preparing a corpus needs no transformers, which take a second to import
+    from transformers import PreTrainedTokenizerFast
 
 FILE = "tokenizer.json"
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}  # ids 0 to 3
@@ -74,13 +77,15 @@ def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     """A trained tokenizer for transformers, with its special tokens set, from a tokenizer.json or the folder that holds it.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: the file is damaged, or is no tokenizer of fastlm.lm.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer")

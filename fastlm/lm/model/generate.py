@@ -1,9 +1,7 @@
 """Using a model: texts of a latent from the prior or after a prompt, reconstructions, interpolations and variations."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Event
 
 import torch
@@ -22,59 +20,10 @@ from transformers import (
 from ...ops.latent import reparameterize
 from ..data.batches import framed, padded_ids
 from .checkpoint import quiet
+from .sampling import GREEDY, Sampling, check_at_least
 from .text_vae import TextVAE
 
 BATCH = 32
-
-
-def _check_at_least(least: int, **named: int) -> None:
-    for name, value in named.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        temperature: of the softmax; below 1 for likelier texts, 0 for the likeliest token each time, without chance.
-        top_k: draw from that many of the likeliest tokens only; 0 for all.
-        top_p: draw from the likeliest tokens only that together have this probability (Holtzman et al. 2020, arXiv:1904.09751);
-            1 for all.
-        max_new_tokens: after the prompt; None for as many as there is room for.
-
-    Raises:
-        ValueError: one is out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.9
-    max_new_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative; got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}")
-        _check_at_least(0, top_k=self.top_k)
-        if self.max_new_tokens is not None:
-            _check_at_least(1, max_new_tokens=self.max_new_tokens)
-
-    def processors(self, seeds: list[int]) -> list[LogitsProcessor]:
-        """What is done with logits before the largest is taken, in rows of these seeds."""
-        if not self.temperature:
-            return []
-        warpers = [TemperatureLogitsWarper(float(self.temperature))]
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return [*warpers, Draw(seeds)]
-
-
-GREEDY = Sampling(temperature=0)
 
 
 class Draw(LogitsProcessor):
@@ -92,6 +41,18 @@ class Draw(LogitsProcessor):
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return scores - noise.log().to(scores)
+
+
+def processors(sampling: Sampling, seeds: list[int]) -> list[LogitsProcessor]:
+    """What is done with logits before the largest is taken, in rows of these seeds."""
+    if not sampling.temperature:
+        return []
+    warpers = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return [*warpers, Draw(seeds)]
 
 
 class Writer:
@@ -119,7 +80,7 @@ class Writer:
         Raises:
             ValueError: a bad argument, or a prompt that leaves no room for more.
         """
-        _check_at_least(1, count=count)
+        check_at_least(1, count=count)
         prompts = [ids for ids in map(self._prompt, _listed(prompt)) for _ in range(count)]
         seeds = seeds_of(seed, count) * (len(prompts) // count)
         return self._written(prompts, self._prior(seeds), seeds, Sampling(**sampling))
@@ -151,7 +112,7 @@ class Writer:
         Raises:
             ValueError: fewer than 2 steps; the model has no latent.
         """
-        _check_at_least(2, steps=steps)
+        check_at_least(2, steps=steps)
         start, end = self.posterior([first, second])[0]
         return self._told(torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device).to(start)[:, None]))
 
@@ -161,7 +122,7 @@ class Writer:
         Raises:
             ValueError: the model has no latent.
         """
-        _check_at_least(1, count=count)
+        check_at_least(1, count=count)
         mu, logvar = (part.expand(count, -1) for part in self.posterior([text]))
         return self._told(reparameterize(mu, logvar, seed=self._seeds(seeds_of(seed, count))))
 
@@ -221,7 +182,7 @@ class Writer:
             "input_ids": ids.to(self.model.device),
             "attention_mask": mask.to(self.model.device),
             "max_new_tokens": max(self._room(prompt, sampling) for prompt in prompts),
-            "logits_processor": LogitsProcessorList(sampling.processors(seeds)),
+            "logits_processor": LogitsProcessorList(processors(sampling, seeds)),
             "do_sample": False,  # `Draw` does
         }
         return inputs if latents is None else inputs | {"latents": latents}

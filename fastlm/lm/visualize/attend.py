@@ -10,7 +10,7 @@ from ..data.prepare import REPORT
 from ..files import replaced_together
 from ..model import checkpoint as checkpoints
 from ..model.text_vae import TextVAE
-from ..training.train import SETTINGS, settings_of
+from ..training.settings import SETTINGS, settings_of
 from .attention_maps import attention_of
 from .latent_maps import active_units, held_out, map_of, means_of, traverse
 from .page import Inside, page_of
