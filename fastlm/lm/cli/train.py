@@ -69,7 +69,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
 def run_train(arguments: argparse.Namespace) -> None:
     from ..model.checkpoint import load
-    from ..model.generate import Writer
+    from ..model.generate import generate
     from ..training.train import train
 
     output = Path(arguments.output)
@@ -78,7 +78,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     train(output, arguments.corpus, settings, resume=arguments.resume)
     if int(os.environ.get("RANK", 0)) == 0:  # torchrun's first process
         print(f"The model is in {output.resolve()}. It writes, for example:\n")
-        show(Writer(*load(output)).sample(SHOWN, temperature=0.7, max_new_tokens=60))
+        show(generate(*load(output), SHOWN, temperature=0.7, max_new_tokens=60))
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:

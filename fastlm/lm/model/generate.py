@@ -207,6 +207,19 @@ class Writer:
             written.result()
 
 
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = 1,
+    *,
+    prompt: str | Sequence[str] = "",
+    seed: int = 0,
+    **sampling,
+) -> list[str]:
+    """Return new texts of a model, or texts that go on from a prompt: see `Writer.sample`."""
+    return Writer(model, tokenizer).sample(count, prompt=prompt, seed=seed, **sampling)
+
+
 def seeds_of(seed: int, count: int) -> list[int]:
     """Of ``count`` texts: that of the first is the same, however many there are."""
     if seed not in range(2**32):  # what torch's generator on the CPU heeds
