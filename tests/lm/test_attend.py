@@ -17,13 +17,13 @@ from matplotlib.image import imread
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fastlm.lm.cli.attend import add_attend
-from fastlm.lm.data.batches import framed
+from fastlm.lm.data.batches import encode_text
 from fastlm.lm.data.prepare import prepare
 from fastlm.lm.data.tokenizer import load_tokenizer
 from fastlm.lm.model import checkpoint
 from fastlm.lm.model.presets import build
 from fastlm.lm.training.train import Settings
-from fastlm.lm.visualize.attend import attend, look
+from fastlm.lm.visualize.attend import attend, inspect_model
 from fastlm.lm.visualize.attention_maps import Attention, attention_of, entropy, token_labels
 from fastlm.lm.visualize.latent_maps import active_units, decoded, held_out, map_of, means_of, traverse
 from fastlm.lm.visualize.page import _png
@@ -60,7 +60,7 @@ def vae(runs):
 
 
 def ids_of(text, tokenizer):
-    return torch.tensor([framed(text, tokenizer, 64)])
+    return torch.tensor([encode_text(text, tokenizer, 64)])
 
 
 # ---- attention --------------------------------------------------------------------------------------------------------------
@@ -285,17 +285,17 @@ def test_a_page_of_a_vae(runs, tmp_path):
 
 
 def test_the_page_names_the_sharpest_and_the_broadest_heads(runs, tmp_path):
-    inside = look(runs / "vae", SENTENCE)
+    view = inspect_model(runs / "vae", SENTENCE)
     shares = {
         f"{found.stack} {layer + 1}.{head + 1}": float(found.breadth[layer, head])
-        for found in inside.attentions
+        for found in view.attentions
         for layer in range(found.weights.shape[0])
         for head in range(found.weights.shape[1])
     }
     text = attend(runs / "vae", SENTENCE, tmp_path / "page.html").read_text("utf-8")
     named = re.search(r"sharpest heads are <strong>(.*?) \(.*?the broadest are <strong>(.*?) \(", text).groups()
     assert named == (min(shares, key=shares.get), max(shares, key=shares.get))
-    for stack in inside.attentions:
+    for stack in view.attentions:
         for nats in stack.entropy.flatten().tolist():
             assert f"{nats:.2f} nats" in text
 
@@ -319,9 +319,9 @@ def test_the_corpus_of_the_run_is_the_default(runs, tmp_path):
 
 def test_a_long_sentence_is_cut_and_the_page_says_so(runs, tmp_path):
     long = " ".join(WORDS * 8)
-    inside = look(runs / "vae", long)
-    assert inside.cut and inside.tokens == 64
-    assert inside.attentions[0].weights.shape == (2, 4, 63, 64) and inside.attentions[1].weights.shape == (1, 4, 64, 64)
+    view = inspect_model(runs / "vae", long)
+    assert view.cut and view.tokens == 64
+    assert view.attentions[0].weights.shape == (2, 4, 63, 64) and view.attentions[1].weights.shape == (1, 4, 64, 64)
     assert "The first 64 tokens; the rest is left out." in attend(runs / "vae", long, tmp_path / "p.html").read_text("utf-8")
     assert "left out" not in attend(runs / "vae", "A garden.", tmp_path / "p.html").read_text("utf-8")
 

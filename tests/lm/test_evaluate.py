@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from fastlm.lm.data.batches import Texts, framed
+from fastlm.lm.data.batches import Texts, encode_text
 from fastlm.lm.data.prepare import read_split
 from fastlm.lm.model.evaluate import ACTIVE, evaluate, importance_nll, log_density, mutual_information
 from fastlm.lm.model.presets import build
@@ -67,10 +67,11 @@ def test_a_decoder_s_likelihood_text_by_text(corpus, tokenizer):
     total = 0.0
     with torch.no_grad():
         for text in records:
-            ids = torch.tensor([framed(text, tokenizer, 128)])
+            ids = torch.tensor([encode_text(text, tokenizer, 128)])
             logs = model(ids).logits.double().log_softmax(-1)
             total -= float(logs[0, :-1].gather(1, ids[0, 1:, None]).sum())
-    words, tokens = sum(len(text.split()) for text in records), sum(len(framed(text, tokenizer, 128)) - 1 for text in records)
+    words = sum(len(text.split()) for text in records)
+    tokens = sum(len(encode_text(text, tokenizer, 128)) - 1 for text in records)
     assert (found.texts, found.tokens, found.words) == (len(records), tokens, words)
     assert found.nll_per_token == pytest.approx(total / tokens, rel=1e-5)
     assert found.nll_per_word == pytest.approx(total / words, rel=1e-5)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import fastlm.lm.finetuning.common as shared
 from fastlm.lm.cli.finetune import add_finetune
-from fastlm.lm.data.batches import framed
+from fastlm.lm.data.batches import encode_text
 from fastlm.lm.data.prepare import prepare
 from fastlm.lm.data.tokenizer import load_tokenizer
 from fastlm.lm.finetuning import classify as classification
@@ -133,7 +133,7 @@ def test_accuracy_majority_and_macro_f1_by_hand():
 def test_a_text_vae_gives_its_encoder(checkpoints):
     vae, tokenizer = load(checkpoints / "vae")
     model = classifier_of(vae, ["a", "b"]).eval()
-    texts = [torch.tensor(framed(text, tokenizer, 99)) for text in ("a lamp near the door", "salt")]
+    texts = [torch.tensor(encode_text(text, tokenizer, 99)) for text in ("a lamp near the door", "salt")]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     mask = (ids != 0).long()
     pooled = []
@@ -311,7 +311,7 @@ def test_malformed_rows_are_counted_and_the_rest_is_read(tmp_path):
     assert sum(examples.counts.values()) == 61 and {label for _, label in examples.train} == {"0", "1"}
     parts = [{text for text, _ in getattr(examples, split)} for split in ("train", "validation", "test")]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
-    assert "unreadable  7 rows" in shared.said(examples.problems)
+    assert "unreadable  7 rows" in shared.problem_lines(examples.problems)
 
 
 def test_a_file_of_its_own_to_test_on(tmp_path, topics):

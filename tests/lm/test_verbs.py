@@ -4,7 +4,7 @@ import pytest
 from support.processes import printed
 
 from fastlm import lm
-from fastlm.lm.model.generate import Writer
+from fastlm.lm.model.generate import TextGenerator
 from fastlm.lm.model.presets import build
 
 
@@ -25,7 +25,7 @@ def test_one_verb_does_not_bring_the_libraries_of_the_others():
     assert printed(f"import sys; from fastlm.lm import prepare; print({others} & sys.modules.keys())") == "set()"
 
 
-def test_generate_gives_the_texts_of_a_writer(tokenizer):
+def test_generate_gives_the_texts_of_a_text_generator(tokenizer):
     model = build("decoder", "tiny", tokenizer)
-    expected = Writer(model, tokenizer).sample(2, prompt="the cat", seed=3, max_new_tokens=5)
+    expected = TextGenerator(model, tokenizer).sample(2, prompt="the cat", seed=3, max_new_tokens=5)
     assert lm.generate(model, tokenizer, 2, prompt="the cat", seed=3, max_new_tokens=5) == expected

@@ -100,10 +100,10 @@ def _exceptions(model: PreTrainedModel) -> str:
     """What in a swapped model does not always run on fastlm."""
     parts = set(map(type, model.modules()))
     unknown = {cls.__name__: ", ".join(traits_of(cls).unknown) for cls in filter(uses_interface, parts)}
-    said = [f"{name} runs eager where it is given {given}" for name, given in unknown.items() if given]
+    reasons = [f"{name} runs eager where it is given {given}" for name, given in unknown.items() if given]
     if own := _names(filter(computes_attention, parts)):
-        said.append(f"{own} does not go through transformers' AttentionInterface")
-    return "".join(f"; {what}" for what in sorted(said))
+        reasons.append(f"{own} does not go through transformers' AttentionInterface")
+    return "".join(f"; {what}" for what in sorted(reasons))
 
 
 def _names(classes: Iterable[type]) -> str:

@@ -63,7 +63,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     from ..model.checkpoint import load
-    from ..model.generate import Writer
+    from ..model.generate import TextGenerator
 
     if arguments.prompts and (arguments.reconstruct or arguments.vary is not None):
         raise ValueError("a PROMPT goes with neither --reconstruct nor --vary")
@@ -71,17 +71,17 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise ValueError("--stream writes one text: at most one PROMPT, and no --count")
     sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
     Sampling(**sampling)  # its errors come before the model does
-    writer, prompts = Writer(*load(arguments.checkpoint)), arguments.prompts or [""]
+    generator, prompts = TextGenerator(*load(arguments.checkpoint)), arguments.prompts or [""]
     if arguments.reconstruct:
-        show(writer.reconstruct(arguments.reconstruct))
+        show(generator.reconstruct(arguments.reconstruct))
     elif arguments.vary is not None:
-        show(writer.vary(arguments.vary, arguments.count, seed=arguments.seed))
+        show(generator.vary(arguments.vary, arguments.count, seed=arguments.seed))
     elif arguments.stream:
-        for piece in writer.stream(prompts[0], seed=arguments.seed, **sampling):
+        for piece in generator.stream(prompts[0], seed=arguments.seed, **sampling):
             print(piece, end="", flush=True)
         print()
     else:
-        show(writer.sample(arguments.count, prompt=prompts, seed=arguments.seed, **sampling))
+        show(generator.sample(arguments.count, prompt=prompts, seed=arguments.seed, **sampling))
 
 
 def add_interpolate(commands: argparse._SubParsersAction) -> None:
@@ -95,9 +95,9 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
 
 def run_interpolate(arguments: argparse.Namespace) -> None:
     from ..model.checkpoint import load
-    from ..model.generate import Writer
+    from ..model.generate import TextGenerator
 
-    show(Writer(*load(arguments.checkpoint)).interpolate(arguments.first, arguments.second, arguments.steps))
+    show(TextGenerator(*load(arguments.checkpoint)).interpolate(arguments.first, arguments.second, arguments.steps))
 
 
 def show(texts: Iterable[str]) -> None:

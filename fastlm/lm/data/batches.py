@@ -36,7 +36,7 @@ class Texts(Dataset):
         ends = [0]
         with TemporaryFile() as file:
             for record in read_split(corpus, split):
-                ids = framed(record["text"], tokenizer, max_tokens)
+                ids = encode_text(record["text"], tokenizer, max_tokens)
                 cut = ids[-1] != tokenizer.eos_token_id
                 self.words += len((tokenizer.decode(ids[1:]) if cut else record["text"]).split())
                 np.array(ids, np.int32).tofile(file)
@@ -68,7 +68,7 @@ class Texts(Dataset):
         self.epoch = epoch
 
 
-def framed(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
     """The token ids of a text between <|bos|> and <|eos|>, at most ``max_tokens`` in all; a text that is cut has no end."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:max_tokens]

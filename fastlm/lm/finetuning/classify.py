@@ -34,9 +34,9 @@ from .common import (
     examples_of,
     finetune,
     frame,
+    problem_lines,
     read_examples,
     results,
-    said,
     write_results,
 )
 
@@ -75,7 +75,7 @@ class Classification:
             f"accuracy  {self.accuracy:.1%} of the test texts (always the most frequent label: {self.majority:.1%})",
             f"macro F1  {self.macro_f1:.3f}",
         ]
-        return "\n".join(lines) + said(self.problems)
+        return "\n".join(lines) + problem_lines(self.problems)
 
 
 def classify(

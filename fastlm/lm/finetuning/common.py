@@ -55,10 +55,10 @@ class Examples:
         for split, count in self.counts.items():
             if not count:
                 counts = ", ".join(f"{name} {number}" for name, number in self.counts.items())
-                raise ValueError(f"{source} has too few examples, none for {split} ({counts}){said(self.problems)}")
+                raise ValueError(f"{source} has too few examples, none for {split} ({counts}){problem_lines(self.problems)}")
 
 
-def said(problems: Problems) -> str:
+def problem_lines(problems: Problems) -> str:
     """Lines on rows that could not be read, where there are any."""
     if not problems.count:
         return ""
@@ -211,8 +211,8 @@ class Epochs(Progress):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         names = dict.fromkeys(("loss", self.score))
-        said = ", ".join(f"{name} {metrics[f'eval_{name}']:.3f}" for name in names)
-        self.bar.write(f"epoch {state.epoch:.1f}: validation {said}", file=self.bar.fp)
+        scores = ", ".join(f"{name} {metrics[f'eval_{name}']:.3f}" for name in names)
+        self.bar.write(f"epoch {state.epoch:.1f}: validation {scores}", file=self.bar.fp)
 
 
 def finetune(model: PreTrainedModel, tuning: Tuning, heads: Sequence[str], *arguments, **keywords) -> PreTrainedModel:

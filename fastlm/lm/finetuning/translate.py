@@ -19,7 +19,19 @@ from ..data.read import Problems
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION
 from ..model.text_vae import IGNORED, TextVAE
-from .common import BATCH, Example, Tuning, check_new, examples_of, finetune, frame, read_examples, results, said, write_results
+from .common import (
+    BATCH,
+    Example,
+    Tuning,
+    check_new,
+    examples_of,
+    finetune,
+    frame,
+    problem_lines,
+    read_examples,
+    results,
+    write_results,
+)
 
 FIELDS = ("source", "target")
 
@@ -50,7 +62,7 @@ class Translation:
             f"BLEU         {self.bleu:.2f} ({self.signature})",
             f"exact match  {self.exact:.1%} of the test pairs",
         ]
-        return "\n".join(lines) + said(self.problems)
+        return "\n".join(lines) + problem_lines(self.problems)
 
 
 def translate(

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ...ops.latent import reparameterize
-from ..data.batches import framed, padded_ids
+from ..data.batches import encode_text, padded_ids
 from .checkpoint import quiet
 from .sampling import GREEDY, Sampling, check_at_least
 from .text_vae import TextVAE
@@ -55,7 +55,7 @@ def processors(sampling: Sampling, seeds: list[int]) -> list[LogitsProcessor]:
     return [*warpers, Draw(seeds)]
 
 
-class Writer:
+class TextGenerator:
     """Writes texts with a `TextVAE`, or with a decoder alone, on the device where it is.
 
     No text, its prompt included, is longer than the ``max_tokens`` that the model was made for; one that gets there just stops.
@@ -83,7 +83,7 @@ class Writer:
         check_at_least(1, count=count)
         prompts = [ids for ids in map(self._prompt, _listed(prompt)) for _ in range(count)]
         seeds = seeds_of(seed, count) * (len(prompts) // count)
-        return self._written(prompts, self._prior(seeds), seeds, Sampling(**sampling))
+        return self.generate(prompts, self._prior(seeds), seeds, Sampling(**sampling))
 
     def stream(self, prompt: str = "", *, seed: int = 0, **sampling) -> Iterator[str]:
         """The one text that `sample` writes with these arguments, in pieces, each as soon as its words are whole.
@@ -101,7 +101,7 @@ class Writer:
         """
         texts = _listed(texts)
         parts = [self.posterior(texts[start : start + BATCH])[0] for start in range(0, len(texts), BATCH)]
-        return self._told(torch.cat(parts)) if parts else []
+        return self.decode(torch.cat(parts)) if parts else []
 
     def interpolate(self, first: str, second: str, steps: int = 5) -> list[str]:
         """``steps`` texts on the way from one text to another, their reconstructions included.
@@ -114,7 +114,7 @@ class Writer:
         """
         check_at_least(2, steps=steps)
         start, end = self.posterior([first, second])[0]
-        return self._told(torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device).to(start)[:, None]))
+        return self.decode(torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device).to(start)[:, None]))
 
     def vary(self, text: str, count: int = 5, *, seed: int = 0) -> list[str]:
         """Texts like this one: latents drawn from its posterior, each told greedily.
@@ -124,7 +124,7 @@ class Writer:
         """
         check_at_least(1, count=count)
         mu, logvar = (part.expand(count, -1) for part in self.posterior([text]))
-        return self._told(reparameterize(mu, logvar, seed=self._seeds(seeds_of(seed, count))))
+        return self.decode(reparameterize(mu, logvar, seed=self._seeds(seeds_of(seed, count))))
 
     @torch.inference_mode()
     def posterior(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class Writer:
             raise ValueError(f"this needs a model with a latent, a TextVAE; got a {type(self.model).__name__}")
         for text in texts:
             _check_text(text)
-        rows = [torch.tensor(framed(text, self.tokenizer, self.max_tokens)) for text in texts]
+        rows = [torch.tensor(encode_text(text, self.tokenizer, self.max_tokens)) for text in texts]
         ids, mask = padded_ids(rows, self.tokenizer.pad_token_id)
         return self.model.posterior(ids.to(self.model.device), mask.to(self.model.device))
 
@@ -155,11 +155,11 @@ class Writer:
             raise ValueError(f"a prompt must have at most {most} tokens; that of {text[:40]!r}… has {len(ids) - 1}")
         return ids
 
-    def _told(self, latents: Tensor) -> list[str]:
+    def decode(self, latents: Tensor) -> list[str]:
         """The texts of latents (B, D), greedily."""
-        return self._written([self._prompt("")] * len(latents), latents, [0] * len(latents), GREEDY)
+        return self.generate([self._prompt("")] * len(latents), latents, [0] * len(latents), GREEDY)
 
-    def _written(self, prompts: list[list[int]], latents: Tensor | None, seeds: list[int], sampling: Sampling) -> list[str]:
+    def generate(self, prompts: list[list[int]], latents: Tensor | None, seeds: list[int], sampling: Sampling) -> list[str]:
         texts = []
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
@@ -216,8 +216,8 @@ def generate(
     seed: int = 0,
     **sampling,
 ) -> list[str]:
-    """Return new texts of a model, or texts that go on from a prompt: see `Writer.sample`."""
-    return Writer(model, tokenizer).sample(count, prompt=prompt, seed=seed, **sampling)
+    """Return new texts of a model, or texts that go on from a prompt: see `TextGenerator.sample`."""
+    return TextGenerator(model, tokenizer).sample(count, prompt=prompt, seed=seed, **sampling)
 
 
 def seeds_of(seed: int, count: int) -> list[int]:

@@ -132,11 +132,11 @@ class Progress(TrainerCallback):
             self.bar.set_postfix(shown | {"tokens/s": f"{logs['tokens_per_second']:.0f}"})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        said = f"epoch {state.epoch:.1f}: validation loss {metrics['eval_loss']:.3f} nats per token"
-        said += f", perplexity {math.exp(min(metrics['eval_loss'], 50)):.1f}"
+        line = f"epoch {state.epoch:.1f}: validation loss {metrics['eval_loss']:.3f} nats per token"
+        line += f", perplexity {math.exp(min(metrics['eval_loss'], 50)):.1f}"
         if "eval_kl" in metrics:
-            said += f", of it KL {metrics['eval_kl']:.3f}"
-        self.bar.write(said, file=self.bar.fp)
+            line += f", of it KL {metrics['eval_kl']:.3f}"
+        self.bar.write(line, file=self.bar.fp)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

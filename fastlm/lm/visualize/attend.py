@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.batches import framed
+from ..data.batches import encode_text
 from ..data.prepare import REPORT
 from ..files import replaced_together
 from ..model import checkpoint as checkpoints
@@ -13,7 +13,7 @@ from ..model.text_vae import TextVAE
 from ..training.settings import SETTINGS, settings_of
 from .attention_maps import attention_of
 from .latent_maps import active_units, held_out, map_of, means_of, traverse
-from .page import Inside, page_of
+from .page import ModelView, page_of
 
 MAX_TOKENS, MAX_TEXTS, UNITS = 64, 1000, 5  # of the sentence, of the map, of the traversals
 
@@ -45,7 +45,7 @@ def attend(
         sentence.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"sentence must be text; its character {error.start + 1} is a lone surrogate") from None
-    page = page_of(look(checkpoint, sentence, corpus_of(Path(checkpoint)) if corpus is None else corpus))
+    page = page_of(inspect_model(checkpoint, sentence, corpus_of(Path(checkpoint)) if corpus is None else corpus))
     with replaced_together(output.parent, [output.name]) as unfinished:
         (unfinished / output.name).write_text(page, "utf-8", errors="xmlcharrefreplace")  # labels may hold lone surrogates
     return output
@@ -59,17 +59,17 @@ def corpus_of(checkpoint: Path) -> Path | None:
     return corpus if (corpus / REPORT).is_file() else None
 
 
-def look(checkpoint: str | os.PathLike, sentence: str, corpus: str | os.PathLike | None = None) -> Inside:
+def inspect_model(checkpoint: str | os.PathLike, sentence: str, corpus: str | os.PathLike | None = None) -> ModelView:
     """The numbers of the page; without a map where there is no ``corpus``."""
     model, tokenizer = checkpoints.load(checkpoint, attention="eager")
     records = None if corpus is None else held_out(corpus, MAX_TEXTS)
     most = min(MAX_TOKENS, model.config.get_text_config().max_position_embeddings)
-    read = framed(sentence, tokenizer, most + 1)
+    read = encode_text(sentence, tokenizer, most + 1)
     ids = torch.tensor([read[:most]])
     found = sentence, ids.shape[1], len(read) > most, attention_of(model, tokenizer, ids)
     if not isinstance(model, TextVAE):
-        return Inside(*found)
+        return ModelView(*found)
     z = means_of(model, tokenizer, [sentence], most)[0]
     means = None if records is None else means_of(model, tokenizer, [record["text"] for record in records])
     traversals = traverse(model, tokenizer, z, active_units(z, means, UNITS))
-    return Inside(*found, traversals, None if records is None else map_of(means, z, records))
+    return ModelView(*found, traversals, None if records is None else map_of(means, z, records))

@@ -71,13 +71,13 @@ def attention_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids
         with watched(layer.self_attn for layer in model.model.layers) as weights:
             model(input_ids=read)
         return [Attention("decoder", shown, shown, torch.cat(weights), causal)]
-    with watched(layer.self_attn for layer in model.encoder.layers) as inside:
+    with watched(layer.self_attn for layer in model.encoder.layers) as encoder_weights:
         mu, _ = model.posterior(ids)
     with watched(layer.self_attn for layer in model.decoder.model.layers) as weights:
         model(input_ids=read, latents=mu)
     return [
         Attention("decoder", shown, [LATENT, *shown], torch.cat(weights), causal + 1),
-        Attention("encoder", labels, labels, torch.cat(inside), torch.full((len(labels),), len(labels))),
+        Attention("encoder", labels, labels, torch.cat(encoder_weights), torch.full((len(labels),), len(labels))),
     ]
 
 

@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.batches import framed, padded_ids
+from ..data.batches import encode_text, padded_ids
 from ..data.prepare import read_split
 from ..model.text_vae import TextVAE
 
@@ -62,7 +62,7 @@ class Map:
 def means_of(model: TextVAE, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
     """(N, D): the posterior means of N texts, cut at ``max_tokens``, or at what the encoder was made for."""
     max_tokens = max_tokens or model.config.encoder.max_position_embeddings
-    rows = [torch.tensor(framed(text, tokenizer, max_tokens)) for text in texts]
+    rows = [torch.tensor(encode_text(text, tokenizer, max_tokens)) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     means = torch.empty(len(rows), model.config.latent_dim)
     for start in range(0, len(order), BATCH):

@@ -18,7 +18,7 @@ INK = (0x3B, 0x7D, 0xD8)
 
 
 @dataclass(frozen=True)
-class Inside:
+class ModelView:
     """What there is to see of a model and a sentence; ``traversals`` and ``map`` are of a `TextVAE`, the latter of a corpus."""
 
     sentence: str
@@ -29,20 +29,20 @@ class Inside:
     map: Map | None = None
 
 
-def page_of(inside: Inside) -> str:
+def page_of(view: ModelView) -> str:
     """The whole page, as HTML that needs nothing else, and no script."""
-    sentence = escape(inside.sentence)
-    tokens = f"The first {inside.tokens} tokens; the rest is left out." if inside.cut else f"{inside.tokens} tokens."
+    sentence = escape(view.sentence)
+    tokens = f"The first {view.tokens} tokens; the rest is left out." if view.cut else f"{view.tokens} tokens."
     body = [
         f"<h1>Inside the model</h1><blockquote>{sentence}</blockquote>",
-        f"<p>{tokens} {_extremes(inside.attentions)}</p>",
-        *map(_attention, inside.attentions),
-        "<h2>Latent</h2>" + _latent(inside),
+        f"<p>{tokens} {_extremes(view.attentions)}</p>",
+        *map(_attention, view.attentions),
+        "<h2>Latent</h2>" + _latent(view),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Inside the model: {escape(inside.sentence[:60])}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Inside the model: {escape(view.sentence[:60])}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -135,14 +135,14 @@ def _png(weights: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _latent(inside: Inside) -> str:
-    if inside.traversals is None:
+def _latent(view: ModelView) -> str:
+    if view.traversals is None:
         return "<p>This model is a plain decoder: it has no latent.</p>"
-    how = "whose mean varies most over the corpus" if inside.map else "with the largest means for this sentence"
+    how = "whose mean varies most over the corpus" if view.map else "with the largest means for this sentence"
     return (
         "<p>The mean of the sentence's posterior, with one unit at a time set to another value, and decoded greedily: of the "
-        f'units {how}.</p><div class="traversals">{"".join(map(_traversal, inside.traversals))}</div>'
-        + ("<p>Without a corpus there is no map.</p>" if inside.map is None else _map(inside.map))
+        f'units {how}.</p><div class="traversals">{"".join(map(_traversal, view.traversals))}</div>'
+        + ("<p>Without a corpus there is no map.</p>" if view.map is None else _map(view.map))
     )
 
 
