@@ -34,7 +34,7 @@ def doctor() -> int:
     else:
         print(f"built    {native.C.__file__}")
         print(f"isa      {native.C.isa()} of {', '.join(native.C.isas())}")
-    cuda = importlib.util.find_spec("fastlm._cuda")  # not imported: that is for a torch with CUDA
+    cuda = importlib.util.find_spec("fastlm._cuda")  # not imported, as it needs a torch with CUDA
     print(f"cuda     {cuda.origin if cuda else 'not built: no nvcc was found (CONTRIBUTING.md)'}")
     for name in ENVIRONMENT:
         print(f"env      {name}={os.environ.get(name, '(not set)')}")

@@ -1,4 +1,4 @@
-"""The command line of the language model: ``fastlm lm prepare``, and those that have files of their own."""
+"""The command line of the language model: ``fastlm lm prepare``, and the commands of the other files of this folder."""
 
 import argparse
 import inspect
@@ -56,7 +56,7 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
 def run_prepare(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command", "paths", "output")}
     report = str(prepare(arguments.paths, arguments.output, **options))
-    print(report.encode(errors="backslashreplace").decode())  # names of files may hold lone surrogates
+    print(report.encode(errors="backslashreplace").decode())  # file names may contain lone surrogates
     print(f"\nThe corpus is in {Path(arguments.output).resolve()}")
 
 

@@ -1,4 +1,4 @@
-"""``fastlm lm attend``."""
+"""The command ``fastlm lm attend``."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``fastlm lm finetune``."""
+"""The command ``fastlm lm finetune``."""
 
 import argparse
 from pathlib import Path

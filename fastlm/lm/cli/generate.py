@@ -1,4 +1,4 @@
-"""``fastlm lm generate`` and ``fastlm lm interpolate``: texts of a trained model."""
+"""The commands ``fastlm lm generate`` and ``fastlm lm interpolate``, which write texts with a trained model."""
 
 import argparse
 from collections.abc import Iterable
@@ -70,7 +70,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     if arguments.stream and (len(arguments.prompts) > 1 or arguments.count != 1):
         raise ValueError("--stream writes one text: at most one PROMPT, and no --count")
     sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
-    Sampling(**sampling)  # its errors come before the model does
+    Sampling(**sampling)  # raises its errors before the model is loaded
     generator, prompts = TextGenerator(*load(arguments.checkpoint)), arguments.prompts or [""]
     if arguments.reconstruct:
         show(generator.reconstruct(arguments.reconstruct))
@@ -101,5 +101,5 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
 
 
 def show(texts: Iterable[str]) -> None:
-    """Texts may have empty lines of their own, and so a line is between them."""
+    """Print texts with a line of dashes between them, as a text may contain empty lines."""
     print("\n---\n".join(texts))

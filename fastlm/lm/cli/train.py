@@ -1,4 +1,4 @@
-"""``fastlm lm train`` and ``fastlm lm evaluate``."""
+"""The commands ``fastlm lm train`` and ``fastlm lm evaluate``."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from ..training.settings import Settings, settings_of
 from .command import command
 from .generate import show
 
-SHOWN = 3  # texts that a new model writes
+SHOWN = 3  # example texts of a new model
 
 TRAIN = """\
 Train a language model from nothing: a variational autoencoder of texts ("vae"), or its decoder alone ("decoder"). With nothing
@@ -44,7 +44,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = command(commands, run_train, "train", help, TRAIN, TRAIN_EXAMPLES)
     defaults = asdict(Settings())
 
-    def option(name: str, what: str, **kind) -> None:  # those not given are absent, so that a resumed run keeps its own
+    def option(name: str, what: str, **kind) -> None:
+        # An option that is not given is absent, so that a resumed run keeps its own setting.
         what += f" (default: {defaults[name.replace('-', '_')]})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=what, **kind)
 
@@ -76,7 +77,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
     settings = replace(settings_of(output)[0] if arguments.resume else Settings(), **given)
     train(output, arguments.corpus, settings, resume=arguments.resume)
-    if int(os.environ.get("RANK", 0)) == 0:  # torchrun's first process
+    if int(os.environ.get("RANK", 0)) == 0:  # the first process of torchrun
         print(f"The model is in {output.resolve()}. It writes, for example:\n")
         show(generate(*load(output), SHOWN, temperature=0.7, max_new_tokens=60))
 

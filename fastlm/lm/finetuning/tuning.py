@@ -8,11 +8,11 @@ class Tuning:
     """How to fine-tune.
 
     Attributes:
-        epochs: how often all examples are read; the model of the best epoch on the validation examples is kept.
-        batch_size: examples of a step.
-        learning_rate: at its highest, after a warm-up; it falls to 0 along a cosine.
-        lora: rank of LoRA's matrices (Hu et al. 2021, arXiv:2106.09685), 0 to train all weights.
-        seed: of new weights and the order of the examples.
+        epochs: how often all examples are read. The model of the epoch that does best on the validation examples is kept.
+        batch_size: the number of examples in a step.
+        learning_rate: the highest learning rate, after a warm-up; it falls to 0 along a cosine.
+        lora: the rank of LoRA's matrices (Hu et al. 2021, arXiv:2106.09685); 0 trains all weights.
+        seed: determines the new weights and the order of the examples.
     """
 
     epochs: float = 5.0

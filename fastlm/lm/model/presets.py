@@ -1,4 +1,4 @@
-"""Models to train, by name: a plain decoder, or a `TextVAE` around the same decoder."""
+"""New models to train, by name: a plain decoder, or a `TextVAE` around the same decoder."""
 
 import torch
 from transformers import EuroBertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,10 +14,10 @@ ATTENTION = "fastlm"
 def build(
     kind: str, preset: str, tokenizer: PreTrainedTokenizerBase, *, free_bits: float = 0.0, seed: int = 0
 ) -> PreTrainedModel:
-    """A model with fresh weights for the tokenizer's vocabulary, on fastlm's attention; the same seed gives the same weights.
+    """Build a model with new weights for the tokenizer's vocabulary, on fastlm's attention; a seed determines the weights.
 
     Raises:
-        ValueError: no such kind or preset.
+        ValueError: there is no such kind or preset.
     """
     if kind not in KINDS:
         raise ValueError(f"model must be one of {', '.join(KINDS)}; got {kind!r}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 
 def check_at_least(least: int, **named: int) -> None:
+    """Raise a ValueError that names the first argument below ``least``."""
     for name, value in named.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
@@ -15,14 +16,14 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: of the softmax; below 1 for likelier texts, 0 for the likeliest token each time, without chance.
-        top_k: draw from that many of the likeliest tokens only; 0 for all.
-        top_p: draw from the likeliest tokens only that together have this probability (Holtzman et al. 2020, arXiv:1904.09751);
+        temperature: of the softmax. Below 1 it favours likely tokens; 0 takes the likeliest token each time.
+        top_k: draw from this many of the likeliest tokens only; 0 for all.
+        top_p: draw only from the likeliest tokens that together have this probability (Holtzman et al. 2020, arXiv:1904.09751);
             1 for all.
-        max_new_tokens: after the prompt; None for as many as there is room for.
+        max_new_tokens: the most tokens after the prompt; None for as many as the model has room for.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: a value is out of its range.
     """
 
     temperature: float = 1.0

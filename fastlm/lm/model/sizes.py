@@ -7,7 +7,7 @@ KINDS = ("vae", "decoder")
 
 @dataclass(frozen=True)
 class Preset:
-    """The size of a model; the defaults of training that go with it are `fastlm.lm.train.Settings`' own."""
+    """The size of a model. The defaults of `fastlm.lm.training.settings.Settings` suit every size."""
 
     hidden_size: int
     intermediate_size: int

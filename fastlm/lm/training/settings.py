@@ -12,20 +12,20 @@ SETTINGS = "settings.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; kept beside the model as settings.json.
+    """How to train. The settings are stored beside the model as settings.json.
 
     Attributes:
         model: "vae", or "decoder" for the same decoder without a latent.
-        preset: the size, of `fastlm.lm.presets.PRESETS`.
+        preset: the size, a name of `fastlm.lm.model.sizes.PRESETS`.
         epochs: how often all texts are read.
-        batch_size: texts of a step, over all processes.
-        learning_rate: at its highest, after a warm-up; it falls to 0 along a cosine.
+        batch_size: the number of texts in a step, over all processes.
+        learning_rate: the highest learning rate, after a warm-up; it falls to 0 along a cosine.
         weight_decay: of AdamW.
-        kl_schedule, beta, warm_start: see `fastlm.lm.schedules.kl_weight`.
-        free_bits: see `fastlm.lm.text_vae.TextVAEConfig`.
-        word_dropout: share of the tokens that the decoder does not see, so that it asks the latent for them.
-        span_masking: share of the tokens that the encoder does not see.
-        seed: of the weights, the order of the texts and the noise.
+        kl_schedule, beta, warm_start: see `fastlm.lm.training.schedules.kl_weight`.
+        free_bits: see `fastlm.lm.model.text_vae.TextVAEConfig`.
+        word_dropout: the share of the tokens that are hidden from the decoder, so that it needs the latent.
+        span_masking: the share of the tokens that are hidden from the encoder.
+        seed: determines the weights, the order of the texts and the noise.
         bfloat16: train in mixed precision.
     """
 
@@ -60,10 +60,11 @@ class Settings:
 
 
 def settings_of(output: Path) -> tuple[Settings, Path]:
-    """(settings, corpus) of the run in ``output``.
+    """Return (settings, corpus) of the run in ``output``.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or settings.json is damaged.
+        FileNotFoundError: there is no run.
+        ValueError: settings.json is damaged.
     """
     path = output / SETTINGS
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Pre-training: a `TextVAE`, or the decoder alone, on a prepared corpus, with transformers' Trainer."""
+"""Pre-training of a `TextVAE`, or of the decoder alone, on a prepared corpus, with transformers' Trainer."""
 
 import json
 import os
@@ -22,11 +22,11 @@ from .curves import write_curves
 from .settings import SETTINGS, Settings, settings_of
 from .trainer import Annealing, Interrupt, Progress, TextTrainer, last_checkpoint
 
-LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint at least every so many steps, and after each epoch
+LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint is written every SAVE_STEPS steps, or after each epoch if that is earlier
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal, after it had left a checkpoint."""
+    """A signal stopped the training, which has left a checkpoint."""
 
 
 def train(
@@ -37,25 +37,25 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] | None = None,
 ) -> Path:
-    """Train a model, and leave in ``output`` its checkpoint, settings.json, and the course of the loss as curves.csv and .png.
+    """Train a model, and write its checkpoint, settings.json, curves.csv and curves.png into ``output``.
 
-    While it trains, checkpoints to resume from are in ``output``/checkpoints. Under torchrun all processes call this.
+    During training, ``output``/checkpoints has checkpoints to resume from. Under torchrun all processes call this function.
 
     Args:
-        corpus: a folder that `prepare` made; None for the documentation inside Python, prepared in ``output``/corpus.
-        settings: None for the defaults, or, where a run is resumed, for that run's.
-        resume: go on from the last checkpoint, or from the beginning if there is none yet, to the same bits as without the
-            interruption.
-        callbacks: of the Trainer; a progress bar by default.
+        corpus: a folder that `prepare` made; None for Python's own documentation, prepared in ``output``/corpus.
+        settings: None for the defaults, or, where a run is resumed, for that run's settings.
+        resume: go on from the last checkpoint, or from the beginning if there is none yet; the result has the same bits as that
+            of a run without the interruption.
+        callbacks: the Trainer's callbacks; None for a progress bar.
 
     Returns:
         ``output``.
 
     Raises:
-        ValueError: bad settings; ``output`` holds another run; what is to be resumed is damaged, or its corpus has changed.
-        FileNotFoundError: no such corpus; nothing to resume.
-        OSError: the disk is full; the checkpoints before are whole.
-        Interrupted: by Ctrl-C or SIGTERM; a checkpoint was left.
+        ValueError: a setting is bad; ``output`` holds another run; the run to resume is damaged, or its corpus has changed.
+        FileNotFoundError: there is no such corpus, or nothing to resume.
+        OSError: the disk is full; the earlier checkpoints are whole.
+        Interrupted: Ctrl-C or SIGTERM stopped the training, which has left a checkpoint.
     """
     output = Path(output)
     settings, corpus = _course(output, corpus, settings, resume)
@@ -90,7 +90,7 @@ def train(
 def _course(
     output: Path, corpus: str | os.PathLike | None, settings: Settings | None, resume: bool
 ) -> tuple[Settings, Path | None]:
-    """The settings and the corpus to train with; errors before anything is overwritten."""
+    """Return the settings and the corpus to train with, or raise an error before anything is overwritten."""
     if not resume:
         if (output / SETTINGS).exists() or (output / CONFIG).exists():
             raise ValueError(f"output must be a new folder; {output} holds a model: go on with it by --resume, or name another")
@@ -105,7 +105,7 @@ def _course(
 
 
 def _last_checkpoint(output: Path, kept: dict) -> Path | None:
-    """What to resume from, looked at before it is; None if there is no checkpoint yet."""
+    """Return the checkpoint to resume from, after checking that it is whole, or None if there is none yet."""
     if json.loads((output / SETTINGS).read_text("utf-8")) != kept:
         raise ValueError(f"{kept['corpus']} has changed since {output} was begun: a run is resumed on its own corpus")
     last = last_checkpoint(output / "checkpoints")
@@ -118,7 +118,7 @@ def _last_checkpoint(output: Path, kept: dict) -> Path | None:
 
 
 def digest_of(corpus: str | os.PathLike) -> str:
-    """Of a prepared corpus: its vocabulary, and what its report says of its texts."""
+    """Return a digest of a prepared corpus: of its vocabulary, and of its report, which describes the texts."""
     digest = blake2b(digest_size=16)
     for name in (TOKENIZER, REPORT):
         digest.update((Path(corpus) / name).read_bytes())
@@ -146,7 +146,7 @@ def _trainer(
 
 
 def _arguments(output: Path, settings: Settings) -> TrainingArguments:
-    """They start torch.distributed, where torchrun does."""
+    """Return the Trainer's arguments, whose creation starts torch.distributed under torchrun."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes; got {settings.batch_size}")
@@ -157,7 +157,7 @@ def _arguments(output: Path, settings: Settings) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // processes,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # a share
+        warmup_steps=0.05,  # a share of all steps
         weight_decay=settings.weight_decay,
         adam_beta2=0.98,
         bf16=settings.bfloat16,

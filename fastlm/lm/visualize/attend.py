@@ -1,4 +1,4 @@
-"""A look inside a trained model: its attention on a sentence, what its latent's units change, and a map of the corpus."""
+"""A page on the inside of a model: its attention on a sentence, the effect of its latent's units, a map of the corpus."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,9 @@ from .attention_maps import attention_of
 from .latent_maps import active_units, held_out, map_of, means_of, traverse
 from .page import ModelView, page_of
 
-MAX_TOKENS, MAX_TEXTS, UNITS = 64, 1000, 5  # of the sentence, of the map, of the traversals
+MAX_TOKENS = 64  # of the sentence
+MAX_TEXTS = 1000  # on the map
+UNITS = 5  # of the latent, each with a traversal
 
 
 def attend(
@@ -24,7 +26,7 @@ def attend(
     output: str | os.PathLike = "attend.html",
     corpus: str | os.PathLike | None = None,
 ) -> Path:
-    """Write an HTML page on what a checkpoint makes of a sentence; of a long one, of its first 64 tokens.
+    """Write an HTML page on what a checkpoint makes of a sentence, or of the first 64 tokens of a long one.
 
     Args:
         corpus: a prepared corpus, for the map of a `TextVAE`; None for the one it was trained on, if that is still there.
@@ -33,8 +35,8 @@ def attend(
         ``output``.
 
     Raises:
-        ValueError: the sentence is empty or no text; ``output`` is a folder; a damaged checkpoint or corpus.
-        FileNotFoundError: no such checkpoint or corpus.
+        ValueError: the sentence is empty or no text; ``output`` is a folder; the checkpoint or the corpus is damaged.
+        FileNotFoundError: there is no such checkpoint or corpus.
     """
     output = Path(output)
     if output.is_dir():
@@ -47,12 +49,12 @@ def attend(
         raise ValueError(f"sentence must be text; its character {error.start + 1} is a lone surrogate") from None
     page = page_of(inspect_model(checkpoint, sentence, corpus_of(Path(checkpoint)) if corpus is None else corpus))
     with replaced_together(output.parent, [output.name]) as unfinished:
-        (unfinished / output.name).write_text(page, "utf-8", errors="xmlcharrefreplace")  # labels may hold lone surrogates
+        (unfinished / output.name).write_text(page, "utf-8", errors="xmlcharrefreplace")  # labels may contain lone surrogates
     return output
 
 
 def corpus_of(checkpoint: Path) -> Path | None:
-    """The corpus that a run was trained on, if it is still there."""
+    """Return the corpus that a run was trained on, or None if it is gone."""
     if not (checkpoint / SETTINGS).is_file():
         return None
     _, corpus = settings_of(checkpoint)
@@ -60,7 +62,7 @@ def corpus_of(checkpoint: Path) -> Path | None:
 
 
 def inspect_model(checkpoint: str | os.PathLike, sentence: str, corpus: str | os.PathLike | None = None) -> ModelView:
-    """The numbers of the page; without a map where there is no ``corpus``."""
+    """Compute what the page shows, without a map if ``corpus`` is None."""
     model, tokenizer = checkpoints.load(checkpoint, attention="eager")
     records = None if corpus is None else held_out(corpus, MAX_TEXTS)
     most = min(MAX_TOKENS, model.config.get_text_config().max_position_embeddings)

@@ -1,4 +1,4 @@
-"""A look inside a model as a page: attention head by head, what the latent's units change, and a map of the corpus."""
+"""The page on the inside of a model, as HTML: each head's attention, the effect of the latent's units, a map of the corpus."""
 
 import base64
 import io
@@ -13,13 +13,14 @@ from .attention_maps import Attention
 from .latent_maps import VALUES, Map, Traversal
 from .style import STYLE
 
-CELL, FEW = 14, 16  # pixels of a weight; keys up to which labels are legible in a small picture
+CELL = 14  # pixels of a weight
+FEW = 16  # labels of at most this many keys are legible in a small picture
 INK = (0x3B, 0x7D, 0xD8)
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """What there is to see of a model and a sentence; ``traversals`` and ``map`` are of a `TextVAE`, the latter of a corpus."""
+    """What the page shows of a model and a sentence. ``traversals`` need a `TextVAE`, and ``map`` needs a corpus too."""
 
     sentence: str
     tokens: int
@@ -30,7 +31,7 @@ class ModelView:
 
 
 def page_of(view: ModelView) -> str:
-    """The whole page, as HTML that needs nothing else, and no script."""
+    """Return the whole page as self-contained HTML without scripts."""
     sentence = escape(view.sentence)
     tokens = f"The first {view.tokens} tokens; the rest is left out." if view.cut else f"{view.tokens} tokens."
     body = [
@@ -49,7 +50,7 @@ def page_of(view: ModelView) -> str:
 
 
 def _extremes(attentions: list[Attention]) -> str:
-    """Which heads are the sharpest, and which the broadest."""
+    """Return a paragraph that names the sharpest and the broadest heads."""
     heads = sorted(
         (float(value), f"{attention.stack} {layer + 1}.{head + 1}")
         for attention in attentions
@@ -65,7 +66,7 @@ def _extremes(attentions: list[Attention]) -> str:
 
 
 def _attention(attention: Attention) -> str:
-    """A section: the heads of each layer."""
+    """Return the section of a stack, with the heads of each layer."""
     reads = {
         "decoder": "Each row is a token that looks at itself and at those before it, to predict the next one.",
         "encoder": "Each row is a token that looks at the whole text.",
@@ -85,7 +86,7 @@ def _attention(attention: Attention) -> str:
 
 
 def _head(attention: Attention, layer: int, head: int) -> str:
-    """A picture of the weights, which opens for each token's three most looked-at."""
+    """Return a picture of a head's weights, which opens to a table of the three largest weights of each token."""
     nats, share = float(attention.entropy[layer, head]), float(attention.breadth[layer, head])
     weights = attention.weights[layer, head]
     strongest, places = weights.topk(min(3, len(attention.keys)))
@@ -105,8 +106,7 @@ def _head(attention: Attention, layer: int, head: int) -> str:
 
 
 def _heatmap(weights: Tensor, queries: list[str], keys: list[str]) -> str:
-    """An SVG of weights (Lq, Lk). Its labels are left of it and above, in a margin that the style sheet adds where it shows
-    them."""
+    """Return an SVG of weights (Lq, Lk). Its labels are in a margin that the style sheet adds on the left and on top."""
     width, height = CELL * len(keys), CELL * len(queries)
     rows = "".join(
         f'<text x="-5" y="{CELL * i + 11}" text-anchor="end">{_short(label)}</text>' for i, label in enumerate(queries)
@@ -126,7 +126,7 @@ def _short(label: str) -> str:
 
 
 def _png(weights: Tensor) -> str:
-    """A picture as a data URL: a pixel for each weight, whose opacity is the weight's square root."""
+    """Return a picture of weights (Lq, Lk) as a data URL, where a pixel's opacity is the square root of its weight."""
     pixels = np.empty((*weights.shape, 4), np.uint8)
     pixels[..., :3] = INK
     pixels[..., 3] = np.rint(255 * np.sqrt(weights.numpy().clip(0, 1)))
@@ -153,12 +153,12 @@ def _traversal(traversal: Traversal) -> str:
 
 
 def _map(plane: Map) -> str:
-    """A scatter of the texts; a label's color is that of its class in the style sheet."""
+    """Return a scatter plot of the texts; the style sheet has a color for the class of each label."""
     classes = {label: f"label{i}" for i, (label, _) in enumerate(plane.labels)}
     every = np.vstack([plane.points, plane.sentence]) * (1, -1)  # an SVG's y grows downwards
     low, span = every.min(0), np.ptp(every, 0).clip(1e-6)
     (*places, (x, y)) = ((every - low) / span * (680, 440) + 20).round(1).tolist()
-    behind = sorted(zip(plane.records, places), key=lambda dot: dot[0]["label"] in classes)  # the others
+    behind = sorted(zip(plane.records, places), key=lambda dot: dot[0]["label"] in classes)  # other labels are drawn first
     dots = "".join(
         f'<circle class="{classes.get(record["label"], "other")}" cx="{cx}" cy="{cy}" r="4"><title>'
         f"{escape(str(record['label'] or 'no label'))}: {escape(record['text'][:80])}</title></circle>"
