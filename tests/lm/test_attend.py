@@ -34,7 +34,7 @@ SENTENCE = "A quiet morning in the garden."
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a corpus, and two checkpoints with weights that are large enough for attention to be far from uniform."""
+    """Return a folder with a corpus and two checkpoints, whose weights are so large that attention is far from uniform."""
     folder = tmp_path_factory.mktemp("attend")
     rng = random.Random(0)
     with open(folder / "texts.jsonl", "w") as file:
@@ -67,7 +67,7 @@ def ids_of(text, tokenizer):
 
 
 def by_hand(attention, rotary, hidden, memory=None, causal=True):
-    """(heads, L, Lk): softmax(q k / sqrt(d)) of one layer, head by head, in float64; ``memory`` (kv heads, d) is in front."""
+    """Compute softmax(q k / sqrt(d)) of one layer in float64: (heads, L, Lk); ``memory`` (kv heads, d) is the first key."""
     length = hidden.shape[1]
     cos, sin = rotary(hidden, torch.arange(length)[None])
     query, key = (
@@ -89,7 +89,7 @@ def by_hand(attention, rotary, hidden, memory=None, causal=True):
 
 
 def inputs_of(modules, run):
-    """What each of the decoder's layers gives its attention."""
+    """Record the input of the attention in each of the decoder's layers."""
     seen, hooks = [], []
     for module in modules:
         hooks.append(module.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["hidden_states"]), with_kwargs=True))
@@ -102,7 +102,7 @@ def inputs_of(modules, run):
 
 def close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    assert expected[:, -1].max() > 3 / expected.shape[-1]  # far from uniform, so that the comparison says something
+    assert expected[:, -1].max() > 3 / expected.shape[-1]  # far from uniform, or else the comparison would say little
 
 
 def test_a_decoders_weights_are_the_softmax_of_its_scores(runs):
@@ -123,7 +123,7 @@ def test_the_decoder_of_a_vae_looks_at_its_latent_first(vae):
     found, _ = attention_of(model, tokenizer, ids)
     with torch.no_grad():
         mu, _ = model.posterior(ids)
-        memories = model.to_keys(mu).view(2, 2, 16)  # layers, key and value heads, head_dim
+        memories = model.to_keys(mu).view(2, 2, 16)  # (layers, kv heads, head_dim)
     attentions = [layer.self_attn for layer in model.decoder.model.layers]
     hidden = inputs_of(attentions, lambda: model(input_ids=ids[:, :-1], latents=mu))
     for layer, attention in enumerate(attentions):
@@ -246,7 +246,7 @@ def test_test_texts_come_before_validation_texts(runs):
 
 
 class Page(HTMLParser):
-    """The tags, the addresses and the text of a page; fails where tags do not match."""
+    """Collect the tags, the addresses and the text of a page, and fail if tags do not match."""
 
     def __init__(self, text):
         super().__init__()
@@ -279,7 +279,7 @@ def test_a_page_of_a_vae(runs, tmp_path):
     page = Page(text)
     assert {"script", "link"}.isdisjoint(page.tags) and hostile in page.text and "http" not in text and "url(" not in text
     assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert page.tags.count("image") == page.tags.count("details") == 2 * 4 + 1 * 4  # heads
+    assert page.tags.count("image") == page.tags.count("details") == 2 * 4 + 1 * 4  # all heads
     assert page.text.count("Unit ") == 5 and page.tags.count("caption") == 5
     assert page.tags.count("circle") == len(held_out(runs / "corpus", 1000)) + 1 and "<b>bold</b>" in page.text
 

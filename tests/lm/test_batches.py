@@ -1,4 +1,4 @@
-"""Batches: every text, whole and once; an order and a noise that nothing but the seed and the epoch decide."""
+"""Batches have every text, whole and once; seed and epoch alone determine their order and noise."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``fastlm lm prepare``; help texts without torch; and that the rest of fastlm needs nothing of its language model."""
+"""The command line: ``fastlm lm prepare``, help texts without torch, and the language model as an extra."""
 
 import json
 from importlib.metadata import entry_points
@@ -75,7 +75,7 @@ def run(*arguments):
     ids=str,
 )
 def test_help_and_usage_errors_take_no_torch(arguments, code, most_seconds):
-    """The limits are on seconds of the CPU, which a busy machine does not stretch much; torch alone takes more."""
+    """The limits are in seconds of the CPU, which a busy machine hardly stretches. Importing torch alone takes longer."""
     measure = "print(sorted({'torch', 'transformers'} & sys.modules.keys()), sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
     *_, line = printed(f"{PROGRAM}\nassert run(*{arguments}) == {code}\n{measure}").splitlines()
     heavy, _, seconds = line.rpartition(" ")

@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory):
 
 
 def randomized(model):
-    """Weights so large that its texts are lively and differ with z and the prompt."""
+    """Build models with weights so large that their texts vary with z and the prompt."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def ids_of(tokenizer, text):
 
 @torch.no_grad()
 def decoded(model, tokenizer, z):
-    """The likeliest token after the other, each from the whole text before it."""
+    """Decode greedily, and compute each token from the whole text before it."""
     ids = [tokenizer.bos_token_id]
     while len(ids) < MAX_TOKENS and ids[-1] != tokenizer.eos_token_id:
         ids.append(int(model(input_ids=torch.tensor([ids]), latents=z[None]).logits[0, -1].argmax()))
@@ -103,7 +103,7 @@ def test_the_same_seed_the_same_texts(generator):
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0, "max_new_tokens": 5}, {"top_p": 1.0}, {"top_k": 9}])
 def test_prompts_of_a_batch_give_what_they_give_alone(generator, options):
-    """The longest prompt leaves less room than the others, which nonetheless have theirs."""
+    """The longest prompt leaves less room than the others, which still use theirs."""
     together = generator.sample(2, prompt=PROMPTS, seed=1, **options)
     assert together == [text for prompt in PROMPTS for text in generator.sample(2, prompt=prompt, seed=1, **options)]
     for text, prompt in zip(together[::2], PROMPTS):
@@ -136,7 +136,7 @@ def test_without_chance_there_is_one_text(generator):
 
 @torch.no_grad()
 def test_only_the_tokens_asked_for_are_drawn(models, tokenizer, monkeypatch):
-    """By the model's own logits at each place."""
+    """The model's own logits at each position tell which tokens were possible."""
     generator, rows = TextGenerator(models["decoder"], tokenizer), []
     spy(monkeypatch, generator.model, lambda inputs, output: rows.extend(output))
     generator.sample(20, top_k=3, top_p=1.0, max_new_tokens=8)
@@ -153,7 +153,7 @@ def test_only_the_tokens_asked_for_are_drawn(models, tokenizer, monkeypatch):
 
 
 def spy(monkeypatch, model, look):
-    """``look(inputs, output)`` at each call of the model's generate."""
+    """Call ``look(inputs, output)`` at each call of the model's generate."""
     original = model.generate
 
     def generate(**inputs):
@@ -213,7 +213,7 @@ def test_no_text_is_longer_than_the_model(generator, tokenizer, monkeypatch):
 
 
 def test_a_prompt_without_room(generator, tokenizer):
-    """Beside <|bos|>, the longest leaves one token."""
+    """The longest possible prompt leaves one token beside <|bos|>."""
     text = "d" * (MAX_TOKENS - 2)
     assert len(tokenizer(text)["input_ids"]) == MAX_TOKENS - 2
     assert generator.sample(prompt=text, max_new_tokens=9)[0].startswith(text)

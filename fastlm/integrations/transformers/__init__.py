@@ -81,9 +81,8 @@ class AttentionSwap(Swap):
             before = vars(part).pop("fastlm_replaced", None)
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
                 model = part if isinstance(part, PreTrainedModel) else module
-                _set(
-                    part, before or model.get_correct_attn_implementation(None)
-                )  # the default, where it was made with fastlm's
+                # A model that was made with "fastlm" has no earlier implementation, and gets the default.
+                _set(part, before or model.get_correct_attn_implementation(None))
         return f"attn_implementation {NAME!r} -> {module.config._attn_implementation!r}"
 
     def _takes_part(self, part: nn.Module) -> bool:
