@@ -23,7 +23,7 @@ LATENTS = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """Fail without the C++ kernel."""
+    """Require the C++ kernel."""
 
 
 def generator(seed=1):

@@ -41,7 +41,7 @@ EACH = pytest.mark.parametrize("name", MODELS)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """Fail without the C++ kernel."""
+    """Require the C++ kernel."""
 
 
 def made(name):
@@ -60,7 +60,7 @@ def step(model, x, generator=None):
     posterior = model.encode(x).latent_dist
     latent = posterior.sample(generator=generator)
     out = model.decode(latent).sample
-    kl = posterior.kl().flatten(1).sum(1) if posterior.kl().dim() > 1 else posterior.kl()
+    kl = posterior.kl().flatten(1).sum(1) if posterior.kl().dim() > 1 else posterior.kl()  # diffusers does not sum a video's
     loss = (out**2).mean() + 0.1 * kl.mean()
     model.zero_grad()
     loss.backward()

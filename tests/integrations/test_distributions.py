@@ -21,7 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """Fail without the C++ kernel."""
+    """Require the C++ kernel."""
 
 
 def parameters(*shape, dtype=torch.float32, seed=1):

@@ -28,7 +28,7 @@ EACH = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """Fail without the C++ kernel."""
+    """Require the C++ kernel."""
 
 
 def made(kind, **options):

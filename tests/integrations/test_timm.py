@@ -11,7 +11,7 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """Fail without the C++ kernel, as these tests are about the fused path."""
+    """Require the C++ kernel, as these tests are about the fused path."""
 
 
 def vision_transformer(dtype: torch.dtype) -> torch.nn.Module:

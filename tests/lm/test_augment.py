@@ -40,7 +40,7 @@ def test_word_dropout_is_as_often_as_told(share):
 
 @pytest.mark.parametrize(("share", "mean_length"), [(0.15, 3.0), (0.15, 1 / 0.85), (0.5, 3.0), (0.5, 2.0), (0.6, 10.0)])
 def test_span_masking_is_as_often_and_as_long_as_told(share, mean_length):
-    """The mean of a Markov chain's n states has the variance p (1 - p) / n (1 + r) / (1 - r), r the correlation of neighbours."""
+    """The mean of n Markov states has the variance p (1 - p) / n (1 + r) / (1 - r), with r the correlation of neighbours."""
     masked = span_masking(IDS, share, MASK, seed=2, mean_length=mean_length)[1].double()
     correlation = 1 - 1 / mean_length / (1 - share)
     variance = share * (1 - share) * (1 + correlation) / (1 - correlation) / IDS.numel()
