@@ -219,7 +219,7 @@ class Epochs(Progress):
 
 
 def finetune(model: PreTrainedModel, tuning: Tuning, heads: Sequence[str], *arguments, **keywords) -> PreTrainedModel:
-    """`fit` all weights, or LoRA's, and return a model without LoRA's layers in either case."""
+    """Train all weights, or LoRA's, by `fit`; return a model without LoRA's layers in either case."""
     set_seed(tuning.seed)
     if not tuning.lora:
         return fit(model, tuning, *arguments, **keywords)
