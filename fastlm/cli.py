@@ -1,4 +1,7 @@
-"""The command line: ``fastlm doctor``, ``fastlm bench …``, and ``fastlm lm …``, which is in `fastlm.lm.cli`."""
+"""The command line: ``fastlm doctor``, ``fastlm bench …``, and ``fastlm lm …``, which is in `fastlm.lm.cli`.
+
+Importing this file brings no torch: each command imports what it needs when it runs, so that help and usage errors are quick.
+"""
 
 import argparse
 import importlib.util
@@ -6,12 +9,8 @@ import os
 import platform
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-
-from . import __version__, backends
-from .backend import cpu as native
 
 PACKAGE = Path(__file__).parent
 BENCH = Path("benchmarks", "run.py")
@@ -21,6 +20,11 @@ ENVIRONMENT = ("FASTLM_BACKEND", "FASTLM_CPU_ISA", "OMP_NUM_THREADS")
 
 def doctor() -> int:
     """Print what this machine, this torch and this build can do; 0 if a kernel backend is available, else 1."""
+    import torch
+
+    from . import __version__, backends
+    from .backend import cpu as native
+
     print(f"fastlm   {__version__}  ({PACKAGE})")
     print(f"python   {platform.python_version()}  ({sys.executable})")
     print(f"torch    {torch.__version__}  ({torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'not built in'})")
@@ -30,7 +34,7 @@ def doctor() -> int:
     else:
         print(f"built    {native.C.__file__}")
         print(f"isa      {native.C.isa()} of {', '.join(native.C.isas())}")
-    cuda = importlib.util.find_spec("fastlm._cuda")  # not imported: that is for a torch with CUDA
+    cuda = importlib.util.find_spec("fastlm._cuda")  # not imported, as it needs a torch with CUDA
     print(f"cuda     {cuda.origin if cuda else 'not built: no nvcc was found (CONTRIBUTING.md)'}")
     for name in ENVIRONMENT:
         print(f"env      {name}={os.environ.get(name, '(not set)')}")
@@ -43,8 +47,8 @@ def doctor() -> int:
     return 0 if kernels else 1
 
 
-def bench(arguments: list[str]) -> int:
-    """Run the checkout's benchmarks/run.py, whose options these are; its exit code, or 2 where there is no checkout."""
+def bench(arguments: list[str], load_package: Callable[[], None]) -> int:
+    """Run the checkout's benchmarks/run.py with these options; return its exit code, or 2 where there is no checkout."""
     script = next((folder / BENCH for folder in (PACKAGE.parent, Path.cwd()) if (folder / BENCH).exists()), None)
     if script is None:
         message = (
@@ -53,6 +57,7 @@ def bench(arguments: list[str]) -> int:
         )
         print(message, file=sys.stderr)
         return 2
+    load_package()
     sys.argv[:] = [str(script), *arguments]
     sys.path[0] = str(script.parent)
     try:
@@ -65,17 +70,24 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
-def language_model(arguments: list[str]) -> int:
-    """``fastlm lm …``; its libraries are an extra, and so imported only now."""
+def language_model(arguments: list[str], load_package: Callable[[], None]) -> int:
+    """Run ``fastlm lm …`` and return its exit code, or 1 where its libraries, an extra, are missing."""
     try:
         from .lm.cli import main as lm
     except ImportError as error:
         print(f"fastlm lm: {error}", file=sys.stderr)
         return 1
-    return lm(arguments)
+    return lm(arguments, load_package)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, load_package: Callable[[], None] = lambda: None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: None takes those of the program.
+        load_package: runs fastlm/__init__.py where `fastlm_cli` has put it off. It is called before a command runs, and
+            neither for a help text nor for a usage error.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="fastlm", description="Fused attention and VAE kernels for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -84,11 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("lm", help="the language model, from text files to generated text: fastlm lm --help", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "bench":
-        return bench(rest)
+        return bench(rest, load_package)
     if options.command == "lm":
-        return language_model(rest)
+        return language_model(rest, load_package)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    load_package()
     return doctor()
 
 

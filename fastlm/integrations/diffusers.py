@@ -1,7 +1,7 @@
 """The posterior of diffusers' autoencoders on fastlm's kernels.
 
     import fastlm.integrations.diffusers
-    fastlm.replace(vae)  # AutoencoderKL, AutoencoderKLWan, AutoencoderKLCogVideoX, …: whatever encodes to this posterior
+    fastlm.replace(vae)  # any autoencoder with this posterior: AutoencoderKL, AutoencoderKLWan, AutoencoderKLCogVideoX, …
     fastlm.restore(vae)
 
 A swapped autoencoder encodes to fastlm's `DiagonalGaussianDistribution`. All else in it, its saving and loading too, is
@@ -34,20 +34,20 @@ LOGVAR_CLAMP = (-30.0, 20.0)  # diffusers'
 
 
 class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
-    """diffusers' class of that name, drawn from and measured in one pass over the parameters, forward and backward.
+    """diffusers' class of that name, whose sample and KL take one pass over the parameters, forward and backward.
 
-    Differences: the noise is fastlm's counter-based stream of one seed that the generator gives, and not ``torch.randn``'s: the
-    same generator gives the same sample again, but not diffusers' sample. `kl` and `nll` reduce all dimensions but the batch,
-    where diffusers leaves the last one of a video, and come in float32 (float64 for float64). ``logvar``, ``std`` and ``var``
-    are computed when asked for.
+    It differs from diffusers' in these points. The noise is fastlm's counter-based stream of one seed from the generator, not
+    that of ``torch.randn``: the same generator gives the same sample again, but not diffusers' sample. `kl` and `nll` reduce
+    all dimensions but the batch, where diffusers keeps the last one of a video, and are in float32 (float64 for float64).
+    ``logvar``, ``std`` and ``var`` are computed on demand.
 
     Args:
-        parameters: (B, 2 C, ...), the means and behind them the log-variances, float32, bfloat16, float16 or float64, any
-            strides; both halves are read in place. Not to be changed in place from here on.
-        deterministic: no noise: ``std`` and ``var`` are 0, `sample` gives the mean, `kl` and `nll` give 0 of shape (1,).
+        parameters: (B, 2 C, ...), the means and after them the log-variances, float32, bfloat16, float16 or float64, with any
+            strides. Both halves are read in place, so do not change them in place afterwards.
+        deterministic: no noise: ``std`` and ``var`` are 0, `sample` returns the mean, `kl` and `nll` return 0 of shape (1,).
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(self, parameters: Tensor, deterministic: bool = False) -> None:
@@ -57,29 +57,29 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         self.parameters = parameters
         self.deterministic = deterministic
         self.mean, self._logvar = parameters.chunk(2, dim=1)  # (B, C, ...), before the clamp
-        self._sampled_kl: tuple[bool, Tensor] | None = None  # whether gradients were on, and the KL that came with a sample
+        self._sampled_kl: tuple[bool, Tensor] | None = None  # (whether gradients were on, the KL of a sample)
 
     @property
     def logvar(self) -> Tensor:
-        """(B, C, ...), held to [-30, 20]."""
+        """Return the log-variance (B, C, ...), clamped to [-30, 20]."""
         return self._logvar.clamp(*LOGVAR_CLAMP)
 
     @property
     def std(self) -> Tensor:
-        """(B, C, ...)"""
+        """Return the standard deviation (B, C, ...)."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
 
     @property
     def var(self) -> Tensor:
-        """(B, C, ...)"""
+        """Return the variance (B, C, ...)."""
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
 
     def sample(self, generator: Generator | Sequence[Generator] | None = None) -> Tensor:
-        """Draw (B, C, ...) in the parameters' dtype.
+        """Draw a sample (B, C, ...) in the parameters' dtype.
 
         Args:
-            generator: gives one int64 seed for all, drawn on its own device; torch's default one where it is None. A sequence
-                of B gives a seed for each example, whose noise then does not depend on the batch around it.
+            generator: draws one int64 seed for the batch, on its own device; None uses torch's default generator. A sequence of
+                B generators draws a seed for each example, whose noise then does not depend on the rest of the batch.
         """
         seed = _seed(generator, self.parameters)
         if self.deterministic:
@@ -91,14 +91,14 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         return z
 
     def kl(self, other: theirs.DiagonalGaussianDistribution | None = None) -> Tensor:
-        """KL from ``other``, or from the standard normal, in nats: (B,). After `sample` the latter costs nothing."""
+        """Return the KL (B,) from ``other`` or the standard normal, in nats; after `sample` the latter costs nothing."""
         if self.deterministic:
             return self._zero()
         if other is None:
             if self._sampled_kl is not None and self._sampled_kl[0] == torch.is_grad_enabled():
                 return self._sampled_kl[1]
             return gaussian_kl(self.mean, self._logvar, event_dims=self._event_dims, logvar_clamp=LOGVAR_CLAMP)
-        if other.deterministic:  # no normal is near a point
+        if other.deterministic:  # the KL from a point is infinite
             return self.mean.new_full((len(self.mean),), math.inf, dtype=self._accumulation_dtype)
         parameters = torch.broadcast_tensors(self.mean, self._logvar, other.mean, other.logvar)
         dtype = functools.reduce(torch.promote_types, (t.dtype for t in parameters))
@@ -107,7 +107,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
         return gaussian_kl(mean, logvar, **prior, event_dims=mean.dim() - 1, logvar_clamp=LOGVAR_CLAMP)
 
     def nll(self, sample: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-        """-log of the density at ``sample`` (B, C, ...), in nats, summed over ``dims``, or over all but the batch: (B,)."""
+        """Return -log of the density at ``sample`` (B, C, ...) in nats, summed over ``dims`` or all but the batch: (B,)."""
         if self.deterministic:
             return self._zero()
         dims = tuple(range(1, self.mean.dim())) if dims is None else tuple(dims)
@@ -129,7 +129,7 @@ class DiagonalGaussianDistribution(theirs.DiagonalGaussianDistribution):
 
 
 def _seed(generator: Generator | Sequence[Generator] | None, parameters: Tensor) -> Tensor | None:
-    """Seeds on the device of ``parameters``: 0-d, or (B,) from a generator for each example. One in a list counts as itself."""
+    """Return the seed on the device of ``parameters``: 0-d, or (B,) for a generator per example. A list of one is that one."""
     if generator is None:
         return None
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
@@ -148,7 +148,7 @@ def _seed(generator: Generator | Sequence[Generator] | None, parameters: Tensor)
 
 
 class _EncodesToOurs:
-    """In front of an autoencoder's class: its encode, with fastlm's posterior in place of diffusers' in what it returns."""
+    """A mixin before an autoencoder's class, whose encode returns fastlm's posterior in place of diffusers'."""
 
     def encode(self, *args, **kwargs):
         output = super().encode(*args, **kwargs)
@@ -159,13 +159,16 @@ class _EncodesToOurs:
         return output
 
     def __reduce_ex__(self, protocol):
-        """Copies and pickles make the class anew from diffusers' one, as no module holds it under its name."""
+        """Let copies and pickles make the class again from diffusers' one, as no module has it under its name."""
         (_, (_, *arguments), *state) = super().__reduce_ex__(protocol)
         return _new, (type(self)._swapped_from, *arguments), *state
 
 
 def _ours(posterior: object) -> object:
-    """fastlm's posterior for diffusers'; anything else, as it is, and that of subclasses of Tensor and for torch.jit.trace."""
+    """Return fastlm's posterior for a posterior of diffusers, or else the object as it is.
+
+    Subclasses of Tensor and torch.jit.trace keep diffusers' posterior.
+    """
     if type(posterior) is not theirs.DiagonalGaussianDistribution:
         return posterior
     if torch.jit.is_tracing() or not are_plain((posterior.parameters,)):
@@ -175,7 +178,7 @@ def _ours(posterior: object) -> object:
 
 @functools.cache
 def _swapped(cls: type) -> type:
-    """The subclass that encodes to fastlm's posterior, under the same name: diffusers writes it into the saved config."""
+    """Return the subclass that encodes to fastlm's posterior; it has the same name, which diffusers saves in the config."""
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (_EncodesToOurs, cls), {**names, "_swapped_from": cls})
 
@@ -185,7 +188,7 @@ def _new(cls: type, *arguments) -> object:
 
 
 class _AutoencoderSwap(Swap):
-    """Any model of diffusers whose code builds a DiagonalGaussianDistribution and that has an encode to return it."""
+    """The swap of any model of diffusers with an encode and code that builds a DiagonalGaussianDistribution."""
 
     original = ModelMixin
     subclasses = True

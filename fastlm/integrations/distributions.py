@@ -1,8 +1,8 @@
 """torch.distributions' Normal on fastlm's kernels: ``from fastlm.integrations.distributions import Normal``.
 
-The noise is a kernel's and is never stored: the backward draws it again. The KL divergence, from and to torch's Normal too, has
-no cancellation. Neither goes by the scale's logarithm, whose rounding would show in the sample: that is right to its last bits
-for the smallest scale, and as torch's for 0 and negative ones, where validation lets them pass.
+A kernel draws the noise, which is never stored: the backward draws it again. The KL divergence, from and to torch's Normal too,
+has no cancellation. Neither uses the scale's logarithm, whose rounding would show in the sample. So the sample is right to its
+last bits for the smallest scale. A scale of 0 or below, if validation lets it pass, means what it means in torch.
 """
 
 import functools
@@ -20,19 +20,19 @@ from ..ops.noise import check_seed, seed_tensor
 class Normal(distributions.Normal):
     """torch.distributions.Normal with fastlm's sampling and KL; all else is torch's.
 
-    Differences: the noise is fastlm's stream of a seed, so that ``torch.manual_seed`` repeats a sample, but gives another than
-    torch's; sampling wants a ``loc`` of float32, bfloat16, float16 or float64; the KL comes in float32 at least; neither has
-    forward-mode derivatives.
+    It differs from torch's in these points. The noise is fastlm's stream of a seed: ``torch.manual_seed`` repeats a sample, but
+    the sample is not torch's. Sampling needs a ``loc`` of float32, bfloat16, float16 or float64. The KL is in float32 at least.
+    Neither has forward-mode derivatives.
     """
 
     def rsample(self, sample_shape: tuple[int, ...] = torch.Size(), *, seed: int | Tensor | None = None) -> Tensor:
         """Draw ``loc + scale * eps`` of shape (*sample_shape, *batch_shape), with gradients for both.
 
         Args:
-            seed: as in `fastlm.reparameterize`; an int64 tensor (batch_shape[0],) gives each example a stream of its own.
+            seed: as in `fastlm.reparameterize`; an int64 tensor (batch_shape[0],) gives each example its own stream.
 
         Raises:
-            TypeError, ValueError: ``loc`` is not of those dtypes, or ``seed`` does not fit.
+            TypeError, ValueError: ``loc`` has another dtype, or ``seed`` does not fit.
         """
         if seed is None and _is_torch_s(self):
             return super().rsample(sample_shape)
@@ -42,13 +42,13 @@ class Normal(distributions.Normal):
         return _Sample.apply(self.loc, self.scale, seed_tensor(seed, self.loc), shape)
 
     def sample(self, sample_shape: tuple[int, ...] = torch.Size(), *, seed: int | Tensor | None = None) -> Tensor:
-        """As `rsample`, without gradients and in loc's dtype."""
+        """Draw as `rsample` does, without gradients and in loc's dtype."""
         with torch.no_grad():
             return self.rsample(sample_shape, seed=seed).to(self.loc.dtype)
 
 
 def _is_torch_s(*normals: distributions.Normal) -> bool:
-    """Say whether these run torch's own code: subclasses of Tensor such as DTensor, and whatever torch.jit.trace records."""
+    """Return whether torch's own code must run: on subclasses of Tensor such as DTensor, and under torch.jit.trace."""
     return torch.jit.is_tracing() or not are_plain(t for normal in normals for t in (normal.loc, normal.scale))
 
 
@@ -56,7 +56,7 @@ def _is_torch_s(*normals: distributions.Normal) -> bool:
 
 
 def _noise(shape: tuple[int, ...], batch_shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
-    """Standard normals of ``shape`` = (*samples, *batch_shape); a seed per example gives all samples of that example."""
+    """Draw standard normals of ``shape`` = (*samples, *batch_shape); a seed per example gives all samples of the example."""
     if seed.dim() == 0:
         return standard_normal(shape, dtype, seed)
     samples = shape[: len(shape) - len(batch_shape)]
@@ -65,7 +65,7 @@ def _noise(shape: tuple[int, ...], batch_shape: tuple[int, ...], dtype: torch.dt
 
 
 class _Sample(torch.autograd.Function):
-    """loc + scale * eps, of which nothing but the seed is kept for the backward."""
+    """Compute loc + scale * eps, and save only the seed for the backward."""
 
     generate_vmap_rule = True
 
@@ -94,11 +94,11 @@ class _Sample(torch.autograd.Function):
 
 
 class _KL(torch.autograd.Function):
-    """KL(N(p_loc, p_scale^2) || N(q_loc, q_scale^2)), element by element, in float32 or float64.
+    """Compute KL(N(p_loc, p_scale^2) || N(q_loc, q_scale^2)), element by element, in float32 or float64.
 
-    With d = (p_loc - q_loc) / q_scale and r = p_scale / q_scale it is (d^2 + r^2 - 1 - log r^2) / 2, which is that of
-    N(d, r^2) from the standard normal. Near r = 1 log r is log1p of the scales' difference, which is exact there, relative to
-    the smaller; and r^2 - 1 in the gradients is the product of their difference and sum.
+    With d = (p_loc - q_loc) / q_scale and r = p_scale / q_scale it is (d^2 + r^2 - 1 - log r^2) / 2, the KL of N(d, r^2) from
+    the standard normal. log r is computed by log1p of the scales' difference relative to the smaller scale; the difference is
+    exact near r = 1. The gradients compute r^2 - 1 as the product of the scales' difference and sum.
     """
 
     generate_vmap_rule = True
@@ -127,7 +127,7 @@ class _KL(torch.autograd.Function):
 @register_kl(Normal, distributions.Normal)
 @register_kl(distributions.Normal, Normal)
 def _kl(p: distributions.Normal, q: distributions.Normal) -> Tensor:
-    """(*broadcast batch shape), float32, or float64 where a parameter is."""
+    """Return the KL of the broadcast batch shape, in float32, or in float64 if a parameter is."""
     if _is_torch_s(p, q):
         return _kl_normal_normal(p, q)
     parameters = torch.broadcast_tensors(p.loc, p.scale, q.loc, q.scale)

@@ -6,9 +6,10 @@
 
 A swapped model draws its latent and computes its KL in one pass, in training and evaluation, and so in ``reconstruct`` and
 ``embed``. The reconstruction loss, ``predict``, ``get_nll``, saving and loading are pythae's own. The noise is fastlm's stream
-of a seed that torch's generator gives: ``torch.manual_seed`` repeats it, but it is not ``torch.randn``'s.
+of a seed from torch's generator: ``torch.manual_seed`` repeats it, but it is not the noise of ``torch.randn``.
 
-pythae's other models are left: they draw several samples, transform them, or have a loss with the latent's KL in another form.
+pythae's other models stay as they are. They draw several samples, transform them, or have another form of the latent's KL in
+their loss.
 """
 
 import torch
@@ -26,12 +27,12 @@ from pythae.models.base.base_utils import ModelOutput  # noqa: E402
 
 
 class _OneLatent:
-    """In front of a VAE's class whose loss is the reconstruction's plus ``kl_weight`` times the KL, both means of the batch."""
+    """A mixin before a VAE's class whose loss is the reconstruction's plus ``kl_weight`` times the KL, both batch means."""
 
     kl_weight = 1.0
 
     def forward(self, inputs: dict, **kwargs) -> ModelOutput:
-        """pythae's: from ``inputs["data"]`` (B, ...) to the losses, 0-d, recon_x (B, ...) and z (B, latent_dim)."""
+        """Compute pythae's output of ``inputs["data"]`` (B, ...): the 0-d losses, recon_x (B, ...) and z (B, latent_dim)."""
         x = inputs["data"]
         posterior = self.encoder(x)
         z, kl = self._latent(posterior.embedding, posterior.log_covariance)
@@ -41,7 +42,7 @@ class _OneLatent:
         return ModelOutput(recon_loss=recon_loss, reg_loss=kl, loss=loss, recon_x=recon_x, z=z)
 
     def _latent(self, mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw z (B, latent_dim) and return it with its KL (B,): pythae's own way where the kernel's does not fit."""
+        """Draw z (B, latent_dim) and return it with its KL (B,), in pythae's way if the kernel does not take the tensors."""
         if mu.shape != logvar.shape or torch.jit.is_tracing() or not are_plain((mu, logvar)):
             z, _ = self._sample_gauss(mu, torch.exp(0.5 * logvar))
             return z, -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp(), dim=-1)
@@ -49,7 +50,7 @@ class _OneLatent:
         return reparameterize_with_kl(mu.to(dtype), logvar.to(dtype))
 
     def _reconstruction_loss(self, recon_x: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """pythae's, 0-d: its loss_function gives it beside a KL, here of a latent of one number, which nobody looks at."""
+        """Return pythae's 0-d reconstruction loss; the KL that its loss_function computes beside it is of a dummy latent."""
         unused = z.new_zeros(1, 1)
         return self.loss_function(recon_x, x, unused, unused, z)[1]
 
@@ -79,7 +80,7 @@ _ORIGINAL = {fused: plain for plain, fused in _FUSED.items()}
 
 
 class _LatentSwap(Swap):
-    """The VAEs that `_FUSED` has a class for; other kinds of VAE are left, with a reason."""
+    """The swap of the VAEs that `_FUSED` has a class for; other kinds of VAE are left, with a reason."""
 
     original = VAE
     subclasses = True

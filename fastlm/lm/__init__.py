@@ -1,5 +1,15 @@
-"""The language model of the tutorial, from text files to generated text: an extra, ``pip install 'fastlm[lm]'``."""
+"""The language model of the tutorial, from text files to generated text: an extra, ``pip install 'fastlm[lm]'``.
 
+from fastlm import lm
+
+lm.prepare(["books/"], "corpus")
+lm.train("model", "corpus")
+model, tokenizer = lm.load("model")
+lm.generate(model, tokenizer, 3, prompt="The function")
+lm.classify("model", "stars", "reviews.csv", fields=("review", "stars"))
+"""
+
+from importlib import import_module
 from importlib.util import find_spec
 
 _missing = [
@@ -20,3 +30,25 @@ _missing = [
 ]
 if _missing:
     raise ImportError(f"fastlm.lm needs {', '.join(_missing)}: pip install 'fastlm[lm]'")
+
+_MODULES = {
+    "prepare": "data.prepare",
+    "train": "training.train",
+    "load": "model.checkpoint",
+    "generate": "model.generate",
+    "evaluate": "model.evaluate",
+    "classify": "finetuning.classify",
+    "translate": "finetuning.translate",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    """Import a function when it is first asked for, so that it does not bring the libraries of the others."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

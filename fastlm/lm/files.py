@@ -1,4 +1,4 @@
-"""Writing files so that the last good ones stay until the new ones are whole."""
+"""Writing files such that the last good ones stay until the new ones are whole."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 
 @contextmanager
 def replaced_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A temporary folder inside ``folder``, whose files take their places there, in the order of ``names``, if the block
-    ends well. Whatever happens in the block, a full disk too, the files that were there before stay as they were.
+    """Give the block a temporary folder, whose files ``names`` replace those of ``folder``, in order, if the block succeeds.
+
+    If the block fails, for example on a full disk, the earlier files of ``folder`` stay as they were.
 
     Raises:
         ValueError: ``folder`` is a file.

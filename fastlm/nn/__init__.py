@@ -1,4 +1,4 @@
-"""Modules on fastlm's ops, and putting them into existing models."""
+"""Modules on fastlm's ops, and the code that puts them into existing models."""
 
 from .gaussian_latent import GaussianLatent
 from .multihead_attention import MultiheadAttention

@@ -1,4 +1,4 @@
-"""The stochastic layer of a VAE as a module."""
+"""The latent of a VAE as a module."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ from ..ops.latent import reparameterize_with_kl
 
 
 class GaussianLatent(torch.nn.Module):
-    """Linear -> (mu, logvar) -> z, kl: what stands between the encoder and the decoder of a VAE.
+    """The layers between the encoder and the decoder of a VAE: Linear -> (mu, logvar) -> (z, kl).
 
-    One linear layer yields both halves; the kernel reads them in place, without a copy.
+    One linear layer computes mu and logvar; the kernel reads both in place, without a copy.
 
     Args:
-        in_features: size of the last dimension of the input.
-        latent_dim: size D of the latent.
+        in_features: the size of the last dimension of the input.
+        latent_dim: the size D of the latent.
         free_bits, logvar_clamp: as in `fastlm.reparameterize_with_kl`.
         bias, device, dtype: as in `torch.nn.Linear`.
 
@@ -37,24 +37,24 @@ class GaussianLatent(torch.nn.Module):
         self.linear = torch.nn.Linear(in_features, 2 * latent_dim, bias=bias, device=device, dtype=dtype)
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(mu, logvar) of the posterior of ``x``, each (*, D): two views of one tensor."""
+        """Return (mu, logvar) of the posterior of ``x``, each (*, D), as two views of one tensor."""
         mu, logvar = self.linear(x).chunk(2, dim=-1)
         return mu, logvar
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None, num_samples: int | None = None) -> tuple[Tensor, Tensor]:
-        """Draw from the posterior of ``x``: z (*, D), or (num_samples, *, D), and its KL from N(0, 1), (*)."""
+        """Draw z (*, D), or (num_samples, *, D), from the posterior of ``x``; return z and the KL (*) from N(0, 1)."""
         return self.sample(*self.parameters_of(x), seed=seed, num_samples=num_samples)
 
     def sample(
         self, mu: Tensor, logvar: Tensor, *, seed: int | Tensor | None = None, num_samples: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw from a posterior at hand: mu and logvar (*, D), as `parameters_of` gives them, -> z and kl, as `forward`."""
+        """Draw z and compute its kl, as `forward` does, from mu and logvar (*, D), as `parameters_of` returns them."""
         return reparameterize_with_kl(
             mu, logvar, free_bits=self.free_bits, logvar_clamp=self.logvar_clamp, num_samples=num_samples, seed=seed
         )
 
     def mode(self, x: Tensor) -> Tensor:
-        """The posterior's mean mu (*, D), for evaluation."""
+        """Return the posterior's mean mu (*, D), for evaluation."""
         return self.parameters_of(x)[0]
 
     def extra_repr(self) -> str:

@@ -12,10 +12,11 @@ from .why_not import call_why_not, mask_dtype_fits
 
 @dataclass
 class MultiHeadCall:
-    """A call of ``torch.nn.functional.multi_head_attention_forward``: its parameters, in its order and with its defaults.
+    """A call of ``torch.nn.functional.multi_head_attention_forward``, with that function's parameters, order and defaults.
 
-    Shapes: query (L, N, E), key (S, N, Ek), value (S, N, Ev), or without N; the masks (N, S), and (L, S) or (N * heads, L, S),
-    bool (True: do not attend) or floating (added to the scores). With ``batch_first``, which is ours, N comes before L and S.
+    Shapes: query (L, N, E), key (S, N, Ek), value (S, N, Ev), or without N; key_padding_mask (N, S); attn_mask (L, S) or
+    (N * heads, L, S). The masks are bool (True: do not attend) or floating (added to the scores). ``batch_first``, an addition
+    of ours, puts N before L and S.
     """
 
     query: Tensor
@@ -45,10 +46,10 @@ class MultiHeadCall:
     is_causal: bool = False
     batch_first: bool = False
 
-    # ---- what is left to torch: what kernels cannot do, and what is wrong, for torch's own errors and warnings --------------
+    # ---- calls for torch: those that no kernel can run, and wrong ones, for which torch has its errors and warnings ---------
 
     def why_not(self) -> str | None:
-        """Why this call has to be torch's own, or None."""
+        """Return why torch's own function must run this call, or None."""
         if reason := call_why_not(self._tensors):
             return reason
         if self.need_weights:
@@ -89,7 +90,7 @@ class MultiHeadCall:
         return given and (self.bias_k is None) == (self.bias_v is None) and 0.0 <= self._dropout <= 1.0 and self._dtypes_fit()
 
     def _dtypes_fit(self) -> bool:
-        """Say whether all products are of one dtype, or autocast makes it one."""
+        """Return whether all products have one dtype, if need be by autocast."""
         dtype = self.query.dtype
         same = all(tensor is None or tensor.dtype == dtype for tensor in (self.key, self.value, *self._weights))
         return same or torch.is_autocast_enabled(self.query.device.type)
@@ -97,7 +98,7 @@ class MultiHeadCall:
     def _masks_fit(self) -> bool:
         rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch
         padding, mask = self.key_padding_mask, self.attn_mask
-        added = self.bias_k is not None or self.add_zero_attn  # a key behind all others, which torch's causal hint hides
+        added = self.bias_k is not None or self.add_zero_attn  # adds a last key, which torch's causal hint hides
         if self.is_causal and (mask is None or rows != keys or added):
             return False
         if padding is not None and padding.shape != ((batch, keys) if self._batched else (keys,)):
@@ -133,13 +134,13 @@ class MultiHeadCall:
     # ---- the fused call -----------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[Tensor, None]:
-        """(output in query's shape, None), where `why_not` is None."""
+        """Run the call, for which `why_not` must be None; return (output in query's shape, None)."""
         query, key, value = self._projected()
         if self.bias_k is not None:
             key, value = (torch.cat([t, self._bias_row(bias)], dim=2) for t, bias in ((key, self.bias_k), (value, self.bias_v)))
-        # A key and value of zeros is a logit of 0 without a value: a sink.
+        # A key and a value of zeros add a score of 0 and no value, as a sink of 0 does.
         sinks = query.new_zeros(self.num_heads) if self.add_zero_attn else None
-        causal = self.is_causal and self.key_padding_mask is None  # torch's rule: with padding the mask is what counts
+        causal = self.is_causal and self.key_padding_mask is None  # torch ignores the hint where there is padding
         mask = None if causal else self._mask()
         out = attention(query, key, value, mask=mask, causal=causal, dropout_p=self._dropout, sinks=sinks)
         if not self._batched:
@@ -151,7 +152,7 @@ class MultiHeadCall:
         return F.linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), None
 
     def _projected(self) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (N, H, L or S, D): one product for all that are projected from the same tensor."""
+        """Project to queries, keys and values, (N, H, L or S, D), with one product for all that come from the same tensor."""
         query, key, value, bias = self.query, self.key, self.value, self.in_proj_bias
         if self.use_separate_proj_weight:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -166,7 +167,7 @@ class MultiHeadCall:
         return sum((self._heads(x, w, b, n) for x, w, b, n in zip((query, key, value), weights, biases, parts)), ())
 
     def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:
-        """``parts`` projections of ``x`` at once, each (N, H, rows, D): views of one product, read where they lie."""
+        """Compute ``parts`` projections of ``x`` at once; return each as a view (N, H, rows, D) of one product."""
         product = _linear(x, weight, bias)
         heads = product.view(*product.shape[:-1], parts, self.num_heads, self.embed_dim_to_check // self.num_heads)
         if not self._batched:
@@ -174,11 +175,11 @@ class MultiHeadCall:
         return heads.permute((2, 0, 3, 1, 4) if self.batch_first else (2, 1, 3, 0, 4)).unbind(0)
 
     def _bias_row(self, bias: Tensor) -> Tensor:
-        """(N, H, 1, D): one more key or value, the same for each example."""
+        """Return one more key or value (N, H, 1, D), the same for each example."""
         return bias.view(1, self.num_heads, 1, -1).expand(self._batch, -1, -1, -1)
 
     def _mask(self) -> Tensor | None:
-        """Both masks as one, True: attend, or added to the scores; as small as it can be: (N or 1, H or 1, L or 1, S)."""
+        """Merge both masks into the smallest one, (N or 1, H or 1, L or 1, S): bool (True: attend), or added to the scores."""
         padding, mask = self.key_padding_mask, self.attn_mask
         if padding is not None:
             padding = padding.view(self._batch, 1, 1, padding.shape[-1])
@@ -191,12 +192,12 @@ class MultiHeadCall:
         else:
             merged = padding | mask if mask.dtype == torch.bool else padding + mask
         if self.bias_k is not None:
-            merged = F.pad(merged, (0, 1))  # the row that was added is seen
+            merged = F.pad(merged, (0, 1))  # the added key is never hidden
         return ~merged if merged.dtype == torch.bool else merged
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, which would copy an ``x`` (rows, batch, E) that is a transpose."""
+    """Compute F.linear without the copy that it makes of an ``x`` (rows, batch, E) that is a transpose."""
     if x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
         return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
     return F.linear(x, weight, bias)

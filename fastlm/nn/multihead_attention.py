@@ -11,13 +11,13 @@ from .tracing import call_of_leaf, forward_for_script
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """A drop-in for ``torch.nn.MultiheadAttention``: its constructor, its forward, its state_dict, its answers.
+    """A drop-in for ``torch.nn.MultiheadAttention`` with the same constructor, forward, state_dict and results.
 
-    With ``need_weights=False`` the call is fused: queries, keys and values are read where the projection leaves them, and
-    neither the scores nor a mask of their size is ever held. A query that sees no key gets zeros. torch's own code runs where
-    the weights are asked for, for nested tensors and subclasses of Tensor (DTensor among them), inside
-    ``sdpa_kernel(SDPBackend.MATH)``, in torch.jit.trace and torch.jit.script, for dtypes and devices that no kernel takes, and
-    for bad input, which so raises what torch raises. torch.fx.symbolic_trace makes one node of it, as of torch's.
+    With ``need_weights=False`` the call is fused: it reads queries, keys and values where the projection leaves them, and never
+    stores the scores or a mask of their size. A query that sees no key gets zeros. torch's own code runs in these cases: calls
+    that ask for the weights, nested tensors, subclasses of Tensor (such as DTensor), calls inside
+    ``sdpa_kernel(SDPBackend.MATH)``, torch.jit.trace, torch.jit.script, dtypes and devices that no kernel takes, and bad input,
+    for which torch raises its own errors. torch.fx.symbolic_trace makes one node of the module, as it does of torch's.
     """
 
     _scripted_forward = forward_for_script(torch.nn.MultiheadAttention)
@@ -33,7 +33,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``torch.nn.MultiheadAttention.forward``, whose documentation says what each argument is."""
+        """Do what ``torch.nn.MultiheadAttention.forward`` does, whose documentation describes the arguments."""
         if torch.jit.is_scripting():
             return self._scripted_forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -42,7 +42,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
 
     def _attend(self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal):
-        """Run fused, or as torch's."""
+        """Run the call fused, or by torch's own code."""
         given = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         leaf = call_of_leaf(self, *given)
         if leaf is not None:
@@ -77,7 +77,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return super().forward(*given)
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Attend in eval mode within sequences (total, E) that lie one after the other (`fastlm.varlen_attention`)."""
+        """Attend in eval mode within packed sequences (total, E): see `fastlm.varlen_attention`."""
         heads = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         out = varlen_attention(*heads.unbind(1), cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
         return self.out_proj(out.flatten(-2))

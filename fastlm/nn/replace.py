@@ -1,6 +1,6 @@
 """Swapping the modules of an existing model for fastlm's, in place, and back.
 
-A kind of module that can be swapped is a `Swap`. torch's own are registered below this package's modules; each integration
+A `Swap` describes a kind of module that can be swapped. The files of this package register the kinds of torch; each integration
 registers those of its library when it is imported.
 """
 
@@ -12,32 +12,32 @@ from torch import nn
 class Swap:
     """How one kind of module is swapped for fastlm's, and back.
 
-    What ``undo`` needs to know lives on the module, so that a copy or a pickle of a swapped model can be restored as well.
+    The state that ``undo`` needs is on the module, so that a copy or a pickle of a swapped model can be restored as well.
     """
 
     original: type[nn.Module]
-    subclasses = False  # whether subclasses of ``original`` are swapped too; else they are left: they may do something else
-    methods: tuple[str, ...] = ()  # the methods that the swap gives other code
+    subclasses = False  # whether to swap subclasses of ``original`` too, whose code may do something else
+    methods: tuple[str, ...] = ()  # the methods that the swap replaces
 
     def why_not(self, module: nn.Module) -> str | None:
-        """Why this module must stay as it is, or None."""
+        """Return why this module must stay as it is, or None."""
         return None
 
     def swap(self, module: nn.Module) -> str:
-        """Swap it, in place, and say what it was and is."""
+        """Swap a module in place, and return a text on what it was and is."""
         raise NotImplementedError
 
     def is_swapped(self, module: nn.Module) -> bool:
-        """Whether it is fastlm's."""
+        """Return whether a module has been swapped."""
         raise NotImplementedError
 
     def undo(self, module: nn.Module) -> str:
-        """Make it again what it was, in place, and say so."""
+        """Undo the swap of a module in place, and return a text on what it was and is."""
         raise NotImplementedError
 
 
 class ClassSwap(Swap):
-    """A module that becomes fastlm's by taking the class ``replacement``, a subclass of ``original`` with the same state.
+    """A swap that gives the module the class ``replacement``, a subclass of ``original`` with the same state.
 
     Parameters, hooks, the state_dict and an optimizer's references all stay as they are.
     """
@@ -61,11 +61,11 @@ class ClassSwap(Swap):
 
 @dataclass
 class Report:
-    """What `replace` or `restore` did. Printable.
+    """What `replace` or `restore` did. It is printable.
 
     Attributes:
-        swapped: for each module that was swapped, by its name in the model, what it was and is.
-        left: for each that might have been and was not, the reason.
+        swapped: for each swapped module, by its name in the model, what it was and is.
+        left: for each module of a known kind that was not swapped, the reason.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -84,21 +84,21 @@ _swaps: list[Swap] = []
 
 
 def register(swap: Swap) -> None:
-    """Let `replace` and `restore` know one more kind of module."""
+    """Add a kind of module to those that `replace` and `restore` know."""
     _swaps.append(swap)
 
 
 def replace(model: nn.Module) -> Report:
-    """Swap every module of ``model`` that fastlm can stand in for, in place: the same parameters, the same answers, faster.
+    """Swap every module of ``model`` that fastlm has a faster one for, in place, with the same parameters and results.
 
-    torch.nn.MultiheadAttention is known from the start, alone and inside torch.nn.Transformer's layers; the models of a library
-    are once its integration has been imported, e.g. ``import fastlm.integrations.transformers``.
+    torch.nn.MultiheadAttention is always known, alone and inside torch.nn.Transformer's layers. The models of a library are
+    known once its integration has been imported, e.g. ``import fastlm.integrations.transformers``.
 
     Args:
         model: any module. It may be such a module itself.
 
     Returns:
-        What was swapped, and what was left and why: ``print(fastlm.replace(model))``. What calls
+        What was swapped, and what was left and why: ``print(fastlm.replace(model))``. Code that calls
         ``F.scaled_dot_product_attention`` itself needs no swap, and is not in the report: see `fastlm.use`.
 
     Raises:
@@ -118,7 +118,7 @@ def replace(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Make every module of fastlm's in ``model`` again what it stands in for, in place: the way back from `replace`.
+    """Undo `replace`: turn every swapped module of ``model`` back into what it was, in place.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -148,7 +148,7 @@ def _why_not(swap: Swap, module: nn.Module) -> str | None:
 
 
 def _own_method(swap: Swap, module: nn.Module) -> str | None:
-    """Why a swap, either way, would change nothing: a method on the module itself, which may hold on to the class's old one."""
+    """Return why a swap or its undoing would have no effect, or None: a method on the module itself hides that of its class."""
     own = next((method for method in swap.methods if method in vars(module)), None)
     return own and f"{own} was set on this module itself (as accelerate's hooks do), which hides that of its class"
 

@@ -1,8 +1,8 @@
-"""torch.nn.TransformerEncoder and its layer, whose eval path calls their attention, and packs what is padded.
+"""torch.nn.TransformerEncoder and its layer with another eval path: it calls ``self_attn``, and packs padded batches.
 
-In eval mode torch's own go past the module ``self_attn`` to a kernel for a whole layer (torch._transformer_encoder_layer_fwd),
-and batches that are padded at the end go through it as nested tensors, so that nothing is computed for padding. Here the
-sequences of such a batch are packed one after the other, as `fastlm.varlen_attention` takes them.
+In eval mode torch's layer does not call its module ``self_attn``, but a kernel for a whole layer
+(torch._transformer_encoder_layer_fwd). Batches that are padded at the end go through it as nested tensors, so that nothing is
+computed for padding. Here the sequences of such a batch are packed one after the other, for `fastlm.varlen_attention`.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .why_not import are_plain, only_math_is_enabled
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """torch's, whose attention is in eval mode, too, that of the module ``self_attn``."""
+    """torch.nn.TransformerEncoderLayer that attends by its module ``self_attn`` in eval mode too."""
 
     _scripted_forward = forward_for_script(nn.TransformerEncoderLayer)
 
@@ -30,7 +30,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As ``torch.nn.TransformerEncoderLayer.forward``. Nested tensors are for torch's own kernel."""
+        """Do what ``torch.nn.TransformerEncoderLayer.forward`` does; nested tensors go to torch's own kernel."""
         if torch.jit.is_scripting():
             return self._scripted_forward(src, src_mask, src_key_padding_mask, is_causal)
         else:
@@ -45,7 +45,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self._layer(src, lambda x: self._sa_block(x, mask, padding, is_causal=is_causal))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Run the layer in eval mode on sequences (total, E) that lie one after the other, each for itself."""
+        """Run the layer in eval mode on packed sequences (total, E), which do not see each other."""
         return self._layer(x, lambda x: self.self_attn.forward_packed(x, cu_seqlens, max_seqlen))
 
     def _layer(self, x: Tensor, attend) -> Tensor:
@@ -57,7 +57,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """torch's, which packs a padded batch where torch makes it a nested tensor."""
+    """torch.nn.TransformerEncoder that packs a padded batch where torch makes it a nested tensor."""
 
     _scripted_forward = forward_for_script(nn.TransformerEncoder)
 
@@ -68,7 +68,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """As ``torch.nn.TransformerEncoder.forward``: what comes of padding is zeros where torch makes nested tensors."""
+        """Do what ``torch.nn.TransformerEncoder.forward`` does; where torch makes nested tensors, padding gives zeros."""
         if torch.jit.is_scripting():
             return self._scripted_forward(src, mask, src_key_padding_mask, is_causal)
         else:
@@ -80,7 +80,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             return leaf
         if torch.jit.is_tracing() or src.is_nested or not are_plain((src, mask, padding)):
             return super().forward(src, mask, padding, is_causal)
-        other = F._none_or_dtype(mask)  # the two canonical masks are as torch's forward has them, for its errors and warnings
+        other = F._none_or_dtype(mask)  # as torch's forward makes both masks canonical, with its errors and warnings
         padding = F._canonical_mask(padding, "src_key_padding_mask", other, "mask", src.dtype)
         mask = F._canonical_mask(mask, "mask", None, "", src.dtype, check_other=False)
         if self._torch_nests(src, mask, padding):
@@ -92,7 +92,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return out if self.norm is None else self.norm(out)
 
     def _torch_nests(self, src: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
-        """Say whether torch's forward makes a nested tensor of this batch: its conditions, in its order."""
+        """Return whether torch's forward makes a nested tensor of this batch, by its conditions in their order."""
         if not torch.backends.mha.get_fastpath_enabled() or not getattr(self, "use_nested_tensor", False):
             return False
         first, check = self.layers[0], getattr(self, "mask_check", True)
@@ -100,7 +100,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             return False
         if check and (torch.compiler.is_compiling() or not _is_padded_at_end(src, padding)):
             return False
-        if mask is not None or torch.is_autocast_enabled(src.device.type):  # torch's own fails under the CPU's autocast
+        if mask is not None or torch.is_autocast_enabled(src.device.type):  # torch's path fails under the CPU's autocast
             return False
         attention = first.self_attn
         weights = (attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias)
@@ -115,9 +115,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         return x
 
     def _through_layers_nested(self, src: Tensor, padding: Tensor) -> Tensor:
-        """Run the layers on what is no padding; the rest of (N, S, E) is zeros. torch looks at no ``is_causal`` here."""
+        """Run the layers on the tokens; padding gives zeros in the output (N, S, E). torch ignores ``is_causal`` here."""
         lengths = padding.logical_not().sum(dim=1)  # anything but 0 is padding
-        keep = torch.arange(src.shape[1], device=src.device) < lengths[:, None]  # (N, S), as torch has it without mask_check
+        keep = torch.arange(src.shape[1], device=src.device) < lengths[:, None]  # (N, S), as in torch without mask_check
         if not self._can_be_packed(src):
             padding = torch.zeros_like(padding).masked_fill(~keep, -torch.inf)
             return self._through_layers(src, None, padding, False).masked_fill(~keep[..., None], 0.0)
@@ -130,7 +130,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         return out
 
     def _can_be_packed(self, src: Tensor) -> bool:
-        """Say whether nothing in the layers would be lost or left out, and fastlm's kernels take the batch."""
+        """Return whether fastlm's kernels take the batch, and packing skips no hook, gradient or code of the layers."""
         if torch.compiler.is_compiling() or only_math_is_enabled() or torch.is_grad_enabled() and src.requires_grad:
             return False
         if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
@@ -152,7 +152,7 @@ def _layer_can_be_packed(layer: nn.Module) -> bool:
 
 
 def _is_at_rest(module: nn.Module) -> bool:
-    """Say whether ``module`` is in eval mode, has no hooks, runs its class's code, and has plain weights without gradients."""
+    """Return whether a module is in eval mode, without hooks or a forward of its own, with plain weights without gradients."""
     if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return False
     weights = module._parameters.values()
@@ -161,7 +161,7 @@ def _is_at_rest(module: nn.Module) -> bool:
 
 
 class _ContainerSwap(ClassSwap):
-    """A container, which is swapped for the sake of the attention inside."""
+    """The swap of a container, for the sake of the attention in it."""
 
     def why_not(self, module: nn.Module) -> str | None:
         own = any(type(m) in (nn.MultiheadAttention, MultiheadAttention) for m in module.modules())

@@ -1,4 +1,4 @@
-"""Routing the attention of code that one cannot edit."""
+"""Routing attention calls to fastlm in code that one cannot edit."""
 
 from collections import Counter
 
@@ -13,20 +13,21 @@ from .why_not import PLAIN, SUBCLASS, call_why_not, mask_dtype_fits
 
 
 class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)
-    """Inside ``with fastlm.use() as report:``, attention by ``F.scaled_dot_product_attention`` runs on fastlm's kernels.
+    """Run ``F.scaled_dot_product_attention`` on fastlm's kernels inside ``with fastlm.use() as report:``.
 
-    Also that of ``F.multi_head_attention_forward``, and so of every torch.nn.MultiheadAttention and of torch.nn.Transformer's
-    layers. However the function was imported, and under ``torch.compile``: code compiled outside is compiled again inside,
-    and the other way round. It holds for the thread that entered the block. After it, everything is as before; the
-    backward of what ran inside may run anywhere, but the recomputation of torch.utils.checkpoint has to be inside as well.
+    The block also routes ``F.multi_head_attention_forward``, and so every torch.nn.MultiheadAttention and the layers of
+    torch.nn.Transformer. It does not matter how the function was imported. Under ``torch.compile``, code that was compiled
+    outside is compiled again inside, and the other way round. The block holds for the thread that entered it. After it,
+    everything is as before. The backward of calls in the block may run anywhere, but a recomputation by torch.utils.checkpoint
+    must run inside too.
 
-    What kernels cannot do goes to torch's own function: other dtypes and devices, nested tensors and other subclasses of
-    Tensor (DTensor among them), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace,
-    and bad input, which so raises what torch raises.
+    torch's own function runs what kernels cannot do: other dtypes and devices, nested tensors and other subclasses of Tensor
+    (such as DTensor), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad
+    input, for which torch raises its own errors.
 
-    Attributes, which compiled code does not count in:
-        routed: how many calls ran on fastlm.
-        left: for each reason, how many calls were left to torch.
+    Attributes, in which compiled code does not count:
+        routed: the number of calls that ran on fastlm.
+        left: for each reason, the number of calls that were left to torch.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
         return call.run() if reason is None else F.multi_head_attention_forward(*args, **kwargs)
 
     def _count(self, reason: str | None) -> None:
-        if torch.compiler.is_compiling():  # a count would be part of what the code is compiled for
+        if torch.compiler.is_compiling():  # the compiled code would depend on the count
             return
         if reason is None:
             self.routed += 1
@@ -77,7 +78,7 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
 
 
 def _class_why_not(types: tuple[type, ...]) -> str | None:
-    """Why a call with arguments of these classes, tensors or not, is left to torch, or None."""
+    """Return why a call with arguments of these classes, tensors or not, is left to torch, or None."""
     return None if PLAIN.issuperset(types) else SUBCLASS
 
 
@@ -91,7 +92,7 @@ def _why_not(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> str | None:
-    """Why a call of ``F.scaled_dot_product_attention`` is left to torch, or None."""
+    """Return why a call of ``F.scaled_dot_product_attention`` is left to torch, or None."""
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensors are not fused"
     if not query.shape[-1]:

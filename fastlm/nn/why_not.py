@@ -1,4 +1,4 @@
-"""The calls that are left to torch's own code, whatever their shapes and dtypes: what drop-ins ask before they run fused."""
+"""The conditions under which drop-ins leave a call to torch's own code, whatever its shapes and dtypes."""
 
 from collections.abc import Iterable
 
@@ -9,19 +9,19 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops.torch_op import constant_when_compiled
 
-# The last two are how torch.compile and torch.export see any tensor. Every other class may give ops another meaning, as DTensor
-# does, or keep its numbers elsewhere. None is a tensor that was not given.
+# torch.compile and torch.export show any tensor as one of the last two. Every other class may give ops another meaning, as
+# DTensor does, or keep its values elsewhere. NoneType is the class of an optional tensor that was not given.
 PLAIN = frozenset((type(None), Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 SUBCLASS = "a subclass of Tensor"
 
 
 def are_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Say whether no tensor among ``tensors`` is of a class that gives torch's ops a meaning of its own."""
+    """Return whether no class of ``tensors`` gives torch's ops a meaning of its own."""
     return PLAIN.issuperset(map(type, tensors))
 
 
 def call_why_not(tensors: Iterable[Tensor | None]) -> str | None:
-    """Say why a call with these tensors, masks and weights among them, has to be torch's own, or return None."""
+    """Return why torch's own code must run a call with these tensors, including masks and weights, or None."""
     if not are_plain(tensors):
         return SUBCLASS
     if torch.jit.is_tracing():
@@ -31,13 +31,13 @@ def call_why_not(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
-@constant_when_compiled  # torch.compile traces none of the switches: they are as they were at compilation
+@constant_when_compiled  # torch.compile does not trace the switches; they keep their values of the compilation
 def only_math_is_enabled() -> bool:
-    """Say whether the user has switched off torch's own fused attention, as one does for derivatives of any order."""
-    cuda = torch.backends.cuda  # torch's name for the switches of all devices
+    """Return whether the user has switched off torch's own fused attention, as one does for derivatives of any order."""
+    cuda = torch.backends.cuda  # holds the switches of all devices
     return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled())
 
 
 def mask_dtype_fits(mask: Tensor, query: Tensor) -> bool:
-    """Say whether torch's scaled_dot_product_attention takes a mask of this dtype. Autocast makes them one."""
+    """Return whether torch's scaled_dot_product_attention takes a mask of this dtype; autocast converts any dtype."""
     return mask.dtype in (torch.bool, torch.float32, query.dtype) or torch.is_autocast_enabled(query.device.type)

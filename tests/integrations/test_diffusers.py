@@ -22,7 +22,7 @@ LATENTS = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """The C++ kernel must be there."""
+    """Require the C++ kernel."""
 
 
 def generator(seed=1):
@@ -30,40 +30,40 @@ def generator(seed=1):
 
 
 def seed_from(generator):
-    """The seed that a generator gives."""
+    """Return the seed that a generator draws."""
     return torch.randint(2**63 - 1, (), generator=generator)
 
 
 def parameters_of(shape, dtype=torch.float32, seed=1, scale=1.0):
-    """The parameters of a posterior; some log-variances lie outside of diffusers' clamp with a scale of 20."""
+    """Draw the parameters of a posterior; with a scale of 20 some log-variances are outside of diffusers' clamp."""
     return (scale * seeded_normal(seed, shape, torch.float64)).to(dtype).requires_grad_()
 
 
 def summed(kl):
-    """diffusers' kl and nll leave the dimensions after the fourth."""
+    """Sum the dimensions after the fourth, which diffusers' kl and nll keep."""
     return kl.flatten(1).sum(1) if kl.dim() > 1 else kl
 
 
 def padded(parameters):
-    """Four dimensions at least, as diffusers wants them; the same numbers."""
+    """Reshape to at least four dimensions, which diffusers needs, with the same elements."""
     return parameters.reshape(*parameters.shape, *(1,) * (4 - parameters.dim()))
 
 
 def gradients(outputs, leaves):
-    """By the same gradients of the outputs, whatever their dtype."""
+    """Return the gradients for the same output gradients, whatever the dtype."""
     given = [seeded_normal(20 + i, out.shape, torch.float32).to(out.dtype) for i, out in enumerate(outputs)]
     return {f"gradient {i}": grad for i, grad in enumerate(torch.autograd.grad(outputs, leaves, given))}
 
 
 def everything_of(posterior, leaves, sample, other=None, at=None):
-    """sample, kl and nll of a posterior of either library, and the gradients of the leaves."""
+    """Return sample, kl and nll of a posterior of either library, and the gradients of the leaves."""
     nll = posterior.nll(at.reshape(sample.shape))
     values = {"sample": sample.reshape(at.shape), "kl": summed(posterior.kl(other)), "nll": summed(nll)}
     return {**{name: value.detach() for name, value in values.items()}, **gradients(list(values.values()), leaves)}
 
 
 def of_theirs(monkeypatch, leaves, eps, at, dtype):
-    """The same of diffusers' own class in that dtype, on the same noise."""
+    """Return the same of diffusers' own class in this dtype, on the same noise."""
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
     monkeypatch.setattr(theirs, "randn_tensor", lambda shape, dtype, **_: eps.reshape(shape).to(dtype))
     posterior, *other = [theirs.DiagonalGaussianDistribution(padded(leaf)) for leaf in leaves]
@@ -240,7 +240,7 @@ def test_with_a_generator_each_an_example_does_not_depend_on_its_batch(shape):
 
 
 def test_the_noise_is_standard_normal():
-    """A million draws: mean, variance, skewness and excess kurtosis within five standard errors of 0, 1, 0 and 0."""
+    """Mean, variance, skewness and excess kurtosis of a million draws are within five standard errors of 0, 1, 0 and 0."""
     parameters = torch.cat([torch.full((4, 10, 50, 500), 3.0), torch.full((4, 10, 50, 500), 2 * math.log(0.25))], dim=1)
     draws = (DiagonalGaussianDistribution(parameters).sample([generator(i) for i in range(4)]).double().flatten() - 3) / 0.25
     for power, expected, error in ((1, 0, 1), (2, 1, math.sqrt(2)), (3, 0, math.sqrt(15)), (4, 3, math.sqrt(96))):
@@ -287,7 +287,7 @@ def test_a_deep_copy_is_the_same_posterior():
 @pytest.mark.parametrize(("own", "of_other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_kl_from_another_of_another_dtype(own, of_other, autocast):
-    """diffusers' dtypes promote."""
+    """Posteriors of different dtypes promote."""
     mine, other = (parameters_of(SHAPES["image"], dtype, seed) for seed, dtype in ((1, own), (2, of_other)))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kl = DiagonalGaussianDistribution(mine).kl(theirs.DiagonalGaussianDistribution(other))

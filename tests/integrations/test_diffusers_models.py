@@ -1,4 +1,4 @@
-"""diffusers' autoencoders after fastlm.replace: tiny ones, in training and evaluation, saved, loaded, restored."""
+"""diffusers' autoencoders after fastlm.replace: tiny models, trained, evaluated, saved, loaded and restored."""
 
 import copy
 import inspect
@@ -27,7 +27,7 @@ from fastlm.testing import seeded_normal
 
 SMALL = {"norm_num_groups": 4, "latent_channels": 4}
 IMAGE, VIDEO = (2, 3, 16, 16), (2, 3, 5, 16, 16)
-MODELS = {  # what makes it, the shape of its input
+MODELS = {  # name: (constructor, input shape)
     "AutoencoderKL": (lambda: AutoencoderKL(block_out_channels=(8,), **SMALL), IMAGE),
     "AsymmetricAutoencoderKL": (
         lambda: AsymmetricAutoencoderKL(down_block_out_channels=(8,), up_block_out_channels=(8,), **SMALL),
@@ -41,11 +41,11 @@ EACH = pytest.mark.parametrize("name", MODELS)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """The C++ kernel must be there."""
+    """Require the C++ kernel."""
 
 
 def made(name):
-    """The model of that name with the same weights each time, and an input."""
+    """Build the model of this name, with the same weights each time, and an input."""
     make, shape = MODELS[name]
     torch.manual_seed(1)
     return make(), seeded_normal(1, shape, torch.float32)
@@ -56,11 +56,11 @@ def generator():
 
 
 def step(model, x, generator=None):
-    """A training step: the latent, the reconstruction, the two losses, and the gradients of all parameters."""
+    """Run a training step: return the latent, the reconstruction, the two losses, and all parameters' gradients."""
     posterior = model.encode(x).latent_dist
     latent = posterior.sample(generator=generator)
     out = model.decode(latent).sample
-    kl = posterior.kl().flatten(1).sum(1) if posterior.kl().dim() > 1 else posterior.kl()  # of a video by diffusers
+    kl = posterior.kl().flatten(1).sum(1) if posterior.kl().dim() > 1 else posterior.kl()  # diffusers does not sum a video's
     loss = (out**2).mean() + 0.1 * kl.mean()
     model.zero_grad()
     loss.backward()
@@ -145,7 +145,7 @@ def test_replace_and_restore_change_the_class_and_nothing_else(name):
     before, state, cls = str(model), copy.deepcopy(model.state_dict()), type(model)
     parameters = [p.data_ptr() for p in model.parameters()]
     assert fastlm.replace(model).swapped[""] == f"{name} encodes to fastlm's DiagonalGaussianDistribution"
-    assert not fastlm.replace(model).swapped and not fastlm.replace(model).left  # again: nothing to do
+    assert not fastlm.replace(model).swapped and not fastlm.replace(model).left  # the second time there is nothing to do
     assert (type(model).__module__, type(model).__name__) == (cls.__module__, cls.__name__)  # what pipelines save
     assert isinstance(model, cls) and str(model) == before and [p.data_ptr() for p in model.parameters()] == parameters
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -225,7 +225,7 @@ def test_a_subclass_of_the_user_s_is_swapped_too():
 
 
 def test_every_autoencoder_of_diffusers_that_builds_this_posterior_is_known():
-    """By their source: whoever calls the constructor is swapped, and nobody else."""
+    """By their source, exactly the models that call the constructor are swapped."""
     classes = [cls for _, cls in inspect.getmembers(autoencoders, inspect.isclass) if issubclass(cls, ModelMixin)]
     assert len(classes) > 15
     for cls in classes:

@@ -1,4 +1,4 @@
-"""fastlm's Normal against torch's: samples, gradients, densities and KL, alone and inside torch.distributions' machinery."""
+"""fastlm's Normal agrees with torch's: samples, gradients, densities and KL, alone and in torch.distributions' machinery."""
 
 import copy
 import math
@@ -20,17 +20,17 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """The C++ kernel must be there."""
+    """Require the C++ kernel."""
 
 
 def parameters(*shape, dtype=torch.float32, seed=1):
-    """loc and scale, leaves; scales from 0.05 to a few."""
+    """Draw loc and scale as leaves, with scales from 0.05 to a few."""
     loc, scale = seeded_normal(seed, shape, dtype), (seeded_normal(seed + 1, shape, torch.float64).abs() + 0.05).to(dtype)
     return loc.requires_grad_(), scale.requires_grad_()
 
 
 def torch_rsample(loc, scale, eps):
-    """torch.distributions.Normal.rsample, given its noise."""
+    """Compute torch.distributions.Normal.rsample from given noise."""
     return loc + eps.to(loc.dtype) * scale
 
 
@@ -53,7 +53,7 @@ def test_a_sample_and_its_gradients_are_torch_s_of_the_same_noise(dtype, sample_
     leaves = parameters(4, 37, dtype=dtype)
     with Ops() as ops:
         actual = with_gradients(Normal(*leaves).rsample(sample_shape, seed=7), leaves)
-    assert ops.fastlm == ["reparameterize"] * 2  # forward, and the noise again in the backward
+    assert ops.fastlm == ["reparameterize"] * 2  # the forward, and the backward, which draws the noise again
     eps = normal((*sample_shape, 4, 37), seed=7)
     plain = with_gradients(torch_rsample(*leaves, eps), leaves)
     others = doubled(*leaves)
@@ -131,7 +131,7 @@ def test_no_noise_is_kept_for_the_backward():
 
 
 def test_the_noise_is_standard_normal():
-    """A million draws: mean, variance, skewness and excess kurtosis within five standard errors of 0, 1, 0 and 0."""
+    """Mean, variance, skewness and excess kurtosis of a million draws are within five standard errors of 0, 1, 0 and 0."""
     count = 1_000_000
     draws = (Normal(torch.full((10,), 3.0), 0.25).sample((count // 10,), seed=5).double().flatten() - 3) / 0.25
     for power, expected, error in ((1, 0, 1), (2, 1, math.sqrt(2)), (3, 0, math.sqrt(15)), (4, 3, math.sqrt(96))):
@@ -234,7 +234,7 @@ def test_no_other_kl_of_torch_s_is_changed():
 
 
 def exact_kl(p_loc, p_scale, q_loc, q_scale) -> float:
-    """In 50 digits, from the formula of the textbooks."""
+    """Compute the KL in 50 digits by the textbooks' formula."""
     with mpmath.workdps(50):
         p_loc, p_scale, q_loc, q_scale = map(mpmath.mpf, (p_loc, p_scale, q_loc, q_scale))
         r2, d = (p_scale / q_scale) ** 2, (p_loc - q_loc) / q_scale
@@ -251,10 +251,10 @@ def test_it_is_right_to_its_last_bits_from_equality_to_scales_far_apart(dtype):
     rows = zip(*(t.double().flatten().tolist() for t in (loc, p_scale, loc, q_scale)))
     exact = torch.tensor([exact_kl(*row) for row in rows], dtype=torch.float64).reshape(kl.shape)
     assert (kl >= 0).all()
-    log_r2 = 2 * (p_scale.double() / q_scale.double()).log().abs()  # e to the power of it magnifies its rounding by it
+    log_r2 = 2 * (p_scale.double() / q_scale.double()).log().abs()  # the exponential magnifies rounding by this
     assert ((kl.double() - exact).abs() <= (ULPS + 2 * log_r2) * torch.finfo(dtype).eps * exact).all()
     torch_s = kl_divergence(distributions.Normal(loc, p_scale), distributions.Normal(loc, q_scale))
-    assert not ((torch_s.double() - exact).abs() <= 1000 * torch.finfo(dtype).eps * exact).all()  # torch's cancels
+    assert not ((torch_s.double() - exact).abs() <= 1000 * torch.finfo(dtype).eps * exact).all()  # torch's formula cancels
 
 
 def test_it_is_zero_at_equality_with_gradients_of_zero():

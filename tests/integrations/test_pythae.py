@@ -1,4 +1,4 @@
-"""pythae's VAEs after fastlm.replace: losses and gradients on the same noise, saved, loaded, copied, restored."""
+"""pythae's VAEs after fastlm.replace: losses and gradients on the same noise; saved, loaded, copied and restored."""
 
 import copy
 import math
@@ -28,11 +28,11 @@ EACH = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """The C++ kernel must be there."""
+    """Require the C++ kernel."""
 
 
 def made(kind, **options):
-    """The model of that kind, with the same weights each time."""
+    """Build the model of this kind, with the same weights each time."""
     config = getattr(models, f"{kind}_Config" if hasattr(models, f"{kind}_Config") else f"{kind}Config")
     torch.manual_seed(1)
     return getattr(models, kind)(config(input_dim=SHAPE, latent_dim=4, **options))
@@ -43,7 +43,7 @@ def batch(dtype=torch.float32):
 
 
 def step(model, inputs):
-    """The losses, the latent and the reconstruction, and the gradients of all parameters."""
+    """Return the losses, the latent, the reconstruction, and the gradients of all parameters."""
     output = model(inputs)
     model.zero_grad()
     output.loss.backward()
@@ -77,7 +77,7 @@ def test_a_step_and_its_gradients_are_pythae_s_on_the_same_noise(kind, training,
 
 
 def in_float64(model):
-    """With the window of pythae's msssim too, which makes it in float32."""
+    """Convert a model to float64, with the window of pythae's msssim, which pythae makes in float32."""
     if hasattr(model, "msssim"):
         make_window = model.msssim._create_window
         model.msssim._create_window = lambda **options: make_window(**options).double()
@@ -116,9 +116,9 @@ def test_what_goes_by_forward_is_drawn_by_the_kernel():
     with torch.no_grad(), Ops() as ops:
         assert model.reconstruct(x).shape == x.shape
         assert model.embed(x).shape == (6, 4)
-        assert model.predict(x).keys() == {"recon_x", "embedding"}  # of the mean
+        assert model.predict(x).keys() == {"recon_x", "embedding"}  # uses the mean
     assert ops.fastlm == ["reparameterize"] * 2
-    assert math.isfinite(model.get_nll(x[:2], n_samples=4, batch_size=4))  # pythae's own
+    assert math.isfinite(model.get_nll(x[:2], n_samples=4, batch_size=4))  # runs pythae's own code
 
 
 def test_manual_seed_repeats_it():
@@ -132,10 +132,10 @@ def test_manual_seed_repeats_it():
 
 
 def test_the_noise_is_standard_normal():
-    """mean and variance within five standard errors of 0 and 1."""
+    """Mean and variance are within five standard errors of 0 and 1."""
     model = made("VAE")
     fastlm.replace(model)
-    x = batch().data[:1].expand(62_500, *SHAPE)  # 4 draws each
+    x = batch().data[:1].expand(62_500, *SHAPE)  # 4 draws per row
     torch.manual_seed(3)
     with torch.no_grad():
         encoded = model.encoder(x[:1])
@@ -227,7 +227,7 @@ def test_what_a_swapped_model_saves_pythae_loads_and_the_other_way(kind, tmp_pat
     model.save(str(tmp_path / "swapped"))
     loaded = [AutoModel.load_from_folder(str(tmp_path / name)) for name in ("plain", "swapped")]
     assert [type(one) for one in loaded] == [cls, cls]
-    loaded.append(type(model).load_from_folder(str(tmp_path / "plain")))  # by the swapped class itself
+    loaded.append(type(model).load_from_folder(str(tmp_path / "plain")))  # load by the swapped class itself
     for one in loaded[:2]:
         fastlm.replace(one)
     outputs = []
@@ -238,7 +238,7 @@ def test_what_a_swapped_model_saves_pythae_loads_and_the_other_way(kind, tmp_pat
 
 
 class Encoder(BaseEncoder):
-    """One linear layer whose halves are views of one tensor."""
+    """An encoder with one linear layer, whose halves are views of one tensor."""
 
     def __init__(self):
         super().__init__()
@@ -263,7 +263,7 @@ def test_an_encoder_of_the_user_s_may_give_views():
 
 
 class Odd(Encoder):
-    """What other code makes of the latent: another dtype, one variance for all dimensions, a subclass of Tensor."""
+    """Other encoders may give another dtype, one variance for all dimensions, or a subclass of Tensor."""
 
     def __init__(self, change):
         super().__init__()
@@ -285,7 +285,7 @@ ODD = {
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("what", ODD)
 def test_log_variances_that_pythae_takes(what, autocast):
-    """pythae promotes and broadcasts them, and so do we; the KL is its own, and the mean of many samples mu."""
+    """fastlm promotes and broadcasts as pythae does; the KL is pythae's, and many samples have the mean mu."""
     model = made("VAE")
     model.encoder = Odd(ODD[what])
     if what == "float64":

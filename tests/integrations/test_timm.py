@@ -11,11 +11,11 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the fused path, so the C++ kernel must be there."""
+    """Require the C++ kernel, as these tests are about the fused path."""
 
 
 def vision_transformer(dtype: torch.dtype) -> torch.nn.Module:
-    """Three layers of width 24 and 3 heads on images of 4 x 4 patches, and a class for each of 5."""
+    """Build a model of three layers, width 24 and 3 heads, for images of 4 x 4 patches and 5 classes."""
     torch.manual_seed(0)
     options = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
     model = import_timm().create_model("vit_tiny_patch16_224", pretrained=False, **options)
@@ -25,7 +25,7 @@ def vision_transformer(dtype: torch.dtype) -> torch.nn.Module:
 
 
 class OnFastlm(torch.nn.Module):
-    """A model whose forward is inside the block, with its parameters under their own names."""
+    """A model whose forward runs inside the block; its parameters keep their names."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

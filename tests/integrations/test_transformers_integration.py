@@ -1,4 +1,4 @@
-"""How fastlm gets into transformers' models and out again, what it leaves to them, and which masks it builds."""
+"""Swapping transformers' models and back, the calls that are left to them, and the masks that fastlm builds."""
 
 import copy
 import importlib
@@ -34,7 +34,7 @@ VISION |= {"image_size": 8, "patch_size": 4}
 
 
 def close_to_eager(model: torch.nn.Module, inputs: dict, **options) -> None:
-    """In float32, to a few roundings: what the exact comparisons of test_transformers.py have no case for."""
+    """Assert equality in float32 to a few roundings, for what the exact comparisons of test_transformers.py lack."""
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     expected, actual = (run(**inputs, **options).logits for run in (eager, model))
@@ -46,7 +46,7 @@ def close_to_eager(model: torch.nn.Module, inputs: dict, **options) -> None:
 
 
 def test_replace_and_restore(monkeypatch):
-    """One line in, one line out; the state in between survives a copy and a pickle, and does not reach a saved config."""
+    """A swap takes one line, and so does the way back; a copy and a pickle keep the swap, and a saved config does not."""
     model = ARCHITECTURES["Llama"].build("sdpa")
     report = fastlm.replace(model)
     assert report.swapped == {"": "attn_implementation 'sdpa' -> 'fastlm'"} and not report.left
@@ -65,7 +65,7 @@ def implementations(model: torch.nn.Module) -> dict[str, str]:
 
 
 def llava(implementation) -> hf.PreTrainedModel:
-    """A vision model and a language model in a third."""
+    """Build a model that contains a vision model and a language model."""
     text = {**LLAMA, **TOKENS, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 2}
     config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.GptOssConfig(**text))
     return hf.LlavaForConditionalGeneration._from_config(config, attn_implementation=implementation)
@@ -73,7 +73,7 @@ def llava(implementation) -> hf.PreTrainedModel:
 
 @pytest.mark.parametrize("inner_first", [False, True])
 def test_models_in_a_model(inner_first):
-    """Each has a config of its own, and gets back what it had."""
+    """Each inner model has its own config, and gets back its earlier implementation."""
     model = llava({"vision_config": "sdpa", "text_config": "eager"})
     before = implementations(model)
     assert {"eager", "sdpa"} <= set(before.values())
@@ -87,7 +87,7 @@ def test_models_in_a_model(inner_first):
 
 
 def test_restore_of_models_made_with_fastlm():
-    """They get transformers' default, each its own: GPT-OSS and Gemma 2 have no sdpa."""
+    """Each gets its own default of transformers: GPT-OSS and Gemma 2 have no sdpa."""
     model = llava("fastlm")
     fastlm.restore(model)
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
@@ -98,7 +98,7 @@ def test_restore_of_models_made_with_fastlm():
 
 
 def test_attention_beside_the_interface_is_left(monkeypatch):
-    """replace() says so; and asked for by name, fastlm gives such a model eager's masks, which its attention reads itself."""
+    """replace() reports it. If the name is given, such a model gets eager's masks, which its attention reads itself."""
     report = fastlm.replace(BLOOM.build())
     assert report.left[""] == "BloomAttention does not go through transformers' AttentionInterface" and not report.swapped
     calls = count_calls(monkeypatch)
@@ -109,7 +109,7 @@ def test_attention_beside_the_interface_is_left(monkeypatch):
 
 
 def test_a_model_of_both_kinds(monkeypatch):
-    """GIT's text attention computes its scores itself, its vision's goes through the interface: one is left, one is swapped."""
+    """GIT's text attention computes its scores itself and is left; its vision attention has the interface and is swapped."""
     config = hf.GitConfig(**TOKENS, **BERT, vision_config=VISION)
     torch.manual_seed(0)
     model = hf.GitForCausalLM._from_config(config, attn_implementation="eager").eval()
@@ -123,7 +123,7 @@ def test_a_model_of_both_kinds(monkeypatch):
 
 
 def test_attention_that_makes_another_mask_of_its_own(monkeypatch):
-    """DeepSeek 4 lengthens the mask by the keys it compresses: it gets eager's, and runs on fastlm."""
+    """DeepSeek 4 extends the mask by the keys it compresses, so it gets eager's masks, and runs on fastlm."""
     options = {"num_experts_per_tok": 2, "n_routed_experts": 2, "moe_intermediate_size": 32, "qk_rope_head_dim": 4}
     options |= {"layer_types": ["compressed_sparse_attention"] * 2, "mlp_layer_types": ["moe"] * 2, "sliding_window": 4}
     options |= {"q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 2}
@@ -135,7 +135,7 @@ def test_attention_that_makes_another_mask_of_its_own(monkeypatch):
 
 
 def test_attention_for_eager_and_sdpa_alone():
-    """DeepSeek 3.2 hides all keys but those its indexer chose, in masks that it makes for "eager" and "sdpa" only."""
+    """DeepSeek 3.2 hides all keys that its indexer did not choose, but makes these masks for "eager" and "sdpa" only."""
     deepseek = pytest.importorskip("transformers.models.deepseek_v32.modeling_deepseek_v32")
     reason = "DeepseekV32Attention prepares its mask for 'eager' and 'sdpa' alone"
     traits = transformers_attention.traits_of(deepseek.DeepseekV32Attention)
@@ -152,7 +152,7 @@ def test_attention_for_eager_and_sdpa_alone():
 @pytest.mark.filterwarnings("ignore:fastlm. LlamaAttention runs on transformers' eager attention")
 @pytest.mark.parametrize("which", range(4))
 def test_subclasses_of_tensor_are_eager_s(which):
-    """DTensor and its like have no rule for fastlm's op."""
+    """DTensor and similar classes have no rule for fastlm's op."""
     module = ARCHITECTURES["Llama"].build("fastlm").model.layers[0].self_attn.eval()
     tensors = [torch.randn(2, heads, 6, 8) for heads in (4, 4 // module.num_key_value_groups, 4 // module.num_key_value_groups)]
     tensors.append(torch.zeros(2, 1, 6, 6))
@@ -178,7 +178,7 @@ def test_a_trace_records_eager_s_ops(padded):
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "Gemma 2", "GPT-OSS", "T5", "BART", "Whisper"])
 def test_attention_weights_are_eager_s(name, monkeypatch):
-    """They come from the model's own function, with its own values, and a warning says so once."""
+    """The model's own function returns the weights, with its own values, and warns once."""
     architecture = ARCHITECTURES[name]
     model, eager = architecture.build("fastlm"), architecture.build("eager")
     monkeypatch.setattr(transformers_attention, "_warned", set())
@@ -198,7 +198,7 @@ def test_attention_weights_are_eager_s(name, monkeypatch):
 
 
 def test_arguments_that_only_eager_knows(monkeypatch):
-    """Inkling 2's sinks are a number for each query: its own function runs, and replace() foretells it."""
+    """Inkling 2 has a sink per query, so its own function runs, and replace() announces it."""
     inkling = pytest.importorskip("transformers.models.inkling2.modeling_inkling2")
     users = [c for c in vars(inkling).values() if isinstance(c, type) and c.__module__ == inkling.__name__]
     users = [c for c in users if issubclass(c, torch.nn.Module) and "Attention" in c.__name__]
@@ -217,7 +217,7 @@ def test_arguments_that_only_eager_knows(monkeypatch):
 
 
 def test_queries_that_all_sequences_share(monkeypatch):
-    """One batch of learned queries for all keys: eager's products broadcast it."""
+    """Eager's products broadcast one batch of learned queries over all keys."""
     module = ARCHITECTURES["BERT"].build().bert.encoder.layer[0].attention.self
     query, key = torch.randn(1, 4, 3, 8), torch.randn(2, 4, 5, 8)
     mask = torch.tensor([[True] * 5, [True, False] * 2 + [True]])[:, None, None]
@@ -231,7 +231,7 @@ def test_queries_that_all_sequences_share(monkeypatch):
 
 
 def spied_masks(monkeypatch, model, inputs: dict, **options) -> list:
-    """The (mask, causal, window) of every call of fastlm's attention in one forward of a model."""
+    """Return the (mask, causal, window) of every call of fastlm's attention in one forward of a model."""
     seen, original = [], transformers_attention.attention
 
     def spy(*args, mask, causal, window, **kwargs):
@@ -279,7 +279,7 @@ def test_a_step_of_decoding_has_no_mask(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2"])
 def test_packed_sequences(name):
-    """Positions that start again: no sequence sees another."""
+    """Positions that start again begin a new sequence, and no sequence sees another."""
     model = ARCHITECTURES[name].build("fastlm")
     ids = inputs_of(model)["input_ids"]
     positions = torch.tensor([*range(6), *range(4), *range(LENGTH - 10)]).expand(3, -1)
@@ -292,7 +292,7 @@ def test_packed_sequences(name):
 
 @pytest.mark.parametrize("kind", ["float", "bool"])
 def test_a_mask_of_the_user_s_own(kind, monkeypatch):
-    """Four dimensions: used as it is, here a prefix that all tokens see, and causal behind it."""
+    """A mask of four dimensions is used as it is; here all tokens see a prefix, and the rest is causal."""
     model = ARCHITECTURES["Llama"].build("fastlm")
     allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     allowed[:, :5] = True
@@ -304,7 +304,7 @@ def test_a_mask_of_the_user_s_own(kind, monkeypatch):
 
 
 def test_overlays():
-    """What is added to a pattern, or taken from it, is in the mask; as are blocks whose tokens all see each other."""
+    """The mask contains what is added to a pattern or taken from it, and blocks whose tokens all see each other."""
     config, embeds = hf.LlamaConfig(**LLAMA, **TOKENS, sliding_window=4), torch.zeros(2, LENGTH, 32)
     blocks = torch.full((2, LENGTH), -1)
     blocks[:, 3:8] = 0
@@ -323,7 +323,7 @@ def test_overlays():
 
 
 def test_masks_that_a_caller_needs_in_full():
-    """Where transformers asks for a mask that it will concatenate with another, no stand-in is given."""
+    """transformers gets no stand-in if it asks for a mask to concatenate with another."""
     config, embeds = hf.LlamaConfig(**LLAMA, **TOKENS), torch.zeros(2, 5, 32)
     config._attn_implementation = "fastlm"
     mask = create_causal_mask(config, embeds, None, None, allow_is_causal_skip=False)
@@ -338,7 +338,7 @@ def test_masks_that_a_caller_needs_in_full():
 @pytest.mark.parametrize("attention_mask", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3"])
 def test_compiles_as_one_graph(name, attention_mask, monkeypatch):
-    """With a loss and its gradients."""
+    """The graph includes the loss and its gradients."""
     model = ARCHITECTURES[name].build("fastlm")
     inputs = inputs_of(model, "right")
     inputs = inputs if attention_mask else {"input_ids": inputs["input_ids"]}
@@ -355,7 +355,7 @@ def test_compiles_as_one_graph(name, attention_mask, monkeypatch):
 
 
 def test_gradient_checkpointing(monkeypatch):
-    """Each layer runs twice, to the same gradients bit for bit: with dropout, the second time drops what the first did."""
+    """Each layer runs twice, and gives the same gradients bit for bit; with dropout, both runs drop the same weights."""
     gradients = []
     for checkpointing in (False, True):
         model = ARCHITECTURES["Gemma 3"].build("fastlm", attention_dropout=0.2).train()
@@ -371,7 +371,7 @@ def test_gradient_checkpointing(monkeypatch):
 
 
 def test_dropout_drops_its_share_in_training_only():
-    """With the unit matrix for values, an output is its weights."""
+    """With the identity matrix as values, an output is its weights."""
     model = ARCHITECTURES["Llama"].build("fastlm", attention_dropout=0.25)
     module = model.model.layers[0].self_attn
     query, key = torch.randn(2, 4, 400, 8), torch.randn(2, 2, 400, 8)

@@ -17,13 +17,13 @@ from matplotlib.image import imread
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fastlm.lm.cli.attend import add_attend
-from fastlm.lm.data.batches import framed
+from fastlm.lm.data.batches import encode_text
 from fastlm.lm.data.prepare import prepare
 from fastlm.lm.data.tokenizer import load_tokenizer
 from fastlm.lm.model import checkpoint
 from fastlm.lm.model.presets import build
 from fastlm.lm.training.train import Settings
-from fastlm.lm.visualize.attend import attend, look
+from fastlm.lm.visualize.attend import attend, inspect_model
 from fastlm.lm.visualize.attention_maps import Attention, attention_of, entropy, token_labels
 from fastlm.lm.visualize.latent_maps import active_units, decoded, held_out, map_of, means_of, traverse
 from fastlm.lm.visualize.page import _png
@@ -34,7 +34,7 @@ SENTENCE = "A quiet morning in the garden."
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a corpus, and two checkpoints with weights that are large enough for attention to be far from uniform."""
+    """Return a folder with a corpus and two checkpoints, whose weights are so large that attention is far from uniform."""
     folder = tmp_path_factory.mktemp("attend")
     rng = random.Random(0)
     with open(folder / "texts.jsonl", "w") as file:
@@ -60,14 +60,14 @@ def vae(runs):
 
 
 def ids_of(text, tokenizer):
-    return torch.tensor([framed(text, tokenizer, 64)])
+    return torch.tensor([encode_text(text, tokenizer, 64)])
 
 
 # ---- attention --------------------------------------------------------------------------------------------------------------
 
 
 def by_hand(attention, rotary, hidden, memory=None, causal=True):
-    """(heads, L, Lk): softmax(q k / sqrt(d)) of one layer, head by head, in float64; ``memory`` (kv heads, d) is in front."""
+    """Compute softmax(q k / sqrt(d)) of one layer in float64: (heads, L, Lk); ``memory`` (kv heads, d) is the first key."""
     length = hidden.shape[1]
     cos, sin = rotary(hidden, torch.arange(length)[None])
     query, key = (
@@ -89,7 +89,7 @@ def by_hand(attention, rotary, hidden, memory=None, causal=True):
 
 
 def inputs_of(modules, run):
-    """What each of the decoder's layers gives its attention."""
+    """Record the input of the attention in each of the decoder's layers."""
     seen, hooks = [], []
     for module in modules:
         hooks.append(module.register_forward_pre_hook(lambda _, args, kw: seen.append(kw["hidden_states"]), with_kwargs=True))
@@ -102,7 +102,7 @@ def inputs_of(modules, run):
 
 def close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    assert expected[:, -1].max() > 3 / expected.shape[-1]  # far from uniform, so that the comparison says something
+    assert expected[:, -1].max() > 3 / expected.shape[-1]  # far from uniform, or else the comparison would say little
 
 
 def test_a_decoders_weights_are_the_softmax_of_its_scores(runs):
@@ -123,7 +123,7 @@ def test_the_decoder_of_a_vae_looks_at_its_latent_first(vae):
     found, _ = attention_of(model, tokenizer, ids)
     with torch.no_grad():
         mu, _ = model.posterior(ids)
-        memories = model.to_keys(mu).view(2, 2, 16)  # layers, key and value heads, head_dim
+        memories = model.to_keys(mu).view(2, 2, 16)  # (layers, kv heads, head_dim)
     attentions = [layer.self_attn for layer in model.decoder.model.layers]
     hidden = inputs_of(attentions, lambda: model(input_ids=ids[:, :-1], latents=mu))
     for layer, attention in enumerate(attentions):
@@ -246,7 +246,7 @@ def test_test_texts_come_before_validation_texts(runs):
 
 
 class Page(HTMLParser):
-    """The tags, the addresses and the text of a page; fails where tags do not match."""
+    """Collect the tags, the addresses and the text of a page, and fail if tags do not match."""
 
     def __init__(self, text):
         super().__init__()
@@ -279,23 +279,23 @@ def test_a_page_of_a_vae(runs, tmp_path):
     page = Page(text)
     assert {"script", "link"}.isdisjoint(page.tags) and hostile in page.text and "http" not in text and "url(" not in text
     assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
-    assert page.tags.count("image") == page.tags.count("details") == 2 * 4 + 1 * 4  # heads
+    assert page.tags.count("image") == page.tags.count("details") == 2 * 4 + 1 * 4  # all heads
     assert page.text.count("Unit ") == 5 and page.tags.count("caption") == 5
     assert page.tags.count("circle") == len(held_out(runs / "corpus", 1000)) + 1 and "<b>bold</b>" in page.text
 
 
 def test_the_page_names_the_sharpest_and_the_broadest_heads(runs, tmp_path):
-    inside = look(runs / "vae", SENTENCE)
+    view = inspect_model(runs / "vae", SENTENCE)
     shares = {
         f"{found.stack} {layer + 1}.{head + 1}": float(found.breadth[layer, head])
-        for found in inside.attentions
+        for found in view.attentions
         for layer in range(found.weights.shape[0])
         for head in range(found.weights.shape[1])
     }
     text = attend(runs / "vae", SENTENCE, tmp_path / "page.html").read_text("utf-8")
     named = re.search(r"sharpest heads are <strong>(.*?) \(.*?the broadest are <strong>(.*?) \(", text).groups()
     assert named == (min(shares, key=shares.get), max(shares, key=shares.get))
-    for stack in inside.attentions:
+    for stack in view.attentions:
         for nats in stack.entropy.flatten().tolist():
             assert f"{nats:.2f} nats" in text
 
@@ -319,9 +319,9 @@ def test_the_corpus_of_the_run_is_the_default(runs, tmp_path):
 
 def test_a_long_sentence_is_cut_and_the_page_says_so(runs, tmp_path):
     long = " ".join(WORDS * 8)
-    inside = look(runs / "vae", long)
-    assert inside.cut and inside.tokens == 64
-    assert inside.attentions[0].weights.shape == (2, 4, 63, 64) and inside.attentions[1].weights.shape == (1, 4, 64, 64)
+    view = inspect_model(runs / "vae", long)
+    assert view.cut and view.tokens == 64
+    assert view.attentions[0].weights.shape == (2, 4, 63, 64) and view.attentions[1].weights.shape == (1, 4, 64, 64)
     assert "The first 64 tokens; the rest is left out." in attend(runs / "vae", long, tmp_path / "p.html").read_text("utf-8")
     assert "left out" not in attend(runs / "vae", "A garden.", tmp_path / "p.html").read_text("utf-8")
 

@@ -1,4 +1,4 @@
-"""Word dropout and span masking: pure, seeded, and as often as told."""
+"""Word dropout and span masking are pure and seeded, and mask at the rates they are given."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from fastlm.lm.data.augment import span_masking, word_dropout
 
 MASK = 3
-IDS = torch.arange(10, 10 + 64 * 512).view(64, 512)  # no two alike, so that one that moved would show
+IDS = torch.arange(10, 10 + 64 * 512).view(64, 512)  # all different, so that a moved token would show
 
 
 def both(ids, share, **options):
-    """The masked ids of each function."""
+    """Return the masked ids of each function."""
     return word_dropout(ids, share, MASK, **options), span_masking(ids, share, MASK, mean_length=100, **options)[0]
 
 
@@ -40,7 +40,7 @@ def test_word_dropout_is_as_often_as_told(share):
 
 @pytest.mark.parametrize(("share", "mean_length"), [(0.15, 3.0), (0.15, 1 / 0.85), (0.5, 3.0), (0.5, 2.0), (0.6, 10.0)])
 def test_span_masking_is_as_often_and_as_long_as_told(share, mean_length):
-    """The variance of a Markov chain's mean over n is p (1 - p) / n (1 + r) / (1 - r), r the correlation of neighbours."""
+    """The mean of n Markov states has the variance p (1 - p) / n (1 + r) / (1 - r), with r the correlation of neighbours."""
     masked = span_masking(IDS, share, MASK, seed=2, mean_length=mean_length)[1].double()
     correlation = 1 - 1 / mean_length / (1 - share)
     variance = share * (1 - share) * (1 + correlation) / (1 - correlation) / IDS.numel()

@@ -1,9 +1,9 @@
-"""Batches: every text, whole and once; an order and a noise that nothing but the seed and the epoch decide."""
+"""Batches have every text, whole and once; seed and epoch alone determine their order and noise."""
 
 import pytest
 import torch
 
-from fastlm.lm.data.batches import ByLength, Collator, Texts, framed, seed_of
+from fastlm.lm.data.batches import ByLength, Collator, Texts, encode_text, seed_of
 from fastlm.lm.data.prepare import read_split
 from fastlm.lm.model.text_vae import IGNORED
 
@@ -26,7 +26,7 @@ def test_a_text_that_is_cut_has_no_end(corpus, tokenizer):
     cut = Texts(corpus, "train", tokenizer, 6)
     assert max(cut.lengths) == 6 and cut[0][0][-1] != tokenizer.eos_token_id
     assert cut.words < Texts(corpus, "train", tokenizer, 128).words
-    assert framed("", tokenizer, 6) == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert encode_text("", tokenizer, 6) == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
 def test_noise_is_of_the_text_and_the_epoch(texts):

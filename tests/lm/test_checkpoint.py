@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, the last good one survives, and what is damaged or another's is refused."""
+"""Checkpoints are loaded as they were saved, survive a failed save, and are refused if damaged or of another model."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_what_is_saved_comes_back(saved, tokenizer):
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert {path.name for path in folder.iterdir()} <= set(FILES)  # and nothing that is unpickled
+    assert {path.name for path in folder.iterdir()} <= set(FILES)  # none of which is unpickled
     embedding = again.get_input_embeddings().weight
     assert again.get_output_embeddings().weight is embedding
     assert not isinstance(again, TextVAE) or again.encoder.embed_tokens.weight is embedding
@@ -98,7 +98,7 @@ def test_a_full_disk_leaves_the_last_good_one(saved, tokenizer, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)  # after the weights were written
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)  # fails after the weights were written
     with pytest.raises(OSError, match="No space left"):
         save(build("decoder", "tiny", tokenizer, seed=2), tokenizer, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -1,10 +1,13 @@
-"""``fastlm lm prepare``, and that the rest of fastlm needs nothing of it."""
+"""The command line: ``fastlm lm prepare``, help texts without torch, and the language model as an extra."""
 
 import json
+from importlib.metadata import entry_points
 
 import pytest
+from support.lm_corpus import texts
 from support.processes import printed, python
 
+import fastlm
 from fastlm.cli import main
 
 
@@ -46,6 +49,53 @@ def test_an_unknown_command(capsys):
     with pytest.raises(SystemExit) as end:
         main(["lm", "fly"])
     assert end.value.code == 2 and "fly" in capsys.readouterr().err
+
+
+PROGRAM = """
+import resource, sys
+from fastlm_cli import main
+def run(*arguments):
+    sys.argv[1:] = arguments
+    try:
+        return main()
+    except SystemExit as end:
+        return end.code
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "most_seconds"),
+    [
+        (["--help"], 0, 1.0),
+        (["doctor", "fly"], 2, 1.0),
+        (["lm", "--help"], 0, 2.0),
+        *((["lm", name, "--help"], 0, 2.0) for name in ("prepare", "train", "finetune", "generate", "evaluate", "attend")),
+        (["lm", "train", "--epochs", "many"], 2, 2.0),
+    ],
+    ids=str,
+)
+def test_help_and_usage_errors_take_no_torch(arguments, code, most_seconds):
+    """The limits are in seconds of the CPU, which a busy machine hardly stretches. Importing torch alone takes longer."""
+    measure = "print(sorted({'torch', 'transformers'} & sys.modules.keys()), sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
+    *_, line = printed(f"{PROGRAM}\nassert run(*{arguments}) == {code}\n{measure}").splitlines()
+    heavy, _, seconds = line.rpartition(" ")
+    assert heavy == "[]" and float(seconds) < most_seconds
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["lm", "prepare", "SOURCE", "--output", "OUTPUT", "--vocab-size", "0"]])
+def test_the_program_loads_the_whole_package_before_a_command_runs(tmp_path, arguments):
+    (tmp_path / "source.txt").write_text("\n\n".join(texts(50)))
+    paths = {"SOURCE": f"{tmp_path}/source.txt", "OUTPUT": f"{tmp_path}/corpus"}
+    arguments = [paths.get(argument, argument) for argument in arguments]
+    code = (
+        f"{PROGRAM}\nassert run(*{arguments}) == 0\nimport fastlm, torch\nprint(fastlm.__version__, torch.ops.fastlm.attention)"
+    )
+    assert printed(code).splitlines()[-1] == f"{fastlm.__version__} fastlm.attention"
+
+
+def test_the_program_is_installed_as_the_light_package():
+    (program,) = entry_points(group="console_scripts", name="fastlm")
+    assert program.value == "fastlm_cli:main"
 
 
 def test_fastlm_does_not_import_its_language_model():

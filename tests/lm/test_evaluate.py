@@ -1,4 +1,4 @@
-"""The figures of an evaluation against what is known without it: densities, closed forms, and limits."""
+"""The figures of an evaluation agree with known densities, closed forms and limits."""
 
 import math
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from fastlm.lm.data.batches import Texts, framed
+from fastlm.lm.data.batches import Texts, encode_text
 from fastlm.lm.data.prepare import read_split
 from fastlm.lm.model.evaluate import ACTIVE, evaluate, importance_nll, log_density, mutual_information
 from fastlm.lm.model.presets import build
@@ -25,7 +25,7 @@ def test_log_density():
 
 
 def test_importance_sampling_finds_the_likelihood_that_is_known():
-    """x | z ~ N(z, 1), z ~ N(0, 1): x ~ N(0, 2). The posterior, N(x / 2, 1 / 2), is given a little wrong."""
+    """With x | z ~ N(z, 1) and z ~ N(0, 1), x ~ N(0, 2). The posterior, N(x / 2, 1 / 2), is given with a small error."""
     x = torch.tensor([[-1.5], [0.0], [0.7], [2.0]])
 
     def model(input_ids, latents, labels):
@@ -48,13 +48,13 @@ def test_mutual_information_at_its_limits():
     assert mutual_information(far, torch.zeros(20, 20), seeds(20)) == pytest.approx(math.log(20), abs=1e-4)
     same = torch.full((20, 4), 0.3)
     assert mutual_information(same, torch.zeros(20, 4), seeds(20)) == pytest.approx(0.0, abs=1e-5)
-    pairs = 100.0 * torch.eye(2).repeat(10, 1)  # two clusters of ten: one bit
+    pairs = 100.0 * torch.eye(2).repeat(10, 1)  # two clusters of ten have one bit
     assert mutual_information(pairs, torch.zeros(20, 2), seeds(20)) == pytest.approx(math.log(2), abs=1e-4)
     assert mutual_information(pairs, torch.zeros(20, 2), seeds(20), chunk=3) == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_mutual_information_of_a_gaussian():
-    """mu ~ N(0, 3), z | mu ~ N(mu, 1): I = ln(4) / 2."""
+    """With mu ~ N(0, 3) and z | mu ~ N(mu, 1), the mutual information is ln(4) / 2."""
     mu = math.sqrt(3) * torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
     assert mutual_information(mu, torch.zeros_like(mu), seeds(4000)) == pytest.approx(0.5 * math.log(4), abs=0.05)
 
@@ -67,10 +67,11 @@ def test_a_decoder_s_likelihood_text_by_text(corpus, tokenizer):
     total = 0.0
     with torch.no_grad():
         for text in records:
-            ids = torch.tensor([framed(text, tokenizer, 128)])
+            ids = torch.tensor([encode_text(text, tokenizer, 128)])
             logs = model(ids).logits.double().log_softmax(-1)
             total -= float(logs[0, :-1].gather(1, ids[0, 1:, None]).sum())
-    words, tokens = sum(len(text.split()) for text in records), sum(len(framed(text, tokenizer, 128)) - 1 for text in records)
+    words = sum(len(text.split()) for text in records)
+    tokens = sum(len(encode_text(text, tokenizer, 128)) - 1 for text in records)
     assert (found.texts, found.tokens, found.words) == (len(records), tokens, words)
     assert found.nll_per_token == pytest.approx(total / tokens, rel=1e-5)
     assert found.nll_per_word == pytest.approx(total / words, rel=1e-5)
@@ -83,7 +84,7 @@ def test_a_text_vae(corpus, tokenizer):
     texts = Texts(corpus, "test", tokenizer, 128)
     with torch.no_grad():
         model.latent.linear.weight[:16].normal_(0, 0.5)  # a latent that is used
-        model.latent.linear.weight[:8] = 0.0  # but for half of its means
+        model.latent.linear.weight[:8] = 0.0  # except half of its means
     few, many = (evaluate(model, tokenizer, texts, samples=count) for count in (1, 16))
     assert many == evaluate(model, tokenizer, texts, samples=16)  # seeds reproduce
     negative_elbo = (many.reconstruction + many.kl) * many.texts / many.tokens

@@ -1,4 +1,4 @@
-"""Fine-tuning: stock models with the weights of the checkpoint, what LoRA trains, what is predicted, and what is refused."""
+"""Fine-tuning: stock models with a checkpoint's weights, the weights that LoRA trains, predictions, and refused input."""
 
 import argparse
 import csv
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import fastlm.lm.finetuning.common as shared
 from fastlm.lm.cli.finetune import add_finetune
-from fastlm.lm.data.batches import framed
+from fastlm.lm.data.batches import encode_text
 from fastlm.lm.data.prepare import prepare
 from fastlm.lm.data.tokenizer import load_tokenizer
 from fastlm.lm.finetuning import classify as classification
@@ -35,7 +35,7 @@ def about(words, draw):
 
 @pytest.fixture(scope="module")
 def topics():
-    """(text, label) pairs that words tell apart; two of three are of the first label."""
+    """Return (text, label) pairs whose words determine the label; two thirds have the first label."""
     draw = random.Random(0)
     rows = [(about(SEA, draw), "sea") for _ in range(200)] + [(about(ROOM, draw), "room") for _ in range(100)]
     draw.shuffle(rows)
@@ -44,7 +44,7 @@ def topics():
 
 @pytest.fixture(scope="module")
 def pairs():
-    """(source, target): the target names the kind of the source's only telling word."""
+    """Return (source, target) pairs, where the target names the kind of the source's one informative word."""
     draw = random.Random(1)
     kinds = [(word, "one finds it on water") for word in SEA] + [(word, "one has it at home") for word in ROOM]
     rows = [(f"{' '.join(draw.choices(COMMON, k=draw.randint(1, 6)))} {word}", kind) for word, kind in kinds * 20]
@@ -54,7 +54,7 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, topics):
-    """Prepared texts with labels, each of a first line, an empty one, and a rest."""
+    """Prepare texts with labels; each has a first line, an empty line and a rest."""
     folder = tmp_path_factory.mktemp("prepared")
     rows = [(f"About {label} things.\n\n{text} and more of that", label) for text, label in topics]
     write(folder / "texts.csv", ("text", "label"), rows)
@@ -64,7 +64,7 @@ def corpus(tmp_path_factory, topics):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, corpus):
-    """Of each kind, untrained."""
+    """Save an untrained checkpoint of each kind."""
     folder, tokenizer = tmp_path_factory.mktemp("models"), load_tokenizer(corpus)
     for kind in ("vae", "decoder"):
         save(build(kind, "tiny", tokenizer), tokenizer, folder / kind)
@@ -112,7 +112,7 @@ def test_the_metrics_are_those_of_the_predictions(classified, topics):
 
 
 def test_transformers_pipeline_predicts_the_same(classified):
-    """The tokenizer that was saved frames a text as in training."""
+    """The saved tokenizer adds the special tokens of training."""
     _, output = classified
     _, *rows = table(output / "predictions.csv")
     found = pipeline("text-classification", str(output), device="cpu")([text for text, _, _ in rows])
@@ -122,7 +122,7 @@ def test_transformers_pipeline_predicts_the_same(classified):
 
 
 def test_accuracy_majority_and_macro_f1_by_hand():
-    """a: precision 2/3, recall 2/2; b: 1/1 and 1/2; c: never found."""
+    """Label a has precision 2/3 and recall 2/2, b has 1/1 and 1/2, and c is never predicted."""
     wanted, found = ["a", "a", "b", "b", "c"], ["a", "a", "b", "a", "b"]
     examples = Examples([("", "b"), ("", "b"), ("", "a"), ("", "c")], [], [("", label) for label in wanted])
     assert classification.scores(examples, found) == pytest.approx(
@@ -133,7 +133,7 @@ def test_accuracy_majority_and_macro_f1_by_hand():
 def test_a_text_vae_gives_its_encoder(checkpoints):
     vae, tokenizer = load(checkpoints / "vae")
     model = classifier_of(vae, ["a", "b"]).eval()
-    texts = [torch.tensor(framed(text, tokenizer, 99)) for text in ("a lamp near the door", "salt")]
+    texts = [torch.tensor(encode_text(text, tokenizer, 99)) for text in ("a lamp near the door", "salt")]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     mask = (ids != 0).long()
     pooled = []
@@ -149,7 +149,7 @@ def test_a_decoder_gives_itself(checkpoints):
     model = classifier_of(decoder, ["a", "b", "c"]).eval()
     ids = torch.tensor([[1, 50, 60, 2], [1, 70, 2, 0]])
     with torch.no_grad():
-        last = decoder.model(ids).last_hidden_state[[0, 1], [3, 2]]  # of <|eos|>
+        last = decoder.model(ids).last_hidden_state[[0, 1], [3, 2]]  # at <|eos|>
         assert torch.allclose(model(ids).logits, last @ model.score.weight.T, atol=1e-6)
 
 
@@ -198,7 +198,7 @@ def test_bleu_is_sacrebleus(translated):
 
 
 def test_transformers_alone_generates_the_same(translated):
-    """One source at a time, without padding, on torch's own attention."""
+    """Generate from one source at a time, without padding, on torch's own attention."""
     _, output = translated
     model, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     for source, _, predicted in table(output / "predictions.csv")[1:6]:
@@ -225,7 +225,7 @@ def test_what_is_generated_depends_on_no_other_source(checkpoints):
     model, tokenizer = load(checkpoints / "decoder")
     frame(tokenizer, tokenizer.bos_token, 64)
     tokenizer.padding_side = "left"
-    with torch.no_grad():  # so that what is attended to decides, and rounding does not
+    with torch.no_grad():  # large weights, so that attention decides and rounding does not
         for name, weight in model.model.layers.named_parameters():
             weight *= 10 if "_proj" in name else 1
     model.generation_config.max_new_tokens = 5
@@ -311,7 +311,7 @@ def test_malformed_rows_are_counted_and_the_rest_is_read(tmp_path):
     assert sum(examples.counts.values()) == 61 and {label for _, label in examples.train} == {"0", "1"}
     parts = [{text for text, _ in getattr(examples, split)} for split in ("train", "validation", "test")]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
-    assert "unreadable  7 rows" in shared.said(examples.problems)
+    assert "unreadable  7 rows" in shared.problem_lines(examples.problems)
 
 
 def test_a_file_of_its_own_to_test_on(tmp_path, topics):

@@ -1,4 +1,4 @@
-"""A `Writer` says what the model says: the same alone and in a batch, at once and in pieces, and again with the same seed."""
+"""A `TextGenerator` writes what its model says: the same alone and in a batch, at once and in pieces, and by the seed."""
 
 import argparse
 import threading
@@ -13,7 +13,7 @@ from fastlm.lm.cli.generate import add_generate, add_interpolate
 from fastlm.lm.data.tokenizer import load_tokenizer, train_bpe
 from fastlm.lm.model import generate
 from fastlm.lm.model.checkpoint import save
-from fastlm.lm.model.generate import Draw, Sampling, Writer
+from fastlm.lm.model.generate import Draw, Sampling, TextGenerator
 from fastlm.lm.model.text_vae import TextVAE, TextVAEConfig
 
 TEXTS = [
@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory):
 
 
 def randomized(model):
-    """Weights so large that its texts are lively and differ with z and the prompt."""
+    """Build models with weights so large that their texts vary with z and the prompt."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -55,14 +55,14 @@ def models(tokenizer):
 
 
 @pytest.fixture(params=["vae", "decoder"])
-def writer(request, models, tokenizer):
-    return Writer(models[request.param], tokenizer)
+def generator(request, models, tokenizer):
+    return TextGenerator(models[request.param], tokenizer)
 
 
 @pytest.fixture
-def teller(models, tokenizer):
-    """A writer that has a latent."""
-    return Writer(models["vae"], tokenizer)
+def vae(models, tokenizer):
+    """A text generator whose model has a latent."""
+    return TextGenerator(models["vae"], tokenizer)
 
 
 def ids_of(tokenizer, text):
@@ -70,8 +70,8 @@ def ids_of(tokenizer, text):
 
 
 @torch.no_grad()
-def told(model, tokenizer, z):
-    """The likeliest token after the other, each from the whole text before it."""
+def decoded(model, tokenizer, z):
+    """Decode greedily, and compute each token from the whole text before it."""
     ids = [tokenizer.bos_token_id]
     while len(ids) < MAX_TOKENS and ids[-1] != tokenizer.eos_token_id:
         ids.append(int(model(input_ids=torch.tensor([ids]), latents=z[None]).logits[0, -1].argmax()))
@@ -88,32 +88,32 @@ def posterior_of(model, tokenizer, text):
 # ---- new texts --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_the_same_texts(writer):
+def test_the_same_seed_the_same_texts(generator):
     state = torch.get_rng_state()
-    texts = writer.sample(4, seed=3)
+    texts = generator.sample(4, seed=3)
     torch.rand(7)
-    assert writer.sample(4, seed=3) == texts and len(set(texts)) == 4
-    assert writer.sample(2, seed=3) == texts[:2], "however many there are"
-    assert not set(writer.sample(4, seed=4)) & set(texts)
+    assert generator.sample(4, seed=3) == texts and len(set(texts)) == 4
+    assert generator.sample(2, seed=3) == texts[:2], "however many there are"
+    assert not set(generator.sample(4, seed=4)) & set(texts)
     torch.set_rng_state(state)
-    writer.sample(2)
-    list(writer.stream())
+    generator.sample(2)
+    list(generator.stream())
     assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0, "max_new_tokens": 5}, {"top_p": 1.0}, {"top_k": 9}])
-def test_prompts_of_a_batch_give_what_they_give_alone(writer, options):
-    """The longest prompt leaves less room than the others, which nonetheless have theirs."""
-    together = writer.sample(2, prompt=PROMPTS, seed=1, **options)
-    assert together == [text for prompt in PROMPTS for text in writer.sample(2, prompt=prompt, seed=1, **options)]
+def test_prompts_of_a_batch_give_what_they_give_alone(generator, options):
+    """The longest prompt leaves less room than the others, which still use theirs."""
+    together = generator.sample(2, prompt=PROMPTS, seed=1, **options)
+    assert together == [text for prompt in PROMPTS for text in generator.sample(2, prompt=prompt, seed=1, **options)]
     for text, prompt in zip(together[::2], PROMPTS):
         assert text.startswith(prompt) and text != prompt
 
 
-def test_batches_change_nothing(writer, monkeypatch):
-    whole = writer.sample(5, prompt=PROMPTS[:2])
+def test_batches_change_nothing(generator, monkeypatch):
+    whole = generator.sample(5, prompt=PROMPTS[:2])
     monkeypatch.setattr(generate, "BATCH", 3)
-    assert writer.sample(5, prompt=PROMPTS[:2]) == whole
+    assert generator.sample(5, prompt=PROMPTS[:2]) == whole
 
 
 @torch.no_grad()
@@ -124,27 +124,27 @@ def test_a_decoder_goes_on_with_the_likeliest(models, tokenizer):
             ids.append(int(models["decoder"](input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
         expected = tokenizer.decode(ids, skip_special_tokens=True)
-        assert Writer(models["decoder"], tokenizer).sample(prompt=prompt, temperature=0, max_new_tokens=6) == [expected]
+        assert TextGenerator(models["decoder"], tokenizer).sample(prompt=prompt, temperature=0, max_new_tokens=6) == [expected]
 
 
-def test_without_chance_there_is_one_text(writer):
-    likeliest = writer.sample(prompt="a dog", temperature=0)
+def test_without_chance_there_is_one_text(generator):
+    likeliest = generator.sample(prompt="a dog", temperature=0)
     for options in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}):
-        assert writer.sample(prompt="a dog", **options) == likeliest
-    assert writer.sample(prompt="a dog", top_p=1.0) != likeliest
+        assert generator.sample(prompt="a dog", **options) == likeliest
+    assert generator.sample(prompt="a dog", top_p=1.0) != likeliest
 
 
 @torch.no_grad()
 def test_only_the_tokens_asked_for_are_drawn(models, tokenizer, monkeypatch):
-    """By the model's own logits at each place."""
-    writer, rows = Writer(models["decoder"], tokenizer), []
-    spy(monkeypatch, writer.model, lambda inputs, output: rows.extend(output))
-    writer.sample(20, top_k=3, top_p=1.0, max_new_tokens=8)
-    writer.sample(20, top_p=0.5, max_new_tokens=8)
+    """The model's own logits at each position tell which tokens were possible."""
+    generator, rows = TextGenerator(models["decoder"], tokenizer), []
+    spy(monkeypatch, generator.model, lambda inputs, output: rows.extend(output))
+    generator.sample(20, top_k=3, top_p=1.0, max_new_tokens=8)
+    generator.sample(20, top_p=0.5, max_new_tokens=8)
     ranks, before = [], []
     for row in rows:
         row = row[: int((row != tokenizer.pad_token_id).sum())]
-        likely = writer.model(input_ids=row[None]).logits[0, :-1].softmax(-1)
+        likely = generator.model(input_ids=row[None]).logits[0, :-1].softmax(-1)
         own = likely.gather(1, row[1:, None])
         ranks.append((likely > own).sum(1))
         before.append((likely * (likely > own)).sum(1))
@@ -153,7 +153,7 @@ def test_only_the_tokens_asked_for_are_drawn(models, tokenizer, monkeypatch):
 
 
 def spy(monkeypatch, model, look):
-    """``look(inputs, output)`` at each call of the model's generate."""
+    """Call ``look(inputs, output)`` at each call of the model's generate."""
     original = model.generate
 
     def generate(**inputs):
@@ -180,19 +180,19 @@ def test_rows_with_their_own_seeds_are_independent():
     assert torch.equal(different[0], alike[0])
 
 
-def test_latents_come_from_the_prior_and_from_the_posterior(teller, monkeypatch):
+def test_latents_come_from_the_prior_and_from_the_posterior(vae, monkeypatch):
     drawn = []
 
     def record(**inputs):
         drawn.append(inputs["latents"])
         return inputs["input_ids"]
 
-    monkeypatch.setattr(teller.model, "generate", record)
-    teller.sample(1000)
+    monkeypatch.setattr(vae.model, "generate", record)
+    vae.sample(1000)
     prior = torch.cat(drawn)
     drawn.clear()
-    teller.vary(TEXTS[0], 1000)
-    mu, logvar = posterior_of(teller.model, teller.tokenizer, TEXTS[0])
+    vae.vary(TEXTS[0], 1000)
+    mu, logvar = posterior_of(vae.model, vae.tokenizer, TEXTS[0])
     for z in (prior, (torch.cat(drawn) - mu) * torch.exp(-0.5 * logvar)):
         assert z.shape == (1000, LATENT)
         assert z.mean(0).abs().max() < 4 / 1000**0.5
@@ -202,22 +202,22 @@ def test_latents_come_from_the_prior_and_from_the_posterior(teller, monkeypatch)
 # ---- how long ---------------------------------------------------------------------------------------------------------------
 
 
-def test_no_text_is_longer_than_the_model(writer, tokenizer, monkeypatch):
-    monkeypatch.setattr(writer.model.generation_config, "eos_token_id", None)
+def test_no_text_is_longer_than_the_model(generator, tokenizer, monkeypatch):
+    monkeypatch.setattr(generator.model.generation_config, "eos_token_id", None)
     lengths = []
-    spy(monkeypatch, writer.model, lambda inputs, output: lengths.append(output.shape[1]))
+    spy(monkeypatch, generator.model, lambda inputs, output: lengths.append(output.shape[1]))
     for prompt in PROMPTS:
-        writer.sample(prompt=prompt, max_new_tokens=1000)
-        writer.sample(prompt=prompt, max_new_tokens=3)
+        generator.sample(prompt=prompt, max_new_tokens=1000)
+        generator.sample(prompt=prompt, max_new_tokens=3)
         assert lengths[-2:] == [MAX_TOKENS, len(ids_of(tokenizer, prompt)) + 3]
 
 
-def test_a_prompt_without_room(writer, tokenizer):
-    """Beside <|bos|>, the longest leaves one token."""
+def test_a_prompt_without_room(generator, tokenizer):
+    """The longest possible prompt leaves one token beside <|bos|>."""
     text = "d" * (MAX_TOKENS - 2)
     assert len(tokenizer(text)["input_ids"]) == MAX_TOKENS - 2
-    assert writer.sample(prompt=text, max_new_tokens=9)[0].startswith(text)
-    for write in (lambda: writer.sample(prompt=["a", text + "d"]), lambda: writer.stream(text + "d")):
+    assert generator.sample(prompt=text, max_new_tokens=9)[0].startswith(text)
+    for write in (lambda: generator.sample(prompt=["a", text + "d"]), lambda: generator.stream(text + "d")):
         with pytest.raises(ValueError, match=f"a prompt must have at most 38 tokens; that of 'd{{39}}'… has {MAX_TOKENS - 1}"):
             write()
 
@@ -226,14 +226,14 @@ def test_a_prompt_without_room(writer, tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["", "the cat"])
-def test_pieces_make_the_text(writer, prompt):
+def test_pieces_make_the_text(generator, prompt):
     for seed in range(5):
-        pieces = list(writer.stream(prompt, seed=seed, top_p=1.0))
-        assert "".join(pieces) == writer.sample(prompt=prompt, seed=seed, top_p=1.0)[0]
+        pieces = list(generator.stream(prompt, seed=seed, top_p=1.0))
+        assert "".join(pieces) == generator.sample(prompt=prompt, seed=seed, top_p=1.0)[0]
         assert all(pieces)
 
 
-def test_an_error_reaches_who_takes_the_pieces(writer):
+def test_an_error_reaches_who_takes_the_pieces(generator):
     calls = []
 
     def fail(*rest):
@@ -241,21 +241,21 @@ def test_an_error_reaches_who_takes_the_pieces(writer):
         if len(calls) == 4:
             raise RuntimeError("no more ink")
 
-    with writer.model.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="no more ink"):
-        list(writer.stream("the cat"))
-    assert writer.sample(prompt="the cat") == ["".join(writer.stream("the cat"))], "and the next text is whole"
+    with generator.model.register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="no more ink"):
+        list(generator.stream("the cat"))
+    assert generator.sample(prompt="the cat") == ["".join(generator.stream("the cat"))], "and the next text is whole"
 
 
-def test_who_takes_no_more_stops_the_writing(writer, monkeypatch):
-    monkeypatch.setattr(writer.model.generation_config, "eos_token_id", None)
+def test_who_takes_no_more_stops_the_writing(generator, monkeypatch):
+    monkeypatch.setattr(generator.model.generation_config, "eos_token_id", None)
     calls = []
 
     def slow(*rest):
         calls.append(threading.current_thread())
         time.sleep(0.05)
 
-    with writer.model.register_forward_pre_hook(slow):
-        pieces = writer.stream("the cat ")
+    with generator.model.register_forward_pre_hook(slow):
+        pieces = generator.stream("the cat ")
         assert next(pieces) == "the cat "
         pieces.close()
     assert len(calls) < 20 < MAX_TOKENS - 4 and not calls[0].is_alive()
@@ -264,37 +264,37 @@ def test_who_takes_no_more_stops_the_writing(writer, monkeypatch):
 # ---- of a latent ------------------------------------------------------------------------------------------------------------
 
 
-def test_reconstructions_are_the_likeliest_of_the_mean(teller):
-    expected = [told(teller.model, teller.tokenizer, posterior_of(teller.model, teller.tokenizer, text)[0]) for text in TEXTS]
-    assert teller.reconstruct(TEXTS) == expected and len(set(expected)) == len(TEXTS)
-    assert [teller.reconstruct(text) for text in TEXTS] == [[text] for text in expected]
-    assert teller.reconstruct([]) == []
+def test_reconstructions_are_the_likeliest_of_the_mean(vae):
+    expected = [decoded(vae.model, vae.tokenizer, posterior_of(vae.model, vae.tokenizer, text)[0]) for text in TEXTS]
+    assert vae.reconstruct(TEXTS) == expected and len(set(expected)) == len(TEXTS)
+    assert [vae.reconstruct(text) for text in TEXTS] == [[text] for text in expected]
+    assert vae.reconstruct([]) == []
 
 
-def test_of_a_long_text_the_rest_is_not_seen(teller):
+def test_of_a_long_text_the_rest_is_not_seen(vae):
     long = "a dog " * 40
-    kept = teller.tokenizer.decode(teller.tokenizer(long)["input_ids"][: MAX_TOKENS - 1])
-    assert teller.reconstruct(long + "cat") == teller.reconstruct(long) == teller.reconstruct(kept + " and then more")
-    means = teller.posterior([long, long + "cat", kept + " and then more", "no" + long])[0]
+    kept = vae.tokenizer.decode(vae.tokenizer(long)["input_ids"][: MAX_TOKENS - 1])
+    assert vae.reconstruct(long + "cat") == vae.reconstruct(long) == vae.reconstruct(kept + " and then more")
+    means = vae.posterior([long, long + "cat", kept + " and then more", "no" + long])[0]
     assert torch.equal(means[0], means[1]) and torch.equal(means[0], means[2])
     assert (means[0] - means[3]).abs().max() > 0.01
 
 
-def test_an_interpolation_is_the_straight_line_between_means(teller):
-    first, second = (posterior_of(teller.model, teller.tokenizer, text)[0] for text in TEXTS[:2])
-    texts = teller.interpolate(*TEXTS[:2], steps=4)
-    assert texts == [told(teller.model, teller.tokenizer, first + (second - first) * step / 3) for step in range(4)]
-    assert [texts[0], texts[-1]] == teller.reconstruct(TEXTS[:2])
-    assert teller.interpolate(*TEXTS[:2], steps=2) == [texts[0], texts[-1]]
+def test_an_interpolation_is_the_straight_line_between_means(vae):
+    first, second = (posterior_of(vae.model, vae.tokenizer, text)[0] for text in TEXTS[:2])
+    texts = vae.interpolate(*TEXTS[:2], steps=4)
+    assert texts == [decoded(vae.model, vae.tokenizer, first + (second - first) * step / 3) for step in range(4)]
+    assert [texts[0], texts[-1]] == vae.reconstruct(TEXTS[:2])
+    assert vae.interpolate(*TEXTS[:2], steps=2) == [texts[0], texts[-1]]
 
 
-def test_variations_are_drawn_around_the_text(teller, monkeypatch):
-    texts = teller.vary(TEXTS[0], 6, seed=2)
-    assert teller.vary(TEXTS[0], 6, seed=2) == texts and teller.vary(TEXTS[0], 2, seed=2) == texts[:2]
-    assert len(set(texts)) > 3 and teller.vary(TEXTS[0], 6, seed=3) != texts
-    posterior = teller.posterior
-    monkeypatch.setattr(teller, "posterior", lambda texts: (posterior(texts)[0], posterior(texts)[1] - 60))
-    assert teller.vary(TEXTS[0], 2) == teller.reconstruct(TEXTS[0]) * 2, "with no variance there is no variation"
+def test_variations_are_drawn_around_the_text(vae, monkeypatch):
+    texts = vae.vary(TEXTS[0], 6, seed=2)
+    assert vae.vary(TEXTS[0], 6, seed=2) == texts and vae.vary(TEXTS[0], 2, seed=2) == texts[:2]
+    assert len(set(texts)) > 3 and vae.vary(TEXTS[0], 6, seed=3) != texts
+    posterior = vae.posterior
+    monkeypatch.setattr(vae, "posterior", lambda texts: (posterior(texts)[0], posterior(texts)[1] - 60))
+    assert vae.vary(TEXTS[0], 2) == vae.reconstruct(TEXTS[0]) * 2, "with no variance there is no variation"
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------
@@ -314,31 +314,31 @@ def test_variations_are_drawn_around_the_text(teller, monkeypatch):
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
     ],
 )
-def test_bad_options(writer, options, message):
+def test_bad_options(generator, options, message):
     with pytest.raises(ValueError, match=message):
-        writer.sample(**options)
+        generator.sample(**options)
     if "count" not in options:
         with pytest.raises(ValueError, match=message):
-            writer.stream(**options)  # before a piece is taken
+            generator.stream(**options)  # before a piece is taken
 
 
-def test_other_bad_input(teller):
+def test_other_bad_input(vae):
     with pytest.raises(ValueError, match="steps must be at least 2; got 1"):
-        teller.interpolate("a", "b", steps=1)
+        vae.interpolate("a", "b", steps=1)
     with pytest.raises(ValueError, match="count must be at least 1; got 0"):
-        teller.vary("a", 0)
+        vae.vary("a", 0)
     with pytest.raises(TypeError, match="top_q"):
-        teller.sample(top_q=1)
-    for write in (lambda text: teller.sample(prompt=text), teller.stream, teller.reconstruct, teller.vary):
+        vae.sample(top_q=1)
+    for write in (lambda text: vae.sample(prompt=text), vae.stream, vae.reconstruct, vae.vary):
         with pytest.raises(ValueError, match="a text must be Unicode: .* position 1: surrogates not allowed"):
             write("a\udcff")
     with pytest.raises(TypeError, match="a text must be a str; got int"):
-        teller.reconstruct(["a", 3])
+        vae.reconstruct(["a", 3])
 
 
 def test_a_decoder_alone_has_no_latent(models, tokenizer):
-    writer = Writer(models["decoder"], tokenizer)
-    for tell in (lambda: writer.reconstruct("a"), lambda: writer.interpolate("a", "b"), lambda: writer.vary("a")):
+    generator = TextGenerator(models["decoder"], tokenizer)
+    for tell in (lambda: generator.reconstruct("a"), lambda: generator.interpolate("a", "b"), lambda: generator.vary("a")):
         with pytest.raises(ValueError, match="needs a model with a latent, a TextVAE; got a LlamaForCausalLM"):
             tell()
 
@@ -368,25 +368,25 @@ def shown(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_commands_write_what_a_writer_does(checkpoints, teller, capsys):
+def test_the_commands_write_what_a_writer_does(checkpoints, vae, capsys):
     folder, (first, second, *_) = checkpoints / "vae", TEXTS
     drawing = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_new_tokens": 6}
     options = [part for name, value in drawing.items() for part in (f"--{name.replace('_', '-')}", value)]
     expected = {
-        (): teller.sample(),
-        ("the cat", "a", "--count", 2, "--seed", 5, *options): teller.sample(2, prompt=["the cat", "a"], seed=5, **drawing),
-        ("the cat", "--stream", "--seed", 5): teller.sample(prompt="the cat", seed=5),
-        ("--reconstruct", first, second): teller.reconstruct([first, second]),
-        ("--vary", first, "--count", 3, "--seed", 5): teller.vary(first, 3, seed=5),
+        (): vae.sample(),
+        ("the cat", "a", "--count", 2, "--seed", 5, *options): vae.sample(2, prompt=["the cat", "a"], seed=5, **drawing),
+        ("the cat", "--stream", "--seed", 5): vae.sample(prompt="the cat", seed=5),
+        ("--reconstruct", first, second): vae.reconstruct([first, second]),
+        ("--vary", first, "--count", 3, "--seed", 5): vae.vary(first, 3, seed=5),
     }
     for arguments, texts in expected.items():
         assert shown(capsys, "generate", folder, *arguments) == "\n---\n".join(texts) + "\n"
-    texts = teller.interpolate(first, second, 3)
+    texts = vae.interpolate(first, second, 3)
     assert shown(capsys, "interpolate", folder, first, second, "--steps", 3) == "\n---\n".join(texts) + "\n"
 
 
 def test_a_decoder_from_the_command_line(checkpoints, models, tokenizer, capsys):
-    expected = Writer(models["decoder"], tokenizer).sample(prompt="the cat")
+    expected = TextGenerator(models["decoder"], tokenizer).sample(prompt="the cat")
     assert shown(capsys, "generate", checkpoints / "decoder", "the cat") == expected[0] + "\n"
     with pytest.raises(ValueError, match="needs a model with a latent"):
         run("interpolate", checkpoints / "decoder", "a", "b")

@@ -1,4 +1,4 @@
-"""fastlm.lm.prepare: a corpus without duplicates, split by content, in a stream, written whole or not at all."""
+"""A prepared corpus has no duplicates, is split by content and made in a stream, and is written whole or not at all."""
 
 import json
 import random
@@ -44,7 +44,7 @@ def jaccard(one, other):
 
 
 def test_signatures_agree_in_about_the_jaccard_index():
-    """A share of 120 hashes has a standard deviation of at most 0.046; over 40 pairs, the mean error of at most 0.0073."""
+    """A share of 120 hashes has a standard deviation of at most 0.046, and the mean error of 40 pairs one of at most 0.0073."""
     rng, errors = random.Random(0), []
     for changed in range(40):
         words = rng.choices(WORDS, k=100)
@@ -77,7 +77,7 @@ def test_kinds_of_duplicates(tmp_path):
 
 
 def test_how_many_near_duplicates_are_found(tmp_path):
-    """Of pairs with a Jaccard index well above the threshold all; of pairs well below it none."""
+    """All pairs with a Jaccard index well above the threshold are found, and none of those well below it."""
     rng = random.Random(3)
     with Duplicates(tmp_path / "index") as seen:
         for number in range(150):
@@ -115,7 +115,7 @@ def test_no_text_is_there_twice_and_no_document_crosses_splits(tmp_path_factory,
 
 
 def test_near_duplicates_do_not_cross_splits(tmp_path):
-    """Each document four times with a word changed, three sentences in common with the next: one of the four is kept."""
+    """Each document comes four times with one word changed, and shares three sentences with the next: one of four is kept."""
     rng = random.Random(4)
     originals = [" ".join(sentence(rng) for _ in range(8)) for _ in range(60)]
     texts = originals + [" ".join([*text.split()[:-1], f"end{i}."]) for text in originals for i in range(3)]
@@ -182,7 +182,7 @@ def test_the_same_corpus_gives_the_same_bytes(tmp_path):
 
 
 def test_names_and_labels_that_are_no_unicode(tmp_path, capsys):
-    """A lone surrogate in a label, a file's name that is not UTF-8: kept, and printed escaped."""
+    """A lone surrogate in a label and a file name that is not UTF-8 are kept, and printed with escapes."""
     source = tmp_path / "in\udcff.jsonl"
     write(source, ["A text that is long enough.", "short"], ["odd \ud800", None])
     assert main(["lm", "prepare", str(source), "--output", str(tmp_path / "out"), "--vocab-size", "0"]) == 0
@@ -221,7 +221,7 @@ def test_what_fails_leaves_the_last_good_corpus(tmp_path):
 
 @pytest.mark.parametrize(("limit", "message"), [(2_000_000, "the index of duplicates could not"), (300_000, "too large")])
 def test_a_full_disk_leaves_the_last_good_corpus(tmp_path, limit, message):
-    """A limit on the size of files stands for it, which stops the index, that has a small cache, or else the corpus."""
+    """A limit on file sizes stands for a full disk. It stops the index, if its cache is small, or else the corpus."""
     rng = random.Random(9)
     small = write(tmp_path / "small.jsonl", [sentence(rng) for _ in range(50)])
     large = write(tmp_path / "large.jsonl", [sentence(rng) for _ in range(5000)])
@@ -229,8 +229,8 @@ def test_a_full_disk_leaves_the_last_good_corpus(tmp_path, limit, message):
     before = contents(tmp_path / "out")
     process = python(f"""
 import resource
-from fastlm.lm import duplicates
-from fastlm.lm.prepare import prepare
+from fastlm.lm.data import duplicates
+from fastlm.lm.data.prepare import prepare
 duplicates.CACHE = 1 if {limit} > 1_000_000 else 16
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
@@ -243,11 +243,11 @@ except OSError as error:
 
 
 def test_the_index_of_duplicates_is_on_the_disk(tmp_path):
-    """With a cache of 1 MiB, memory grows by less than half of what the index takes."""
+    """With a cache of 1 MiB, memory grows by less than half of the index's size."""
     code = f"""
 import os, random
 from pathlib import Path
-from fastlm.lm import duplicates
+from fastlm.lm.data import duplicates
 duplicates.CACHE = 1
 rng, path = random.Random(0), Path("{tmp_path}/index")
 def resident():
@@ -264,10 +264,10 @@ with duplicates.Duplicates(path) as seen:
 
 
 def test_a_corpus_larger_than_the_memory_it_takes(tmp_path):
-    """Peak memory after 30 MB of text is above that after 2 MB by less than a third of the difference."""
+    """Peak memory grows from 2 MB to 30 MB of text by less than a third of the difference."""
     code = f"""
 import random, resource
-from fastlm.lm.prepare import prepare
+from fastlm.lm.data.prepare import prepare
 rng = random.Random(0)
 words = {WORDS!r}
 def corpus(path, megabytes):

@@ -1,4 +1,4 @@
-"""fastlm.lm reads text, JSONL and CSV in a stream, counts what is malformed and names what it cannot read."""
+"""fastlm.lm reads text, JSONL and CSV in a stream, counts malformed rows, and names files that it cannot read."""
 
 import csv
 import inspect

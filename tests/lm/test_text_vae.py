@@ -1,4 +1,4 @@
-"""The text VAE itself: against a decoder written out in plain PyTorch, against eager, and against its own formulas."""
+"""The text VAE agrees with a decoder in plain PyTorch, with eager attention, and with its own formulas."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def config_of(**changes) -> TextVAEConfig:
 
 
 def build(implementation: str = "fastlm", dtype: torch.dtype = torch.float32) -> TextVAE:
-    """With weights so large that attention is not flat and z matters; the same ones in every call."""
+    """Build a model with weights so large that attention is not flat and z matters; every call makes the same weights."""
     model = TextVAE._from_config(config_of(), attn_implementation=implementation)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def draw(batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def batch_of(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `fastlm.lm.batches.Collator` makes one."""
+    """Make a batch as `fastlm.lm.data.batches.Collator` does."""
     ids, labels = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value) for value in (PAD, IGNORED))
     return {
         "input_ids": ids,
@@ -61,7 +61,7 @@ def ragged() -> list[torch.Tensor]:
 
 
 def decoded(model: TextVAE, ids: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """(L, vocabulary): the logits of one text, by the formulas of Llama and of the slot that holds z."""
+    """Compute the logits (L, vocabulary) of one text by the formulas of Llama, with z as the first key and value."""
     weights, config = model.state_dict(), model.config.decoder
     heads, kv_heads, size, length = config.num_attention_heads, config.num_key_value_heads, config.head_dim, len(ids)
 
@@ -73,7 +73,7 @@ def decoded(model: TextVAE, ids: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return weights[f"{name}.weight"] * x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
-        """(heads, L, size), the token of each place turned by its angles."""
+        """Rotate the token of each position by its angles: (heads, L, size)."""
         speeds = 10000.0 ** (-torch.arange(0, size, 2, dtype=x.dtype) / size)
         angles = torch.arange(length, dtype=x.dtype)[:, None] * speeds
         one, other = x.chunk(2, -1)
@@ -83,7 +83,7 @@ def decoded(model: TextVAE, ids: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return x.view(length, count, size).transpose(0, 1)
 
     slots = [linear(name, z).view(config.num_hidden_layers, kv_heads, 1, size) for name in ("to_keys", "to_values")]
-    visible = torch.ones(length, length + 1, dtype=torch.bool).tril(1)  # z and the tokens up to here
+    visible = torch.ones(length, length + 1, dtype=torch.bool).tril(1)  # (L, 1 + L): z and the tokens up to each
     x = weights["decoder.model.embed_tokens.weight"][ids] + linear("to_embedding", z)
     for index in range(config.num_hidden_layers):
         layer = f"decoder.model.layers.{index}"
@@ -143,7 +143,7 @@ def padded_on_the_left(model: TextVAE, z: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("implementation", ["fastlm", "eager"])
 @pytest.mark.parametrize("read", [in_one, token_by_token, prompt_and_rest, prefixes, padded_on_the_left])
 def test_the_decoder_is_the_one_written_out(read, implementation):
-    """However it reads a text, with z as a key and value in front that is no token's place."""
+    """All ways to read a text agree, where z is the first key and value but takes no position."""
     logits = read(build(implementation), draw(3))
     assert_as_good_as_plain(logits, written_out(torch.float32), written_out(torch.float64), VALUE_FACTOR)
 
@@ -161,7 +161,7 @@ def test_each_way_to_tell_z_counts(part):
 
 
 def test_values_and_gradients_are_as_good_as_eager():
-    """From the logits back through the decoder, z and its noise into the encoder."""
+    """Gradients flow from the logits through the decoder, z and its noise into the encoder."""
     batch = batch_of(ragged())
     del batch["labels"]
 
@@ -201,7 +201,7 @@ def test_padding_and_the_rest_of_a_batch_change_nothing():
 
 @torch.no_grad()
 def test_an_encoder_that_sees_what_follows():
-    """It is no decoder: the last token changes what the first becomes."""
+    """The encoder is bidirectional: the last token changes the output of the first."""
     model = build()
     changed = IDS.clone()
     changed[:, -1] = (changed[:, -1] + 1 - 4) % (VOCABULARY - 4) + 4
@@ -241,7 +241,7 @@ def test_the_loss_is_that_of_the_formula(training):
 
 
 def test_the_gradient_of_the_kl_stops_at_the_free_bits():
-    """Under a kl_weight so large that nothing else counts, mu moves only where its dimension takes more."""
+    """With a very large kl_weight, mu gets a gradient only in dimensions whose KL exceeds the free bits."""
     model = build().train()
     model.kl_weight = 1e6
     batch = batch_of(ragged())
@@ -263,12 +263,12 @@ def test_greedy_is_one_likeliest_token_after_the_other():
         expected = torch.cat([expected, model(input_ids=expected, latents=z).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(model.generate(IDS[:, :2], latents=z, **options), expected)
     assert torch.equal(model.generate(IDS[:, :2], latents=z, num_beams=1, **options), expected)
-    assert len(set(map(tuple, expected[:, 2:].tolist()))) == 3  # each z its own
+    assert len(set(map(tuple, expected[:, 2:].tolist()))) == 3  # each z has its own text
 
 
 @torch.no_grad()
 def test_beam_search_finds_the_likeliest_pair():
-    """With a beam for every token, two steps are a full search."""
+    """With one beam per token of the vocabulary, two steps are an exhaustive search."""
     model, z, prompt = build(), draw(2), IDS[:2, :3]
     options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None}
     found = model.generate(prompt, latents=z, num_beams=VOCABULARY, **options)

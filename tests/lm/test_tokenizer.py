@@ -1,4 +1,4 @@
-"""The vocabularies of fastlm.lm: a byte-level BPE for any text, and one of words."""
+"""The vocabularies of fastlm.lm: a byte-level BPE for any text, and a vocabulary of words."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Training: resumed to the same bits, in two processes as in one, interrupted, on a full disk, and refused."""
+"""Training: resuming to the same bits, two processes as one, interruptions, a full disk, and refused arguments."""
 
 import csv
 import json
@@ -25,12 +25,12 @@ SETTINGS = Settings(preset="tiny", epochs=2, batch_size=16, free_bits=0.1, kl_sc
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, corpus):
-    """A run that nothing disturbed."""
+    """Train without an interruption."""
     return train(tmp_path_factory.mktemp("whole") / "run", corpus, SETTINGS, callbacks=())
 
 
 class At(TrainerCallback):
-    """Does something once, after a step."""
+    """A callback that does something once, after a given step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -69,13 +69,13 @@ def test_it_learns_and_leaves_a_model(whole, corpus):
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, corpus, tmp_path):
     run = tmp_path / "run"
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="checkpoint-4"):  # the step after the signal
+    with pytest.raises(Interrupted, match="checkpoint-4"):  # the step after that of the signal
         train(run, corpus, SETTINGS, callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
     assert signal.getsignal(signal.SIGINT) is before
     assert not (run / "model.safetensors").exists() and (run / "curves.csv").exists()
     train(run, resume=True, callbacks=())
     assert_same_bits(run, whole)
-    same = ("loss", "kl", "eval_loss")  # the interruption itself has a row of the log at another step
+    same = ("loss", "kl", "eval_loss")  # an interrupted run logs another step too
     last, expected = ([row for row in curves(each) if row["eval_loss"]][-1] for each in (run, whole))
     assert [last[name] for name in same] == [expected[name] for name in same]
 
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(corpus, whole, tmp_path, monk
         train(run, corpus, SETTINGS, callbacks=())
     (left,) = (run / "checkpoints").iterdir()
     monkeypatch.undo()
-    killed = shutil.copytree(left, run / "checkpoints" / "checkpoint-9")  # by the kernel, while it was written
+    killed = shutil.copytree(left, run / "checkpoints" / "checkpoint-9")  # as of a process that was killed while it wrote
     (killed / "trainer_state.json").unlink()
     train(run, resume=True, callbacks=())
     assert_same_bits(run, whole)
@@ -178,13 +178,13 @@ def test_bad_settings_are_named(wrong, message):
         ("linear", 0.0, {}, 0.0),
         ("linear", 0.25, {}, 0.5),
         ("linear", 0.9, {}, 1.0),
-        ("cyclical", 0.0625, {}, 0.5),  # four cycles, each a quarter: half of it rises
+        ("cyclical", 0.0625, {}, 0.5),  # in each of four cycles the weight rises over the first half
         ("cyclical", 0.125, {}, 1.0),
         ("cyclical", 0.25, {}, 0.0),
         ("cyclical", 1.0, {}, 1.0),
         ("constant", 0.19, {"warm_start": 0.2}, 0.0),
         ("constant", 0.2, {"warm_start": 0.2}, 1.0),
-        ("linear", 0.4, {"warm_start": 0.2, "beta": 2.0}, 1.0),  # a quarter of what is left
+        ("linear", 0.4, {"warm_start": 0.2, "beta": 2.0}, 1.0),  # a quarter of the training after the warm start
         ("linear", 1.0, {"warm_start": 1.0}, 1.0),
     ],
 )

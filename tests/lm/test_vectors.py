@@ -35,7 +35,7 @@ def read(tmp_path, content, **options):
 
 @given(st.integers(1, 5).flatmap(lambda n: st.lists(st.tuples(WORDS, st.lists(NUMBERS, min_size=n, max_size=n)), min_size=1)))
 def test_every_format_round_trips(tmp_path, vectors):
-    """The formats are named, as a binary file may look like text; GloVe's cannot hold a first line like a header."""
+    """Formats are given by name, as a binary file may look like text, and GloVe's format forbids a first line like a header."""
     contents = [(as_text(vectors), False), (as_binary(vectors), True), (as_binary(vectors, end=b""), True)]
     if not vectors[0][0].isdigit():
         contents.append((as_text(vectors, header=False), False))
@@ -55,7 +55,7 @@ def test_the_format_is_told_by_the_beginning(tmp_path, write):
 
 
 def test_words_with_blanks_in_them(tmp_path):
-    """GloVe's 840B has some."""
+    """The file of GloVe's 840B has words with blanks."""
     assert [word for word, _ in read(tmp_path, b"a 1 2\n. . . 3 4\nat name@host 5 6\n\n")] == ["a", ". . .", "at name@host"]
 
 

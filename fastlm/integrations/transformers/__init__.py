@@ -6,20 +6,20 @@ Importing this module registers the name with transformers, so that
     model.set_attn_implementation("fastlm")
     fastlm.replace(model)  # on a model at hand; fastlm.restore(model) goes back to what it had
 
-run every attention that goes through transformers' AttentionInterface on `fastlm.attention`, with the answers of ``eager``:
+run every attention that goes through transformers' AttentionInterface on `fastlm.attention`, with the results of ``eager``:
 grouped queries, windows, softcap, sinks, position biases (with their gradient), dropout, caches and padding.
 
 What stays on transformers' own path:
 
 - A call that asks for attention weights (``output_attentions=True``), or that has an argument which the model's eager function
   knows and fastlm does not, runs that eager function and warns once.
-- An attention that computes its scores itself, without the interface, is as it was; `fastlm.replace` says so. A model with such
-  an attention, or with one that makes another mask of the one it gets, is given eager's float masks.
-- An attention that prepares its mask for "eager" and "sdpa" alone raises NotImplementedError: with another name it would attend
+- An attention that computes its scores itself, without the interface, stays as it is; `fastlm.replace` reports it. A model with
+  such an attention, or with one that makes another mask of the one it gets, receives eager's float masks.
+- An attention that prepares its mask for "eager" and "sdpa" alone raises NotImplementedError. With another name it would attend
   to keys that it means to hide.
 
-A query that sees no key gets zeros, where eager gives it the mean of all values. transformers' masks leave only padded
-positions without a key, and hide those from all others, so the outputs of all other positions are the same.
+A query that sees no key gets zeros, where eager gives it the mean of all values. In transformers' masks only padded positions
+see no key, and no other position sees them, so the outputs of all other positions are the same.
 """
 
 from collections.abc import Iterable
@@ -41,9 +41,9 @@ NAME = "fastlm"
 
 
 class AttentionSwap(Swap):
-    """A model takes ``attn_implementation="fastlm"``, and with it every model inside it whose attention can.
+    """The swap that sets ``attn_implementation="fastlm"`` on a model, and on every model inside it whose attention can take it.
 
-    What each had before stays on the module as ``fastlm_replaced``.
+    The earlier implementation is kept on each module as ``fastlm_replaced``.
     """
 
     original = PreTrainedModel
@@ -70,20 +70,19 @@ class AttentionSwap(Swap):
         before = module.config._attn_implementation
         parts = [part for part in module.modules() if self._takes_part(part)]
         for part in parts:
-            if part.config._attn_implementation != NAME:  # else it was swapped before, as a model of its own
+            if part.config._attn_implementation != NAME:  # else it was swapped before, by itself
                 part.fastlm_replaced = part.config._attn_implementation
         for part in parts:
             _set(part, NAME)
         return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
 
     def undo(self, module: PreTrainedModel) -> str:
-        for part in module.modules():  # a model comes before its attentions, whose config mostly is the model's
+        for part in module.modules():  # a model comes before its attentions, which mostly share its config
             before = vars(part).pop("fastlm_replaced", None)
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
                 model = part if isinstance(part, PreTrainedModel) else module
-                _set(
-                    part, before or model.get_correct_attn_implementation(None)
-                )  # the default, where it was made with fastlm's
+                # A model that was made with "fastlm" has no earlier implementation, and gets the default.
+                _set(part, before or model.get_correct_attn_implementation(None))
         return f"attn_implementation {NAME!r} -> {module.config._attn_implementation!r}"
 
     def _takes_part(self, part: nn.Module) -> bool:
@@ -93,17 +92,18 @@ class AttentionSwap(Swap):
 
 
 def _set(part: nn.Module, implementation: str) -> None:
-    part.config._attn_implementation = {"": implementation}  # this config's alone: those inside it have modules of their own
+    # The key "" names this config alone; the configs inside it have modules of their own.
+    part.config._attn_implementation = {"": implementation}
 
 
 def _exceptions(model: PreTrainedModel) -> str:
-    """What in a swapped model does not always run on fastlm."""
+    """Return a text on the parts of a swapped model that do not always run on fastlm."""
     parts = set(map(type, model.modules()))
     unknown = {cls.__name__: ", ".join(traits_of(cls).unknown) for cls in filter(uses_interface, parts)}
-    said = [f"{name} runs eager where it is given {given}" for name, given in unknown.items() if given]
+    reasons = [f"{name} runs eager where it is given {given}" for name, given in unknown.items() if given]
     if own := _names(filter(computes_attention, parts)):
-        said.append(f"{own} does not go through transformers' AttentionInterface")
-    return "".join(f"; {what}" for what in sorted(said))
+        reasons.append(f"{own} does not go through transformers' AttentionInterface")
+    return "".join(f"; {what}" for what in sorted(reasons))
 
 
 def _names(classes: Iterable[type]) -> str:

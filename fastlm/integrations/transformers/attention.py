@@ -27,25 +27,25 @@ def attend(
     output_attentions: bool | None = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function that transformers' attention modules call, by the convention of its AttentionInterface.
+    """Attend for transformers' attention modules, by the convention of its AttentionInterface.
 
     Args:
-        module: the attention, asked for whether it is in training.
+        module: the attention, whose training flag switches the dropout.
         query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
-        attention_mask: what `make_mask` made, or a user's own, bool or float. None hides nothing, as in eager:
-            ``is_causal`` and ``sliding_window`` among ``kwargs`` say nothing that the mask does not.
-        dropout: the share of weights dropped in training.
+        attention_mask: a mask of `make_mask`, or a user's own, bool or float. None hides nothing, as in eager: ``is_causal``
+            and ``sliding_window`` among ``kwargs`` add nothing to the mask.
+        dropout: the probability to drop a weight in training.
         s_aux: (Hq,), the heads' sinks.
-        position_bias: floating, broadcastable to (B, Hq, Lq, Lk): added to the scores, and gets a gradient.
+        position_bias: floating, broadcastable to (B, Hq, Lq, Lk). It is added to the scores, and gets a gradient.
 
     Returns:
-        The output (B, Lq, Hq, Dv), contiguous, and None, or the weights where they were asked for.
+        The output (B, Lq, Hq, Dv), contiguous, and None, or the weights if the call asks for them.
 
     Raises:
         NotImplementedError: the module prepares its mask for other implementations only.
     """
     traits = traits_of(type(module))
-    collected = _active_collector.get()  # some models take weights from there alone, and do not ask their attentions
+    collected = _active_collector.get()  # some models collect weights without asking for them
     output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
     plain = not torch.jit.is_tracing() and are_plain((query, key, value, attention_mask, s_aux, position_bias))
     if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
@@ -67,7 +67,7 @@ def attend(
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
     if query.shape[2] == 1:
-        query = query.squeeze(2).unsqueeze(2)  # strides of a contiguous tensor, if it is one: a step of decoding at less cost
+        query = query.squeeze(2).unsqueeze(2)  # makes strides canonical: decoding costs less
     out = attention(
         query,
         key,
@@ -84,7 +84,7 @@ def attend(
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """One float mask of a mask and a bias."""
+    """Merge a mask and a bias into one float mask."""
     if mask is None:
         return bias
     return torch.where(mask, bias, -torch.inf) if mask.dtype is torch.bool else bias + mask
@@ -93,7 +93,7 @@ def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
 def _why_eager(
     module: nn.Module, traits: Traits, plain: bool, broadcast: bool, weights: bool | None, kwargs: dict
 ) -> str | None:
-    """Why a call must run the model's eager function, or None."""
+    """Return why a call must run the model's eager function, or None."""
     if traits.for_others:
         raise NotImplementedError(f"{type(module).__name__} {traits.for_others}: use attn_implementation='sdpa' or 'eager'")
     if weights:
@@ -119,7 +119,7 @@ def _attend_eagerly(
     mask: Tensor | None,
     options: dict,
 ) -> tuple[Tensor, Tensor]:
-    """What the model does by itself: its own eager function, with a warning once for each class and reason."""
+    """Run the model's own eager function, and warn once for each class and reason."""
     name = type(module).__name__
     if eager is None:
         raise NotImplementedError(f"{name} has no eager attention to fall back to, and {reason}")

@@ -1,4 +1,4 @@
-"""The masks that transformers' models ask for when they run on fastlm: none where an argument of `fastlm.attention` says it."""
+"""The masks of transformers' models on fastlm, which are not built if an argument of `fastlm.attention` replaces them."""
 
 from collections.abc import Callable
 
@@ -17,11 +17,11 @@ from transformers.masking_utils import (
 
 from .traits import takes_any_mask
 
-# A mask that is a pattern and nothing else is never built. What transformers is given instead, and hands on to the attention,
-# is one number on the CPU, expanded to the mask's shape (batch, 1, queries, keys), of a dtype that no mask has:
-CAUSAL = torch.uint16  # query i sees keys up to its own place, counted from the last query and key; the number says nothing
-WINDOW = torch.uint32  # and of those only the last ones, as many as the number says
-WINDOW_ON_BOTH_SIDES = torch.uint64  # it sees its own place and as many keys on each side as the number says
+# A mask that is only a pattern is never built. transformers gets a stand-in instead, and hands it on to the attention: one
+# number on the CPU, expanded to the mask's shape (batch, 1, queries, keys), of a dtype that no mask has.
+CAUSAL = torch.uint16  # a query sees the keys up to its own position, counted from the last query and key; the number is unused
+WINDOW = torch.uint32  # of those keys a query sees only the last ones, as many as the number
+WINDOW_ON_BOTH_SIDES = torch.uint64  # a query sees its own position, and as many keys on each side as the number
 STAND_INS = (CAUSAL, WINDOW, WINDOW_ON_BOTH_SIDES)
 
 
@@ -38,12 +38,12 @@ def make_mask(
     config: PreTrainedConfig | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """What transformers' models hand to their attentions as the mask; the arguments are those of its ``sdpa_mask``.
+    """Make the mask that a model of transformers hands to its attentions; the arguments are those of ``sdpa_mask``.
 
     Returns:
-        None where all queries see all keys, a stand-in (see above) for a causal or windowed mask without padding, else a bool
-        mask (batch, 1, queries, keys), True: attend, which takes (batch, keys) of memory where all queries see the same.
-        Models that must not get such masks get eager's float ones.
+        None if all queries see all keys; a stand-in (see above) for a causal or windowed mask without padding; otherwise a bool
+        mask (batch, 1, queries, keys), True: attend, which takes (batch, keys) of memory if all queries see the same keys.
+        Models that must not get such masks get eager's float masks.
     """
     shape = (batch_size, 1, q_length, kv_length)
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
@@ -54,7 +54,7 @@ def make_mask(
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query is at the last key
     stand_in = _stand_in(mask_function) if may_skip and aligned else None
     if stand_in is not None and q_length == 1 and (stand_in.dtype is CAUSAL or stand_in.item() >= kv_length):
-        mask_function = bidirectional_mask_function  # a query at the last key sees all that its window holds
+        mask_function = bidirectional_mask_function  # the window of a query at the last key has all keys
     if may_skip and mask_function is bidirectional_mask_function:
         padding = _padding(attention_mask, kv_length, kv_offset)
         return None if padding is None else padding[:, None, None].expand(shape)
@@ -65,14 +65,14 @@ def make_mask(
 
 
 def _padding(mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """The keys' part (batch, keys) of transformers' bool padding mask, True: a token; None where nothing is padded.
+    """Return the keys' part (batch, keys) of transformers' bool padding mask, True: a token, or None without padding.
 
-    Where values cannot be read, as in a graph that is compiled, there may be padding.
+    A graph that is being compiled cannot read the mask's values, so there may always be padding.
     """
     if mask is None:
         return None
     mask = mask[:, kv_offset : kv_offset + kv_length]
-    if (missing := kv_length - mask.shape[1]) > 0:  # keys of a static cache that are still to come
+    if (missing := kv_length - mask.shape[1]) > 0:  # a static cache has room for keys to come
         return nn.functional.pad(mask, (0, missing))
     return mask if torch.compiler.is_compiling() or not mask.all() else None
 
@@ -82,7 +82,7 @@ _LEFT, _BOTH = sliding_window_overlay(1).__code__, sliding_window_bidirectional_
 
 
 def _stand_in(mask_function: Callable) -> Tensor | None:
-    """The number that stands for one of transformers' patterns; None for any other function."""
+    """Return the 0-d stand-in for one of transformers' patterns, or None for any other function."""
     if mask_function is causal_mask_function:
         return torch.zeros((), dtype=CAUSAL, device="cpu")
     if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
@@ -97,7 +97,7 @@ def _stand_in(mask_function: Callable) -> Tensor | None:
 
 
 def read_stand_in(mask: Tensor) -> tuple[bool, tuple[int, int | None] | None]:
-    """(causal, window) of a stand-in, as `fastlm.attention` takes them."""
+    """Return (causal, window) of a stand-in, as `fastlm.attention` takes them."""
     if mask.dtype is CAUSAL:
         return True, None
     number = mask[0, 0, 0, 0].item() if mask.numel() else 1
@@ -105,7 +105,7 @@ def read_stand_in(mask: Tensor) -> tuple[bool, tuple[int, int | None] | None]:
 
 
 def as_eager_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """The float mask that an eager function wants, for any mask of `make_mask` or a user's own."""
+    """Return the float mask that an eager function takes, for a mask of `make_mask` or a user's own."""
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype in STAND_INS:

@@ -1,7 +1,7 @@
-"""What the code of transformers' attention classes does, read from the code: it tells how fastlm may serve them.
+"""Traits of transformers' attention classes, read from their code, which decide how fastlm may serve them.
 
-transformers itself finds out by reading sources whether a model's attention can be exchanged (`_can_set_attn_implementation`);
-this looks at the compiled functions of each class instead, once for each class.
+transformers reads sources to find out whether a model's attention can be exchanged (`_can_set_attn_implementation`). This file
+reads the compiled functions of each class instead, once per class.
 """
 
 import inspect
@@ -16,18 +16,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-# What every eager function may be given: fastlm's attention does it, or, as eager functions do, has no use for it.
+# Arguments that an eager function may have: fastlm's attention implements them, or ignores them as eager functions do.
 KNOWN = {"dropout", "scaling", "softcap", "s_aux", "position_bias", "output_attentions", "is_causal", "sliding_window"}
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What is special about an attention class.
+    """The traits of an attention class.
 
     Attributes:
-        eager: the eager function of its model, which it runs without an interface; None where it has none.
-        unknown: the arguments which that function knows and fastlm's attention does not.
-        for_others: why no implementation but transformers' own can serve it, or None.
+        eager: the model's eager function, which the class runs without an interface, or None.
+        unknown: the arguments that the eager function has and fastlm's attention lacks.
+        for_others: why no implementation but transformers' own can serve the class, or None.
     """
 
     eager: Callable | None
@@ -35,15 +35,15 @@ class Traits:
     for_others: str | None
 
 
-@torch.compiler.assume_constant_result  # torch.compile neither heeds a cache nor follows a reading of code
+@torch.compiler.assume_constant_result  # torch.compile ignores caches, and cannot trace the reading of code
 def traits_of(cls: type[nn.Module]) -> Traits:
-    """What is special about an attention class that goes through the AttentionInterface."""
+    """Return the traits of an attention class that goes through the AttentionInterface."""
     return _traits_of(cls)
 
 
 @torch.compiler.assume_constant_result
 def takes_any_mask(config: type[PreTrainedConfig]) -> bool:
-    """Whether all attentions of the models with such a config hand their masks to the interface as they got them."""
+    """Return whether all attentions of the models with such a config hand their masks to the interface unchanged."""
     return _takes_any_mask(config)
 
 
@@ -59,13 +59,13 @@ def _traits_of(cls: type[nn.Module]) -> Traits:
 
 @cache
 def uses_interface(cls: type[nn.Module]) -> bool:
-    """Whether a class looks its attention function up in transformers' AttentionInterface."""
+    """Return whether a class looks its attention function up in transformers' AttentionInterface."""
     return any("get_interface" in function.__code__.co_names for function in _functions(cls))
 
 
 @cache
 def computes_attention(cls: type[nn.Module]) -> bool:
-    """Whether a class, by its name an attention, computes its weights itself."""
+    """Return whether a class that is named like an attention computes its weights itself."""
     named = re.search("Attention|Attn", cls.__name__)
     own = {"softmax", "Softmax", "scaled_dot_product_attention"}
     return bool(named) and not uses_interface(cls) and any(own & set(f.__code__.co_names) for f in _functions(cls))
@@ -73,7 +73,7 @@ def computes_attention(cls: type[nn.Module]) -> bool:
 
 @cache
 def makes_masks(cls: type[nn.Module]) -> bool:
-    """Whether a class makes another mask out of the one that it is given, which then must be one of eager's."""
+    """Return whether a class makes another mask of the one it gets, which then must be one of eager's."""
     functions = [f for f in _functions(cls) if "attention_mask" in f.__code__.co_varnames]
     return any(re.search(r"\battention_mask = (?!encoder_attention_mask)", inspect.getsource(f)) for f in functions)
 
@@ -87,7 +87,7 @@ def _takes_any_mask(config: type[PreTrainedConfig]) -> bool:
 
 
 def _functions(cls: type[nn.Module]) -> Iterator[types.FunctionType]:
-    """The methods of a class and of its bases below torch.nn.Module, without their decorators."""
+    """Yield the methods of a class and of its bases below torch.nn.Module, without their decorators."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for function in map(inspect.unwrap, filter(inspect.isfunction, vars(base).values())):
             if inspect.isfunction(function):
@@ -99,7 +99,7 @@ def _is_eager(function: types.FunctionType, name: str) -> bool:
 
 
 def _models_of(config: type[PreTrainedConfig]) -> Iterator[types.ModuleType]:
-    """The Python modules with the models of a config class: those named modeling_* beside it, and its own."""
+    """Yield the Python modules with the models of a config class: those named modeling_* beside it, and its own."""
     for base in config.__mro__[: config.__mro__.index(PreTrainedConfig)]:
         package = base.__module__.rpartition(".")[0]
         for name, module in list(sys.modules.items()):

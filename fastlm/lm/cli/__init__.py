@@ -1,13 +1,13 @@
-"""The command line of the language model: ``fastlm lm prepare``, and those that have files of their own."""
+"""The command line of the language model: ``fastlm lm prepare``, and the commands of the other files of this folder."""
 
 import argparse
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ..data.prepare import prepare
 from ..data.read import UNITS
-from ..training.train import Interrupted
 from .attend import add_attend
 from .command import command
 from .finetune import add_finetune
@@ -56,26 +56,29 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
 def run_prepare(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command", "paths", "output")}
     report = str(prepare(arguments.paths, arguments.output, **options))
-    print(report.encode(errors="backslashreplace").decode())  # names of files may hold lone surrogates
+    print(report.encode(errors="backslashreplace").decode())  # file names may contain lone surrogates
     print(f"\nThe corpus is in {Path(arguments.output).resolve()}")
 
 
-def main(arguments: list[str]) -> int:
-    """Run one command; 1 if its input is at fault, which standard error then names."""
+def main(arguments: list[str], load_package: Callable[[], None] = lambda: None) -> int:
+    """Run one command and return its exit code: 1 if its input is at fault, which standard error then names.
+
+    ``load_package`` is that of `fastlm.cli.main`. A command's function imports what it needs when it runs, so that nothing
+    here brings torch or transformers.
+    """
     parser = argparse.ArgumentParser(prog="fastlm lm", description="The language model, from text files to generated text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_prepare, add_train, add_finetune, add_generate, add_interpolate, add_evaluate, add_attend):
         add(commands)
     parsed = parser.parse_args(arguments)
+    load_package()
     try:
         parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"fastlm lm {parsed.command}: {error}", file=sys.stderr)
         return 1
-    except Interrupted as stop:
-        print(f"fastlm lm {parsed.command}: interrupted; {stop}, and --resume goes on from it", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print(f"fastlm lm {parsed.command}: interrupted; nothing was replaced", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says where its checkpoint is
+        left = f"{stop}, and --resume goes on from it" if stop.args else "nothing was replaced"
+        print(f"fastlm lm {parsed.command}: interrupted; {left}", file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""``fastlm lm attend``."""
+"""The command ``fastlm lm attend``."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,7 @@ def add_attend(commands: argparse._SubParsersAction) -> None:
 
 
 def run_attend(arguments: argparse.Namespace) -> None:
-    from ..visualize.attend import attend  # here, as it brings the libraries of training
+    from ..visualize.attend import attend
 
     page = attend(arguments.checkpoint, arguments.sentence, arguments.output, arguments.corpus)
     print(f"The page is {Path(page).resolve()}")

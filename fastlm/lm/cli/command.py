@@ -1,4 +1,4 @@
-"""What the commands of ``fastlm lm`` have in common."""
+"""The common shape of the commands of ``fastlm lm``."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ def command(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """A command without arguments yet, whose description and examples are shown as they are written."""
+    """Add a command without arguments, whose help shows the description and the examples with their line breaks."""
     shape = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(name, help=help, description=description, epilog=examples, formatter_class=shape)
     parser.set_defaults(run=run)

@@ -1,9 +1,9 @@
-"""``fastlm lm finetune``."""
+"""The command ``fastlm lm finetune``."""
 
 import argparse
 from pathlib import Path
 
-from ..finetuning.common import Tuning
+from ..finetuning.tuning import Tuning
 from .command import command
 
 TASKS = ("classify", "translate")
@@ -48,7 +48,7 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
-    from ..finetuning.classify import classify  # here, as they bring libraries that no other command needs
+    from ..finetuning.classify import classify
     from ..finetuning.translate import translate
 
     names = ("epochs", "batch_size", "learning_rate", "lora", "seed")

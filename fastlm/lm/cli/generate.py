@@ -1,11 +1,10 @@
-"""``fastlm lm generate`` and ``fastlm lm interpolate``: texts of a trained model."""
+"""The commands ``fastlm lm generate`` and ``fastlm lm interpolate``, which write texts with a trained model."""
 
 import argparse
 from collections.abc import Iterable
 from dataclasses import fields
 
-from ..model.checkpoint import load
-from ..model.generate import Sampling, Writer
+from ..model.sampling import Sampling
 from .command import command
 
 GENERATE = """\
@@ -63,23 +62,26 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
+    from ..model.checkpoint import load
+    from ..model.generate import TextGenerator
+
     if arguments.prompts and (arguments.reconstruct or arguments.vary is not None):
         raise ValueError("a PROMPT goes with neither --reconstruct nor --vary")
     if arguments.stream and (len(arguments.prompts) > 1 or arguments.count != 1):
         raise ValueError("--stream writes one text: at most one PROMPT, and no --count")
     sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
-    Sampling(**sampling)  # its errors come before the model does
-    writer, prompts = Writer(*load(arguments.checkpoint)), arguments.prompts or [""]
+    Sampling(**sampling)  # raises its errors before the model is loaded
+    generator, prompts = TextGenerator(*load(arguments.checkpoint)), arguments.prompts or [""]
     if arguments.reconstruct:
-        show(writer.reconstruct(arguments.reconstruct))
+        show(generator.reconstruct(arguments.reconstruct))
     elif arguments.vary is not None:
-        show(writer.vary(arguments.vary, arguments.count, seed=arguments.seed))
+        show(generator.vary(arguments.vary, arguments.count, seed=arguments.seed))
     elif arguments.stream:
-        for piece in writer.stream(prompts[0], seed=arguments.seed, **sampling):
+        for piece in generator.stream(prompts[0], seed=arguments.seed, **sampling):
             print(piece, end="", flush=True)
         print()
     else:
-        show(writer.sample(arguments.count, prompt=prompts, seed=arguments.seed, **sampling))
+        show(generator.sample(arguments.count, prompt=prompts, seed=arguments.seed, **sampling))
 
 
 def add_interpolate(commands: argparse._SubParsersAction) -> None:
@@ -92,9 +94,12 @@ def add_interpolate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_interpolate(arguments: argparse.Namespace) -> None:
-    show(Writer(*load(arguments.checkpoint)).interpolate(arguments.first, arguments.second, arguments.steps))
+    from ..model.checkpoint import load
+    from ..model.generate import TextGenerator
+
+    show(TextGenerator(*load(arguments.checkpoint)).interpolate(arguments.first, arguments.second, arguments.steps))
 
 
 def show(texts: Iterable[str]) -> None:
-    """Texts may have empty lines of their own, and so a line is between them."""
+    """Print texts with a line of dashes between them, as a text may contain empty lines."""
     print("\n---\n".join(texts))

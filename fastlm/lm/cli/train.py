@@ -1,4 +1,4 @@
-"""``fastlm lm train`` and ``fastlm lm evaluate``."""
+"""The commands ``fastlm lm train`` and ``fastlm lm evaluate``."""
 
 import argparse
 import json
@@ -6,18 +6,14 @@ import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from ..data.batches import Texts
 from ..data.prepare import SPLITS
-from ..model.checkpoint import load
-from ..model.evaluate import evaluate
-from ..model.generate import Writer
-from ..model.presets import KINDS, PRESETS
+from ..model.sizes import KINDS, PRESETS
 from ..training.schedules import SCHEDULES
-from ..training.train import Settings, settings_of, train
+from ..training.settings import Settings, settings_of
 from .command import command
 from .generate import show
 
-SHOWN = 3  # texts that a new model writes
+SHOWN = 3  # example texts of a new model
 
 TRAIN = """\
 Train a language model from nothing: a variational autoencoder of texts ("vae"), or its decoder alone ("decoder"). With nothing
@@ -48,7 +44,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = command(commands, run_train, "train", help, TRAIN, TRAIN_EXAMPLES)
     defaults = asdict(Settings())
 
-    def option(name: str, what: str, **kind) -> None:  # those not given are absent, so that a resumed run keeps its own
+    def option(name: str, what: str, **kind) -> None:
+        # An option that is not given is absent, so that a resumed run keeps its own setting.
         what += f" (default: {defaults[name.replace('-', '_')]})"
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=what, **kind)
 
@@ -72,13 +69,17 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> None:
+    from ..model.checkpoint import load
+    from ..model.generate import generate
+    from ..training.train import train
+
     output = Path(arguments.output)
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
     settings = replace(settings_of(output)[0] if arguments.resume else Settings(), **given)
     train(output, arguments.corpus, settings, resume=arguments.resume)
-    if int(os.environ.get("RANK", 0)) == 0:  # torchrun's first process
+    if int(os.environ.get("RANK", 0)) == 0:  # the first process of torchrun
         print(f"The model is in {output.resolve()}. It writes, for example:\n")
-        show(Writer(*load(output)).sample(SHOWN, temperature=0.7, max_new_tokens=60))
+        show(generate(*load(output), SHOWN, temperature=0.7, max_new_tokens=60))
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -93,6 +94,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
+    from ..data.batches import Texts
+    from ..model.checkpoint import load
+    from ..model.evaluate import evaluate
+
     folders = [Path(folder) for folder in (arguments.checkpoint, arguments.against) if folder]
     corpus = Path(arguments.corpus) if arguments.corpus else settings_of(folders[0])[1]
     found = {}

@@ -1,18 +1,20 @@
-"""Augmentation of batches at training time: pure functions of token ids and a seed."""
+"""Augmentation of batches in training: pure functions of token ids and a seed."""
 
 import torch
 from torch import Tensor
 
 
 def word_dropout(ids: Tensor, probability: float, mask_id: int, *, seed: int, keep: Tensor | None = None) -> Tensor:
-    """Each token becomes ``mask_id`` with this probability, by itself (Bowman et al. 2016, for decoders that must use z).
+    """Replace each token by ``mask_id`` with this probability, independently of the others.
+
+    Bowman et al. 2016 do so to the decoder's input, so that the decoder must use z.
 
     Args:
         ids: token ids, an integer tensor of any shape, on any device.
-        keep: bool, broadcastable to ``ids``: tokens that stay, such as padding and the first.
+        keep: bool, broadcastable to ``ids``: True at tokens that are never masked, such as padding and the first token.
 
     Returns:
-        A new tensor. The same seed gives the same tokens on every device.
+        A new tensor of the same shape. The same seed gives the same tokens on every device.
 
     Raises:
         TypeError, ValueError: a bad argument.
@@ -27,19 +29,20 @@ def word_dropout(ids: Tensor, probability: float, mask_id: int, *, seed: int, ke
 def span_masking(
     ids: Tensor, share: float, mask_id: int, *, seed: int, mean_length: float = 3.0, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Spans of tokens become ``mask_id``s (after SpanBERT, Joshi et al. 2020), with geometric lengths.
+    """Replace spans of tokens by ``mask_id``; the lengths of the spans are geometric (after SpanBERT, Joshi et al. 2020).
 
-    A two-state Markov chain along a row: a masked token is followed by an unmasked one with the probability 1 / mean_length,
+    A two-state Markov chain runs along each row: an unmasked token follows a masked one with the probability 1 / mean_length,
     and every token is masked with the probability ``share``, wherever it stands.
 
     Args:
         ids: token ids, an integer tensor (..., length).
-        share: of the tokens to mask, in [0, 1).
-        mean_length: of the spans, in tokens; at least 1 / (1 - share), which tokens have that are masked each by itself.
-        keep: as for `word_dropout`; a span that meets such tokens leaves them as they are.
+        share: the expected share of masked tokens, in [0, 1).
+        mean_length: the mean length of a span, in tokens. It must be at least 1 / (1 - share), the mean length that results
+            when each token is masked independently.
+        keep: as for `word_dropout`. A span that covers such tokens leaves them as they are.
 
     Returns:
-        (the masked ids, bool of the same shape: True where masked).
+        (masked ids, mask), both of the shape of ``ids``; the mask is bool, True at masked tokens.
 
     Raises:
         TypeError, ValueError: a bad argument.
@@ -52,11 +55,12 @@ def span_masking(
     uniform = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     stop = 1 / mean_length
     start = stop * share / (1 - share)
-    # each token draws whether it is masked, is not, or is as the one before it; the first is not given the choice
+    # Each token draws one of three states: masked, unmasked, or like the token before it. The first draws one of the first two.
     masked, unmasked = uniform < start, (uniform >= start) & (uniform < start + stop)
     masked[..., :1] = uniform[..., :1] < share
     unmasked[..., :1] = ~masked[..., :1]
-    decided = torch.where(masked | unmasked, torch.arange(ids.shape[-1]), 0).cummax(-1).values  # the last that drew for itself
+    # `decided` is the position of the last token, up to this one, that drew a state of its own.
+    decided = torch.where(masked | unmasked, torch.arange(ids.shape[-1]), 0).cummax(-1).values  # (..., length)
     return _masked(ids, masked.gather(-1, decided), mask_id, keep)
 
 

@@ -1,4 +1,4 @@
-"""Batches to train on: the texts of a prepared corpus as ids, in an order and with a noise that depend on the seed alone."""
+"""Batches for training: the texts of a prepared corpus as token ids. Their order and noise depend on the seed alone."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,17 +16,17 @@ from ..model.text_vae import IGNORED
 from .augment import span_masking, word_dropout
 from .prepare import read_split
 
-POOL = 50  # batches
+POOL = 50  # batches per pool of `ByLength`
 
 
 class Texts(Dataset):
     """A split of a prepared corpus as token ids, each text between <|bos|> and <|eos|>, cut at ``max_tokens``.
 
-    The ids lie in a file without a name, so that memory holds but a number for each text. Item i is (ids (L,), the text's seed
-    in this epoch). ``words`` is how many words, parted by white space, all of them have.
+    The ids are in an unnamed temporary file, so that memory holds one number per text. Item i is the ids (L,) of text i and the
+    text's seed in this epoch. ``words`` counts the words of all texts, separated by white space.
 
     Raises:
-        FileNotFoundError, ValueError: `fastlm.lm.prepare.read_split`'s; the split is empty.
+        FileNotFoundError, ValueError: as `fastlm.lm.data.prepare.read_split`, or the split is empty.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Texts(Dataset):
         ends = [0]
         with TemporaryFile() as file:
             for record in read_split(corpus, split):
-                ids = framed(record["text"], tokenizer, max_tokens)
+                ids = encode_text(record["text"], tokenizer, max_tokens)
                 cut = ids[-1] != tokenizer.eos_token_id
                 self.words += len((tokenizer.decode(ids[1:]) if cut else record["text"]).split())
                 np.array(ids, np.int32).tofile(file)
@@ -44,7 +44,7 @@ class Texts(Dataset):
             if len(ends) == 1:
                 raise ValueError(f"{corpus} has no {split} texts")
             file.flush()
-            self.ids = np.memmap(file, np.int32, "r")  # keeps the file
+            self.ids = np.memmap(file, np.int32, "r")  # the map keeps the file alive
         self.ends = np.array(ends)
 
     def __len__(self) -> int:
@@ -56,38 +56,41 @@ class Texts(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Of the texts, in tokens."""
+        """Return the length of each text in tokens."""
         return np.diff(self.ends).tolist()
 
     def batches(self, size: int, collate: Callable) -> DataLoader:
-        """All texts once, from short to long: for evaluation."""
+        """Return a loader of all texts for evaluation: each text once, from short to long."""
         return DataLoader(self, size, sampler=np.argsort(self.lengths, kind="stable").tolist(), collate_fn=collate)
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has noise of its own; the data loader says when one begins."""
+        """Select the epoch, whose number changes the noise; the Trainer's data loader calls this when an epoch begins."""
         self.epoch = epoch
 
 
-def framed(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
-    """The token ids of a text between <|bos|> and <|eos|>, at most ``max_tokens`` in all; a text that is cut has no end."""
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[int]:
+    """Return the token ids of a text between <|bos|> and <|eos|>, at most ``max_tokens`` in all; a cut text has no <|eos|>."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id][:max_tokens]
 
 
 def seed_of(seed: int, epoch: int, index: int) -> int:
-    """Of a text in an epoch, whatever else is in its batch; a hash, as torch's CPU generator reads 32 bits of a seed only."""
+    """Return the seed of a text in an epoch, which does not depend on the rest of its batch.
+
+    It is a hash, because torch's CPU generator reads only 32 bits of a seed.
+    """
     digest = blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class ByLength(Sampler):
-    """The texts in random order, but those of a batch of about the same length, so that little is padding.
+    """Sample the texts in random order, with batches of about equal lengths, so that there is little padding.
 
-    Pools of POOL batches, drawn at random, are sorted by length and cut into batches, which are given in random order. The few
-    that make no whole batch are left out, others in each epoch.
+    Each random pool of POOL batches is sorted by length and cut into batches. The batches come in random order. The texts that
+    do not fill a batch are left out; they are different ones in each epoch.
 
     Raises:
-        ValueError: there are not enough texts for a batch.
+        ValueError: there are fewer texts than a batch takes.
     """
 
     def __init__(self, texts: Texts, batch: int):
@@ -106,12 +109,12 @@ class ByLength(Sampler):
 
 
 class Collator:
-    """Items to a batch: what the decoder reads and predicts, and for a `TextVAE` what the encoder reads.
+    """Make a batch of items: the decoder's input and labels, and for a `TextVAE` the encoder's input.
 
     Args:
-        encoder: whether the model has one.
-        dropout: the share of the decoder's tokens that are hidden from it (`word_dropout`).
-        masking: the share of the encoder's tokens that are hidden from it, in spans (`span_masking`).
+        encoder: whether the model has an encoder.
+        dropout: the share of the decoder's input tokens that are masked (`word_dropout`).
+        masking: the share of the encoder's input tokens that are masked, in spans (`span_masking`).
     """
 
     def __init__(
@@ -121,16 +124,17 @@ class Collator:
         self.encoder, self.dropout, self.masking = encoder, dropout, masking
 
     def plain(self) -> "Collator":
-        """The same without augmentation: for evaluation."""
+        """Return a copy without augmentation, for evaluation."""
         plain = copy(self)
         plain.dropout = plain.masking = 0.0
         return plain
 
     def __call__(self, items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """``input_ids``, ``labels`` and ``encoder_input_ids`` (B, L), padded on the right; ``seeds`` (B,)."""
+        """Return ``input_ids``, ``labels`` and ``encoder_input_ids`` (B, L), padded on the right, and ``seeds`` (B,)."""
         texts, seeds = zip(*items)
         batch = {"input_ids": padded(map(self._dropped, texts, seeds), self.pad), "labels": padded(texts, IGNORED)}
-        if self.encoder:  # a causal decoder never looks at padding on its right, and needs no attention_mask
+        # The causal decoder needs no attention_mask, as its tokens never attend to padding on the right.
+        if self.encoder:
             batch["encoder_input_ids"] = padded(map(self._masked, texts, seeds), self.pad)
             batch["encoder_attention_mask"] = (batch["labels"] != IGNORED).long()
             batch["seeds"] = torch.tensor(seeds)
@@ -144,11 +148,11 @@ class Collator:
 
 
 def padded_ids(rows: Sequence[Tensor], pad: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (B, L) of the longest, of texts given as ids; the mask is 1 at tokens, 0 at padding."""
+    """Pad rows of token ids to the longest: return (ids, mask), each (B, L), where the mask is 1 at tokens, 0 at padding."""
     mask = padded([torch.ones_like(row) for row in rows], 0, side)
     return padded(rows, pad, side), mask
 
 
 def padded(rows: Iterable[Tensor], value: int, side: str = "right") -> Tensor:
-    """(B, L) of the longest."""
+    """Pad rows (L_i,) to the longest: return (B, L)."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)

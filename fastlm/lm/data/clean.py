@@ -1,4 +1,4 @@
-"""Repair and normalisation of text, and the filters that tell language from noise. For any language."""
+"""Repair and normalisation of text, and filters that tell language from noise, for any language."""
 
 import re
 import unicodedata
@@ -7,23 +7,23 @@ from collections import Counter
 
 import ftfy
 
-# What changes the meaning or the look of well-formed text is off: Chinese needs its full-width punctuation, quotes stay curly,
-# and "&amp;" may be what a text about HTML is about.
+# The repairs that change the meaning or the look of well-formed text are off: Chinese needs its full-width punctuation, quotes
+# stay curly, and a text about HTML may be about "&amp;".
 _REPAIR = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False, normalization=None)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _BLANK = re.compile(r"[^\S\n]+")
 _AROUND_LINE_END = re.compile(r" ?\n ?")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 
-MIN_PACKED = 200  # bytes from which compression tells repetition
-REPETITIVE = 0.12  # compressed size, of the size in UTF-8; prose is at 0.3 to 0.6
-ODD = 0.01  # share of replacement characters, private-use and unassigned ones from which a text is damaged
+MIN_PACKED = 200  # bytes; compression says nothing of the repetition in a shorter text
+REPETITIVE = 0.12  # compressed size / size in UTF-8, below which a text is repetitive; prose has 0.3 to 0.6
+ODD = 0.01  # share of replacement, private-use and unassigned characters, above which a text is damaged
 
 
 def clean(text: str) -> str:
-    """Text with wrong decodings repaired (ftfy), in NFC, without control characters, with single blanks.
+    """Repair wrong decodings (ftfy), remove control characters, shrink white space, and normalise a text to NFC.
 
-    A run of white space becomes one blank, or one line end if it holds one, or one empty line if it holds more.
+    A run of white space becomes one blank, or one line end if it contains one, or one empty line if it contains more.
     """
     text = ftfy.fix_text(text.replace("\r\n", "\n"), _REPAIR)
     text = _BLANK.sub(" ", _CONTROL.sub("", text))
@@ -32,11 +32,11 @@ def clean(text: str) -> str:
 
 
 def why_noise(text: str, *, min_characters: int = 20, min_letters: float = 0.6) -> str | None:
-    """Why a cleaned text is not worth learning from, or None.
+    """Return why a cleaned text is not worth learning from, or None.
 
     Args:
-        min_characters: fewer are too short.
-        min_letters: the least share of letters (of any script, with their marks) among characters that are not white space.
+        min_characters: a text with fewer characters is too short.
+        min_letters: the least share of letters (of any script, with their marks) among the characters that are not white space.
     """
     if len(text) < min_characters:
         return "too short"

@@ -1,4 +1,4 @@
-"""The corpus for when no file is given: the documentation inside Python itself, in English, with the module as the label."""
+"""The default corpus, for when no file is given: Python's own documentation, in English, with the module as the label."""
 
 import ast
 import inspect
@@ -10,18 +10,18 @@ from pydoc_data.topics import topics
 
 from .read import Document
 
-# Tests, programs, and what `topics` gives.
+# These modules are tests, programs, or the source of `topics`.
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 
 
 def default_corpus() -> Iterator[Document]:
-    """The language reference's topics as ``help()`` shows them, then every docstring of the standard library's source.
+    """Yield the language reference's topics as ``help()`` shows them, then every docstring of the standard library.
 
-    The label is the top-level module, such as ``asyncio``, or ``pydoc_data.topics``; the origin names the module in full, or
-    the topic. Nothing of the library is imported, only parsed.
+    The label is the top-level module, such as ``asyncio``, or ``pydoc_data.topics``; the origin is the module's full name, or
+    the topic. The library is parsed, not imported.
 
     Raises:
-        FileNotFoundError: this Python came without the source of its library.
+        FileNotFoundError: this Python was installed without the source of its library.
     """
     for name in sorted(topics):
         yield Document(topics[name], "pydoc_data.topics", f"pydoc_data.topics:{name}")
@@ -43,7 +43,7 @@ def _sources(library: Path, name: str) -> list[Path]:
 
 
 def _docstrings(file: Path) -> Iterator[tuple[str, int]]:
-    """(docstring without its indentation, line) of the module, its classes and its functions."""
+    """Yield (docstring without its indentation, line) for the module, its classes and its functions."""
     tree = ast.parse(file.read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

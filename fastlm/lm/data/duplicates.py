@@ -1,7 +1,7 @@
-"""Finding exact and near duplicates in a stream, in bounded memory.
+"""Exact and near duplicates in a stream of texts, found in bounded memory.
 
-Near duplicates by MinHash and locality-sensitive hashing (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of Massive
-Datasets", chapter 3). The index is a SQLite file: datasketch's is a dictionary, and was measured at 3.5 KiB of memory a text.
+MinHash and locality-sensitive hashing find the near duplicates (Broder 1997; Leskovec, Rajaraman and Ullman, "Mining of Massive
+Datasets", chapter 3). The index is a SQLite file; datasketch's is a dictionary that was measured to take 3.5 KiB a text.
 """
 
 import sqlite3
@@ -10,23 +10,27 @@ from pathlib import Path
 
 import numpy as np
 
-SHINGLE = 9  # characters, so that languages without blanks between words are treated alike
-BANDS, ROWS = 20, 6  # at a similarity of 0.8, 99.8% of pairs agree in a band; at 0.5, 27%, which the signatures then sort out
-CACHE = 16  # MiB of the index that are kept in memory
+SHINGLE = 9  # characters, not words: some languages have no blanks between words
+# At a similarity of 0.8, 99.8% of pairs agree in a band. At 0.5, 27% do; comparing their signatures then rules them out.
+BANDS, ROWS = 20, 6
+CACHE = 16  # MiB of the index to keep in memory
 _factors, _shifts = np.random.default_rng(0).integers(0, 1 << 64, (2, BANDS * ROWS), dtype=np.uint64)
 _factors |= np.uint64(1)
 
 
 def normal_form(text: str) -> str:
-    """What texts are compared by: without the difference of case and of white space."""
+    """Return the form in which texts are compared: without differences of case and white space."""
     return " ".join(text.casefold().split())
 
 
 def signature(form: str) -> np.ndarray:
-    """MinHash of a normal form: uint32 (BANDS * ROWS,); two agree in a share of about the Jaccard index of their shingles."""
+    """Return the MinHash of a normal form: uint32 (BANDS * ROWS,).
+
+    The share of equal elements of two signatures estimates the Jaccard index of the texts' shingles.
+    """
     points = np.frombuffer(form.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
     shingles = np.zeros(max(len(points) - SHINGLE + 1, 1), dtype=np.uint64)
-    for offset in range(min(SHINGLE, len(points))):  # a polynomial in an odd base, mod 2^64
+    for offset in range(min(SHINGLE, len(points))):  # a shingle's hash is a polynomial in an odd base, mod 2^64
         shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + points[offset : offset + len(shingles)]
     shingles = _mixed(np.unique(shingles))
     minima = [(shingles * factor + shift).min() for factor, shift in zip(_factors, _shifts)]
@@ -34,17 +38,17 @@ def signature(form: str) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: each bit of a result depends on every bit of the input."""
+    """Mix bits by the finaliser of splitmix64: each bit of a result depends on every bit of the input."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class Duplicates:
-    """The texts seen so far. A context manager, whose index is the file ``path``, which must not be there yet.
+    """The texts seen so far: a context manager, whose index is a new file ``path``.
 
     Args:
-        similarity: the share of equal shingles (Jaccard) from which texts count as near duplicates, above 0.5; 1 for exact
+        similarity: texts with at least this Jaccard index of their shingles are near duplicates; above 0.5, or 1 to find exact
             duplicates only.
     """
 
@@ -68,9 +72,9 @@ class Duplicates:
         self._index.close()
 
     def add(self, text: str, owner: int) -> str | None:
-        """None where ``text`` is new, and it is now seen; else what it is: an "exact duplicate" or a "near duplicate".
+        """Add a text: return None if it is new, or else what it is, an "exact duplicate" or a "near duplicate".
 
-        The windows of a document overlap: texts of one owner are no near duplicates of each other.
+        Texts of one owner are never near duplicates of each other, as the windows of a document overlap.
         """
         form = normal_form(text)
         digest = blake2b(form.encode(), digest_size=16).digest()
@@ -82,7 +86,7 @@ class Duplicates:
         return None
 
     def _near(self, form: str, owner: int) -> bool:
-        """Whether a seen text is near; if none is, this one is seen."""
+        """Return whether a seen text is a near duplicate; if none is, add this one."""
         mine = signature(form)
         bands = [_band_key(index, band) for index, band in enumerate(mine.reshape(BANDS, ROWS))]
         compared = set()

@@ -1,4 +1,4 @@
-"""From text files to a corpus: repaired, filtered, without duplicates, cut into windows and split. In a stream."""
+"""Preparing a corpus of text files, in a stream: repair, filter, drop duplicates, cut into windows, split."""
 
 import json
 import os
@@ -22,22 +22,22 @@ from .tokenizer import check_bpe_size, train_bpe
 from .windows import windows
 
 SPLITS = ("train", "validation", "test")
-REPORT = "report.json"  # takes its place last: it says how long the other files are
+REPORT = "report.json"  # is written last, as it records the sizes of the other files
 
 
 @dataclass
 class Report:
-    """What `prepare` read, dropped and wrote; kept beside the corpus as report.json. Printable.
+    """What `prepare` read, dropped and wrote. It is printable, and stored beside the corpus as report.json.
 
     Attributes:
-        sources: the paths that were read, or what the default corpus is.
-        settings: the arguments.
-        documents: how many were read.
-        dropped: how many documents and windows were dropped, for each reason.
-        examples: for each reason the first five: where they came from and how they begin.
-        problems: rows and files that could not be read: their number and the first five.
-        splits: for each split its records, documents, characters and bytes.
-        vocabulary: tokens of the tokenizer, 0 if none was trained.
+        sources: the paths that were read, or a name for the default corpus.
+        settings: the arguments of `prepare`.
+        documents: the number of documents that were read.
+        dropped: for each reason, the number of documents and windows that were dropped.
+        examples: for each reason, the origin and the beginning of the first five.
+        problems: the number of rows and files that could not be read, and the first five.
+        splits: for each split, its numbers of records, documents, characters and bytes.
+        vocabulary: the number of tokens of the tokenizer; 0 if none was trained.
     """
 
     sources: list[str]
@@ -70,7 +70,7 @@ class Report:
 
 
 def split_of(text: str, validation: float, test: float) -> str:
-    """The split of a document, by a hash of its content: equal texts, but for case and white space, share theirs."""
+    """Return the split of a document, by a hash of its content; differences of case and white space do not count."""
     digest = blake2b(normal_form(text).encode(), digest_size=8, person=b"split").digest()
     share = int.from_bytes(digest, "little") / 2**64
     return "test" if share < test else "validation" if share < test + validation else "train"
@@ -95,26 +95,26 @@ def prepare(
 ) -> Report:
     """Make a corpus of text files: train.jsonl, validation.jsonl, test.jsonl, tokenizer.json and report.json in ``output``.
 
-    Each line of a split is an object: ``text``; ``label`` (a text, or null); ``document``, a number that the windows of a
-    document share; and ``origin``, where it was read. The files replace earlier ones only when all of them are whole.
-    Memory does not grow with the corpus: the texts seen, to find duplicates, are in a file inside ``output`` meanwhile.
+    Each line of a split is an object with these fields: ``text``; ``label`` (a text, or null); ``document``, a number that the
+    windows of a document share; and ``origin``, where the text was read. The files replace earlier ones only when all of them
+    are whole. Memory does not grow with the corpus, because the index that finds duplicates is a temporary file in ``output``.
 
-    A record equals no other, but for case and white space, and none of another document is nearly equal, as far as MinHash
-    sees (`fastlm.lm.duplicates`). All windows of a document are in one split, as they overlap.
+    No two records are equal, case and white space aside, and no two records of different documents are nearly equal, as far as
+    MinHash detects it (`fastlm.lm.data.duplicates`). All windows of a document are in one split, because they overlap.
 
     Args:
-        paths, unit, text_field, label_field, encoding: see `fastlm.lm.read.documents`. None or no path: the documentation
-            inside Python (`fastlm.lm.default_corpus`).
-        min_characters, min_letters: see `fastlm.lm.clean.why_noise`.
-        similarity: the Jaccard index from which two texts are near duplicates, above 0.5; 1 to keep near duplicates.
-        window, overlap: the characters of a record at most, and those that two windows of a document share at most.
-        validation, test: the share of the documents in these splits.
-        vocab_size: tokens of the byte-level BPE trained on the training split; 0 for none.
+        paths, unit, text_field, label_field, encoding: see `fastlm.lm.data.read.documents`. None or no path reads Python's own
+            documentation (`fastlm.lm.data.default_corpus`).
+        min_characters, min_letters: see `fastlm.lm.data.clean.why_noise`.
+        similarity: texts with at least this Jaccard index are near duplicates; above 0.5, or 1 to keep near duplicates.
+        window, overlap: the most characters of a record, and the most characters that two windows of a document share.
+        validation, test: the shares of the documents in these splits.
+        vocab_size: the number of tokens of the byte-level BPE that is trained on the training split; 0 trains none.
 
     Raises:
-        ValueError: a bad argument; ``output`` and a path lie one inside the other; a file that cannot be read; nothing is
-            left to train on; a corpus too small for ``vocab_size``.
-        OSError: a missing file, or a full disk.
+        ValueError: an argument is bad; ``output`` and a path lie one inside the other; a file cannot be read; no text is left
+            to train on; the corpus is too small for ``vocab_size``.
+        OSError: a file is missing, or the disk is full.
     """
     settings = {name: value for name, value in locals().items() if name not in ("paths", "output")}
     _check(paths, validation, test, window, overlap)
@@ -137,7 +137,7 @@ def prepare(
             raise ValueError(f"no text is left to train on in {', '.join(report.sources)}:\n{report}")
         if vocab_size:
             tokenizer = train_bpe(_texts(folder / "train.jsonl"), vocab_size)
-            (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")  # an OSError if the disk is full
+            (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")  # raises an OSError if the disk is full
             report.vocabulary = tokenizer.get_vocab_size()
         with _create(folder / REPORT) as file:
             file.write(json.dumps(vars(report), default=vars, ensure_ascii=False, indent=1) + "\n")
@@ -149,11 +149,11 @@ def _check(paths: object, validation: float, test: float, window: int, overlap: 
         raise TypeError(f"paths must be a sequence of paths, or None; got {paths!r}")
     if not (validation >= 0 and test >= 0 and validation + test < 1):
         raise ValueError(f"validation and test must be shares that leave some to train on; got {validation} and {test}")
-    windows("", window, overlap)  # its checks
+    windows("", window, overlap)  # checks both
 
 
 def _check_apart(paths: Sequence[str | os.PathLike], output: Path) -> None:
-    """The corpus must not be read the next time as a text of its own, nor take the place of a text."""
+    """Raise a ValueError if a later run would read the corpus as a text, or if the corpus would overwrite a text."""
     output = output.resolve()
     for path in paths:
         resolved = Path(path).resolve()
@@ -164,7 +164,7 @@ def _check_apart(paths: Sequence[str | os.PathLike], output: Path) -> None:
 def _records(
     read: Iterable[Document], seen: Duplicates, report: Report, filters: dict, window: int, overlap: int
 ) -> Iterator[tuple[int, str, Document, list[str]]]:
-    """(number, clean text, document as read, its windows that are no duplicates) for each document that is kept."""
+    """Yield (number, clean text, document as read, its windows that are no duplicates) for each document that is kept."""
     for number, document in enumerate(read):
         report.documents += 1
         text = clean(document.text)
@@ -184,7 +184,7 @@ def _records(
 
 
 def _create(path: Path) -> TextIO:
-    """A file for JSON. A lone surrogate, which labels and names of files may hold, becomes JSON's own escape of it."""
+    """Open a file for JSON; it stores a lone surrogate, which labels and file names may contain, as JSON's escape of it."""
     return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
@@ -205,10 +205,11 @@ def _write_splits(folder: Path, records: Iterable[tuple], report: Report, valida
 
 
 def read_split(folder: str | os.PathLike, split: str) -> Iterator[dict]:
-    """The records of a prepared split, in a stream: see `prepare`.
+    """Return an iterator over the records of a prepared split: see `prepare`.
 
     Raises:
-        ValueError: ``split`` is none, or the file is not as long as report.json says: cut short, or of another run.
+        ValueError: there is no such split, or the size of its file is not that in report.json, because it was cut short or
+            comes from another run.
         FileNotFoundError: ``folder`` is no prepared corpus.
     """
     if split not in SPLITS:

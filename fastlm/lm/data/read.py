@@ -1,4 +1,4 @@
-"""Reading text from files as a stream: plain text, JSONL and CSV, in bounded memory, with what is malformed counted."""
+"""Reading text files as a stream: plain text, JSONL and CSV, in bounded memory. Malformed rows are counted."""
 
 import codecs
 import csv
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-SHOWN = 5  # problems that are kept to be shown
-HEAD = 1 << 16  # bytes by which a file is judged before anything is read
-MAX_LINE = 1 << 22  # bytes of a line; a longer one is a malformed row
-MAX_DOCUMENT = 1 << 20  # characters at which a document of a text file is ended, at a line
+SHOWN = 5  # problems to keep as examples
+HEAD = 1 << 16  # bytes at the beginning by which `check_file` judges a file
+MAX_LINE = 1 << 22  # bytes; a longer line is a malformed row
+MAX_DOCUMENT = 1 << 20  # characters; a longer document of a text file is split at the end of a line
 TEXT, JSONL, CSV = {".txt", ".text", ".md", ".rst"}, {".jsonl", ".ndjson"}, {".csv", ".tsv"}
 UNITS = ("paragraph", "line", "file")
 
 
 class Document(NamedTuple):
-    """One text with its label, if it has one, and where it came from: ``path:line``, or a module of Python's."""
+    """A text, its label if it has one, and its origin: ``path:line``, or a module of Python."""
 
     text: str
     label: str | None
@@ -27,7 +27,7 @@ class Document(NamedTuple):
 
 @dataclass
 class Problems:
-    """What could not be read: how much, and the first five."""
+    """The number of rows and files that could not be read, and the first five of them."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -39,9 +39,9 @@ class Problems:
 
 
 class Lines:
-    """The lines of a file, decoded, without their ends; ``number`` is that of the line last given, from 1.
+    """The decoded lines of a file, without their ends. ``number`` is the number of the last line given, counted from 1.
 
-    A line that cannot be decoded, or of more than MAX_LINE bytes, goes to ``problems``.
+    A line that cannot be decoded, or that has more than MAX_LINE bytes, goes to ``problems``.
     """
 
     def __init__(self, path: Path, encoding: str, problems: Problems) -> None:
@@ -68,7 +68,7 @@ class Lines:
 
 
 def check_encoding(encoding: str) -> None:
-    """Raise a ValueError unless ``encoding`` is known and its lines end as ASCII's do (UTF-16's do not)."""
+    """Raise a ValueError unless ``encoding`` is known and encodes ASCII as ASCII does (UTF-16 does not)."""
     try:
         ascii_like = "a\n".encode(encoding) == b"a\n"
     except (LookupError, UnicodeError):
@@ -78,7 +78,7 @@ def check_encoding(encoding: str) -> None:
 
 
 def check_file(path: Path, encoding: str) -> None:
-    """Raise an error that names the file if it is missing, empty, binary, or by its beginning of another encoding."""
+    """Raise an error that names the file if it is missing, empty or binary, or if its beginning is of another encoding."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     with open(path, "rb") as file:
@@ -99,14 +99,14 @@ def check_file(path: Path, encoding: str) -> None:
 def rows(
     path: Path, fields: Sequence[str], problems: Problems, *, optional: Sequence[str] = (), encoding: str = "utf-8"
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, {field: text}) for each row of a JSONL or CSV file; malformed rows go to ``problems``.
+    """Yield (line number, {field: text}) for each row of a JSONL or CSV file; malformed rows go to ``problems``.
 
     Args:
-        path: .jsonl or .ndjson: an object a line; .csv, or .tsv with tabs: a header line first.
-        fields: the fields that each row must have; ``optional`` ones are given where they are there.
+        path: a .jsonl or .ndjson file has an object in each line; a .csv file, or a .tsv file with tabs, begins with a header.
+        fields: the fields that each row must have. Those of ``optional`` are given where a row has them.
 
     Raises:
-        ValueError: the header of a CSV file lacks one of ``fields``; `check_file`'s.
+        FileNotFoundError, ValueError: as `check_file`, or the header of a CSV file lacks one of ``fields``.
     """
     check_file(path, encoding)
     lines = Lines(path, encoding, problems)
@@ -132,7 +132,7 @@ def _jsonl(lines: Lines, fields: Sequence[str], optional: Sequence[str]) -> Iter
 
 
 def _csv(lines: Lines, fields: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    # csv takes a row that goes over several lines from lines that keep their ends
+    # A row may span several lines. csv joins them if each line keeps its end.
     delimiter = "\t" if lines.path.suffix.lower() == ".tsv" else ","
     reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
     header = None
@@ -156,7 +156,7 @@ def _csv(lines: Lines, fields: Sequence[str], optional: Sequence[str]) -> Iterat
 
 
 def _text(lines: Lines, unit: str) -> Iterator[tuple[int, str]]:
-    """(first line's number, text) for each document of a text file: ``unit`` says what ends one."""
+    """Yield (first line's number, text) for each document of a text file; ``unit`` determines where a document ends."""
     held, size, start = [], 0, 1
     for line in lines:
         if line.strip():
@@ -178,18 +178,18 @@ def documents(
     label_field: str = "label",
     encoding: str = "utf-8",
 ) -> Iterator[Document]:
-    """Every document of the files and folders, in a stream; those of blanks only are left out.
+    """Yield every document of the files and folders that has more than white space.
 
     Args:
-        paths: files, or folders, of which every text, JSONL and CSV file is read, in the order of their names, hidden ones
-            excepted. A file of another suffix is read as text if it is named itself.
-        problems: takes the malformed rows, and the files of a folder that cannot be read.
-        unit: what is one document of a text file: a "paragraph" (up to a blank line), a "line" or the whole "file". One of
-            more than MAX_DOCUMENT characters is given in several.
-        text_field, label_field: the names in JSONL and CSV files. A row need not have a label.
+        paths: files and folders. Every text, JSONL and CSV file of a folder is read, in the order of their names, except hidden
+            ones. A file with another suffix is read as text if ``paths`` names it.
+        problems: collects the malformed rows, and the files of a folder that cannot be read.
+        unit: what one document of a text file is: a "paragraph" (up to a blank line), a "line" or the whole "file". A document
+            of more than MAX_DOCUMENT characters is split.
+        text_field, label_field: the names of the fields in JSONL and CSV files. A row may lack the label.
 
     Raises:
-        FileNotFoundError, ValueError: a file that was named is missing, empty, binary or of another encoding.
+        FileNotFoundError, ValueError: a file of ``paths`` is missing, empty, binary or of another encoding.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(UNITS)}; got {unit!r}")

@@ -1,23 +1,26 @@
-"""Vocabularies, by the tokenizers library: a byte-level BPE for any language, or one of words, for pre-trained vectors."""
+"""Vocabularies, made with the tokenizers library: a byte-level BPE for any language, or words, for pre-trained vectors."""
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # preparing a corpus needs no transformers, which take a second to import
+    from transformers import PreTrainedTokenizerFast
 
 FILE = "tokenizer.json"
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}  # ids 0 to 3
-UNKNOWN = "<|unk|>"  # id 4 of a vocabulary of words; bytes know no unknown
+UNKNOWN = "<|unk|>"  # id 4 of a vocabulary of words; a vocabulary of bytes needs none
 _BYTES = 256
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE trained on ``texts``, in a stream: decoding gives back every text, in any language, as it was.
+    """Train a byte-level BPE on a stream of texts; decoding restores every text, in any language, exactly.
 
-    Nothing is put before or after a text: whoever trains a model adds <|bos|> and <|eos|>. Memory grows with the number of
-    different words. The same texts give the same vocabulary.
+    The tokenizer adds no token before or after a text: the training of a model adds <|bos|> and <|eos|>. Memory grows with the
+    number of different words. The same texts give the same vocabulary.
 
     Raises:
         ValueError: ``vocab_size`` has no room for the bytes, or ``texts`` are too few to fill it.
@@ -45,12 +48,12 @@ def check_bpe_size(vocab_size: int) -> None:
 
 
 def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, min_frequency: int = 2) -> Tokenizer:
-    """The most frequent words and punctuation marks of ``texts``; each Chinese character is a word; the rest is <|unk|>.
+    """Train a vocabulary of the most frequent words and punctuation marks of ``texts``; all others become <|unk|>.
 
-    White space is lost: decoding puts one blank between words.
+    Each Chinese character is a word. White space is lost: decoding puts one blank between words.
 
     Raises:
-        ValueError: ``texts`` have fewer words of ``min_frequency`` than ``vocab_size`` asks for.
+        ValueError: ``texts`` have fewer words that occur ``min_frequency`` times than ``vocab_size`` needs.
     """
     special = [*SPECIAL.values(), UNKNOWN]
     if vocab_size <= len(special):
@@ -74,19 +77,21 @@ def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerFast:
-    """A trained tokenizer for transformers, with its special tokens set, from a tokenizer.json or the folder that holds it.
+def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
+    """Load a trained tokenizer for transformers, with its special tokens set, from a tokenizer.json or its folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or is no tokenizer of fastlm.lm.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers raises no class of its own
         raise ValueError(f"{path} is no tokenizer, or damaged: {error}") from error
     if missing := [token for token in SPECIAL.values() if tokenizer.token_to_id(token) is None]:
         raise ValueError(f"{path} is no tokenizer of fastlm.lm: it lacks {', '.join(missing)}")

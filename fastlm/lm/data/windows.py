@@ -3,14 +3,14 @@
 import re
 from bisect import bisect_left, bisect_right
 
-# Up to where the next sentence begins. Chinese and Japanese put no blank after theirs.
+# A match ends where the next sentence begins. Chinese and Japanese put no blank after a sentence.
 _END = re.compile(r"""(?:[.!?…؟।]+["'”’»)\]]*(?=\s)|[。！？｡]+["'”’」』）]*|\n\n)\s*""")
 
 
 def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, end) of windows of at most ``size`` characters that cover ``text`` between them.
+    """Return the (start, end) of windows of at most ``size`` characters that together cover ``text``.
 
-    A window begins and ends where a sentence does, and begins with those sentences of the one before that fit into
+    A window begins and ends at sentence boundaries. It begins with the last sentences of the window before that fit into
     ``overlap`` characters. A sentence that is longer than a window is cut at a blank, or else anywhere, without overlap.
 
     Raises:
@@ -32,7 +32,8 @@ def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _end(text: str, ends: list[int], start: int, size: int) -> int:
-    last = ends[bisect_right(ends, start + size) - 1]  # or one before start, or the very last, where none fits
+    # Where no sentence end fits, `last` is one before `start`, or the very last of the text.
+    last = ends[bisect_right(ends, start + size) - 1]
     if start < last <= start + size:
         return last
     blank = max(text.rfind(white, start + 1, start + size) for white in " \n")
@@ -40,7 +41,7 @@ def _end(text: str, ends: list[int], start: int, size: int) -> int:
 
 
 def _next_start(ends: list[int], start: int, end: int, size: int, overlap: int) -> int:
-    """The first sentence of the overlap with which the next window still reaches beyond ``end``."""
+    """Return the start of the next window: the first sentence of the overlap with which it still reaches beyond ``end``."""
     following = ends[bisect_right(ends, end)]
     index = bisect_left(ends, max(end - overlap, following - size, start + 1))
     return min(ends[index], end)

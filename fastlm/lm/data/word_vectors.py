@@ -1,7 +1,7 @@
-"""Pre-trained word vectors into an embedding: word2vec's text and binary formats, and GloVe's text.
+"""Embeddings from files of pre-trained word vectors: word2vec's text and binary formats, and GloVe's text format.
 
-gensim reads them too, and was tried (4.4): it takes a line cut short for one number repeated, takes NaN, names no lines, and a
-header that lies about its sizes makes it ask for that much memory. This reader holds one vector at a time.
+gensim (4.4) reads these files too. It was tried, and it repeats the number of a line that was cut short, accepts NaN, names no
+lines, and allocates as much memory as a wrong header claims. This reader holds one vector at a time.
 """
 
 import os
@@ -20,14 +20,14 @@ _MAX_LINE = MAX_WORD + 32 * MAX_WIDTH
 
 
 def read_vectors(path: str | os.PathLike, *, binary: bool | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(word, float32 (width,)) for each line of a word2vec (text, binary) or GloVe (text without a header) file, in a stream.
+    """Yield (word, float32 (width,)) for each vector of a word2vec file (text or binary) or a GloVe file (text, no header).
 
     Args:
-        binary: None tells by the file's beginning.
+        binary: whether the file is binary; None detects it by the file's beginning.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file, and the line or the vector: it is missing, empty, cut short, malformed,
-            or not finite; the numbers are not as many as the first line says; the words are not UTF-8.
+        FileNotFoundError, ValueError: the file is missing, empty, cut short or malformed; a number is not finite; there are not
+            as many numbers as the first line says; a word is not UTF-8. The message names the file, and the line or the vector.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,7 +54,7 @@ def _fields(line: bytes) -> list[bytes]:
 
 
 def _starts_as_text(file: BinaryIO) -> bool:
-    """Whether the next line is text: its second field is a number, or else it holds no byte that text does not."""
+    """Return whether the next line is text: its second field is a number, or all of its characters are printable."""
     here = file.tell()
     line = file.readline(_MAX_LINE)
     file.seek(here)
@@ -85,7 +85,7 @@ def _text(file: BinaryIO, path: Path, count: int | None, width: int) -> Iterator
         if found == count:
             raise ValueError(f"{where}: the header says {count} vectors, and more follow")
         fields = _fields(line)
-        # GloVe has words with blanks in them, such as ". . ."; a number before the last `width` is a vector too wide
+        # Some words of GloVe contain blanks, such as ". . .". A number before the last `width` fields means a wider vector.
         numbers = fields[-width:] if len(fields) > width else []
         word = fields[: len(fields) - width]
         if width < 1 or not numbers or (len(word) > 1 and _is_number(word[-1])):
@@ -102,7 +102,7 @@ def _text(file: BinaryIO, path: Path, count: int | None, width: int) -> Iterator
 
 def _binary(file: BinaryIO, path: Path, count: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
     left = os.fstat(file.fileno()).st_size - file.tell()
-    if left < count * (4 * width + 2):  # a word has a byte at least, and a blank after it
+    if left < count * (4 * width + 2):  # a word has at least one byte, and a blank follows it
         raise ValueError(f"{path} is cut short: its header says {count} vectors of {width} numbers, and {left} bytes follow")
     for number in range(1, count + 1):
         where = f"{path}, vector {number} of {count}"
@@ -138,7 +138,7 @@ def _finite(vector: np.ndarray, where: str) -> np.ndarray:
 
 
 class PretrainedEmbedding(NamedTuple):
-    """The embedding, and how many of the vocabulary's words have a vector of the file."""
+    """An embedding, and the number of words of the vocabulary that have a vector in the file."""
 
     embedding: nn.Embedding
     found: int
@@ -154,19 +154,19 @@ def embedding_from_vectors(
     seed: int = 0,
     binary: bool | None = None,
 ) -> PretrainedEmbedding:
-    """An embedding (len(vocabulary), width) with the vectors of a file, as `read_vectors` reads it, for the words it has.
+    """Make an embedding (len(vocabulary), width) with the vectors that a file has for the words: see `read_vectors`.
 
-    A word takes the vector of its own spelling or else of its lower case. The others are drawn from the normal
-    distribution that has the mean and the standard deviation of the vectors found, number by number.
+    A word takes the vector of its own spelling, or else of its lower case. The vectors of the other words are drawn from a
+    normal distribution with the mean and the standard deviation that the found vectors have in each dimension.
 
     Args:
-        vocabulary: token -> id, the ids from 0 without gaps: ``tokenizer.get_vocab()``.
-        width: that the model needs; None takes the file's.
+        vocabulary: token -> id, where the ids count from 0 without gaps, such as ``tokenizer.get_vocab()``.
+        width: the width that the model needs; None takes the file's.
         freeze: whether training leaves the vectors as they are.
-        padding: a token whose vector is, and stays, zeros.
+        padding: a token whose vector is zeros and stays so.
 
     Raises:
-        ValueError: the file has another width, or a vector for none of the words; `read_vectors`'.
+        FileNotFoundError, ValueError: as `read_vectors`; the file has another width, or a vector for none of the words.
     """
     if sorted(vocabulary.values()) != list(range(len(vocabulary))) or not vocabulary:
         raise ValueError("vocabulary must give each token an id, from 0 without gaps")
@@ -185,7 +185,7 @@ def embedding_from_vectors(
 
 
 def _rows_for(path: str | os.PathLike, vocabulary: Mapping[str, int], width: int | None, binary: bool | None) -> dict:
-    """id -> vector: of the word's own spelling, the first in the file, or else of its lower case."""
+    """Return id -> vector: the first in the file of the word's own spelling, or else of its lower case."""
     lowered: dict[str, list[int]] = {}
     for word, number in vocabulary.items():
         if word.lower() != word:
@@ -205,7 +205,7 @@ def _rows_for(path: str | os.PathLike, vocabulary: Mapping[str, int], width: int
 
 
 def neighbours(embedding: Tensor, vocabulary: Mapping[str, int], word: str, count: int = 10) -> list[tuple[str, float]]:
-    """The ``count`` nearest tokens to ``word`` by the cosine of their vectors, nearest first, itself left out.
+    """Return the ``count`` tokens nearest to ``word`` by the cosine of their vectors, nearest first, without ``word`` itself.
 
     Args:
         embedding: (len(vocabulary), width), such as ``model.get_input_embeddings().weight``.

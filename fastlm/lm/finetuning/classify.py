@@ -1,4 +1,4 @@
-"""Fine-tuning to classification: sentiment, topics, or anything else that puts a label on a text."""
+"""Fine-tuning for classification: sentiment, topics, or any other label of a text."""
 
 import os
 from collections import Counter
@@ -34,29 +34,29 @@ from .common import (
     examples_of,
     finetune,
     frame,
+    problem_lines,
     read_examples,
     results,
-    said,
     write_results,
 )
 
 FIELDS = ("text", "label")
 HEADS = {EuroBertForSequenceClassification: ("dense", "classifier"), LlamaForSequenceClassification: ("score",)}
-NUMBERED = 25  # classes up to which each cell of the confusion matrix shows its number
-SHOWN = 30  # characters of a label in the picture
+NUMBERED = 25  # the cells of a confusion matrix of at most this many classes show their numbers
+SHOWN = 30  # the most characters of a label in the picture
 
 
 @dataclass
 class Classification:
-    """How well a classifier does on test texts; kept beside it as metrics.json.
+    """The results of a classifier on the test texts, stored beside it as metrics.json.
 
     Attributes:
-        train, validation, test: how many texts there were to train on, to choose the epoch by and to test on.
-        labels: in the order of their ids.
-        accuracy: the share of the test texts that got their label.
-        majority: the accuracy of always guessing the most frequent label of training.
-        macro_f1: F1 of each label that occurs or was guessed in the test, averaged.
-        problems: rows that could not be read.
+        train, validation, test: the numbers of texts to train on, to choose the epoch by and to test on.
+        labels: the labels in the order of their ids.
+        accuracy: the share of the test texts whose predicted label is right.
+        majority: the accuracy of always predicting the most frequent label of the training texts.
+        macro_f1: the mean F1 of the labels that occur or were predicted in the test.
+        problems: the rows that could not be read.
     """
 
     train: int
@@ -75,7 +75,7 @@ class Classification:
             f"accuracy  {self.accuracy:.1%} of the test texts (always the most frequent label: {self.majority:.1%})",
             f"macro F1  {self.macro_f1:.3f}",
         ]
-        return "\n".join(lines) + said(self.problems)
+        return "\n".join(lines) + problem_lines(self.problems)
 
 
 def classify(
@@ -95,17 +95,18 @@ def classify(
     ``pipeline("text-classification")`` read, with metrics.json, confusion.png and predictions.csv of the test texts.
 
     Args:
-        checkpoint: of a `TextVAE`, of which the encoder is taken, or of a decoder.
-        data: a .csv, .tsv or .jsonl file; None for the labels of ``corpus``, in Python's documentation the modules.
-        test, fields: see `fastlm.lm.finetune.read_examples`; ``fields`` are the text's and the label's name.
+        checkpoint: the folder of a `TextVAE`, whose encoder is taken, or of a decoder.
+        data: a .csv, .tsv or .jsonl file; None for the texts and labels of ``corpus``, which are the modules in Python's
+            documentation.
+        test, fields: see `fastlm.lm.finetuning.common.read_examples`; ``fields`` are the names of the text and of the label.
         corpus: a folder that `prepare` made.
-        classes: how many of the corpus's labels, the most frequent ones.
+        classes: take this many of the corpus's labels, the most frequent ones.
 
     Raises:
-        ValueError: ``output`` holds a checkpoint; there are fewer than two labels, or one that only held-out texts have;
-            `fastlm.lm.finetune.read_examples`' and `fastlm.lm.checkpoint.load`'s.
-        FileNotFoundError: no such checkpoint, file or corpus.
-        OSError: the disk is full; ``output`` is as before.
+        ValueError: ``output`` holds a checkpoint; there are fewer than two labels, or no text to train on has a label of a
+            held-out text; as `fastlm.lm.finetuning.common.read_examples` and `fastlm.lm.model.checkpoint.load`.
+        FileNotFoundError: there is no such checkpoint, file or corpus.
+        OSError: the disk is full; ``output`` is unchanged.
     """
     output, tuning = check_new(output), tuning or Tuning()
     examples = read_examples(data, fields, test) if data else corpus_examples(corpus, classes)
@@ -127,7 +128,7 @@ def classify(
 
 
 def corpus_examples(corpus: str | os.PathLike, classes: int) -> Examples:
-    """The texts of a prepared corpus that have one of its ``classes`` most frequent labels."""
+    """Return the texts of a prepared corpus that have one of its ``classes`` most frequent labels."""
     counts = Counter(record["label"] for record in read_split(corpus, "train") if record["label"])
     if len(counts) < 2:
         raise ValueError(f"{corpus} has {len(counts)} labels, and at least 2 are needed: give a file of texts and labels")
@@ -136,10 +137,10 @@ def corpus_examples(corpus: str | os.PathLike, classes: int) -> Examples:
 
 
 def labels_of(examples: Examples, source: object) -> list[str]:
-    """The labels, sorted.
+    """Return the labels of the examples, sorted.
 
     Raises:
-        ValueError: there are fewer than two, or one that no text to train on has.
+        ValueError: there are fewer than two labels, or no text to train on has one of them.
     """
     labels = {label for _, label in examples.train}
     for split in ("validation", "test"):
@@ -154,8 +155,11 @@ def labels_of(examples: Examples, source: object) -> list[str]:
 
 
 def classifier_of(base: PreTrainedModel, labels: Sequence[str], seed: int = 0) -> PreTrainedModel:
-    """A classifier with the weights of ``base`` and a fresh head: of a `TextVAE` its encoder, which reads both ways and is
-    averaged over the tokens; of a decoder the decoder, by its last token."""
+    """Return a classifier with the weights of ``base`` and a new head.
+
+    Of a `TextVAE` it takes the encoder, which is bidirectional, and averages its output over the tokens. A decoder is taken as
+    it is, and its last token is classified.
+    """
     encoder = isinstance(base, TextVAE)
     config = deepcopy(base.config.encoder if encoder else base.config)
     config.id2label = dict(enumerate(labels))
@@ -172,7 +176,7 @@ def classifier_of(base: PreTrainedModel, labels: Sequence[str], seed: int = 0) -
 
 
 def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, labels: Sequence[str]) -> list[dict]:
-    """``input_ids``, ``attention_mask`` and ``labels`` of each example."""
+    """Return ``input_ids``, ``attention_mask`` and ``labels`` of each example."""
     texts, wanted = zip(*examples)
     encoded = tokenizer(list(texts), truncation=True)
     columns = encoded["input_ids"], encoded["attention_mask"], map(labels.index, wanted)
@@ -180,13 +184,13 @@ def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, la
 
 
 def accuracy(evaluated) -> dict[str, float]:
-    """Of the logits and label ids that the Trainer hands over."""
+    """Return the accuracy of the logits, given the label ids, both as the Trainer hands them over."""
     return {"accuracy": accuracy_score(evaluated.label_ids, np.argmax(evaluated.predictions, 1))}
 
 
 @torch.inference_mode()
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
-    """The label of each text."""
+    """Return the predicted label of each text."""
     found = []
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(list(texts[start : start + BATCH]), truncation=True, padding=True, return_tensors="pt")
@@ -196,7 +200,7 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: S
 
 
 def scores(examples: Examples, found: Sequence[str]) -> dict[str, float]:
-    """``accuracy``, ``majority`` and ``macro_f1`` of the labels ``found`` for the test texts."""
+    """Return ``accuracy``, ``majority`` and ``macro_f1`` of the predicted labels ``found`` of the test texts."""
     wanted = [label for _, label in examples.test]
     (most, _), *_ = Counter(label for _, label in examples.train).most_common(1)
     return {
@@ -207,7 +211,7 @@ def scores(examples: Examples, found: Sequence[str]) -> dict[str, float]:
 
 
 def write_confusion(wanted: Sequence[str], found: Sequence[str], labels: Sequence[str], path: Path) -> None:
-    """A picture: which labels are taken for which, in numbers of texts."""
+    """Draw the confusion matrix, in numbers of texts."""
     size = 3 + 0.45 * len(labels)
     figure = Figure(figsize=(size, size), layout="constrained")
     axis = figure.subplots()

@@ -1,4 +1,4 @@
-"""Fine-tuning: what classification and sequence-to-sequence have in common, from the file of examples to the checkpoint."""
+"""The common steps of fine-tuning for classification and for translation, from the file of examples to the checkpoint."""
 
 import csv
 import json
@@ -27,45 +27,19 @@ from ..data.read import Problems, rows
 from ..files import replaced_together
 from ..model.checkpoint import CONFIG, FILES, quiet, save
 from ..training.trainer import Progress
+from .tuning import Tuning
 
 METRICS, PREDICTIONS, CONFUSION = "metrics.json", "predictions.csv", "confusion.png"
-HELD_OUT = 0.1  # share of a file's examples to choose the epoch by, and share to test on
-BATCH = 64  # examples at once, where nothing is trained
+HELD_OUT = 0.1  # the share of a file's examples for validation, and as much again for the test
+BATCH = 64  # examples of a batch without training
 LOG_STEPS = 10
 
-Example = tuple[str, str]  # what is given, what is wanted
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How to fine-tune.
-
-    Attributes:
-        epochs: how often all examples are read; the model of the best epoch on the validation examples is kept.
-        batch_size: examples of a step.
-        learning_rate: at its highest, after a warm-up; it falls to 0 along a cosine.
-        lora: rank of LoRA's matrices (Hu et al. 2021, arXiv:2106.09685), 0 to train all weights.
-        seed: of new weights and the order of the examples.
-    """
-
-    epochs: float = 5.0
-    batch_size: int = 16
-    learning_rate: float = 5e-4
-    lora: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"{name} must be positive; got {value}")
-        for name in ("lora", "seed"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must not be negative; got {value}")
+Example = tuple[str, str]  # (input, target)
 
 
 @dataclass
 class Examples:
-    """To train on, to choose the best epoch by, and to test the result on; and the rows that could not be read."""
+    """The examples to train on, to choose the best epoch by, and to test on, and the rows that could not be read."""
 
     train: list[Example]
     validation: list[Example]
@@ -81,27 +55,27 @@ class Examples:
         for split, count in self.counts.items():
             if not count:
                 counts = ", ".join(f"{name} {number}" for name, number in self.counts.items())
-                raise ValueError(f"{source} has too few examples, none for {split} ({counts}){said(self.problems)}")
+                raise ValueError(f"{source} has too few examples, none for {split} ({counts}){problem_lines(self.problems)}")
 
 
-def said(problems: Problems) -> str:
-    """Lines on rows that could not be read, where there are any."""
+def problem_lines(problems: Problems) -> str:
+    """Return lines that report the rows that could not be read, or "" if there are none."""
     if not problems.count:
         return ""
     return "\n".join([f"\nunreadable  {problems.count} rows; the first are", *(f"            {it}" for it in problems.first)])
 
 
 def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os.PathLike | None = None) -> Examples:
-    """The examples of a JSONL or CSV file; both fields are repaired as `fastlm.lm.clean.clean` does, and may not be empty.
+    """Read the examples of a JSONL or CSV file; `fastlm.lm.data.clean.clean` repairs both fields, and neither may be empty.
 
-    A tenth is for validation and a tenth for the test, by a hash of what is given, so that equal texts are in one part.
+    A tenth is for validation and a tenth for the test, by a hash of the input, so that equal inputs are in one part.
 
     Args:
-        fields: the names of what is given and what is wanted.
-        test: a file of its own to test on; then the rest of ``data`` is trained on.
+        fields: the names of the input and of the target.
+        test: a separate file to test on; then ``data`` gives examples for training and validation only.
 
     Raises:
-        FileNotFoundError, ValueError: `fastlm.lm.read.rows`'; a part has no example.
+        FileNotFoundError, ValueError: as `fastlm.lm.data.read.rows`, or a part has no example.
     """
     examples = Examples([], [], [])
     for given, wanted in _read(Path(data), fields, examples.problems):
@@ -114,7 +88,7 @@ def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os
 
 def _read(path: Path, fields: Sequence[str], problems: Problems) -> Iterator[Example]:
     given, wanted = fields
-    # a label may be a number in JSON, which only an optional field may be
+    # A label may be a number in JSON. `rows` accepts that in optional fields only.
     for line, row in rows(path, [given], problems, optional=[wanted]):
         example = clean(row[given]), clean(row.get(wanted, ""))
         if all(example):
@@ -124,10 +98,10 @@ def _read(path: Path, fields: Sequence[str], problems: Problems) -> Iterator[Exa
 
 
 def examples_of(corpus: str | os.PathLike, make: Callable[[Iterable[dict]], Iterable[Example]]) -> Examples:
-    """The examples that ``make`` makes of the records of a prepared corpus, in its own splits.
+    """Return the examples that ``make`` makes of the records of a prepared corpus, in the corpus's own splits.
 
     Raises:
-        FileNotFoundError, ValueError: `fastlm.lm.prepare.read_split`'s; a part has no example.
+        FileNotFoundError, ValueError: as `fastlm.lm.data.prepare.read_split`, or a part has no example.
     """
     examples = Examples(**{split: list(make(read_split(corpus, split))) for split in SPLITS})
     examples.check(corpus)
@@ -135,7 +109,7 @@ def examples_of(corpus: str | os.PathLike, make: Callable[[Iterable[dict]], Iter
 
 
 def check_new(output: str | os.PathLike) -> Path:
-    """``output``, or a ValueError if it is a file or holds a checkpoint."""
+    """Return ``output`` as a Path, or raise a ValueError if it is a file or holds a checkpoint."""
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"output must be a folder; {output} is a file")
@@ -145,8 +119,10 @@ def check_new(output: str | os.PathLike) -> Path:
 
 
 def frame(tokenizer: PreTrainedTokenizerFast, end: str, max_tokens: int) -> None:
-    """From here on the tokenizer puts <|bos|> before a text and ``end`` after it, and truncates to ``max_tokens`` in all: saved
-    with a model, it lets transformers' pipelines do as was done in training."""
+    """Make a tokenizer put <|bos|> before a text and ``end`` after it, and truncate to ``max_tokens`` in all.
+
+    transformers' pipelines then do as training did, because the tokenizer is saved with the model.
+    """
     template, ids = [tokenizer.bos_token, "$A", end], tokenizer.convert_tokens_to_ids([tokenizer.bos_token, end])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=list(dict(zip((tokenizer.bos_token, end), ids)).items())
@@ -155,7 +131,7 @@ def frame(tokenizer: PreTrainedTokenizerFast, end: str, max_tokens: int) -> None
 
 
 def adapted(model: PreTrainedModel, rank: int, heads: Sequence[str] = ()) -> torch.nn.Module:
-    """The model with LoRA on every linear layer but its ``heads``, which are trained in full; the rest is frozen."""
+    """Add LoRA to every linear layer of a model except its ``heads``, which are trained in full; freeze all other weights."""
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=[*heads], modules_to_save=[*heads]
     )
@@ -173,12 +149,13 @@ def fit(
     score: str = "loss",
     compute_metrics: Callable | None = None,
 ) -> torch.nn.Module:
-    """Train with transformers' Trainer; the model of the best epoch, in evaluation mode.
+    """Train a model with transformers' Trainer, and return that of the best epoch, in evaluation mode.
 
     Args:
-        train, validation: items of ``collate``; ``input_ids`` says their lengths.
-        folder: for the checkpoints in between.
-        score: of the validation, what is best: the least loss, or the most of one of ``compute_metrics``.
+        train, validation: items for ``collate``, whose lengths are those of their ``input_ids``.
+        folder: takes the checkpoints of the epochs.
+        score: the validation score that determines the best epoch: "loss", the lower the better, or a name of
+            ``compute_metrics``, the higher the better.
 
     Raises:
         OSError: the disk is full.
@@ -190,7 +167,7 @@ def fit(
         per_device_eval_batch_size=BATCH,
         learning_rate=tuning.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # a share
+        warmup_steps=0.1,  # a share of all steps
         weight_decay=0.01,
         seed=tuning.seed,
         train_sampling_strategy="group_by_length",
@@ -226,7 +203,7 @@ def fit(
 
 
 class Epochs(Progress):
-    """A bar with the loss; a line for each epoch."""
+    """Show a progress bar with the loss, and a line for each epoch."""
 
     def __init__(self, score: str):
         self.score = score
@@ -237,12 +214,12 @@ class Epochs(Progress):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         names = dict.fromkeys(("loss", self.score))
-        said = ", ".join(f"{name} {metrics[f'eval_{name}']:.3f}" for name in names)
-        self.bar.write(f"epoch {state.epoch:.1f}: validation {said}", file=self.bar.fp)
+        scores = ", ".join(f"{name} {metrics[f'eval_{name}']:.3f}" for name in names)
+        self.bar.write(f"epoch {state.epoch:.1f}: validation {scores}", file=self.bar.fp)
 
 
 def finetune(model: PreTrainedModel, tuning: Tuning, heads: Sequence[str], *arguments, **keywords) -> PreTrainedModel:
-    """`fit` all weights or LoRA's; a stock model in any case."""
+    """Train all weights, or LoRA's, by `fit`; return a model without LoRA's layers in either case."""
     set_seed(tuning.seed)
     if not tuning.lora:
         return fit(model, tuning, *arguments, **keywords)
@@ -252,7 +229,7 @@ def finetune(model: PreTrainedModel, tuning: Tuning, heads: Sequence[str], *argu
 def write_results(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, result, header: Sequence[str], table: Iterable
 ) -> None:
-    """The checkpoint, metrics.json and predictions.csv."""
+    """Write the checkpoint, metrics.json and predictions.csv."""
     text = json.dumps(asdict(result), ensure_ascii=False, indent=1)
     (folder / METRICS).write_text(text + "\n", "utf-8")
     with open(folder / PREDICTIONS, "w", encoding="utf-8", newline="") as file:
@@ -261,5 +238,8 @@ def write_results(
 
 
 def results(output: Path) -> AbstractContextManager[Path]:
-    """A folder whose results take their places in ``output`` when all of them are there, config.json last."""
+    """Return a context manager of a temporary folder, whose results replace those of ``output`` if the block succeeds.
+
+    config.json is replaced last.
+    """
     return replaced_together(output, [METRICS, PREDICTIONS, CONFUSION, *FILES])

@@ -1,8 +1,8 @@
-"""Fine-tuning from text to text: translation, answers to questions, summaries.
+"""Fine-tuning for text to text: translation, answers to questions, summaries.
 
     <|bos|> source <|bos|> target <|eos|>
 
-A decoder reads the source and goes on with the target; the second <|bos|> says that it begins.
+A decoder reads the source and continues with the target, which begins after the second <|bos|>.
 """
 
 import os
@@ -19,21 +19,33 @@ from ..data.read import Problems
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION
 from ..model.text_vae import IGNORED, TextVAE
-from .common import BATCH, Example, Tuning, check_new, examples_of, finetune, frame, read_examples, results, said, write_results
+from .common import (
+    BATCH,
+    Example,
+    Tuning,
+    check_new,
+    examples_of,
+    finetune,
+    frame,
+    problem_lines,
+    read_examples,
+    results,
+    write_results,
+)
 
 FIELDS = ("source", "target")
 
 
 @dataclass
 class Translation:
-    """How well a model does on test pairs; kept beside it as metrics.json.
+    """The results of a model on the test pairs, stored beside it as metrics.json.
 
     Attributes:
-        train, validation, test: how many pairs there were to train on, to choose the epoch by and to test on.
-        bleu: of the test pairs, 0 to 100, by sacrebleu; it counts up to four words in a row, and is 0 where no target has four.
-        signature: sacrebleu's, of how it was computed.
+        train, validation, test: the numbers of pairs to train on, to choose the epoch by and to test on.
+        bleu: sacrebleu's BLEU of the test pairs, 0 to 100. It counts up to four words in a row, and is 0 if no target has four.
+        signature: sacrebleu's description of how it computed the BLEU.
         exact: the share of the test pairs whose prediction is the target.
-        problems: rows that could not be read.
+        problems: the rows that could not be read.
     """
 
     train: int
@@ -50,7 +62,7 @@ class Translation:
             f"BLEU         {self.bleu:.2f} ({self.signature})",
             f"exact match  {self.exact:.1%} of the test pairs",
         ]
-        return "\n".join(lines) + said(self.problems)
+        return "\n".join(lines) + problem_lines(self.problems)
 
 
 def translate(
@@ -63,22 +75,23 @@ def translate(
     corpus: str | os.PathLike = "corpus",
     tuning: Tuning | None = None,
 ) -> Translation:
-    """Make a model that goes from source to target of a checkpoint of `fastlm.lm`, and test it.
+    """Teach a checkpoint of `fastlm.lm` to go from source to target, and test it.
 
     ``output`` then holds the model, a checkpoint that transformers' ``AutoModelForCausalLM`` and
     ``pipeline("text-generation")`` read, with metrics.json and predictions.csv of the test pairs. A source takes up to half of
-    the model's places.
+    the model's positions.
 
     Args:
-        checkpoint: of a decoder, or of a `TextVAE`, of which the decoder is taken.
+        checkpoint: the folder of a decoder, or of a `TextVAE`, whose decoder is taken.
         data: a .csv, .tsv or .jsonl file; None for the summaries of ``corpus``: see `summaries`.
-        test, fields: see `fastlm.lm.finetune.read_examples`; ``fields`` are the source's and the target's name.
+        test, fields: see `fastlm.lm.finetuning.common.read_examples`; ``fields`` are the names of the source and the target.
         corpus: a folder that `prepare` made.
 
     Raises:
-        ValueError: ``output`` holds a checkpoint; `fastlm.lm.finetune.read_examples`' and `fastlm.lm.checkpoint.load`'s.
-        FileNotFoundError: no such checkpoint, file or corpus.
-        OSError: the disk is full; ``output`` is as before.
+        ValueError: ``output`` holds a checkpoint; as `fastlm.lm.finetuning.common.read_examples` and
+            `fastlm.lm.model.checkpoint.load`.
+        FileNotFoundError: there is no such checkpoint, file or corpus.
+        OSError: the disk is full; ``output`` is unchanged.
     """
     output, tuning = check_new(output), tuning or Tuning()
     examples = read_examples(data, fields, test) if data else examples_of(corpus, summaries)
@@ -88,7 +101,7 @@ def translate(
     frame(tokenizer, tokenizer.bos_token, places // 2)
     tokenizer.padding_side = "left"
     train, validation = (items_of(part, tokenizer, places) for part in (examples.train, examples.validation))
-    model.generation_config.max_new_tokens = max(map(answer, train))  # nothing longer was learned
+    model.generation_config.max_new_tokens = max(map(answer, train))  # training has no longer target
     with results(output) as folder:
         model = finetune(model, tuning, (), train, validation, Pairs(tokenizer.pad_token_id), folder / "epochs")
         sources, targets = zip(*examples.test)
@@ -99,17 +112,17 @@ def translate(
 
 
 def summaries(records: Iterable[dict]) -> Iterator[Example]:
-    """(the rest, the first line) of each document whose first line stands alone, as docstrings' summaries do (PEP 257)."""
+    """Yield (rest, first line) of each document whose first line stands alone, as the summary of a docstring does (PEP 257)."""
     document = None
     for record in records:
         first, _, rest = record["text"].partition("\n\n")
-        if record["document"] != document and rest and "\n" not in first:  # later windows begin anywhere
+        if record["document"] != document and rest and "\n" not in first:  # only the first window has the beginning
             yield rest, first
         document = record["document"]
 
 
 def decoder_of(base: PreTrainedModel) -> LlamaForCausalLM:
-    """The decoder, or that of a `TextVAE`, as a model of its own."""
+    """Return a decoder as it is, or that of a `TextVAE` as a model of its own."""
     if not isinstance(base, TextVAE):
         return base
     decoder = LlamaForCausalLM._from_config(base.config.decoder, attn_implementation=ATTENTION)
@@ -118,7 +131,7 @@ def decoder_of(base: PreTrainedModel) -> LlamaForCausalLM:
 
 
 def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, places: int) -> list[dict]:
-    """``input_ids`` and ``labels`` of each pair, at most ``places``; a target that is cut has no end."""
+    """Return ``input_ids`` and ``labels`` of each pair, at most ``places`` each; a target that is cut has no <|eos|>."""
     sources, targets = map(list, zip(*examples))
     read = tokenizer(sources, truncation=True)["input_ids"]
     written = tokenizer(targets, add_special_tokens=False)["input_ids"]
@@ -130,12 +143,12 @@ def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, pl
 
 
 def answer(item: dict) -> int:
-    """How many tokens the target has, with its end."""
+    """Return the number of tokens of the target, with its <|eos|>."""
     return sum(label != IGNORED for label in item["labels"])
 
 
 class Pairs:
-    """Items to a batch, ``input_ids`` and ``labels`` (B, L), padded on the right, where a decoder needs no mask."""
+    """Make a batch of items: ``input_ids`` and ``labels`` (B, L), padded on the right, where a decoder needs no mask."""
 
     def __init__(self, pad: int):
         self.pad = pad
@@ -147,7 +160,7 @@ class Pairs:
 
 @torch.inference_mode()
 def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sources: Sequence[str]) -> list[str]:
-    """What the model makes of each source: always the likeliest token, in batches of about the same length."""
+    """Return the model's greedy output for each source, computed in batches of about equal lengths."""
     found = {}
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
     for start in range(0, len(order), BATCH):
@@ -160,7 +173,7 @@ def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source
 
 
 def scores(targets: Sequence[str], found: Sequence[str]) -> dict[str, float | str]:
-    """``bleu``, ``signature`` and ``exact`` of what was ``found``."""
+    """Return ``bleu``, ``signature`` and ``exact`` of the outputs ``found``."""
     metric = BLEU()
     bleu = metric.corpus_score(list(found), [list(targets)]).score
     exact = sum(map(str.__eq__, targets, found)) / len(targets)

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder as transformers' `save_pretrained` writes it, with the tokenizer, and nothing that is unpickled."""
+"""Checkpoints: a folder as transformers' `save_pretrained` writes it, with the tokenizer. Nothing in it is unpickled."""
 
 import json
 import os
@@ -26,14 +26,14 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str
     """Write a checkpoint; the files of an earlier one stay until all of the new ones are whole.
 
     Raises:
-        OSError: the disk is full; what was there is there.
+        OSError: the disk is full; the earlier files are unchanged.
     """
     with replaced_together(Path(folder), FILES) as unfinished:
         try:
             with quiet():
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
-            shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # safetensors leaves it to the owner alone
+            shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # safetensors makes it readable by the owner alone
         except SafetensorError as error:
             raise OSError(f"{folder}: the weights could not be written: {error}") from error
 
@@ -41,15 +41,15 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str
 def load(
     folder: str | os.PathLike, models: dict[str, type[PreTrainedModel]] = MODELS, attention: str = ATTENTION
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """(model, tokenizer) of a checkpoint, ready for evaluation.
+    """Load a checkpoint: return (model, tokenizer), with the model in evaluation mode.
 
     Args:
-        models: what is expected, by the config's model_type.
-        attention: the attention implementation.
+        models: the classes of the expected models, by the config's model_type.
+        attention: transformers' name of the attention implementation.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it is damaged, cut short, or of another model.
+        ValueError: the checkpoint is damaged, cut short, or of another model.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS, TOKENIZER):
@@ -60,7 +60,7 @@ def load(
         raise ValueError(f"{folder} is a checkpoint of a model of type {kind!r}; expected {' or '.join(map(repr, models))}")
     check_whole(folder / WEIGHTS)
     try:
-        with quiet():  # of what is missing, for which there is an error
+        with quiet():  # transformers would warn of missing weights, which are an error below
             options = {"attn_implementation": attention, "local_files_only": True, "use_safetensors": True}
             model, info = models[kind].from_pretrained(folder, output_loading_info=True, **options)
     except (ValueError, RuntimeError, SafetensorError) as error:
@@ -76,7 +76,7 @@ def load(
 
 
 def kind_of(folder: Path) -> str:
-    """The model_type of a checkpoint's config."""
+    """Return the model_type of a checkpoint's config."""
     try:
         return str(json.loads((folder / CONFIG).read_text("utf-8"))["model_type"])
     except (ValueError, KeyError, TypeError) as error:
@@ -94,7 +94,7 @@ def check_whole(path: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own bars and remarks."""
+    """Silence transformers' progress bars and messages in the block."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

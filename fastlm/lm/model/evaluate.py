@@ -1,4 +1,4 @@
-"""How good a model is on texts it has not seen, and whether its latent is used or has collapsed."""
+"""Evaluation of a model on texts it has not seen: its likelihood, and whether its latent is used or has collapsed."""
 
 import math
 from collections.abc import Iterable
@@ -12,23 +12,23 @@ from ...ops.latent import reparameterize_with_kl
 from ..data.batches import Collator, Texts
 from .text_vae import IGNORED, TextVAE, nll_of
 
-ACTIVE = 0.01  # variance of mu over texts from which a unit is active (Burda et al. 2016, arXiv:1509.00519)
+ACTIVE = 0.01  # a unit is active if the variance of its mu over texts is larger (Burda et al. 2016, arXiv:1509.00519)
 BATCH = 32
 
 
 @dataclass
 class Evaluation:
-    """Of a model on held-out texts, in nats; the last five are of a `TextVAE` only.
+    """The results of a model on held-out texts, in nats. The last five are None without a latent.
 
     Attributes:
-        texts, tokens, words: how many there are; tokens with each text's end; words are what blanks part.
-        nll_per_token, nll_per_word: negative log-likelihood. Of a `TextVAE` it is an upper bound, by importance sampling
+        texts, tokens, words: their numbers. The tokens include each text's end; white space separates the words.
+        nll_per_token, nll_per_word: the negative log-likelihood. Of a `TextVAE` it is an upper bound, by importance sampling
             (Burda et al. 2016).
-        perplexity: e to the ``nll_per_word``.
-        reconstruction, kl: of a text on average: the two parts of the negative ELBO.
-        active_units: dimensions of the latent whose mean varies from text to text.
+        perplexity: exp(``nll_per_word``).
+        reconstruction, kl: the two parts of the negative ELBO, averaged over the texts.
+        active_units: the number of dimensions of the latent whose mean varies from text to text.
         mutual_information: of text and latent, estimated over the texts (He et al. 2019, arXiv:1901.05534); at most ln(texts).
-        samples: latents drawn for each text, of the importance sampling.
+        samples: the number of importance samples, which are latents, drawn for each text.
     """
 
     texts: int
@@ -62,7 +62,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def elbo(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """``loss`` per token, and of a `TextVAE` its parts ``reconstruction`` and ``kl``: one draw of the latent for each text."""
+    """Return the ``loss`` per token, and for a `TextVAE` its parts ``reconstruction`` and ``kl``, by one latent per text."""
     was_training = model.training
     model.eval()
     labels, sums = 0, {}
@@ -82,7 +82,7 @@ def elbo(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[s
 
 @torch.inference_mode()
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, samples: int = 32) -> Evaluation:
-    """Evaluate a `TextVAE`, or a decoder without a latent, on ``texts``; each text's noise comes from its seed.
+    """Evaluate a `TextVAE`, or a decoder without a latent, on ``texts``; each text's seed determines its noise.
 
     Raises:
         ValueError: ``samples`` is not positive.
@@ -115,7 +115,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
 def importance_nll(
     model: TextVAE, batch: dict[str, Tensor], mu: Tensor, logvar: Tensor, samples: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(B,): an upper bound of -log p(text) by ``samples`` latents from each text's posterior; and the parts of its ELBO."""
+    """Return an upper bound (B,) of -log p(text), from ``samples`` latents of the posterior, and the parts of the ELBO."""
     latents, kl = reparameterize_with_kl(mu, logvar, num_samples=samples, seed=batch["seeds"])  # (K, B, D)
     ids, labels = batch["input_ids"], batch["labels"]
     terms, reconstructions = [], []
@@ -129,13 +129,15 @@ def importance_nll(
 
 
 def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
-    """(*): the log density of z (*, D) under N(mu, e^logvar)."""
+    """Return the log density (*) of z (*, D) under N(mu, e^logvar)."""
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).square() * torch.exp(-logvar)).sum(-1)
 
 
 def mutual_information(mu: Tensor, logvar: Tensor, seeds: Tensor, chunk: int = 256) -> float:
-    """Of texts and latents, from the posteriors (N, D) of N texts: the mean of log q(z|x) - log q(z), where q(z) is the mean of
-    all the posteriors, with one z for each text."""
+    """Estimate the mutual information of texts and latents from the posteriors (N, D) of N texts.
+
+    It is the mean of log q(z|x) - log q(z) with one z per text, where q(z) is the mean of all posteriors.
+    """
     z, _ = reparameterize_with_kl(mu, logvar, seed=seeds)
     total = log_density(z, mu, logvar).sum()
     for part in z.split(chunk):

@@ -1,9 +1,7 @@
-"""Using a model: texts of a latent from the prior or after a prompt, reconstructions, interpolations and variations."""
+"""Generation of texts: samples from the prior, continuations of prompts, reconstructions, interpolations and variations."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Event
 
 import torch
@@ -20,88 +18,51 @@ from transformers import (
 )
 
 from ...ops.latent import reparameterize
-from ..data.batches import framed, padded_ids
+from ..data.batches import encode_text, padded_ids
 from .checkpoint import quiet
+from .sampling import GREEDY, Sampling, check_at_least
 from .text_vae import TextVAE
 
 BATCH = 32
 
 
-def _check_at_least(least: int, **named: int) -> None:
-    for name, value in named.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        temperature: of the softmax; below 1 for likelier texts, 0 for the likeliest token each time, without chance.
-        top_k: draw from that many of the likeliest tokens only; 0 for all.
-        top_p: draw from the likeliest tokens only that together have this probability (Holtzman et al. 2020, arXiv:1904.09751);
-            1 for all.
-        max_new_tokens: after the prompt; None for as many as there is room for.
-
-    Raises:
-        ValueError: one is out of its range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.9
-    max_new_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative; got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1; got {self.top_p}")
-        _check_at_least(0, top_k=self.top_k)
-        if self.max_new_tokens is not None:
-            _check_at_least(1, max_new_tokens=self.max_new_tokens)
-
-    def processors(self, seeds: list[int]) -> list[LogitsProcessor]:
-        """What is done with logits before the largest is taken, in rows of these seeds."""
-        if not self.temperature:
-            return []
-        warpers = [TemperatureLogitsWarper(float(self.temperature))]
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
-        return [*warpers, Draw(seeds)]
-
-
-GREEDY = Sampling(temperature=0)
-
-
 class Draw(LogitsProcessor):
-    """Noise on logits, so that the largest is a draw of their softmax (the Gumbel-max trick), each row's of its own seed.
+    """Add noise to logits, so that their argmax is a sample of their softmax (the Gumbel-max trick); each row has a seed.
 
-    transformers' ``do_sample`` would draw all rows from torch's one generator, which a thread that streams shares with all.
+    transformers' ``do_sample`` would draw all rows from torch's global generator, which a streaming thread shares with others.
     """
 
     def __init__(self, seeds: Iterable[int]) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, vocabulary): scores - log(E), E ~ Exp(1)."""
+        """Return scores - log(E), E ~ Exp(1): (B, vocabulary)."""
         noise = torch.empty(scores.shape, dtype=torch.float64)
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return scores - noise.log().to(scores)
 
 
-class Writer:
-    """Writes texts with a `TextVAE`, or with a decoder alone, on the device where it is.
+def processors(sampling: Sampling, seeds: list[int]) -> list[LogitsProcessor]:
+    """Return the processors of the logits (B, vocabulary), of which the argmax is then taken, for rows with these seeds."""
+    if not sampling.temperature:
+        return []
+    warpers = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return [*warpers, Draw(seeds)]
 
-    No text, its prompt included, is longer than the ``max_tokens`` that the model was made for; one that gets there just stops.
-    The same seed gives the same texts, whatever else is written beside them, and torch's own generator is left alone.
+
+class TextGenerator:
+    """Generate texts with a `TextVAE`, or with a decoder alone, on the model's device.
+
+    A text with its prompt has at most ``max_tokens`` tokens, the length that the model was made for; generation stops there.
+    The same seed gives the same texts, whatever else is in the batch. torch's global generator is not used.
 
     Args:
-        model, tokenizer: as `fastlm.lm.checkpoint.load` gives them.
+        model, tokenizer: as `fastlm.lm.model.checkpoint.load` returns them.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,75 +70,75 @@ class Writer:
         self.max_tokens = model.config.get_text_config().max_position_embeddings
 
     def sample(self, count: int = 1, *, prompt: str | Sequence[str] = "", seed: int = 0, **sampling) -> list[str]:
-        """New texts; those of a `TextVAE` each have a latent of their own, from the prior N(0, 1).
+        """Return new texts; with a `TextVAE` each has its own latent from the prior N(0, 1).
 
         Args:
-            count: texts for each prompt.
-            prompt: what the texts begin with; of several, the texts of the first come first.
-            sampling: how tokens are drawn, by the names of `Sampling`.
+            count: the number of texts for each prompt.
+            prompt: the beginning of the texts, or several; then the texts of the first prompt come first.
+            sampling: the fields of `Sampling`.
 
         Raises:
-            ValueError: a bad argument, or a prompt that leaves no room for more.
+            ValueError: an argument is bad, or a prompt leaves no room for more tokens.
         """
-        _check_at_least(1, count=count)
+        check_at_least(1, count=count)
         prompts = [ids for ids in map(self._prompt, _listed(prompt)) for _ in range(count)]
         seeds = seeds_of(seed, count) * (len(prompts) // count)
-        return self._written(prompts, self._prior(seeds), seeds, Sampling(**sampling))
+        return self.generate(prompts, self._prior(seeds), seeds, Sampling(**sampling))
 
     def stream(self, prompt: str = "", *, seed: int = 0, **sampling) -> Iterator[str]:
-        """The one text that `sample` writes with these arguments, in pieces, each as soon as its words are whole.
+        """Yield the one text that `sample` returns with these arguments in pieces, each as soon as its words are whole.
 
-        An error while it is written is raised where the pieces are taken. Who takes no more of them stops the writing.
+        An error in the generation is raised in the consumer of the pieces. Closing the iterator stops the generation.
         """
         seeds = seeds_of(seed, 1)
         return self._pieces(self._inputs([self._prompt(prompt)], self._prior(seeds), seeds, Sampling(**sampling)))
 
     def reconstruct(self, texts: str | Sequence[str]) -> list[str]:
-        """Each text as the mean of its posterior tells it, greedily. Of a text beyond ``max_tokens`` the rest is not seen.
+        """Reconstruct each text: decode the mean of its posterior greedily. Tokens beyond ``max_tokens`` are ignored.
 
         Raises:
             ValueError: the model has no latent.
         """
         texts = _listed(texts)
         parts = [self.posterior(texts[start : start + BATCH])[0] for start in range(0, len(texts), BATCH)]
-        return self._told(torch.cat(parts)) if parts else []
+        return self.decode(torch.cat(parts)) if parts else []
 
     def interpolate(self, first: str, second: str, steps: int = 5) -> list[str]:
-        """``steps`` texts on the way from one text to another, their reconstructions included.
+        """Return ``steps`` texts that lead from one text to another, including the reconstructions of both.
 
-        The way is the straight line between the means of their posteriors, as in Bowman et al. 2016 and in Optimus. (A
-        spherical one, White 2016, arXiv:1609.04468, keeps the length of draws from the prior, which means do not have.)
+        The latents are on the straight line between the means of the posteriors, as in Bowman et al. 2016 and in Optimus.
+        (Spherical interpolation, White 2016, arXiv:1609.04468, keeps the length of draws from the prior; means do not have it.)
 
         Raises:
-            ValueError: fewer than 2 steps; the model has no latent.
+            ValueError: there are fewer than 2 steps, or the model has no latent.
         """
-        _check_at_least(2, steps=steps)
+        check_at_least(2, steps=steps)
         start, end = self.posterior([first, second])[0]
-        return self._told(torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device).to(start)[:, None]))
+        return self.decode(torch.lerp(start, end, torch.linspace(0, 1, steps, device=start.device).to(start)[:, None]))
 
     def vary(self, text: str, count: int = 5, *, seed: int = 0) -> list[str]:
-        """Texts like this one: latents drawn from its posterior, each told greedily.
+        """Return texts like this one: draw latents from its posterior, and decode each greedily.
 
         Raises:
             ValueError: the model has no latent.
         """
-        _check_at_least(1, count=count)
+        check_at_least(1, count=count)
         mu, logvar = (part.expand(count, -1) for part in self.posterior([text]))
-        return self._told(reparameterize(mu, logvar, seed=self._seeds(seeds_of(seed, count))))
+        return self.decode(reparameterize(mu, logvar, seed=self._seeds(seeds_of(seed, count))))
 
     @torch.inference_mode()
     def posterior(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(mu, logvar), each (B, D), of texts cut at ``max_tokens``."""
+        """Return (mu, logvar), each (B, D), of texts that are cut at ``max_tokens``."""
         if not isinstance(self.model, TextVAE):
             raise ValueError(f"this needs a model with a latent, a TextVAE; got a {type(self.model).__name__}")
         for text in texts:
             _check_text(text)
-        rows = [torch.tensor(framed(text, self.tokenizer, self.max_tokens)) for text in texts]
+        rows = [torch.tensor(encode_text(text, self.tokenizer, self.max_tokens)) for text in texts]
         ids, mask = padded_ids(rows, self.tokenizer.pad_token_id)
         return self.model.posterior(ids.to(self.model.device), mask.to(self.model.device))
 
     def _prior(self, seeds: list[int]) -> Tensor | None:
-        """(B, D): a latent of each seed, for a model that has one."""
+        """Draw a latent per seed from the prior: (B, D), or None for a model without a latent."""
         if not isinstance(self.model, TextVAE):
             return None
         standard = torch.zeros(len(seeds), self.model.config.latent_dim, device=self.model.device, dtype=self.model.dtype)
@@ -194,17 +155,17 @@ class Writer:
             raise ValueError(f"a prompt must have at most {most} tokens; that of {text[:40]!r}… has {len(ids) - 1}")
         return ids
 
-    def _told(self, latents: Tensor) -> list[str]:
-        """The texts of latents (B, D), greedily."""
-        return self._written([self._prompt("")] * len(latents), latents, [0] * len(latents), GREEDY)
+    def decode(self, latents: Tensor) -> list[str]:
+        """Return the text of each latent of (B, D), decoded greedily."""
+        return self.generate([self._prompt("")] * len(latents), latents, [0] * len(latents), GREEDY)
 
-    def _written(self, prompts: list[list[int]], latents: Tensor | None, seeds: list[int], sampling: Sampling) -> list[str]:
+    def generate(self, prompts: list[list[int]], latents: Tensor | None, seeds: list[int], sampling: Sampling) -> list[str]:
         texts = []
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
             inputs = self._inputs(prompts[part], None if latents is None else latents[part], seeds[part], sampling)
             width = inputs["input_ids"].shape[1]
-            with quiet():  # of rows that with their padding are long
+            with quiet():  # transformers would warn of rows that are too long with their padding
                 rows = self.model.generate(**inputs)
             for prompt, row in zip(prompts[part], rows):
                 ids = [*prompt, *row[width : width + self._room(prompt, sampling)].tolist()]
@@ -212,17 +173,17 @@ class Writer:
         return texts
 
     def _inputs(self, prompts: list[list[int]], latents: Tensor | None, seeds: list[int], sampling: Sampling) -> dict:
-        """Of transformers' ``generate``: the prompts, padded on the left, and how tokens are drawn.
+        """Return the arguments of transformers' ``generate``: the prompts, padded on the left, and how tokens are drawn.
 
-        All rows go on for as long as the shortest has room, so that what a longer one gets beyond its own is to be cut off.
+        All rows run as long as the shortest prompt has room, so the caller cuts off what a longer prompt gets beyond its own.
         """
         ids, mask = padded_ids([torch.tensor(ids) for ids in prompts], self.tokenizer.pad_token_id, "left")
         inputs = {
             "input_ids": ids.to(self.model.device),
             "attention_mask": mask.to(self.model.device),
             "max_new_tokens": max(self._room(prompt, sampling) for prompt in prompts),
-            "logits_processor": LogitsProcessorList(sampling.processors(seeds)),
-            "do_sample": False,  # `Draw` does
+            "logits_processor": LogitsProcessorList(processors(sampling, seeds)),
+            "do_sample": False,  # `Draw` samples
         }
         return inputs if latents is None else inputs | {"latents": latents}
 
@@ -238,7 +199,8 @@ class Writer:
 
         with ThreadPoolExecutor(1) as pool:
             written = pool.submit(self.model.generate, **inputs, streamer=streamer, stopping_criteria=[stop])
-            written.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))  # also after an error
+            # The stream ends after an error too.
+            written.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
             try:
                 yield from filter(None, streamer)
             finally:
@@ -246,9 +208,22 @@ class Writer:
             written.result()
 
 
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = 1,
+    *,
+    prompt: str | Sequence[str] = "",
+    seed: int = 0,
+    **sampling,
+) -> list[str]:
+    """Return new texts of a model, or texts that go on from a prompt: see `TextGenerator.sample`."""
+    return TextGenerator(model, tokenizer).sample(count, prompt=prompt, seed=seed, **sampling)
+
+
 def seeds_of(seed: int, count: int) -> list[int]:
-    """Of ``count`` texts: that of the first is the same, however many there are."""
-    if seed not in range(2**32):  # what torch's generator on the CPU heeds
+    """Return the seeds of ``count`` texts; the first few do not depend on ``count``."""
+    if seed not in range(2**32):  # torch's CPU generator reads 32 bits
         raise ValueError(f"seed must be from 0 to 2**32 - 1; got {seed}")
     return torch.randint(2**63 - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 

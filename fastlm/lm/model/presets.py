@@ -1,46 +1,23 @@
-"""Models to train, by name: a plain decoder, or a `TextVAE` around the same decoder."""
-
-from dataclasses import dataclass
+"""New models to train, by name: a plain decoder, or a `TextVAE` around the same decoder."""
 
 import torch
 from transformers import EuroBertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastlm.integrations.transformers  # noqa: F401  registers attn_implementation="fastlm"
 
+from .sizes import KINDS, PRESETS
 from .text_vae import TextVAE, TextVAEConfig
 
-KINDS = ("vae", "decoder")
 ATTENTION = "fastlm"
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The size of a model; the defaults of training that go with it are `fastlm.lm.train.Settings`' own."""
-
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    kv_heads: int
-    layers: int  # of the decoder
-    encoder_layers: int
-    latent_dim: int
-    max_tokens: int
-
-
-PRESETS = {
-    "tiny": Preset(64, 176, 4, 2, 2, 1, 16, 128),  # to try things out, and for the tests
-    "small": Preset(256, 704, 4, 2, 4, 2, 16, 320),  # minutes on two cores
-    "base": Preset(768, 2048, 12, 4, 12, 6, 64, 1024),  # hours on a GPU
-}
 
 
 def build(
     kind: str, preset: str, tokenizer: PreTrainedTokenizerBase, *, free_bits: float = 0.0, seed: int = 0
 ) -> PreTrainedModel:
-    """A model with fresh weights for the tokenizer's vocabulary, on fastlm's attention; the same seed gives the same weights.
+    """Build a model with new weights for the tokenizer's vocabulary, on fastlm's attention; a seed determines the weights.
 
     Raises:
-        ValueError: no such kind or preset.
+        ValueError: there is no such kind or preset.
     """
     if kind not in KINDS:
         raise ValueError(f"model must be one of {', '.join(KINDS)}; got {kind!r}")

@@ -2,8 +2,8 @@
 
     text -> bidirectional encoder -> mean of its tokens -> (mu, logvar) -> z -> autoregressive decoder -> text
 
-The decoder is told z in two ways, after Optimus (Li et al. 2020, arXiv:2004.04092): in each layer as a key and value in front
-of those of the tokens ("memory"), and added to the embedding of each token.
+The decoder receives z in two ways, after Optimus (Li et al. 2020, arXiv:2004.04092): each layer has a key and a value of z
+before those of the tokens ("memory"), and a projection of z is added to the embedding of each token.
 """
 
 from dataclasses import dataclass
@@ -31,27 +31,27 @@ from transformers.utils import ModelOutput
 from ...nn import GaussianLatent
 from ...ops.latent import gaussian_kl
 
-IGNORED = -100  # a label that is not predicted
-FIRST_LOGVAR = -3.0  # of the posterior: a decoder that at first hears nothing but noise learns not to listen
-
+IGNORED = -100  # the label of a token that the loss ignores
+# The posterior's logvar in a new model. With more noise at first, the decoder learns to ignore z.
+FIRST_LOGVAR = -3.0
 
 _BERT_BASE = {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
 _BERT_BASE |= {"num_attention_heads": 12, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 class TextVAEConfig(PreTrainedConfig):
-    """What a `TextVAE` is made of: two configs of transformers, and the latent between them.
+    """The config of a `TextVAE`: the configs of its encoder and decoder, and the latent between them.
 
     Args:
-        encoder: of a EuroBERT, a bidirectional Llama.
-        decoder: of a Llama, of the same vocabulary and hidden size; its embeddings are the encoder's too.
-        latent_dim: size D of the latent.
-        free_bits: nats that each dimension of the latent may take for nothing (Kingma et al. 2016): what keeps the decoder from
-            learning to do without it.
+        encoder: the config of a EuroBERT, a bidirectional Llama.
+        decoder: the config of a Llama with the same vocabulary and hidden size; encoder and decoder share the embeddings.
+        latent_dim: the size D of the latent.
+        free_bits: the nats of KL of each dimension of the latent that the loss does not count (Kingma et al. 2016). They keep
+            the decoder from learning to ignore the latent.
     """
 
     model_type = "fastlm_text_vae"
-    sub_configs_defaults = {  # their own defaults do not fit each other
+    sub_configs_defaults = {  # the defaults of the two config classes do not fit each other
         "encoder": SubConfigSpec(config_class=EuroBertConfig, model_type="eurobert", init_kwargs=_BERT_BASE),
         "decoder": SubConfigSpec(config_class=LlamaConfig, model_type="llama", init_kwargs=_BERT_BASE),
     }
@@ -72,19 +72,20 @@ class TextVAEConfig(PreTrainedConfig):
             setattr(self, name, getattr(self.decoder, name))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The config that generation asks about: the decoder's."""
+        """Return the config that generation reads: the decoder's."""
         return self.decoder
 
 
 @dataclass
 class TextVAEOutput(ModelOutput):
-    """
+    """The output of a `TextVAE`.
+
     Args:
-        loss: 0-d, in nats per label: reconstruction and weighted KL; where labels are given.
+        loss: 0-d, in nats per label: the reconstruction and the weighted KL. None without labels.
         logits: (B, L, vocabulary).
-        reconstruction: (B,), in nats: -log p(text | z); where labels are given.
-        kl: (B,), in nats: of the posterior from N(0, 1), without free bits; where a text was encoded.
-        cache: of the decoder.
+        reconstruction: (B,), in nats: -log p(text | z). None without labels.
+        kl: (B,), in nats: the KL of the posterior from N(0, 1), without free bits. None if latents were given.
+        cache: the decoder's cache.
     """
 
     loss: Tensor | None = None
@@ -95,7 +96,7 @@ class TextVAEOutput(ModelOutput):
 
 
 class TextVAE(PreTrainedModel, GenerationMixin):
-    """See the top of the file. ``generate(ids, latents=z)`` writes on from ``ids`` (B, L) as z (B, D) wants it.
+    """The model that the top of this file describes. ``generate(ids, latents=z)`` continues ``ids`` (B, L) given z (B, D).
 
     ``kl_weight`` is the beta of the loss; training changes it from step to step. In evaluation the loss is the negative ELBO.
     """
@@ -115,7 +116,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         self.encoder = EuroBertModel._from_config(config.encoder)
         self.decoder = LlamaForCausalLM._from_config(decoder)
         self.latent = GaussianLatent(config.encoder.hidden_size, config.latent_dim, free_bits=config.free_bits)
-        # one key and one value for each head of each layer, as in a cache
+        # z has one key and one value for each head of each layer, as a token has in a cache.
         slots = decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
         self.to_keys = nn.Linear(config.latent_dim, slots)
         self.to_values = nn.Linear(config.latent_dim, slots)
@@ -126,7 +127,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is getattr(self, "to_embedding", None):
-            init.zeros_(module.weight)  # else a latent that says nothing yet drowns the embeddings
+            init.zeros_(module.weight)  # a new latent says nothing yet, and would drown the embeddings
         if module is getattr(getattr(self, "latent", None), "linear", None):
             init.constant_(module.bias[self.config.latent_dim :], FIRST_LOGVAR)
 
@@ -137,7 +138,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         return self.decoder.get_output_embeddings()
 
     def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, hidden): the mean of the encoder's outputs over the tokens of ``ids`` (B, L), padding left out."""
+        """Return the mean (B, hidden) of the encoder's outputs over the tokens of ``ids`` (B, L), without padding."""
         hidden = self.encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
         if attention_mask is None:
             return hidden.mean(1)
@@ -145,7 +146,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         return torch.einsum("bld,bl->bd", hidden, weights) / weights.sum(1, keepdim=True).clamp(min=1)
 
     def posterior(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(mu, logvar), each (B, D), of the texts ``ids`` (B, L)."""
+        """Return (mu, logvar), each (B, D), of the texts ``ids`` (B, L)."""
         return self.latent.parameters_of(self.encode(ids, attention_mask))
 
     def forward(
@@ -163,18 +164,18 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> TextVAEOutput:
-        """Decode ``input_ids`` with ``latents``, or with one drawn from the posterior of ``encoder_input_ids``.
+        """Decode ``input_ids`` with ``latents``, or with latents drawn from the posterior of ``encoder_input_ids``.
 
         Args:
-            input_ids: (B, L), what the decoder reads.
-            attention_mask, encoder_attention_mask: (B, L), 1 at tokens, 0 at padding. A decoder whose padding is on the right
-                needs none.
-            cache: of the tokens before ``input_ids``, and of z.
+            input_ids: (B, L), the decoder's input.
+            attention_mask, encoder_attention_mask: (B, L), 1 at tokens, 0 at padding. The decoder needs none if its padding is
+                on the right.
+            cache: the keys and values of z and of the tokens before ``input_ids``.
             latents: (B, D).
-            labels: (B, L): tokens to predict, the next one of each place being the one that counts; -100 for none.
-            seeds: (B,) int64, of each text's noise.
-            logits_to_keep: of how many last tokens logits are wanted; 0 for all.
-            num_items_in_batch: labels of the whole batch, of which this is a part; the loss is divided by it.
+            labels: (B, L), target ids, shifted inside the model; -100 is ignored.
+            seeds: (B,) int64, the seed of each text's noise.
+            logits_to_keep: compute the logits of this many last tokens only; 0 for all.
+            num_items_in_batch: the number of labels of the whole batch, of which this may be a part; it divides the loss.
         """
         kl = loss = reconstruction = free_kl = None
         if latents is None:
@@ -203,7 +204,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         logits_to_keep: int,
         **kwargs,
     ) -> tuple[Tensor, Cache]:
-        """(logits, cache). The cache has z at its place 0, which is no token's place: those count from 0 without it."""
+        """Return (logits, cache). z is entry 0 of the cache, but takes no position: the tokens' positions count from 0."""
         cache = DynamicCache(config=self.config.decoder) if cache is None else cache
         if not cache.get_seq_length():
             self._remember(cache, latents)
@@ -224,7 +225,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         return outputs.logits, outputs.cache
 
     def _remember(self, cache: Cache, latents: Tensor) -> None:
-        """Put z (B, D) into an empty cache, as a key and a value of each layer."""
+        """Put z (B, D) into an empty cache, as one key and one value per layer and head."""
         config = self.config.decoder
         shape = (latents.shape[0], config.num_hidden_layers, config.num_key_value_heads, 1, config.head_dim)
         keys, values = (project(latents).view(shape).unbind(1) for project in (self.to_keys, self.to_values))
@@ -233,7 +234,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
 
 
 def nll_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,): -log p of each row of labels (B, L) by the logits (B, L, vocabulary) of the places before."""
+    """Return -log p (B,) of each row of labels (B, L) under the logits (B, L, vocabulary) of the positions before."""
     predicted = logits[:, :-1].transpose(1, 2).float()
     return F.cross_entropy(predicted, labels[:, 1:], reduction="none", ignore_index=IGNORED).sum(1)
 

@@ -1,4 +1,4 @@
-"""The course of training as a table and as a picture."""
+"""The learning curves of a training run, as a table and as a picture."""
 
 import csv
 from pathlib import Path
@@ -14,11 +14,11 @@ COLUMNS = (
     *("eval_loss", "eval_reconstruction", "eval_kl"),
 )
 TABLE, PICTURE = "curves.csv", "curves.png"
-SMOOTH = 10  # points of the training loss that are averaged
+SMOOTH = 10  # points in the moving average of the training curves
 
 
 def write_curves(history: list[dict[str, float]], folder: Path) -> None:
-    """curves.csv: a row for each entry of the Trainer's log; curves.png: loss, and KL if there is one, over the steps."""
+    """Write curves.csv, a row per entry of the Trainer's log, and curves.png, the loss and the KL, if any, over the steps."""
     rows = [{name: entry[name] for name in COLUMNS if name in entry} for entry in history]
     rows = [row for row in rows if "loss" in row or "eval_loss" in row]
     with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:

@@ -1,10 +1,10 @@
-"""Pre-training: a `TextVAE`, or the decoder alone, on a prepared corpus, with transformers' Trainer."""
+"""Pre-training of a `TextVAE`, or of the decoder alone, on a prepared corpus, with transformers' Trainer."""
 
 import json
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -16,66 +16,17 @@ from ..data.prepare import REPORT, prepare
 from ..data.tokenizer import FILE as TOKENIZER
 from ..data.tokenizer import load_tokenizer
 from ..model.checkpoint import CONFIG, WEIGHTS, check_whole, quiet, save
-from ..model.presets import KINDS, PRESETS, build
+from ..model.presets import build
+from ..model.sizes import PRESETS
 from .curves import write_curves
-from .schedules import SCHEDULES
+from .settings import SETTINGS, Settings, settings_of
 from .trainer import Annealing, Interrupt, Progress, TextTrainer, last_checkpoint
 
-SETTINGS = "settings.json"
-LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint at least every so many steps, and after each epoch
+LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint is written every SAVE_STEPS steps, or after each epoch if that is earlier
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal, after it had left a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train; kept beside the model as settings.json.
-
-    Attributes:
-        model: "vae", or "decoder" for the same decoder without a latent.
-        preset: the size, of `fastlm.lm.presets.PRESETS`.
-        epochs: how often all texts are read.
-        batch_size: texts of a step, over all processes.
-        learning_rate: at its highest, after a warm-up; it falls to 0 along a cosine.
-        weight_decay: of AdamW.
-        kl_schedule, beta, warm_start: see `fastlm.lm.schedules.kl_weight`.
-        free_bits: see `fastlm.lm.text_vae.TextVAEConfig`.
-        word_dropout: share of the tokens that the decoder does not see, so that it asks the latent for them.
-        span_masking: share of the tokens that the encoder does not see.
-        seed: of the weights, the order of the texts and the noise.
-        bfloat16: train in mixed precision.
-    """
-
-    model: str = "vae"
-    preset: str = "small"
-    epochs: float = 6.0
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    kl_schedule: str = "linear"
-    beta: float = 1.0
-    warm_start: float = 0.2
-    free_bits: float = 0.5
-    word_dropout: float = 0.0
-    span_masking: float = 0.0
-    seed: int = 0
-    bfloat16: bool = False
-
-    def __post_init__(self) -> None:
-        for name, choices in {"model": KINDS, "preset": PRESETS, "kl_schedule": SCHEDULES}.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"{name} must be positive; got {value}")
-        for name in ("weight_decay", "beta", "free_bits", "seed"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must not be negative; got {value}")
-        for name in ("warm_start", "word_dropout", "span_masking"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must be from 0 to 1; got {value}")
+    """A signal stopped the training, which has left a checkpoint."""
 
 
 def train(
@@ -86,25 +37,25 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] | None = None,
 ) -> Path:
-    """Train a model, and leave in ``output`` its checkpoint, settings.json, and the course of the loss as curves.csv and .png.
+    """Train a model, and write its checkpoint, settings.json, curves.csv and curves.png into ``output``.
 
-    While it trains, checkpoints to resume from are in ``output``/checkpoints. Under torchrun all processes call this.
+    During training, ``output``/checkpoints has checkpoints to resume from. Under torchrun all processes call this function.
 
     Args:
-        corpus: a folder that `prepare` made; None for the documentation inside Python, prepared in ``output``/corpus.
-        settings: None for the defaults, or, where a run is resumed, for that run's.
-        resume: go on from the last checkpoint, or from the beginning if there is none yet, to the same bits as without the
-            interruption.
-        callbacks: of the Trainer; a progress bar by default.
+        corpus: a folder that `prepare` made; None for Python's own documentation, prepared in ``output``/corpus.
+        settings: None for the defaults, or, where a run is resumed, for that run's settings.
+        resume: go on from the last checkpoint, or from the beginning if there is none yet; the result has the same bits as that
+            of a run without the interruption.
+        callbacks: the Trainer's callbacks; None for a progress bar.
 
     Returns:
         ``output``.
 
     Raises:
-        ValueError: bad settings; ``output`` holds another run; what is to be resumed is damaged, or its corpus has changed.
-        FileNotFoundError: no such corpus; nothing to resume.
-        OSError: the disk is full; the checkpoints before are whole.
-        Interrupted: by Ctrl-C or SIGTERM; a checkpoint was left.
+        ValueError: a setting is bad; ``output`` holds another run; the run to resume is damaged, or its corpus has changed.
+        FileNotFoundError: there is no such corpus, or nothing to resume.
+        OSError: the disk is full; the earlier checkpoints are whole.
+        Interrupted: Ctrl-C or SIGTERM stopped the training, which has left a checkpoint.
     """
     output = Path(output)
     settings, corpus = _course(output, corpus, settings, resume)
@@ -136,26 +87,10 @@ def train(
     return output
 
 
-def settings_of(output: Path) -> tuple[Settings, Path]:
-    """(settings, corpus) of the run in ``output``.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or settings.json is damaged.
-    """
-    path = output / SETTINGS
-    if not path.is_file():
-        raise FileNotFoundError(f"{output} holds no run, as it lacks {SETTINGS}: fastlm lm train")
-    try:
-        kept = json.loads(path.read_text("utf-8"))
-        return Settings(**{field.name: kept[field.name] for field in fields(Settings)}), Path(kept["corpus"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}") from error
-
-
 def _course(
     output: Path, corpus: str | os.PathLike | None, settings: Settings | None, resume: bool
 ) -> tuple[Settings, Path | None]:
-    """The settings and the corpus to train with; errors before anything is overwritten."""
+    """Return the settings and the corpus to train with, or raise an error before anything is overwritten."""
     if not resume:
         if (output / SETTINGS).exists() or (output / CONFIG).exists():
             raise ValueError(f"output must be a new folder; {output} holds a model: go on with it by --resume, or name another")
@@ -170,7 +105,7 @@ def _course(
 
 
 def _last_checkpoint(output: Path, kept: dict) -> Path | None:
-    """What to resume from, looked at before it is; None if there is no checkpoint yet."""
+    """Return the checkpoint to resume from, after checking that it is whole, or None if there is none yet."""
     if json.loads((output / SETTINGS).read_text("utf-8")) != kept:
         raise ValueError(f"{kept['corpus']} has changed since {output} was begun: a run is resumed on its own corpus")
     last = last_checkpoint(output / "checkpoints")
@@ -183,7 +118,7 @@ def _last_checkpoint(output: Path, kept: dict) -> Path | None:
 
 
 def digest_of(corpus: str | os.PathLike) -> str:
-    """Of a prepared corpus: its vocabulary, and what its report says of its texts."""
+    """Return a digest of a prepared corpus: of its vocabulary, and of its report, which describes the texts."""
     digest = blake2b(digest_size=16)
     for name in (TOKENIZER, REPORT):
         digest.update((Path(corpus) / name).read_bytes())
@@ -211,7 +146,7 @@ def _trainer(
 
 
 def _arguments(output: Path, settings: Settings) -> TrainingArguments:
-    """They start torch.distributed, where torchrun does."""
+    """Return the Trainer's arguments, whose creation starts torch.distributed under torchrun."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch_size % processes:
         raise ValueError(f"batch_size must be a multiple of the {processes} processes; got {settings.batch_size}")
@@ -222,7 +157,7 @@ def _arguments(output: Path, settings: Settings) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // processes,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # a share
+        warmup_steps=0.05,  # a share of all steps
         weight_decay=settings.weight_decay,
         adam_beta2=0.98,
         bf16=settings.bfloat16,

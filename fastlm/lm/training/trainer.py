@@ -1,4 +1,4 @@
-"""transformers' Trainer for texts: batches by length, the parts of the loss in the log, checkpoints whole or absent."""
+"""transformers' Trainer for texts: it batches by length, logs the parts of the loss, and leaves no partial checkpoint."""
 
 import math
 import shutil
@@ -16,16 +16,16 @@ from ..data.batches import ByLength
 from ..model.evaluate import elbo
 from .schedules import kl_weight
 
-STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
 class TextTrainer(Trainer):
-    """Epochs and noise depend on the seed alone, so that resuming and more processes give what one run gives."""
+    """A Trainer whose epochs and noise depend on the seed alone: resumed and distributed runs give what one run gives."""
 
     def __init__(self, *arguments, batch_size: int, **keywords):
         super().__init__(*arguments, **keywords)
         self.remove_callback(PrinterCallback)
-        self.batch_size = batch_size  # of all processes
+        self.batch_size = batch_size  # over all processes
         self.tokens, self._start = 0, time.perf_counter()
         self._sums = {}
 
@@ -33,9 +33,9 @@ class TextTrainer(Trainer):
         return ByLength(self.train_dataset, self.batch_size)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The Trainer's; takes note of the parts of a `TextVAE`'s loss, of this process."""
+        """Compute the Trainer's loss, and add up the parts of a `TextVAE`'s loss in this process."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.tokens = self.tokens + num_items_in_batch  # on a GPU a tensor, which is not waited for
+        self.tokens = self.tokens + num_items_in_batch  # a tensor on a GPU, which is not waited for
         parts = {"labels": (inputs["labels"][:, 1:] >= 0).sum()}
         if getattr(outputs, "kl", None) is not None:
             parts |= {"kl": outputs.kl.sum(), "reconstruction": outputs.reconstruction.sum()}
@@ -54,7 +54,7 @@ class TextTrainer(Trainer):
         super().log(logs, *arguments, **keywords)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """The negative ELBO per token on the validation texts, in nats; without a latent, the negative log-likelihood."""
+        """Return the negative ELBO of the validation texts, or their NLL without a latent, in nats per token."""
         texts = eval_dataset or self.eval_dataset
         batches = texts.batches(self.batch_size, self.data_collator.plain())
         found = elbo(self.accelerator.unwrap_model(self.model), batches)
@@ -74,13 +74,13 @@ class TextTrainer(Trainer):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole one; a process that was killed while it wrote one leaves a part."""
+    """Return the newest whole checkpoint, or None; a process that is killed while it writes one leaves a partial one."""
     whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / STATE).is_file()]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class Annealing(TrainerCallback):
-    """The weight of the KL, from step to step."""
+    """Set the weight of the KL before each step."""
 
     def __init__(self, schedule: str, beta: float, warm_start: float):
         self.schedule, self.options = schedule, {"beta": beta, "warm_start": warm_start}
@@ -90,7 +90,7 @@ class Annealing(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C, or a cluster's SIGTERM, ends training after the step at hand, with a checkpoint; a second Ctrl-C at once."""
+    """End training after the current step, with a checkpoint, on Ctrl-C or a cluster's SIGTERM; at once on a second Ctrl-C."""
 
     def __init__(self):
         self.asked, self._before = False, {}
@@ -118,7 +118,7 @@ class Interrupt(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with the loss and the tokens per second; a line for each evaluation."""
+    """Show a progress bar with the loss and the tokens per second, and a line for each evaluation."""
 
     def on_train_begin(self, args, state: TrainerState, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
@@ -132,11 +132,11 @@ class Progress(TrainerCallback):
             self.bar.set_postfix(shown | {"tokens/s": f"{logs['tokens_per_second']:.0f}"})
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        said = f"epoch {state.epoch:.1f}: validation loss {metrics['eval_loss']:.3f} nats per token"
-        said += f", perplexity {math.exp(min(metrics['eval_loss'], 50)):.1f}"
+        line = f"epoch {state.epoch:.1f}: validation loss {metrics['eval_loss']:.3f} nats per token"
+        line += f", perplexity {math.exp(min(metrics['eval_loss'], 50)):.1f}"
         if "eval_kl" in metrics:
-            said += f", of it KL {metrics['eval_kl']:.3f}"
-        self.bar.write(said, file=self.bar.fp)
+            line += f", of it KL {metrics['eval_kl']:.3f}"
+        self.bar.write(line, file=self.bar.fp)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

@@ -1,4 +1,4 @@
-"""What the latent of a `TextVAE` holds: what changes in a text along its units, and where the texts of a corpus lie."""
+"""Maps of a `TextVAE`'s latent: how a text changes along its units, and where the texts of a corpus lie."""
 
 import os
 from collections import Counter
@@ -12,23 +12,23 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.batches import framed, padded_ids
+from ..data.batches import encode_text, padded_ids
 from ..data.prepare import read_split
 from ..model.text_vae import TextVAE
 
-BATCH = 8  # texts; eager attention holds the weights of all of them
+BATCH = 8  # texts; eager attention keeps all of their weights in memory
 VALUES = (-2.0, -1.0, 0.0, 1.0, 2.0)
 SHOWN_LABELS = 8
 
 
 @dataclass(frozen=True)
 class Traversal:
-    """What the decoder writes as one unit of a latent changes and the others stay.
+    """The texts that the decoder writes as one unit of a latent changes and the others stay.
 
     Attributes:
-        unit: its number, from 0.
-        own: the value it had.
-        texts: for each of the values it was given.
+        unit: the unit's number, from 0.
+        own: the unit's own value.
+        texts: the text for each of the values that the unit was given.
     """
 
     unit: int
@@ -38,13 +38,13 @@ class Traversal:
 
 @dataclass(frozen=True)
 class Map:
-    """Texts on the plane in which their posterior means vary most.
+    """A map of texts on the plane in which their posterior means vary most.
 
     Attributes:
-        points: (N, 2), of the corpus.
-        sentence: (2,), of the sentence.
-        explained: (2,): each axis' share of the variance.
-        records: the N texts, as `fastlm.lm.prepare.read_split` gives them.
+        points: (N, 2), the texts of the corpus.
+        sentence: (2,), the sentence.
+        explained: (2,), each axis' share of the variance.
+        records: the N records, as `fastlm.lm.data.prepare.read_split` gives them.
     """
 
     points: np.ndarray
@@ -54,15 +54,15 @@ class Map:
 
     @property
     def labels(self) -> list[tuple[str, int]]:
-        """The most frequent labels and how many texts have each."""
+        """Return the most frequent labels, each with its number of texts."""
         return Counter(record["label"] for record in self.records if record["label"] is not None).most_common(SHOWN_LABELS)
 
 
 @torch.inference_mode()
 def means_of(model: TextVAE, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int | None = None) -> Tensor:
-    """(N, D): the posterior means of N texts, cut at ``max_tokens``, or at what the encoder was made for."""
+    """Return the posterior means (N, D) of N texts, which are cut at ``max_tokens``, or at the encoder's length."""
     max_tokens = max_tokens or model.config.encoder.max_position_embeddings
-    rows = [torch.tensor(framed(text, tokenizer, max_tokens)) for text in texts]
+    rows = [torch.tensor(encode_text(text, tokenizer, max_tokens)) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     means = torch.empty(len(rows), model.config.latent_dim)
     for start in range(0, len(order), BATCH):
@@ -72,10 +72,10 @@ def means_of(model: TextVAE, tokenizer: PreTrainedTokenizerBase, texts: Sequence
 
 
 def held_out(corpus: str | os.PathLike, most: int) -> list[dict]:
-    """Up to ``most`` records of a prepared corpus: of its test texts, then of its validation texts.
+    """Return up to ``most`` records of a prepared corpus, first of its test texts, then of its validation texts.
 
     Raises:
-        FileNotFoundError, ValueError: `fastlm.lm.prepare.read_split`'s; there are fewer than two.
+        FileNotFoundError, ValueError: as `fastlm.lm.data.prepare.read_split`, or there are fewer than two.
     """
     records = list(islice(chain(read_split(corpus, "test"), read_split(corpus, "validation")), most))
     if len(records) < 2:
@@ -84,14 +84,14 @@ def held_out(corpus: str | os.PathLike, most: int) -> list[dict]:
 
 
 def map_of(means: Tensor, sentence: Tensor, records: list[dict]) -> Map:
-    """The plane of the first two principal components of ``means`` (N, D), D at least 2, with ``sentence`` (D,) on it."""
+    """Project ``means`` (N, D), D at least 2, and ``sentence`` (D,) on the first two principal components of ``means``."""
     pca = PCA(2, svd_solver="full").fit(means.numpy())
     points = pca.transform(means.numpy())
     return Map(points, pca.transform(sentence[None].numpy())[0], pca.explained_variance_ratio_, records)
 
 
 def active_units(sentence: Tensor, means: Tensor | None, most: int) -> list[int]:
-    """The units whose mean varies most over texts (N, D), the most active first; without texts, the largest of ``sentence``."""
+    """Return the ``most`` units whose ``means`` (N, D) vary most over texts; without them, the largest of ``sentence`` (D,)."""
     activity = sentence.abs() if means is None else means.var(0)
     return activity.argsort(descending=True, stable=True)[:most].tolist()
 
@@ -104,7 +104,7 @@ def traverse(
     values: Sequence[float] = VALUES,
     max_tokens: int = 64,
 ) -> list[Traversal]:
-    """Give each of ``units`` of ``z`` (D,) each of ``values`` in turn, and decode greedily: at most ``max_tokens`` tokens."""
+    """Set each of ``units`` of ``z`` (D,) to each of ``values`` in turn, and decode greedily up to ``max_tokens`` tokens."""
     latents = z.repeat(len(units), len(values), 1)
     for row, unit in enumerate(units):
         latents[row, :, unit] = torch.tensor(values)
@@ -115,7 +115,7 @@ def traverse(
 
 @torch.inference_mode()
 def decoded(model: TextVAE, tokenizer: PreTrainedTokenizerBase, latents: Tensor, max_tokens: int) -> list[str]:
-    """The most likely text, token by token, of each latent (N, D)."""
+    """Return the greedily decoded text of each latent of (N, D)."""
     ids = torch.full((len(latents), 1), tokenizer.bos_token_id)
     written = model.generate(
         ids, attention_mask=torch.ones_like(ids), latents=latents, do_sample=False, max_new_tokens=max_tokens

@@ -1,4 +1,4 @@
-"""A look inside a model as a page: attention head by head, what the latent's units change, and a map of the corpus."""
+"""The page on the inside of a model, as HTML: each head's attention, the effect of the latent's units, a map of the corpus."""
 
 import base64
 import io
@@ -13,13 +13,14 @@ from .attention_maps import Attention
 from .latent_maps import VALUES, Map, Traversal
 from .style import STYLE
 
-CELL, FEW = 14, 16  # pixels of a weight; keys up to which labels are legible in a small picture
+CELL = 14  # pixels of a weight
+FEW = 16  # labels of at most this many keys are legible in a small picture
 INK = (0x3B, 0x7D, 0xD8)
 
 
 @dataclass(frozen=True)
-class Inside:
-    """What there is to see of a model and a sentence; ``traversals`` and ``map`` are of a `TextVAE`, the latter of a corpus."""
+class ModelView:
+    """What the page shows of a model and a sentence. ``traversals`` need a `TextVAE`, and ``map`` needs a corpus too."""
 
     sentence: str
     tokens: int
@@ -29,27 +30,27 @@ class Inside:
     map: Map | None = None
 
 
-def page_of(inside: Inside) -> str:
-    """The whole page, as HTML that needs nothing else, and no script."""
-    sentence = escape(inside.sentence)
-    tokens = f"The first {inside.tokens} tokens; the rest is left out." if inside.cut else f"{inside.tokens} tokens."
+def page_of(view: ModelView) -> str:
+    """Return the whole page as self-contained HTML without scripts."""
+    sentence = escape(view.sentence)
+    tokens = f"The first {view.tokens} tokens; the rest is left out." if view.cut else f"{view.tokens} tokens."
     body = [
         f"<h1>Inside the model</h1><blockquote>{sentence}</blockquote>",
-        f"<p>{tokens} {_extremes(inside.attentions)}</p>",
-        *map(_attention, inside.attentions),
-        "<h2>Latent</h2>" + _latent(inside),
+        f"<p>{tokens} {_extremes(view.attentions)}</p>",
+        *map(_attention, view.attentions),
+        "<h2>Latent</h2>" + _latent(view),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Inside the model: {escape(inside.sentence[:60])}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Inside the model: {escape(view.sentence[:60])}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
 
 
 def _extremes(attentions: list[Attention]) -> str:
-    """Which heads are the sharpest, and which the broadest."""
+    """Return a paragraph that names the sharpest and the broadest heads."""
     heads = sorted(
         (float(value), f"{attention.stack} {layer + 1}.{head + 1}")
         for attention in attentions
@@ -65,7 +66,7 @@ def _extremes(attentions: list[Attention]) -> str:
 
 
 def _attention(attention: Attention) -> str:
-    """A section: the heads of each layer."""
+    """Return the section of a stack, with the heads of each layer."""
     reads = {
         "decoder": "Each row is a token that looks at itself and at those before it, to predict the next one.",
         "encoder": "Each row is a token that looks at the whole text.",
@@ -85,7 +86,7 @@ def _attention(attention: Attention) -> str:
 
 
 def _head(attention: Attention, layer: int, head: int) -> str:
-    """A picture of the weights, which opens for each token's three most looked-at."""
+    """Return a picture of a head's weights, which opens to a table of the three largest weights of each token."""
     nats, share = float(attention.entropy[layer, head]), float(attention.breadth[layer, head])
     weights = attention.weights[layer, head]
     strongest, places = weights.topk(min(3, len(attention.keys)))
@@ -105,8 +106,7 @@ def _head(attention: Attention, layer: int, head: int) -> str:
 
 
 def _heatmap(weights: Tensor, queries: list[str], keys: list[str]) -> str:
-    """An SVG of weights (Lq, Lk). Its labels are left of it and above, in a margin that the style sheet adds where it shows
-    them."""
+    """Return an SVG of weights (Lq, Lk). Its labels are in a margin that the style sheet adds on the left and on top."""
     width, height = CELL * len(keys), CELL * len(queries)
     rows = "".join(
         f'<text x="-5" y="{CELL * i + 11}" text-anchor="end">{_short(label)}</text>' for i, label in enumerate(queries)
@@ -126,7 +126,7 @@ def _short(label: str) -> str:
 
 
 def _png(weights: Tensor) -> str:
-    """A picture as a data URL: a pixel for each weight, whose opacity is the weight's square root."""
+    """Return a picture of weights (Lq, Lk) as a data URL, where a pixel's opacity is the square root of its weight."""
     pixels = np.empty((*weights.shape, 4), np.uint8)
     pixels[..., :3] = INK
     pixels[..., 3] = np.rint(255 * np.sqrt(weights.numpy().clip(0, 1)))
@@ -135,14 +135,14 @@ def _png(weights: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _latent(inside: Inside) -> str:
-    if inside.traversals is None:
+def _latent(view: ModelView) -> str:
+    if view.traversals is None:
         return "<p>This model is a plain decoder: it has no latent.</p>"
-    how = "whose mean varies most over the corpus" if inside.map else "with the largest means for this sentence"
+    how = "whose mean varies most over the corpus" if view.map else "with the largest means for this sentence"
     return (
         "<p>The mean of the sentence's posterior, with one unit at a time set to another value, and decoded greedily: of the "
-        f'units {how}.</p><div class="traversals">{"".join(map(_traversal, inside.traversals))}</div>'
-        + ("<p>Without a corpus there is no map.</p>" if inside.map is None else _map(inside.map))
+        f'units {how}.</p><div class="traversals">{"".join(map(_traversal, view.traversals))}</div>'
+        + ("<p>Without a corpus there is no map.</p>" if view.map is None else _map(view.map))
     )
 
 
@@ -153,12 +153,12 @@ def _traversal(traversal: Traversal) -> str:
 
 
 def _map(plane: Map) -> str:
-    """A scatter of the texts; a label's color is that of its class in the style sheet."""
+    """Return a scatter plot of the texts; the style sheet has a color for the class of each label."""
     classes = {label: f"label{i}" for i, (label, _) in enumerate(plane.labels)}
     every = np.vstack([plane.points, plane.sentence]) * (1, -1)  # an SVG's y grows downwards
     low, span = every.min(0), np.ptp(every, 0).clip(1e-6)
     (*places, (x, y)) = ((every - low) / span * (680, 440) + 20).round(1).tolist()
-    behind = sorted(zip(plane.records, places), key=lambda dot: dot[0]["label"] in classes)  # the others
+    behind = sorted(zip(plane.records, places), key=lambda dot: dot[0]["label"] in classes)  # other labels are drawn first
     dots = "".join(
         f'<circle class="{classes.get(record["label"], "other")}" cx="{cx}" cy="{cy}" r="4"><title>'
         f"{escape(str(record['label'] or 'no label'))}: {escape(record['text'][:80])}</title></circle>"
