@@ -30,7 +30,7 @@ def doctor() -> int:
     print(f"torch    {torch.__version__}  ({torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'not built in'})")
     print(f"machine  {platform.machine()}, {platform.system()} {platform.release()}, {os.cpu_count()} cores")
     if native.C is None:
-        print(f"built    no C++ module: {native.why_not}")
+        print(f"built    no C++ module: {native.load_error}")
     else:
         print(f"built    {native.C.__file__}")
         print(f"isa      {native.C.isa()} of {', '.join(native.C.isas())}")

@@ -30,7 +30,7 @@ def pytest_configure(config):
 def _use(isa: str):
     """Run what follows on one instruction set. Without the C++ module the test fails: a build problem must show."""
     if native.C is None:
-        pytest.fail(native.why_not)
+        pytest.fail(native.load_error)
     before = native.C.isa()
     native.C.set_isa(isa)
     assert native.C.isa() == isa

@@ -17,10 +17,11 @@ namespace py = pybind11;
 
 namespace fastlm {
 
-// Each is in <op>/bind.cpp.
-void bind_attention(py::module_&);
-void bind_latent(py::module_&);
-void bind_noise(py::module_&);
+// The ops, whose bind_<op> is in <op>/bind.cpp.
+#define FASTLM_FOR_EACH_OP(X) X(attention) X(latent) X(noise)
+
+#define FASTLM_DECLARE_BIND(op) void bind_##op(py::module_&);
+FASTLM_FOR_EACH_OP(FASTLM_DECLARE_BIND)
 
 namespace {
 
@@ -75,9 +76,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_isa", &set_isa);
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("sum_rows", &sum_rows_of);
-  bind_attention(m);
-  bind_latent(m);
-  bind_noise(m);
+#define FASTLM_CALL_BIND(op) bind_##op(m);
+  FASTLM_FOR_EACH_OP(FASTLM_CALL_BIND)
 }
 
 }  // namespace fastlm

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import cpu as native
-from . import cuda as cuda_kernels
-from . import triton as triton_kernels
+from . import cpu, cuda, triton
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 LARGE_CALL = 1 << 16  # elements from which running the reference on a CPU is worth a warning
@@ -144,18 +142,11 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
     raise TypeError(f"function must be one of fastlm's ops, which take a backend; got {function!r}")
 
 
-def cpu_why_not(tensor: torch.Tensor) -> str | None:
-    """Why the C++ kernels cannot take a tensor of this device."""
-    if not tensor.is_cpu:
-        return f"the tensors are on {tensor.device}"
-    return native.why_not
-
-
 def backends() -> dict[str, str]:
     """Each backend, fastest first, with 'available' or the reason why it is not."""
     return {
-        "cuda": cuda_kernels.state(),
-        "triton": triton_kernels.state(),
-        "cpu": native.why_not or f"available ({native.C.isa()}, torch's {torch.get_num_threads()} threads)",
+        "cuda": cuda.state(),
+        "triton": triton.state(),
+        "cpu": cpu.state(),
         "reference": "available (plain PyTorch on any device)",
     }

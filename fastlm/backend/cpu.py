@@ -53,7 +53,19 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-C, why_not = _load()
+C, load_error = _load()
+
+
+def why_not(tensor: torch.Tensor) -> str | None:
+    """Return why the C++ kernels cannot take a tensor of this device, or None."""
+    if not tensor.is_cpu:
+        return f"the tensors are on {tensor.device}"
+    return load_error
+
+
+def state() -> str:
+    """Return what `fastlm.backends()` says."""
+    return load_error or f"available ({C.isa()}, torch's {torch.get_num_threads()} threads)"
 
 
 def constant_when_compiled(function: Callable) -> Callable:

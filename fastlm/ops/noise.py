@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..backend import Implementation, cpu_why_not, select
+from ..backend import Implementation, select
 from ..backend import cpu as native
 from ..backend import cuda as cuda_kernels
 from ..reference import noise as reference
@@ -86,7 +86,7 @@ def _draw_reference(seed: Tensor, shape: tuple[int, ...], position: int) -> Tens
 
 IMPLEMENTATIONS = (
     Implementation("cuda", _normal_op(_draw_cuda, "CUDA"), cuda_kernels.why_not),
-    Implementation("cpu", _normal_op(_draw_cpu, "CPU"), cpu_why_not),
+    Implementation("cpu", _normal_op(_draw_cpu, "CPU"), native.why_not),
     Implementation("reference", _draw_reference, lambda tensor: None),
 )
 

@@ -1,4 +1,4 @@
-"""What the layout of the repository promises (DESIGN.md, 'Layout' and 'Binding and packaging'), read from the files."""
+"""What CONTRIBUTING.md promises of the layout, read from the files."""
 
 import ast
 import graphlib
@@ -38,6 +38,7 @@ BELOW = {
     "nn": {"ops"},
     "integrations": {"nn", "ops"},
     "lm": {"integrations", "nn", "ops"},
+    "fastlm_cli": {"cli"},
     "cli": {"lm", "integrations", "nn", "ops", "backend", "fastlm"},
     "fastlm": {"backend", "ops", "nn"},  # fastlm/__init__.py
 }

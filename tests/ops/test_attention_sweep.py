@@ -18,7 +18,7 @@ LAYOUTS = ("contiguous", "rows first", "one tensor", "columns first", "expanded"
 
 def dtypes_beside(dtype) -> st.SearchStrategy:
     """What masks, slopes and sinks may have beside a query. Not more digits than it, though kernels take that too: their
-    gradients come by way of the output as rounded to the query's dtype (DESIGN.md, 'Numbers'), and have no more."""
+    gradients come by way of the output as rounded to the query's dtype (CONTRIBUTING.md, 'Numbers'), and have no more."""
     return st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64] if dtype == torch.float32 else [dtype])
 
 

@@ -17,7 +17,7 @@ OPS = [fastlm.reparameterize, fastlm.reparameterize_with_kl, fastlm.gaussian_kl]
 
 def test_the_kernel_was_built_and_runs_here():
     """The one test that says so plainly when the build is at fault."""
-    assert native.C is not None, native.why_not
+    assert native.C is not None, native.load_error
 
 
 def test_backends_lists_all_fastest_first_with_what_stops_them(widest_isa):

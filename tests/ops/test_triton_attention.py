@@ -241,7 +241,7 @@ def test_a_call_that_the_kernels_cannot_do_is_refused():
         fastlm.attention(double, double, double, backend="triton")
 
 
-@pytest.mark.skipif(native.C is None, reason=f"{native.why_not}")
+@pytest.mark.skipif(native.C is None, reason=f"{native.load_error}")
 def test_tensors_on_a_cpu_run_there_unless_triton_is_named():
     query = torch.zeros(1, 1, 2, 8)
     assert fastlm.explain(fastlm.attention, query, query, query).backend == "cpu"

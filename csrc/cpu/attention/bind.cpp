@@ -244,8 +244,8 @@ void check_cache(const std::vector<int64_t>& before, int64_t appended, const std
 
 // inputs: the caches as key and value, (pages, head, row, column) with a block_table; appended: key and value, or None twice.
 void kvcache_forward(const py::tuple& inputs, const py::tuple& options, const py::handle& cache_seqlens,
-                    const py::handle& block_table, const py::tuple& appended, const py::handle& out, const py::handle& lse,
-                    int64_t threads) {
+                     const py::handle& block_table, const py::tuple& appended, const py::handle& out, const py::handle& lse,
+                     int64_t threads) {
   AttentionForward a{};
   Indices own;
   const TensorView table(block_table), caches(inputs[1]), key(appended[0]), value(appended[1]);

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...backend import DEFAULT, cpu_why_not
+from ...backend import DEFAULT
 from ...backend import cpu as native
 from ...backend.cpu import empty, view
 from ..torch_op import may_bypass_dispatcher, sum_to
@@ -16,7 +16,7 @@ def why_not(query: Tensor, value: Tensor) -> str | None:
     """Return why the C++ kernels cannot take a call, or None."""
     if query.dtype == torch.float64:
         return "float64 runs on the reference"
-    return cpu_why_not(query) or no_columns(query, value)
+    return native.why_not(query) or no_columns(query, value)
 
 
 # ---- what the C++ code is told ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...backend import Implementation, cpu_why_not, select
+from ...backend import Implementation, select
 from ...backend import cpu as native
 from ...backend import cuda as cuda_kernels
 from ...reference import latent as reference
@@ -185,7 +185,7 @@ def _run_reference(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor 
 
 IMPLEMENTATIONS = (
     Implementation("cuda", latent_op(cuda_kernels, "CUDA"), cuda_kernels.why_not),
-    Implementation("cpu", latent_op(native, "CPU"), cpu_why_not),
+    Implementation("cpu", latent_op(native, "CPU"), native.why_not),
     Implementation("reference", _run_reference, lambda tensor: None),
 )
 

@@ -1,4 +1,4 @@
-"""The program ``fastlm``: `fastlm.cli`, started without torch.
+"""The program ``fastlm``, installed as the package `fastlm_cli`: `fastlm.cli`, started without torch.
 
 Python runs fastlm/__init__.py before any module of `fastlm`, and that imports torch, which takes seconds. A help text and a
 usage error need no torch. So this package stands beside `fastlm`, and puts fastlm/__init__.py off until a command runs.
