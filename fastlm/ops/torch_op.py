@@ -145,11 +145,11 @@ def differentiable_once(backward):
     return once
 
 
-def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> tuple[Callable, Callable]:
+def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> tuple[type, type]:
     """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
 
-    Returns two functions of the same arguments: the first runs the ``kernel`` past the dispatcher, the second the ``op``, which
-    torch.func's transforms and whatever else listens have to see.
+    Returns two autograd.Functions of the same arguments: the first runs the ``kernel`` past the dispatcher, the second the
+    ``op``, which torch.func's transforms and whatever else listens have to see.
     """
 
     class Direct(torch.autograd.Function):
@@ -172,7 +172,7 @@ def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Call
             return op(*args)
 
     Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward))
-    return Direct.apply, Dispatched.apply
+    return Direct, Dispatched
 
 
 # ---- sums for gradients of what was broadcast --------------------------------------------------------------------------------

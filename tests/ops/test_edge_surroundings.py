@@ -372,7 +372,7 @@ def test_the_latents_op_itself_refuses(case):
 def test_a_loop_that_torch_could_not_run_is_an_error():
     code = """
 import ctypes, torch, fastlm
-from fastlm import native
+from fastlm.backend import cpu as native
 body = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
 fails = body(lambda *_: 1)
 native.C.use_thread_pool(ctypes.cast(fails, ctypes.c_void_p).value)

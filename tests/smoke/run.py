@@ -54,7 +54,9 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     assert not missing, f"not in the sdist: {sorted(missing)}"
     installed = zipfile.ZipFile(wheel).namelist()
     modules = {f"fastlm/{name}" for name in sources.stdout.split() if name.startswith("kernels/") and name.endswith(".py")}
-    modules |= {name.replace("fastlm/fastlm_cli/", "fastlm_cli/") for name in sources.stdout.split() if name.startswith("fastlm/")}
+    modules |= {
+        name.replace("fastlm/fastlm_cli/", "fastlm_cli/") for name in sources.stdout.split() if name.startswith("fastlm/")
+    }
     assert modules <= set(installed), f"not in the wheel: {sorted(modules - set(installed))}"
     strangers = [name for name in installed if not name.startswith(("fastlm/", "fastlm_cli/", "fastlm-"))]
     assert not strangers, f"should not be in the wheel: {strangers}"

@@ -96,9 +96,7 @@ def attention(
     scale, softcap = score_options(scale, softcap, query.shape[3])
     dropout_p = check_dropout_p(dropout_p)
     check_seed(seed, query)
-    call = AttentionCall(
-        query, key, value, mask, sinks, alibi_slopes, left=left, right=right, scale=scale, softcap=softcap, dropout_p=dropout_p
-    )
+    call = AttentionCall(query, key, value, mask, sinks, alibi_slopes, None, None, None, left, right, scale, softcap, dropout_p)
     out, lse = run("attention", call, seed, backend)
     return (out, lse) if return_lse else out
 

@@ -8,22 +8,25 @@ from ...reference.attention import drop_below, keep_scale
 
 
 class AttentionCall(NamedTuple):
-    """A checked call of attention. Packed sequences are a batch of one, with their offsets along the rows."""
+    """A checked call of attention. Packed sequences are a batch of one, with their offsets along the rows.
+
+    No float has a default: torch.compile would make an input of the graph of it.
+    """
 
     query: Tensor  # (B, Hq, Lq, D)
     key: Tensor  # (B, Hkv, Lk, D)
     value: Tensor  # (B, Hkv, Lk, Dv)
-    mask: Tensor | None = None  # bool or floating, broadcastable to (B, Hq, Lq, Lk)
-    sinks: Tensor | None = None  # (Hq,)
-    alibi_slopes: Tensor | None = None  # (Hq,) or (B, Hq)
-    seed: Tensor | None = None  # int64, 0-d or (B,); None without dropout
-    cu_seqlens_q: Tensor | None = None  # int32 (sequences + 1,)
-    cu_seqlens_k: Tensor | None = None
-    left: int | None = None  # Query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None is no limit.
-    right: int | None = None
-    scale: float = 1.0
-    softcap: float = 0.0  # 0 is none
-    dropout_p: float = 0.0
+    mask: Tensor | None  # bool or floating, broadcastable to (B, Hq, Lq, Lk)
+    sinks: Tensor | None  # (Hq,)
+    alibi_slopes: Tensor | None  # (Hq,) or (B, Hq)
+    seed: Tensor | None  # int64, 0-d or (B,); None without dropout
+    cu_seqlens_q: Tensor | None  # int32 (sequences + 1,)
+    cu_seqlens_k: Tensor | None
+    left: int | None  # Query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None is no limit.
+    right: int | None
+    scale: float
+    softcap: float  # 0 is none
+    dropout_p: float
 
     def requires_grad(self) -> bool:
         """Tell whether one of the tensors that have gradients wants one."""

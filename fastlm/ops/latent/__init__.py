@@ -92,7 +92,7 @@ def reparameterize(
         UnsupportedError: the named ``backend`` cannot do the call.
     """
     mu, logvar = _posterior(mu, logvar)
-    call = LatentCall(mu, logvar, temperature=check_number("temperature", temperature, 0.0))
+    call = LatentCall.sample(mu, logvar, None, check_number("temperature", temperature, 0.0))
     check_seed(seed, mu)
     return _run("reparameterize", call, seed, backend)[0]
 
@@ -163,7 +163,9 @@ def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, log
     _check_prior("prior_logvar", prior_logvar, mu)
     event_dims = check_integer("event_dims", event_dims, 0, mu.dim())
     free_bits = check_number("free_bits", free_bits, 0.0)
-    return LatentCall(mu, logvar, prior_mu, prior_logvar, None, True, event_dims, free_bits, *_clamp(logvar_clamp), num_samples)
+    return LatentCall(
+        mu, logvar, prior_mu, prior_logvar, None, True, event_dims, free_bits, *_clamp(logvar_clamp), num_samples, 1.0
+    )
 
 
 # ---- the backends ---------------------------------------------------------------------------------------------------------
@@ -212,4 +214,4 @@ def standard_normal(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) ->
     """Return the noise of that shape and dtype that `reparameterize` adds, without its checks: torch.compile takes none of a
     layout in a backward. A seed (B,) gives each of B = shape[0] examples a stream of its own."""
     zero = seed.new_zeros((), dtype=dtype).expand(shape)
-    return select("reparameterize", IMPLEMENTATIONS, (zero,), None)(LatentCall(zero, zero, seed=seed))[0]
+    return select("reparameterize", IMPLEMENTATIONS, (zero,), None)(LatentCall.sample(zero, zero, seed, 1.0))[0]

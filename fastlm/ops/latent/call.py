@@ -7,24 +7,32 @@ from torch import Tensor
 
 
 class LatentCall(NamedTuple):
-    """A checked call of the Gaussian latent."""
+    """A checked call of the Gaussian latent.
+
+    No float has a default: torch.compile would make an input of the graph of it.
+    """
 
     mu: Tensor  # (*batch, *event)
     logvar: Tensor  # of mu's shape and dtype
-    prior_mu: Tensor | None = None  # broadcastable to mu's shape
-    prior_logvar: Tensor | None = None
-    seed: Tensor | None = None  # int64, of the shape of leading dimensions of mu: a stream for each entry; None: no sample
-    with_kl: bool = False
-    event_dims: int = 0
-    free_bits: float = 0.0
-    low: float = -math.inf  # bounds of logvar
-    high: float = math.inf
-    num_samples: int | None = None
-    temperature: float = 1.0
+    prior_mu: Tensor | None  # broadcastable to mu's shape
+    prior_logvar: Tensor | None
+    seed: Tensor | None  # int64, of the shape of leading dimensions of mu: a stream for each entry; None: no sample
+    with_kl: bool
+    event_dims: int
+    free_bits: float
+    low: float  # bounds of logvar
+    high: float
+    num_samples: int | None
+    temperature: float
 
     def requires_grad(self) -> bool:
         """Tell whether one of the tensors that have gradients wants one."""
         return any(tensor is not None and tensor.requires_grad for tensor in self[:DIFFERENTIABLE])
+
+    @classmethod
+    def sample(cls, mu: Tensor, logvar: Tensor, seed: Tensor | None, temperature: float) -> "LatentCall":
+        """Return the call for one sample and no KL."""
+        return cls(mu, logvar, None, None, seed, False, 0, 0.0, -math.inf, math.inf, None, temperature)
 
     def output_shapes(self) -> tuple[tuple, tuple]:
         """Return the shapes of (z, kl); an output that is not wanted is empty."""

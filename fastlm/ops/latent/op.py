@@ -191,12 +191,12 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
         grads = run_backward(grad_z, grad_kl, *needed[2:], *tensors, *ctx.options)
         return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
-    direct_apply, op_apply = with_gradient(forward, forward_op, save, gradients)
+    Direct, Dispatched = with_gradient(forward, forward_op, save, gradients)
 
     def run(call: LatentCall) -> tuple[Tensor, Tensor]:
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
-            return (direct_apply if direct else op_apply)(*call)
+            return (Direct if direct else Dispatched).apply(*call)
         return _forward(kernels, call) if direct else forward_op(*call)
 
     return run
