@@ -199,29 +199,43 @@ bool fit_together(const TensorView& query, const TensorView& key, const TensorVi
          query.shape[1] % key.shape[1] == 0;
 }
 
-// For calls that are small and have no options, in a few microseconds: false, and nothing done, where this one is not such.
-bool plain_forward(const py::handle& query, const py::handle& key, const py::handle& value, const py::handle& out,
-                   const py::handle& scale, bool causal, bool top_left, bool grouped, int64_t threads) {
+// Runs a small call without options, in a few microseconds. Returns false, and does nothing, for any other call.
+// args: query, key, value, out, scale or None, causal, top_left, grouped, threads.
+bool plain_forward(PyObject* const* args) {
   AttentionForward a{};
   if (!exchange) return false;
-  try {
-    const TensorView q(query), k(key), v(value), o(out);
-    if (!fit_together(q, k, v) || !o.data || v.shape[3] != q.shape[3]) return false;
-    if (!o.has_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}) || !o.is_contiguous(1)) return false;
-    fill_tensors(a, q, k, v, false);
-    a.out = rows_of("out", o, q.dtype);
-    a.scale = float(scale.is_none() ? 1.0 / std::sqrt(double(a.head_dim)) : PyFloat_AsDouble(scale.ptr()));
-    if (!std::isfinite(a.scale)) return false;
-  } catch (const py::error_already_set&) {  // a tensor that DLPack cannot describe
-    return false;
-  }
+  const TensorView q(args[0]), k(args[1]), v(args[2]), o(args[3]);
+  if (!fit_together(q, k, v) || !o.data || v.shape[3] != q.shape[3]) return false;
+  if (!o.has_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}) || !o.is_contiguous(1)) return false;
+  fill_tensors(a, q, k, v, false);
+  a.out = rows_of("out", o, q.dtype);
+  a.scale = float(args[4] == Py_None ? 1.0 / std::sqrt(double(a.head_dim)) : PyFloat_AsDouble(args[4]));
+  if (!std::isfinite(a.scale)) return false;
+  const bool causal = args[5] == Py_True, top_left = args[6] == Py_True, grouped = args[7] == Py_True;
   if (!grouped && a.group != 1) return false;
   a.left = kUnlimited;
   a.right = !causal ? kUnlimited : top_left ? a.q_len - a.k_len : 0;
+  const int64_t threads = integer(args[8]);
   py::gil_scoped_release nogil;
   attention_forward(a, threads);
   return true;
 }
+
+// Python's own calling convention: pybind11's takes as long as a tiny call's arithmetic.
+PyObject* call_plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  try {
+    if (count == 9 && plain_forward(args)) Py_RETURN_TRUE;
+  } catch (const py::error_already_set&) {  // DLPack cannot describe a tensor,
+  } catch (const py::builtin_exception&) {  // or it has no memory.
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_FALSE;
+}
+
+PyMethodDef plain_method = {"attention_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_plain_forward)),
+                            METH_FASTCALL, nullptr};
 
 // Checks every sequence's length before appending, and the pages that its keys will be in.
 void check_cache(const std::vector<int64_t>& before, int64_t appended, const std::vector<int32_t>& table, int64_t table_row,
@@ -312,7 +326,7 @@ void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple
 void bind_attention(py::module_& m) {
   m.attr("attention_block_rows") = kBlockRows;
   m.def("attention_forward", &forward);
-  m.def("attention_plain", &plain_forward);
+  m.attr("attention_plain") = py::reinterpret_steal<py::object>(PyCFunction_New(&plain_method, nullptr));
   m.def("attention_backward", &backward);
   m.def("kvcache_attention_forward", &kvcache_forward);
 }

@@ -207,7 +207,7 @@ def _run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
     run = select(op, IMPLEMENTATIONS, (call.mu,), backend, only_reference)
     if seed is None and only_reference is EXPORTS:
         return _run_reference(call, _exported_noise(call))
-    return run(call if seed is _NO_SAMPLE else call._replace(seed=seed_tensor(seed, call.mu)))
+    return run(call if seed is _NO_SAMPLE else call.with_seed(seed_tensor(seed, call.mu)))
 
 
 def standard_normal(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
