@@ -5,7 +5,7 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from workloads.peers import PEERS
+from workloads import PEERS
 from workloads.workload import Benchmark, Workload
 
 from suite.check import ErrorCheck, output_gradients, outputs_of

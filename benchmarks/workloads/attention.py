@@ -7,6 +7,7 @@ import torch
 
 from fastlm import attention, kvcache_attention, varlen_attention
 from fastlm.testing import seeded_normal
+from workloads.peers import ATTENTION as PEERS  # noqa: F401  (what the sections name as their peers)
 from workloads.workload import ON_GPU, Benchmark, Workload
 
 FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16

@@ -6,6 +6,7 @@ import torch
 
 from fastlm import reparameterize_with_kl
 from fastlm.testing import FLOATS, seeded_normal
+from workloads.peers import LATENT as PEERS  # noqa: F401  (what the sections name as their peers)
 from workloads.workload import ON_GPU, Benchmark, Workload
 
 _PARAMETERS = "mu", "logvar"

@@ -208,7 +208,8 @@ _GPU_ATTENTION: dict[str, Callable[..., Call]] = {
     "xformers": _xformers,
 }
 
-PEERS: dict[str, dict[str, Callable[..., Call]]] = {
+# By the name of a function of fastlm, and by their own.
+ATTENTION: dict[str, dict[str, Callable[..., Call]]] = {
     "attention": {
         "SDPA": _sdpa,
         "eager": _eager,
@@ -225,6 +226,6 @@ PEERS: dict[str, dict[str, Callable[..., Call]]] = {
         "FlexAttention": _of_cache(_flex_attention),
         **{name: _of_cache(peer) for name, peer in _GPU_ATTENTION.items()},
     },
-    "reparameterize_with_kl": {"eager": _as_is(eager_latent), "eager, compiled": _compiled(eager_latent)},
-    "normal": {"torch.randn": _as_is(_randn)},
 }
+LATENT = {"reparameterize_with_kl": {"eager": _as_is(eager_latent), "eager, compiled": _compiled(eager_latent)}}
+NOISE = {"normal": {"torch.randn": _as_is(_randn)}}

@@ -22,9 +22,9 @@ from suite.model_section import ModelSection
 from suite.op_section import OpRunner
 from suite.rows import Filter, Row, Setting, Unavailable
 from support.bench import HANG
-from workloads import text_vae
+from workloads import PEERS, text_vae
 from workloads.models import Model
-from workloads.peers import PEERS, eager_latent
+from workloads.peers import eager_latent
 
 import fastlm
 from fastlm import cli

@@ -64,8 +64,9 @@ def _moved(tensor: Tensor, device: str) -> Tensor:
 
 
 def _dtype_of(arguments: dict) -> torch.dtype:
-    leading = next((arguments[name] for name in ("mu", "query") if name in arguments), None)
-    return torch.float32 if leading is None else leading.dtype
+    """Return the dtype of the call: that of its first floating tensor, or float32 where it has none."""
+    tensors = (value for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point())
+    return next((tensor.dtype for tensor in tensors), torch.float32)
 
 
 def _in(dtype: torch.dtype, arguments: dict) -> dict:
