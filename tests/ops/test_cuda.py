@@ -51,7 +51,7 @@ def on_cuda(call: dict, gradients=output_gradients, function=fastlm.reparameteri
 
 
 def assert_as_on_the_cpu(call: dict, gradients=output_gradients) -> None:
-    """Assert the CPU's bits, because an element's arithmetic is the same. A KL adds its terms in another order, and may differ."""
+    """Assert the CPU's bits, as an element's arithmetic is the same. A KL may differ: it adds its terms in another order."""
     expected = run(fastlm.reparameterize_with_kl, call, DIFFERENTIABLE, gradients, backend="cpu")
     actual = on_cuda(call, gradients)
     assert actual.keys() == expected.keys()

@@ -36,7 +36,7 @@ def test_kernels_are_as_good_as_plain_pytorch(name, dtype):
 
 @pytest.mark.parametrize("fill", [-1e9, -2.5e38, -3e38, torch.finfo(torch.float32).min])
 def test_a_row_of_large_finite_numbers_weighs_all_keys_the_same(fill):
-    """This is what torch computes in float32: the scores vanish beside the mask, and log(n) vanishes in the LSE."""
+    """torch computes the same in float32. The scores vanish beside the mask, and so does log(n) in the LSE."""
     call = masked_row(fill)(torch.float32)
     results = run(attention, call, ("value",), lambda outputs, _: _for_the_row(*outputs), **TRITON)
     torch.testing.assert_close(results["output 0"][:, :, ROW], call["value"].mean(dim=2), rtol=1e-5, atol=1e-6)

@@ -225,8 +225,8 @@ bool plain_forward(PyObject* const* args) {
 PyObject* call_plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     if (count == 9 && plain_forward(args)) Py_RETURN_TRUE;
-  } catch (const py::error_already_set&) {  // DLPack cannot describe a tensor,
-  } catch (const py::builtin_exception&) {  // or it has no memory.
+  } catch (const py::error_already_set&) {  // DLPack cannot describe a tensor.
+  } catch (const py::builtin_exception&) {  // A tensor has no memory.
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -256,7 +256,8 @@ void check_cache(const std::vector<int64_t>& before, int64_t appended, const std
   }
 }
 
-// inputs: as for fill_inputs, with the caches as key and value; with a block_table, they are (page, head, row, column).
+// Appends to the caches, then runs attention on them.
+// inputs: as for fill_inputs, with the caches as key and value; with a block_table, these are (page, head, row, column).
 // appended: key and value, or None twice.
 void kvcache_forward(const py::tuple& inputs, const py::tuple& options, const py::handle& cache_seqlens,
                      const py::handle& block_table, const py::tuple& appended, const py::handle& out, const py::handle& lse,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
 from .call import DIFFERENTIABLE, INPUTS, KVCACHE_INPUTS, KVCACHE_TENSORS, TENSORS, AttentionCall, KVCacheCall
 
-# ---- layout: results lie in memory as the tensors that they belong to ------------------------------------------------------
+# ---- layout: results lie in memory as the tensors that they belong to -------------------------------------------------------
 
 
 def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
