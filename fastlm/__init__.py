@@ -1,4 +1,4 @@
-"""fastlm: fused attention and VAE kernels for PyTorch language models, as drop-in replacements."""
+"""Provide fused attention and VAE kernels for PyTorch language models, as drop-in replacements."""
 
 from . import nn
 from .backend import UnsupportedError, backends, explain

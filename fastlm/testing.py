@@ -1,7 +1,8 @@
-"""Inputs and the rule of errors for tests and benchmarks of fastlm, and of kernels of one's own. It imports torch only.
+"""Make inputs and check errors in tests and benchmarks of fastlm, and of your own kernels. This file imports torch only.
 
-The rule: *golden* is the reference in float64 on the very same inputs, *plain* the reference in the inputs' own dtype, which is
-what plain PyTorch gets. A result may be wrong by a small factor of what plain is, plus a few ulps of the largest golden value.
+The rule of errors: *golden* is the reference in float64 on the very same inputs. *Plain* is the reference in the inputs' own
+dtype, as plain PyTorch computes it. A result's error may be a small factor times the error of plain, plus a few ulps of the
+largest golden value.
 """
 
 import math
@@ -15,7 +16,7 @@ ULPS = 4
 
 
 def seeded_normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Draw normals that are the same in every run. They are drawn in float64, so that dtypes differ by rounding alone."""
+    """Draw the same normals in every run. They are drawn in float64, so that dtypes differ by rounding alone."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -35,9 +36,9 @@ def worst_error(actual: Tensor, golden: Tensor) -> float:
 
 
 def errors_of(actual: Tensor, golden: Tensor) -> Tensor:
-    """Return the error of each element in float64; infinite where a NaN or an infinity is out of place.
+    """Return the error of each element in float64; it is infinite where a NaN or an infinity is out of place.
 
-    They must stand exactly where the golden answer, rounded to the dtype of ``actual``, has them.
+    NaN and infinities must stand exactly where the golden answer, rounded to the dtype of ``actual``, has them.
     """
     rounded, actual, golden = golden.detach().to(actual.dtype).double(), actual.detach().double(), golden.detach().double()
     in_place = (actual == rounded) | (actual.isnan() & rounded.isnan())
@@ -46,12 +47,12 @@ def errors_of(actual: Tensor, golden: Tensor) -> Tensor:
 
 
 def allowed_error(plain: Tensor, golden: Tensor, factor: float, slack: float) -> float:
-    """Return ``factor`` times the error of ``plain``, plus a few times ``slack``, an ulp of the largest value."""
+    """Return ``factor`` times the error of ``plain``, plus a few times ``slack``, which is an ulp of the largest value."""
     return factor * worst_error(plain, golden) + ULPS * slack
 
 
 def assert_within(actual: Tensor, golden: Tensor, allowed: float, what: str = "the result") -> None:
-    """Assert that every element of ``actual`` is wrong by at most ``allowed``, and that NaN and infinities are in place."""
+    """Assert that no element of ``actual`` is wrong by more than ``allowed``, and that NaN and infinities are in place."""
     assert actual.shape == golden.shape, f"{what} has shape {tuple(actual.shape)}, not {tuple(golden.shape)}"
     errors = errors_of(actual, golden)
     at = ((errors > allowed) | errors.isinf()).nonzero()
@@ -64,7 +65,7 @@ def assert_within(actual: Tensor, golden: Tensor, allowed: float, what: str = "t
 def assert_as_good_as_plain(
     actual: Tensor, plain: Tensor, golden: Tensor, factor: float, what: str = "the result", slack: float | None = None
 ) -> None:
-    """Assert that ``actual`` is wrong by at most the `allowed_error`, where ``slack`` is an ulp of golden's largest value."""
+    """Assert that no error of ``actual`` exceeds the `allowed_error`; ``slack`` is one ulp of the largest value by default."""
     assert actual.dtype == plain.dtype, f"{what} is {actual.dtype}, not {plain.dtype}"
     slack = ulp_of_largest(golden, actual.dtype) if slack is None else slack
     assert_within(actual, golden, allowed_error(plain, golden, factor, slack), what)

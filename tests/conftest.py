@@ -1,4 +1,4 @@
-"""What every test shares: poisoned memory, every instruction set of the machine, and the same examples each run."""
+"""Give every test poisoned memory, every instruction set of the machine, and the same examples in each run."""
 
 import sys
 from pathlib import Path
@@ -11,12 +11,13 @@ from support.oracle import ISAS
 
 from fastlm.backend import cpu as native
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for tests of its modules; last, as it has a conftest.py too
+# Tests import the modules of benchmarks/.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # Last, because it has a conftest.py, too.
 
 settings.register_profile(
     "fastlm",
-    deadline=None,  # a first call compiles, warms up or waits for a busy core
-    derandomize=True,  # the same examples in every run: what fails here fails in CI
+    deadline=None,  # A first call compiles, warms up or waits for a busy core.
+    derandomize=True,  # Every run has the same examples: a test that fails here fails in CI.
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -28,7 +29,7 @@ def pytest_configure(config):
 
 
 def _use(isa: str):
-    """Run what follows on one instruction set. Without the C++ module the test fails: a build problem must show."""
+    """Run the block on one instruction set. Without the C++ module the test fails, because a build problem must show."""
     if native.C is None:
         pytest.fail(native.load_error)
     before = native.C.isa()
@@ -40,20 +41,20 @@ def _use(isa: str):
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    """Each instruction set that this machine can run, in turn."""
+    """Run the test on each instruction set that this machine can run."""
     yield from _use(request.param)
 
 
 @pytest.fixture
 def widest_isa():
-    """The instruction set that this machine runs fastest."""
+    """Run the test on the instruction set that this machine runs fastest."""
     yield from _use(ISAS[-1])
 
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fresh memory is filled with NaN, so that an element which a kernel forgot to write shows."""
-    torch.use_deterministic_algorithms(True)  # what makes torch fill torch.empty and new_empty
+    """Fill fresh memory with NaN, so that an element that a kernel forgot to write shows."""
+    torch.use_deterministic_algorithms(True)  # This makes torch fill torch.empty and new_empty.
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
@@ -61,7 +62,7 @@ def poison():
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads for one test: ``threads(3)``."""
+    """Return a function that sets the number of threads for one test: ``threads(3)``."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -69,15 +70,15 @@ def threads():
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A prepared corpus of a few dozen short texts, for the tests of the language model; not to be changed."""
-    from support.lm_corpus import small_corpus  # here, as few tests need it
+    """Prepare a corpus of a few dozen short texts, for the tests of the language model. Tests must not change it."""
+    from support.lm_corpus import small_corpus  # Imported here, because few tests need it.
 
     return small_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
-    """Its vocabulary, of 290 tokens."""
+    """Load the corpus's vocabulary of 290 tokens."""
     from fastlm.lm.data.tokenizer import load_tokenizer
 
     return load_tokenizer(corpus)

@@ -1,6 +1,6 @@
-"""Which backend runs a call, in which order, and why.
+"""Choose the backend that runs a call, and explain the choice.
 
-An op lists its implementations, fastest first; each says of a call why it cannot run it, or None. The first that can, does.
+An op lists its implementations, fastest first. Each tells why it cannot run a call, or None; the first one that can, runs it.
 """
 
 import os
@@ -13,35 +13,35 @@ import torch
 from . import cpu, cuda, triton
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-LARGE_CALL = 1 << 16  # elements from which running the reference on a CPU is worth a warning
+LARGE_CALL = 1 << 16  # From this many elements on, running the reference on a CPU is worth a warning.
 DEFAULT = os.environ.get("FASTLM_BACKEND") or None
 _warned: set[str] = set()
 
 
 class UnsupportedError(NotImplementedError):
-    """The backend that was asked for cannot run this call; the message says which argument stops it."""
+    """Report that the named backend cannot run this call; the message says which argument stops it."""
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's way to run an op."""
+    """Hold one backend's function for an op, and its test of a call."""
 
     backend: str
     run: Callable
-    why_not: Callable[..., str | None]  # takes the tensors that decide, the op's first one first; None where it can run
+    why_not: Callable[..., str | None]  # Takes the deciding tensors, the op's first input first; None: it can run.
 
 
 @dataclass(eq=False)
 class Explanation(Exception):
-    """Which backend runs a call, and why each faster one does not. Printable.
+    """Tell which backend runs a call, and why each faster one does not. Printable.
 
-    To explain a call is to make it with this object as its backend: all checks run as ever, and `select` raises it, filled,
-    in place of running anything.
+    `explain` passes this object as the backend of an ordinary call: all checks run as ever; then `select` fills and raises it,
+    and runs nothing.
     """
 
     op: str
     requested: str | None = None
-    backend: str | None = None  # None: the requested backend cannot run the call
+    backend: str | None = None  # None: the named backend cannot run the call.
     why_not: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -58,9 +58,9 @@ def select(
     backend: str | None,
     reference_only: str | None = None,
 ) -> Callable:
-    """Return the function that runs this call: the named backend's, or the fastest one's that can.
+    """Return the function that runs this call: that of the named backend, or of the fastest backend that can run it.
 
-    ``tensors`` are those that decide; ``reference_only`` says why the call must be made of torch's own ops, or is None.
+    ``tensors`` decide which backends can. ``reference_only`` says why only torch's own ops may run the call, or is None.
     """
     if reference_only is not None:
         implementations = [_barred(i, reference_only) if i.backend != "reference" else i for i in implementations]
@@ -78,7 +78,7 @@ def select(
 
 
 def _barred(implementation: Implementation, reason: str) -> Implementation:
-    """The implementation, which cannot take this call for a reason that does not lie in its tensors' kind."""
+    """Return the implementation with a ``why_not`` that always gives ``reason``, which does not depend on the tensors."""
     return Implementation(
         implementation.backend, implementation.run, lambda *tensors: implementation.why_not(*tensors) or reason
     )
@@ -116,7 +116,7 @@ def _explained(
 
 
 def _warn_of_reference(op, implementations, tensors) -> None:
-    """Say once per op and device that a call which deserves a kernel runs on the reference: never silently slow."""
+    """Warn once per op and device that a call worth a kernel runs on the reference, so that nothing is slow in silence."""
     tensor = tensors[0]
     deserves = tensor.device.type != "cpu" or tensor.numel() >= LARGE_CALL
     key = f"{op} on {tensor.device.type}"
@@ -124,11 +124,11 @@ def _warn_of_reference(op, implementations, tensors) -> None:
         _warned.add(key)
         reasons = "; ".join(f"{i.backend}: {i.why_not(*tensors)}" for i in implementations if i.backend != "reference")
         message = f"fastlm: {key} runs on the slow PyTorch reference ({reasons})"
-        warnings.warn(message, stacklevel=5)  # at the caller of the public function
+        warnings.warn(message, stacklevel=5)  # The warning points at the caller of the public function.
 
 
 def explain(function: Callable, *args, **kwargs) -> Explanation:
-    """Which backend would run ``function(*args, **kwargs)``, and why each faster one would not. Nothing is computed.
+    """Tell which backend would run ``function(*args, **kwargs)``, and why each faster one would not. Nothing is computed.
 
     >>> print(fastlm.explain(fastlm.gaussian_kl, mu, logvar))
     gaussian_kl runs on the backend 'cpu'
@@ -143,7 +143,7 @@ def explain(function: Callable, *args, **kwargs) -> Explanation:
 
 
 def backends() -> dict[str, str]:
-    """Each backend, fastest first, with 'available' or the reason why it is not."""
+    """Return each backend, fastest first, with 'available' or the reason why it is not."""
     return {
         "cuda": cuda.state(),
         "triton": triton.state(),

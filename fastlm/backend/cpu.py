@@ -1,6 +1,6 @@
-"""The C++ module ``fastlm._C``: loaded if it was built, given torch's own thread pool, and told which instruction set to use.
+"""Load the C++ module ``fastlm._C`` if it was built, give it torch's own thread pool, and set its instruction set.
 
-Nothing here raises: what fails is kept as the reason that ``fastlm.backends()`` shows.
+Nothing here raises: ``fastlm.backends()`` shows the reason of a failure.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ DTYPE_CODES = {
     torch.int64: 6,
 }
 OTHER = 7
-CPU, CUDA = 1, 2  # DLPack's codes of devices
+CPU, CUDA = 1, 2  # DLPack's codes of devices.
 
 
 def _use_torch_threads(module: ModuleType) -> None:
@@ -32,7 +32,7 @@ def _use_torch_threads(module: ModuleType) -> None:
     found = [path for name in ("libtorch_cpu.so", "libtorch_cpu.dylib") if (path := libraries / name).exists()]
     if not found:
         raise ImportError(f"no libtorch_cpu in {libraries}")
-    torch_cpu = ctypes.CDLL(str(found[0]))  # already loaded by torch: this only finds it
+    torch_cpu = ctypes.CDLL(str(found[0]))  # torch has loaded it already; this only finds it.
     try:
         module.use_thread_pool(ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p).value)
     except AttributeError:
@@ -89,32 +89,32 @@ def _described(tensor: torch.Tensor | None) -> tuple | None:
     return tensor.data_ptr(), DTYPE_CODES.get(tensor.dtype, OTHER), tensor.stride(), tuple(tensor.shape), device, tensor
 
 
-# What the C++ code takes for a tensor (csrc/common/python_views.h): by DLPack's C exchange API it reads the tensor itself, in a
-# tenth of the time that Python takes to describe one.
+# Through DLPack's C exchange API the C++ code reads a tensor itself (csrc/common/python_views.h), in a tenth of the time that
+# Python takes to describe one.
 _exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 
 
 def view_for(module: ModuleType | None) -> Callable:
-    """The function that makes of a tensor, or None, what that module takes for it."""
+    """Return the converter from a tensor, or None, to what the module's functions accept."""
     return _itself if module and _exchange_api and module.use_exchange(_exchange_api) else _described
 
 
 view = view_for(C)
 
 
-HUGE_PAGES_FROM = 1 << 22  # bytes; smaller outputs mostly come from memory that the process has already touched
+HUGE_PAGES_FROM = 1 << 22  # Bytes. Smaller outputs mostly come from memory that the process has already touched.
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Ask for huge pages for a large tensor that nobody has written yet, as NumPy does for its arrays, and return it."""
+    """Return the tensor, after asking for huge pages if it is large, as NumPy does. Nobody has written to it yet."""
     if tensor.nbytes >= HUGE_PAGES_FROM:
         C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 
 def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Make an output of a kernel: on the device of ``like``, and in its dtype where none is given."""
-    sizes = shape or ((),)  # one by one: a tuple of sizes costs 1 us more; so does naming the dtype
+    """Make an output of a kernel on the device of ``like``, and in its dtype if none is given."""
+    sizes = shape or ((),)  # Passed one by one: a tuple of sizes costs 1 us more; so does naming the dtype.
     own_dtype = dtype is None or dtype is like.dtype
     return in_huge_pages(like.new_empty(*sizes) if own_dtype else like.new_empty(*sizes, dtype=dtype))
 

@@ -1,7 +1,7 @@
-"""The CUDA module ``fastlm._cuda``: loaded at the first call that might use it, where torch has CUDA and sees a GPU.
+"""Load the CUDA module ``fastlm._cuda`` at the first call that might use it, if torch has CUDA and sees a GPU.
 
-Not before, as to ask the driver makes a process that cannot fork; and never by a torch without CUDA. Nothing here raises: what
-fails is kept as the reason that ``fastlm.backends()`` shows.
+It is not loaded earlier, because a process that has asked the driver cannot fork, and never by a torch without CUDA. Nothing
+here raises: ``fastlm.backends()`` shows the reason of a failure.
 """
 
 import functools
@@ -20,7 +20,7 @@ GET_THEM = (
 
 
 class Loaded(NamedTuple):
-    """The module with what it takes for a tensor, or why there is none."""
+    """Hold the module and its converter of tensors, or the reason why there is no module."""
 
     module: ModuleType | None = None
     view: Callable | None = None
@@ -42,7 +42,7 @@ def load() -> Loaded:
 
 @functools.cache
 def _refused(device: int) -> str | None:
-    """What the GPU says of the module."""
+    """Return why the module cannot run on that GPU, or None."""
     module = load().module
     with torch.cuda.device(device):
         reason = module.why_not()
@@ -56,34 +56,34 @@ def unavailable(device: int) -> str | None:
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
-    """Why no CUDA kernel can take a tensor of this device."""
+    """Return why no CUDA kernel can take a tensor of this device, or None."""
     if not tensor.is_cuda:
-        return "the tensors are on cpu" if tensor.is_cpu else f"the tensors are on {tensor.device}"  # every CPU call asks
+        return "the tensors are on cpu" if tensor.is_cpu else f"the tensors are on {tensor.device}"  # Every CPU call asks.
     return unavailable(tensor.device.index)
 
 
 def state() -> str:
-    """What `fastlm.backends()` says."""
+    """Return what `fastlm.backends()` says."""
     if reason := load().why_not or _refused(torch.cuda.current_device()):
         return reason
     return f"available ({torch.cuda.get_device_name()}; built for {load().module.architectures})"
 
 
-# ---- how an op runs them: what cpu.py offers for the CPU --------------------------------------------------------------------
+# ---- how an op runs the kernels: the functions that cpu.py has for the CPU --------------------------------------------------
 
 
 def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Make an output of a kernel: on the device of ``like``, and in its dtype where none is given."""
+    """Make an output of a kernel on the device of ``like``, and in its dtype if none is given."""
     return like.new_empty(shape, dtype=dtype)
 
 
 def view(tensor: torch.Tensor | None):
-    """What the module takes for a tensor."""
+    """Convert a tensor, or None, to what the module's functions accept."""
     return load().view(tensor)
 
 
 def launch(name: str, device: torch.device, *args) -> None:
-    """Call the module's function of that name, on the device and torch's stream there; nothing waits for what it starts."""
+    """Call the module's function of that name on the device and torch's stream there, without waiting for its kernels."""
 
     def allocate(count: int):
         return view(torch.empty(count, dtype=torch.uint8, device=device))

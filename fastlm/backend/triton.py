@@ -1,6 +1,6 @@
-"""The Triton kernels of fastlm.kernels: imported at the first call that runs one, as that imports Triton.
+"""Import the Triton kernels of fastlm.kernels at the first call that runs one, because they import Triton.
 
-With TRITON_INTERPRET=1, set before that, Triton's interpreter runs them on CPU tensors: for tests, as it is very slow.
+If TRITON_INTERPRET=1 is set before that, Triton's interpreter runs them on CPU tensors. It is very slow, and meant for tests.
 """
 
 import functools
@@ -15,24 +15,24 @@ NOT_INSTALLED = None if importlib.util.find_spec("triton") else "Triton is not i
 
 @functools.cache
 def attention():
-    """The launchers of attention's kernels."""
+    """Return the module that launches attention's kernels."""
     return importlib.import_module("fastlm.kernels.attention")
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU."""
+    """Tell whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not(tensor: torch.Tensor) -> str | None:
-    """Why no Triton kernel can take a tensor of this device."""
+    """Return why no Triton kernel can take a tensor of this device, or None."""
     if tensor.device.type != "cuda" and not (tensor.is_cpu and interpreted()):
         return f"the tensors are on {tensor.device}"
     return NOT_INSTALLED
 
 
 def state() -> str:
-    """What `fastlm.backends()` says."""
+    """Return what `fastlm.backends()` says."""
     if NOT_INSTALLED:
         return NOT_INSTALLED
     if torch.cuda.is_available():

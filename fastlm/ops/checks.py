@@ -1,4 +1,4 @@
-"""Checks that the ops share. Each raises TypeError or ValueError that names the argument, what was expected and what came."""
+"""Check arguments for all ops. A TypeError or ValueError names the argument, what was expected and what came."""
 
 import math
 
@@ -27,7 +27,7 @@ def is_integer(value) -> bool:
 
 
 def as_integer(value: int) -> int:
-    """Convert what `is_integer` to what torch's ops take."""
+    """Convert an integer, as `is_integer` has it, to one that torch's ops take."""
     return int(value) if isinstance(value, np.integer) else value
 
 
@@ -44,6 +44,6 @@ def check_number(name: str, value: float, low: float) -> float:
     """Check for a finite number of at least ``low``, which may be -inf."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not low <= value < math.inf or value == -math.inf:  # also where it is NaN
+    if not low <= value < math.inf or value == -math.inf:  # NaN is refused, too.
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -math.inf else ''}; got {value}")
     return float(value)

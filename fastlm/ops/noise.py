@@ -1,4 +1,4 @@
-"""The noise that every op draws: standard normals that are a pure function of a seed and a position."""
+"""Draw the noise of every op: standard normals that are a pure function of a seed and a position."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ..reference import noise as reference
 from .checks import check_integer, is_integer
 from .torch_op import define_op, may_bypass_dispatcher
 
-SEED_RANGE = range(-(2**63), 2**64)  # what torch.manual_seed takes
+SEED_RANGE = range(-(2**63), 2**64)  # torch.manual_seed takes the same.
 
 
 def check_seed(seed: int | Tensor | None, like: Tensor) -> None:
@@ -36,7 +36,7 @@ def check_seed(seed: int | Tensor | None, like: Tensor) -> None:
 
 
 def seed_tensor(seed: int | Tensor | None, like: Tensor) -> Tensor:
-    """A checked seed as an int64 tensor on the device of ``like``.
+    """Convert a checked seed to an int64 tensor on the device of ``like``.
 
     None draws one from torch's default generator, so that torch.manual_seed and checkpointing work as ever. Integers from
     2**63 up stand for the same 64 bits as their negative twins.
@@ -57,7 +57,7 @@ def _fake(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
 
 
 def _normal_op(draw: Callable, device: str) -> Callable[[Tensor, tuple[int, ...], int], Tensor]:
-    """Make a backend's ``run(seed, shape, position)`` by the torch op on that device; ``draw`` fills what it returns."""
+    """Make a backend's ``run(seed, shape, position)`` by the torch op on that device, with ``draw`` as its implementation."""
     op = define_op("normal", "(Tensor seed, SymInt[] shape, int position) -> Tensor", draw, _fake, (device,))
 
     def run(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
@@ -73,7 +73,7 @@ def _draw_cpu(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
 
 
 def _draw_cuda(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
-    """The seed is read on the device."""
+    """Draw on the GPU, where the kernel reads the seed."""
     out = cuda_kernels.empty(seed, shape, torch.float32)
     cuda_kernels.launch("normal", out.device, cuda_kernels.view(seed), position, cuda_kernels.view(out))
     return out
@@ -101,10 +101,10 @@ def normal(
 ) -> Tensor:
     """Return float32 standard normals of ``shape``: elements ``position``, ``position + 1``, … of the stream of ``seed``.
 
-    The same numbers as ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
+    They are the numbers of ``torch.func._random.normal`` with key ``[seed, position / 4]``, to the rounding of the formula.
     """
     position = check_integer("position", position, 0, 2**63 - 1)
-    scalar = torch.empty((), dtype=torch.float32, device=device)  # no leading dimension, so that one seed alone fits
+    scalar = torch.empty((), dtype=torch.float32, device=device)  # It has no dimension, so that only a single seed fits.
     check_seed(seed, scalar)
     shape = torch.Size(shape)
     run = select("normal", IMPLEMENTATIONS, (scalar.expand(shape),), backend)

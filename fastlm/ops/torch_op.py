@@ -1,5 +1,4 @@
-"""What the torch ops share: how one is registered, when a call may bypass the dispatcher, and gradients, which cannot be
-differentiated again."""
+"""Register torch ops, decide when a call may bypass the dispatcher, and add gradients that cannot be differentiated again."""
 
 import functools
 import sys
@@ -22,7 +21,7 @@ def define_op(
 ):
     """Register fastlm::<name>, which calls ``run`` on those devices, and return it.
 
-    An op that another backend has registered gets the devices only. A ``vmap`` rule is given the op as its first argument.
+    If another backend has registered the op, only the devices are added. A ``vmap`` rule gets the op as its first argument.
     """
     qualified, is_new = f"fastlm::{name}", name not in _defined
     if is_new:
@@ -37,7 +36,7 @@ def define_op(
     return op
 
 
-# ---- which calls may go to a kernel past torch's dispatcher, and which may not reach a kernel at all -------------------------
+# ---- which calls may bypass torch's dispatcher on the way to a kernel, and which must not reach a kernel at all -------------
 
 
 def _keys(*names: str) -> torch._C.DispatchKeySet:
@@ -47,16 +46,16 @@ def _keys(*names: str) -> torch._C.DispatchKeySet:
     return keys
 
 
-# The dispatch keys of a tensor that nothing listens to, as autograd knows it and as inference mode makes it ...
+# The dispatch keys of a tensor that nothing listens to: an ordinary one, and one of inference mode.
 _PLAIN_TENSOR = tuple(
     keys
     for device in ("CPU", "CUDA")
     for keys in (_keys(device, "ADInplaceOrView", f"Autograd{device}", f"Autocast{device}"), _keys(device, f"Autocast{device}"))
 )
-# ... and those of a thread in which no mode, transform or tracer listens: ordinary, and in inference mode.
+# The dispatch keys of a thread in which no mode, transform or tracer listens: an ordinary one, and one in inference mode.
 _PLAIN_THREAD = (_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect"))
 
-# What every call asks, by names of one step: a small call consists of such steps.
+# Every call asks these. Each name saves the steps of an attribute look-up, which a small call feels.
 _profiler_enabled = torch.autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
 _thread_keys = torch._C._dispatch_tls_local_include_set
@@ -64,11 +63,11 @@ _tensor_keys = torch._C._dispatch_keys
 
 
 def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
-    """Tell whether nothing watches, replaces or differentiates forward the ops of this call, so that torch's dispatcher, 8 us,
-    may be saved.
+    """Tell whether a call may save torch's dispatcher (8 us): nothing watches, replaces or forward-differentiates its ops.
 
-    A whitelist, over every tensor of the call: exact types and dispatch keys say what a tensor is (dense, not negated, not a
-    ZeroTensor, no wrapper), the thread's own keys which modes are on. Whatever is not known to be plain goes through the op.
+    This is a whitelist over every tensor of the call. Exact types and dispatch keys say what a tensor is (dense, not negated,
+    not a ZeroTensor, no wrapper). The thread's own keys say which modes are on. Anything not known to be plain goes through
+    the op.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or _profiler_enabled() or _function_modes():
         return False
@@ -87,12 +86,12 @@ EXPORTS = "ONNX knows torch's own ops alone"
 
 @constant_when_compiled
 def _exports_to_onnx() -> bool:
-    onnx = sys.modules.get("torch.onnx")  # an exporter has imported it
+    onnx = sys.modules.get("torch.onnx")  # Any exporter has imported it.
     return onnx is not None and onnx.is_in_onnx_export()
 
 
 def reference_only(*tensors: Tensor | None) -> str | None:
-    """Return why only the reference, which is made of torch's own ops, can run a call with these tensors, or None."""
+    """Return why only the reference, which consists of torch's own ops, can run a call with these tensors, or None."""
     if forward_ad._current_level < 0:
         builds_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         return EXPORTS if builds_graph and _exports_to_onnx() else None
@@ -107,7 +106,7 @@ def reference_only(*tensors: Tensor | None) -> str | None:
 
 
 class _Final(torch.autograd.Function):
-    """The first ``count`` of the tensors, which depend on the others; their derivative raises."""
+    """Return the first ``count`` of the tensors as functions of the others, whose derivative raises."""
 
     generate_vmap_rule = True
 
@@ -125,10 +124,10 @@ class _Final(torch.autograd.Function):
 
 
 def differentiable_once(backward):
-    """A decorator for an autograd.Function's backward by kernels that have no gradient themselves.
+    """Decorate an autograd.Function's backward whose kernels have no gradient themselves.
 
-    Without it a second derivative would silently lack what goes through them. torch's own once_differentiable looks at the
-    gradients that come in alone, not at the saved tensors, and so lets that happen; and it marks nothing under torch.func.
+    Without it, a second derivative would silently lack the part through the kernels. torch's own once_differentiable does not
+    prevent that: it looks only at the incoming gradients, not at the saved tensors, and marks nothing under torch.func.
     """
 
     @functools.wraps(backward)
@@ -148,12 +147,12 @@ def differentiable_once(backward):
 def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> tuple[type, type]:
     """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
 
-    Returns two autograd.Functions of the same arguments: the first runs the ``kernel`` past the dispatcher, the second the
-    ``op``, which torch.func's transforms and whatever else listens have to see.
+    Return two autograd.Functions of the same arguments. The first runs the ``kernel`` and bypasses the dispatcher. The second
+    runs the ``op``, which torch.func's transforms and all other listeners have to see.
     """
 
     class Direct(torch.autograd.Function):
-        """A forward that takes ctx costs the least per call."""
+        """Run the kernel. A forward that takes ctx costs the least per call."""
 
         @staticmethod
         def forward(ctx, *args):
@@ -162,7 +161,7 @@ def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Call
             return outputs
 
     class Dispatched(torch.autograd.Function):
-        """torch.func asks for the two halves of forward apart."""
+        """Run the op. torch.func requires forward and setup_context apart."""
 
         generate_vmap_rule = True
         setup_context = staticmethod(save)
@@ -175,14 +174,14 @@ def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Call
     return Direct, Dispatched
 
 
-# ---- sums for gradients of what was broadcast --------------------------------------------------------------------------------
+# ---- sums for the gradients of broadcast tensors -----------------------------------------------------------------------------
 
 
 def sum_to(gradient: Tensor, target: Tensor) -> Tensor:
-    """Sum over the dimensions that ``target`` was broadcast along, in an order that no thread count changes (torch's does).
+    """Sum over the dimensions that ``target`` was broadcast along, in an order that does not depend on the number of threads.
 
-    ``gradient`` is float32 or float64, and may be longer than ``target`` where that is 1. Returns a tensor of target's shape
-    and dtype. On a GPU, where torch's order is fixed, torch sums.
+    torch's order on a CPU does depend on it; on a GPU torch's order is fixed, and torch sums. ``gradient`` is float32 or
+    float64, and may be longer than ``target`` where ``target`` has size 1. Return a tensor of target's shape and dtype.
     """
     if gradient.shape == target.shape:
         return gradient.to(target.dtype)

@@ -1,9 +1,9 @@
-"""Attention in plain PyTorch: the oracle of every backend, and the fallback where there is none.
+"""Compute attention in plain PyTorch: the oracle of every backend, and the fallback where no backend runs.
 
     s = scale q k^T;  s = softcap tanh(s / softcap);  s += mask - slope |p_i - j|;  masked s = -inf;  out = softmax(s) v
 
-with p_i = i + Lk - Lq, the place of query i among the keys. Scores and softmax are float32 or better; the two products are in
-the tensors' own dtype. Everything here is differentiable by autograd, and holds all Lq x Lk scores.
+with p_i = i + Lk - Lq, the position of query i among the keys. Scores and softmax are float32 or better; the two products are
+in the tensors' own dtype. Autograd can differentiate everything here. All Lq x Lk scores are held in memory.
 Sources: Vaswani et al., "Attention Is All You Need" (2017); ALiBi: Press et al. (2021); softcap: Gemma 2 (2024); sinks: Xiao et
 al., "Efficient Streaming Language Models with Attention Sinks" (2023), as a learned logit per head in GPT-OSS (2025).
 """
@@ -34,17 +34,17 @@ def attend(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of query (B, Hq, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv).
+    """Return (out, lse) for query (B, Hq, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv).
 
-    With cu_seqlens, B is 1 and the sequences lie one after the other along the rows. Key j is seen by query i where
-    p_i - left <= j <= p_i + right; None is no limit. ``softcap`` 0 is none. ``seed`` is None without dropout.
+    With cu_seqlens, B is 1 and the sequences lie one after the other along the rows. Query i sees key j if
+    p_i - left <= j <= p_i + right; None sets no limit. A ``softcap`` of 0 means none. ``seed`` is None without dropout.
     """
     options = (left, right, scale, softcap, dropout_p)
     if cu_seqlens_q is None:
         return _attend(query, key, value, mask, sinks, alibi_slopes, seed, *options)
     q_offsets = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[2])
     k_offsets = _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[2])
-    if len(q_offsets) == 1:  # no sequences: as one that is empty
+    if len(q_offsets) == 1:  # No sequence is computed as one empty sequence.
         return _attend(query, key, value, None, sinks, None, None, *options)
     outs, lses = [], []
     for b in range(len(q_offsets) - 1):
@@ -71,13 +71,13 @@ def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
 
 
 def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first=0):
-    """One batch of sequences of one length; ``first`` is the index of the first in what dropout counts."""
+    """Return (out, lse) of one batch of sequences of one length. ``first`` is the first one's index in dropout's counters."""
     s = _scores(query, key, mask, alibi_slopes, left, right, scale, softcap)
     keys = s.shape[3]
-    if sinks is not None:  # one more key, with no value
+    if sinks is not None:  # A sink is one more key, with no value.
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
     alive = (s != -math.inf).any(dim=3, keepdim=True)
-    s = torch.where(alive, s, 0.0)  # a row with nothing to attend to stays finite, so that its gradients are clean zeros
+    s = torch.where(alive, s, 0.0)  # A row that sees no key stays finite, so that its gradients are zeros.
     p, lse = _softmax(s)
     p = torch.where(alive, p, 0.0)[..., :keys]
     if seed is not None:
@@ -90,18 +90,18 @@ def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, sca
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     """Return the softmax of (..., n) and its log-sum-exp (..., 1).
 
-    The weights are divided by their sum, not taken from the log-sum-exp: beside a maximum of -1e9 that has no room for log(n).
+    The weights are divided by their sum, not computed from the log-sum-exp, which has no room for log(n) beside -1e9.
     """
     if s.shape[-1] == 0:
         return s, s.sum(dim=-1, keepdim=True)
-    top = s.amax(dim=-1, keepdim=True).detach()  # any shift gives the same softmax, so it needs no gradient
+    top = s.amax(dim=-1, keepdim=True).detach()  # Any shift gives the same softmax, so that it needs no gradient.
     e = torch.exp(s - top)
     total = e.sum(dim=-1, keepdim=True)
     return e / total, top + torch.log(total)
 
 
 def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
-    """(B, Hq, Lq, Lk), -inf where a query does not see a key. Heads of a group share their keys without a copy."""
+    """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key. Heads of a group share keys without a copy."""
     s = torch.matmul(query.unflatten(1, _groups(query, key)), key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     s = s.to(accumulation_dtype(query.dtype)) * scale
     if softcap:
@@ -124,7 +124,7 @@ def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tens
 
 
 def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
-    """Return (heads of keys, query heads that share one)."""
+    """Return (key heads, query heads per key head)."""
     heads = key.shape[1]
     return heads, query.shape[1] // max(heads, 1)
 
@@ -132,10 +132,10 @@ def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
 def keep_mask(
     seed: Tensor, dropout_p: float, batch: int, heads: int, queries: int, keys: int, *, first: int = 0, device=None
 ) -> Tensor:
-    """Which weights dropout keeps: bool (batch, heads, queries, keys).
+    """Return which weights dropout keeps: bool (batch, heads, queries, keys).
 
     Word j % 4 of counter (j // 4, i, b * heads + h, 0) decides on key j of query i; with a seed per sequence the third word
-    is h. Kept is where (word + 1/2) / 2**32 >= dropout_p. ``first`` is the first sequence's b.
+    is h. A weight is kept if (word + 1/2) / 2**32 >= dropout_p. ``first`` is the first sequence's b.
     """
     block = torch.arange((keys + 3) // 4, device=device)
     query = torch.arange(queries, device=device)[:, None]
@@ -149,17 +149,17 @@ def keep_mask(
 
 
 def drop_below(dropout_p: float) -> int:
-    """Return the smallest word that is kept: the first with (word + 1/2) / 2**32 >= dropout_p, exactly; 2**32 where none is."""
+    """Return the smallest kept word, exactly: the first with (word + 1/2) / 2**32 >= dropout_p, or 2**32 if there is none."""
     return math.ceil(Fraction(dropout_p) * 2**32 - Fraction(1, 2))
 
 
 def keep_scale(dropout_p: float) -> float:
-    """Return 1 / (1 - dropout_p), which what is kept is multiplied by; 0 where nothing is kept, so that no inf meets a zero."""
+    """Return the factor of kept weights, 1 / (1 - dropout_p), or 0 if nothing is kept, so that no inf meets a zero."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
-    """Contiguous; or, where the query is a (B, L, H, D) tensor transposed, such a transpose too."""
+    """Return ``out`` contiguous; if the query is a transposed (B, L, H, D) tensor, ``out`` is such a transpose, too."""
     if query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2):
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     return out.contiguous()
@@ -183,7 +183,7 @@ def attend_kvcache(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of query (B, Hq, Lq, D) with the keys of each sequence's cache, to which key and value are appended first.
+    """Append key and value to the caches, and return (out, lse) of query (B, Hq, Lq, D) with each sequence's cached keys.
 
     Caches are (B, Hkv, Lmax, D), or (n_pages, page, Hkv, D) with a block_table (B, max_pages).
     """
@@ -221,7 +221,7 @@ def _checked_lengths(cache_seqlens: Tensor, added: int, cache: Tensor, block_tab
 
 
 def _write_rows(cache: Tensor, block_table: Tensor | None, b: int, at: int, rows: Tensor) -> None:
-    """rows (Hkv, L, D) into the cache of sequence b, from its row ``at`` on."""
+    """Write rows (Hkv, L, D) into the cache of sequence b, from its row ``at`` on."""
     if block_table is None:
         cache[b, :, at : at + rows.shape[1]] = rows
         return
@@ -231,7 +231,7 @@ def _write_rows(cache: Tensor, block_table: Tensor | None, b: int, at: int, rows
 
 
 def _read_rows(cache: Tensor, block_table: Tensor | None, b: int, length: int) -> Tensor:
-    """The first ``length`` rows of sequence b: (1, Hkv, length, D)."""
+    """Return the first ``length`` rows of sequence b: (1, Hkv, length, D)."""
     if block_table is None:
         return cache[b : b + 1, :, :length]
     pages = block_table[b, : -(-length // cache.shape[1])].long()

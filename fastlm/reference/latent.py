@@ -1,7 +1,7 @@
-"""The variational latent in plain PyTorch: the oracle of every backend, and the fallback where there is none.
+"""Compute the variational latent in plain PyTorch: the oracle of every backend, and the fallback where no backend runs.
 
 z = mu + exp(logvar / 2) * eps is the reparameterization of Kingma & Welling, "Auto-Encoding Variational Bayes" (2013); the KL
-divergence between the two normals is in closed form (their appendix B). Everything here is differentiable by autograd.
+divergence between the two normals is in closed form (their appendix B). Autograd can differentiate everything here.
 """
 
 import math
@@ -13,12 +13,12 @@ from .noise import normal_like
 
 
 def expm1_minus(x: Tensor) -> Tensor:
-    """e^x - 1 - x without cancellation: never negative, and right to the last bits for small x, where it is x^2/2.
+    """Return e^x - 1 - x without cancellation: never negative, and right to the last bits for small x, where it is x^2/2.
 
     Near zero it is the Taylor series of (e^x - 1 - x) / x^2 = sum of x^k / (k + 2)!, times x^2.
     """
     near = x.abs() < 1.5
-    small = torch.where(near, x, 0.0)  # both branches stay finite, so that where() has clean gradients
+    small = torch.where(near, x, 0.0)  # Both branches stay finite, so that where() has no NaN in its gradients.
     large = torch.where(near, 1.0, x)
     series = torch.zeros_like(small)
     for k in reversed(range(24)):
@@ -28,17 +28,17 @@ def expm1_minus(x: Tensor) -> Tensor:
 
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """x held to [low, high], with no gradient outside. NaN stays, and so does its gradient, which torch.clamp would hide."""
+    """Clamp x to [low, high], with no gradient outside. NaN stays, and so does its gradient, which torch.clamp would hide."""
     return torch.where(x < low, low, torch.where(x > high, high, x))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the arithmetic is done in, and the KL returned in: float64 for float64, float32 for the rest."""
+    """Return the dtype of the arithmetic and of the KL: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sample(mu: Tensor, logvar: Tensor, eps: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return z = mu + temperature * exp(logvar / 2) * eps in mu's dtype; eps, and so z, is (*mu.shape) or (K, *mu.shape)."""
+    """Return z = mu + temperature * exp(logvar / 2) * eps in mu's dtype; eps and z are (*mu.shape) or (K, *mu.shape)."""
     dtype = accumulation_dtype(mu.dtype)
     std = temperature * torch.exp(0.5 * logvar.to(dtype))
     return (mu.to(dtype) + std * eps.to(dtype)).to(mu.dtype)
@@ -47,7 +47,7 @@ def sample(mu: Tensor, logvar: Tensor, eps: Tensor, *, temperature: float = 1.0)
 def kl_divergence(
     mu: Tensor, logvar: Tensor, prior_mu: Tensor | None, prior_logvar: Tensor | None, *, event_dims: int, free_bits: float
 ) -> Tensor:
-    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) in nats, summed over the last ``event_dims`` dimensions.
+    """Return KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) in nats, summed over the last ``event_dims`` dimensions.
 
     With x = logvar - prior_logvar and d = mu - prior_mu, a dimension contributes (d^2 e^-prior_logvar + e^x - 1 - x) / 2, and
     never less than ``free_bits`` (Kingma et al., "Improved variational inference with inverse autoregressive flow", 2016).
@@ -83,8 +83,8 @@ def reparameterize(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (z, kl) of a Gaussian latent; z is None without a ``seed`` and kl is None unless ``with_kl``.
 
-    Takes what ``fastlm.reparameterize_with_kl`` takes, checked, with the seed as an int64 tensor, 0-d or (B,); or, in its
-    place, noise ``eps`` that was drawn elsewhere.
+    The arguments are those of ``fastlm.reparameterize_with_kl``, already checked. The seed is an int64 tensor, 0-d or (B,);
+    noise ``eps`` that was drawn elsewhere may take its place.
     """
     if logvar_clamp is not None:
         logvar = clamp(logvar.to(accumulation_dtype(mu.dtype)), *logvar_clamp)

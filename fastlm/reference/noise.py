@@ -1,7 +1,7 @@
-"""The noise of fastlm in plain PyTorch: Philox4x32-10 and Box-Muller.
+"""Draw the noise of fastlm in plain PyTorch, by Philox4x32-10 and Box-Muller.
 
 Philox is counter-based (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11): block ``c`` of the
-stream of a seed is a pure function of the two, so any element can be drawn at any time by anyone, and the backward draws the
+stream of a seed is a pure function of the two. So anyone can draw any element at any time, and the backward draws the
 forward's noise again instead of storing it. The layout is that of ``torch.func._random.normal`` with key ``[seed, 0]``.
 """
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # the golden ratio and sqrt(3) - 1
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)  # Digits of the golden ratio and of sqrt(3) - 1.
 LOW = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words that belong to a counter of four, with the key ``seed`` (int64, read as a 64-bit pattern).
+    """Return the four 32-bit words for a counter of four words, with the key ``seed`` (int64, read as a 64-bit pattern).
 
-    All are int64 and broadcast against each other; words are in [0, 2**32), as are those that come back.
+    All tensors are int64 and broadcast against each other. The words, given and returned, are in [0, 2**32).
     """
     k0, k1 = seed & LOW, (seed >> 32) & LOW
     for _ in range(10):
@@ -30,16 +30,16 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
 
 
 def uniform(word: Tensor) -> Tensor:
-    """u = (word + 1/2) / 2**32, rounded to float32: in (0, 1], never 0, so that its logarithm is finite."""
+    """Return (word + 1/2) / 2**32, rounded to float32: in (0, 1], never 0, so that its logarithm is finite."""
     return (word.to(torch.float32) + 0.5) * 2.0**-32
 
 
 def normal(seed: Tensor, position: Tensor) -> Tensor:
-    """Standard normals at ``position`` (int64, any shape) of the streams of ``seed`` (int64, broadcastable), in float32.
+    """Return float32 standard normals at ``position`` (int64, any shape) of the streams of ``seed`` (int64, broadcastable).
 
     Block c holds elements 4c to 4c + 3. Words 0 and 2 give the radii of two Box-Muller pairs, words 1 and 3 their angles; each
     pair yields its cosine first, then its sine. The uniforms are float32 by definition; the rest is computed in float64 and
-    rounded once, so that every backend has one right answer to be compared with.
+    rounded once, so that there is one right answer for every backend.
     """
     block = position >> 2
     zero = torch.zeros_like(block)
@@ -53,10 +53,10 @@ def normal(seed: Tensor, position: Tensor) -> Tensor:
 
 
 def normal_like(x: Tensor, seed: Tensor, num_samples: int = 1) -> Tensor:
-    """The noise of ``num_samples`` draws for a tensor shaped like ``x``: float32 (num_samples, *x.shape).
+    """Return the noise of ``num_samples`` draws for a tensor shaped like ``x``: float32 (num_samples, *x.shape).
 
     ``seed`` is 0-d, or has the shape of leading dimensions of ``x``: (B,) gives each example a stream of its own. Sample k of
-    element e of a stream (counted in row-major order) sits at position k * (elements of x in the stream) + e.
+    element e (counted in row-major order within its stream) sits at position k * (elements of x in the stream) + e.
     """
     streams = seed.numel()
     length = x.numel() // max(1, streams)

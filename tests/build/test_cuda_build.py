@@ -1,4 +1,4 @@
-"""fastlm._cuda as nvcc built it: for which GPUs, what its kernels take, what it is linked with. Read from the file, not run."""
+"""Read from fastlm._cuda, without running it, the GPUs it was built for, its kernels' resources, and the libraries it links."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import pytest
 from support.cuda_host import SANITIZED
 
 ARCHITECTURES = {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
-# Four blocks of 128 threads and up on every processor, whose registers are 65,536; half that for what half precision takes.
+# A kernel may take 128 registers, so that the 65,536 of a processor hold four blocks of 128 threads. float32 may take 80.
 MOST_REGISTERS = 128
 MOST_IN_FLOAT32 = 80
 
@@ -31,7 +31,7 @@ def output(*command, **options) -> str:
 
 
 def cuobjdump_path() -> str:
-    """Of the CUDA toolkit, or the one that comes with Triton."""
+    """Return the path of cuobjdump, from the CUDA toolkit or from Triton."""
     if tool := shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin"):
         return tool
     triton = pytest.importorskip("triton", reason="needs cuobjdump, of CUDA's toolkit or of Triton")
@@ -44,7 +44,7 @@ def cuobjdump(*options: str) -> str:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[tuple[str, str, dict]]:
-    """(architecture, kernel, what it takes) of every kernel."""
+    """Return (architecture, kernel, resources) of every kernel."""
     rows, arch, name = [], None, None
     for line in cuobjdump("--dump-resource-usage").splitlines():
         if header := re.match(r"arch = (\w+)", line.strip()):
@@ -59,7 +59,7 @@ def kernels() -> list[tuple[str, str, dict]]:
 @built
 def test_every_architecture_has_every_kernel(kernels):
     names = {name for _, name, _ in kernels}
-    assert len(names) == 1 + 2 * 4 * 2 + 2  # the noise; forward and backward by dtype, with and without prior; the totals
+    assert len(names) == 1 + 2 * 4 * 2 + 2  # Noise; forward and backward by dtype, with and without prior; totals.
     archs = {arch for arch, _, _ in kernels}
     assert archs <= ARCHITECTURES and {(arch, name) for arch, name, _ in kernels} == {(a, n) for a in archs for n in names}
 
@@ -72,13 +72,13 @@ def test_the_newest_comes_as_ptx_too_for_gpus_that_are_to_come(kernels):
 
 @built
 def test_nothing_is_spilled(kernels):
-    """STACK is what a thread keeps in local memory: spilled registers, or an array whose index is not known."""
+    """STACK counts a thread's bytes in local memory: spilled registers, or an array whose index is not known."""
     assert not [(arch, name) for arch, name, takes in kernels if takes["STACK"] or takes["LOCAL"]]
 
 
 @built
 def test_tensors_are_read_and_written_16_bytes_at_a_time(kernels):
-    path = os.pathsep.join([os.environ["PATH"], str(Path(cuobjdump_path()).parent)])  # it asks for nvdisasm
+    path = os.pathsep.join([os.environ["PATH"], str(Path(cuobjdump_path()).parent)])  # cuobjdump calls nvdisasm.
     code = output(cuobjdump_path(), "-sass", "-arch", kernels[0][0], MODULE, env=os.environ | {"PATH": path})
     bodies = [body for body in re.split(r"Function : ", code)[1:] if re.match(r"\w*(forward|backward)_kernel", body)]
     assert len(bodies) == 16
@@ -103,6 +103,6 @@ def test_it_knows_nothing_of_torch():
 
 @built
 def test_cuda_s_runtime_is_within():
-    """Else the module would ask for the very version that it was built with."""
+    """Otherwise the module would require the very version that it was built with."""
     needed = re.findall(r"NEEDED\s+(\S+)", output("objdump", "-p", MODULE))
     assert needed and not [name for name in needed if "cuda" in name or "torch" in name]

@@ -1,4 +1,4 @@
-"""Libraries that fastlm drops into: none is imported unasked, and what is missing or too old is named with its extra."""
+"""Test that fastlm imports no library unasked, and names a missing or old library with the extra that installs it."""
 
 from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md promises of the layout, read from the files."""
+"""Check in the files what CONTRIBUTING.md promises of the layout."""
 
 import ast
 import graphlib
@@ -16,7 +16,7 @@ MAX_LINES = 500
 
 
 def tracked_files() -> list[Path]:
-    """What git tracks, and what it would."""
+    """Return the files that git tracks or would track."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [ROOT / name for name in listed if (ROOT / name).is_file()]
@@ -28,7 +28,7 @@ def name_of(path: Path) -> str:
 
 # ---- imports run one way ----------------------------------------------------------------------------------------------------
 
-# What each part of the package may import of fastlm; the part of a module is its first name under the package.
+# The parts of fastlm that each part may import. A module's part is its first name under the package.
 BELOW = {
     "reference": set(),
     "kernels": set(),
@@ -50,7 +50,7 @@ def part_of(path: Path) -> str:
 
 
 def imported_parts(path: Path) -> set[str]:
-    """The parts of fastlm that a file imports, anywhere in it."""
+    """Return the parts of fastlm that a file imports, anywhere in it."""
     package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
     modules = []
     for node in ast.walk(ast.parse(path.read_text())):
@@ -73,14 +73,14 @@ def test_imports_run_one_way(path):
 
 
 def module_name(path: Path, root: Path) -> str:
-    """The dotted name of a file under a folder of ``sys.path``; kernels/ is a part of the package."""
+    """Return the dotted name of a file under a folder of ``sys.path``; kernels/ is a part of the package."""
     parts = path.relative_to(root).with_suffix("").parts
     parts = ("fastlm", *parts) if parts[0] == "kernels" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported_modules(path: Path, name: str, modules: dict[str, Path]) -> set[str]:
-    """The modules of ``modules`` that a file imports, anywhere in it."""
+    """Return which of ``modules`` a file imports, anywhere in it."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -100,7 +100,7 @@ def test_no_files_import_each_other_in_a_circle(root, folders):
     root = ROOT / root
     modules = {module_name(path, root): path for folder in folders for path in root.glob(f"{folder}/**/*.py")}
     imports = {name: imported_modules(path, name, modules) for name, path in modules.items()}
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+    graphlib.TopologicalSorter(imports).prepare()  # It raises CycleError, which names the circle.
 
 
 def test_kernels_import_torch_and_triton_only():
@@ -120,7 +120,7 @@ def test_kernels_can_not_be_imported_under_that_name():
 
 
 def includes_of(path: Path) -> list[tuple[str, bool]]:
-    """(what is included, whether in quotes) of a C++ file."""
+    """Return (included name, whether it is in quotes) for each include of a C++ file."""
     found = re.findall(r'^\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>|(\w+))', path.read_text(), flags=re.M)
     return [(quoted or angled or macro, not angled) for quoted, angled, macro in found]
 
@@ -129,19 +129,19 @@ def includes_of(path: Path) -> list[tuple[str, bool]]:
 def test_native_code_includes_its_own_folder_and_common_only(path):
     folders = {path.relative_to(ROOT / "csrc").parts[0], "common"}
     for included, quoted in includes_of(path):
-        if quoted and "." in included:  # not a macro
+        if quoted and "." in included:  # A macro has no dot.
             target = (path.parent / included).resolve()
             assert target.exists(), f"{included} is not found from {name_of(path)}"
             assert target.relative_to(ROOT / "csrc").parts[0] in folders, included
         assert "torch" not in included and "ATen" not in included
 
 
-# C headers and the compiler's intrinsics: no templates, so nothing for the linker to keep one copy of.
+# C headers and the compiler's intrinsics have no templates, of which the linker would keep one copy.
 ALLOWED_IN_ISA_CODE = re.compile(r"(c?(std(int|def|bool)|limits|float|string|math)(\.h)?|(imm|x86|arm_)\w*\.h)")
 
 
 def reached_from(path: Path) -> dict[str, str]:
-    """System headers that a file reaches through the repository's own headers, and from where."""
+    """Return the system headers that a file reaches through the repository's own headers, and from where."""
     found, todo, seen = {}, [path], set()
     while todo:
         current = todo.pop()
@@ -164,20 +164,20 @@ def test_code_for_each_instruction_set_includes_no_templates_of_the_standard_lib
 
 
 def isa_objects() -> list[Path]:
-    """The objects of the newest build that hold code for one instruction set."""
+    """Return the objects of the newest build that hold code for one instruction set."""
     builds = {path.parent for path in ROOT.glob("build/*/build.ninja") if any(path.parent.glob("CMakeFiles/fastlm_isa_*.dir"))}
     newest = max(builds, key=lambda build: (build / "build.ninja").stat().st_mtime, default=None)
     return sorted(newest.glob("CMakeFiles/fastlm_isa_*.dir/**/*.o")) if newest else []
 
 
 def test_objects_for_each_instruction_set_were_found():
-    """The build leaves them in build/ (make test, pip install -e .): without them the next test would test nothing."""
+    """The build leaves them in build/ (make test, pip install -e .). Without them, the next test would test nothing."""
     assert isa_objects()
 
 
 @pytest.mark.parametrize("path", isa_objects(), ids=lambda path: str(path.relative_to(ROOT / "build")))
 def test_objects_for_an_instruction_set_hold_no_weak_symbols(path):
-    """A weak symbol is one of which the linker keeps any one copy: an AVX-512 copy would crash an AVX2 machine."""
+    """The linker keeps any one copy of a weak symbol, and an AVX-512 copy would crash an AVX2 machine."""
     symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     assert not re.findall(r"^\S+ [WwVvu] .*$", symbols, flags=re.M)
 
@@ -188,7 +188,7 @@ def test_objects_for_an_instruction_set_hold_no_weak_symbols(path):
 @pytest.mark.parametrize("path", tracked_files(), ids=name_of)
 def test_no_source_file_is_longer_than_a_reader_can_hold(path):
     if path == ROOT / "benchmarks" / "RESULTS.md":
-        return  # a run's report, which no one writes; its tables are folded away
+        return  # A run writes this report, and its tables are folded away.
     if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".md", ".txt", ".toml"} or path.name == "Makefile":
         assert len(path.read_text().splitlines()) <= MAX_LINES
 

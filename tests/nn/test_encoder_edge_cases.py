@@ -1,4 +1,4 @@
-"""torch.nn.TransformerEncoder after `fastlm.replace` where answers turn: padded oddly, half in training, hooked, empty."""
+"""Test torch.nn.TransformerEncoder after `fastlm.replace` in its special cases: odd padding, half in training, hooks, empty."""
 
 import copy
 
@@ -21,12 +21,12 @@ SRC = seeded_normal(1, (3, 6, 16), torch.float32)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the fused path, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the fused path."""
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """A list that grows with the name of every fused function that a module calls."""
+    """Return a list that grows with the name of every fused function that a module calls."""
     calls = []
 
     def counted(name):
@@ -42,7 +42,7 @@ def fused(monkeypatch):
 
 
 def pair(layers=2, dropout=0.0, heads=4, activation="relu", norm_first=False, batch_first=True, **options):
-    """torch's encoder in eval mode, and ours with the same numbers."""
+    """Make torch's encoder in eval mode, and ours with the same numbers."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
         16, heads, 32, dropout=dropout, activation=activation, norm_first=norm_first, batch_first=batch_first
@@ -62,7 +62,7 @@ def compare(original, ours, padding, src=SRC, dtype=torch.float32, **options):
     assert_as_good_as_original(ours, original, call, {"src": src}, dtype)
 
 
-# ---- what torch makes of padding --------------------------------------------------------------------------------------------
+# ---- padding ----------------------------------------------------------------------------------------------------------------
 
 PADDINGS = {
     "at the end": (AT_END, True),
@@ -78,7 +78,7 @@ PADDINGS = {
 
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_values_at_padding_are_torch_s(fused, padding):
-    """torch computes values there, unless the padding is at the end: then it makes a nested tensor, and zeros of it."""
+    """torch computes values at padding, unless it is at the end: then torch makes a nested tensor, and zeros at padding."""
     mask, packs = PADDINGS[padding]
     original, ours = pair()
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_values_at_padding_are_torch_s(fused, padding):
 @pytest.mark.parametrize("mask_check", [True, False])
 @pytest.mark.parametrize("padding", ["at the end", "at the start"])
 def test_mask_check(fused, mask_check, padding):
-    """Without it torch takes padding anywhere for as much at the end."""
+    """Without mask_check, torch treats padding anywhere as the same amount of padding at the end."""
     original, ours = pair(mask_check=mask_check)
     with torch.no_grad():
         compare(original, ours, PADDINGS[padding][0])
@@ -132,10 +132,10 @@ def test_circumstances_that_keep_torch_from_nesting(fused):
             compare(original, ours, AT_END)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    with torch.no_grad(), torch.device("cpu"):  # a mode that looks at every function
+    with torch.no_grad(), torch.device("cpu"):  # This mode intercepts every function.
         compare(original, ours, AT_END)
-    compare(original, ours, AT_END)  # parameters that want gradients
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # torch's own raises here, and nests on no other device
+    compare(original, ours, AT_END)  # Parameters require gradients.
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # torch's own raises here; elsewhere it does not nest.
         out = ours(SRC, src_key_padding_mask=AT_END)
     assert out.isfinite().all() and (out[AT_END] != 0).any()
     assert fused == ["attention"] * 8
@@ -150,7 +150,7 @@ def test_a_mask_besides(fused):
 
 
 def test_layers_count_and_not_the_encoder(fused):
-    """torch asks the first layer whether it trains."""
+    """torch asks the first layer, not the encoder, whether it trains."""
     for model in (modules := pair()):
         model.train()
         model.layers.eval()
@@ -161,7 +161,7 @@ def test_layers_count_and_not_the_encoder(fused):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_is_zeros_where_torch_nests_and_nothing_is_packed(fused, dtype):
-    """A hook on a layer, and a dtype that no kernel takes."""
+    """A hook on a layer prevents packing, and so does a dtype that no kernel takes."""
     original, ours = (model.to(dtype) for model in pair())
     for model in (original, ours):
         model.layers[1].linear1.register_forward_hook(lambda *_: None)
@@ -170,7 +170,7 @@ def test_is_zeros_where_torch_nests_and_nothing_is_packed(fused, dtype):
     assert fused == ([] if dtype == torch.float64 else ["attention"] * 2)
 
 
-# ---- what must not be packed over -------------------------------------------------------------------------------------------
+# ---- modules whose effect packing must not skip -----------------------------------------------------------------------------
 
 
 def _train(path):
@@ -183,7 +183,7 @@ NOT_AT_REST = {path: _train(path) for path in ("layers.0.self_attn", "layers.1.s
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("what", NOT_AT_REST)
 def test_any_module_that_trains_drops(what, grad):
-    """Dropout kept on in eval mode (MC dropout), in a whole layer or in one of its modules."""
+    """Dropout may stay on in eval mode (MC dropout), in a whole layer or in one of its modules."""
     _, ours = pair(dropout=0.5)
     NOT_AT_REST[what](ours)
     with torch.set_grad_enabled(grad):
@@ -196,7 +196,7 @@ def test_layers_alone_in_training(fused):
     for model in (original, ours):
         model.layers.train()
     with torch.no_grad():
-        compare(original, ours, AT_END)  # torch computes values for padding then
+        compare(original, ours, AT_END)  # torch computes values for padding here.
     assert fused == ["attention"] * 2
 
 
@@ -249,11 +249,11 @@ def test_the_math_backend_alone(fused):
     assert not fused
 
 
-# ---- nothing in it ----------------------------------------------------------------------------------------------------------
+# ---- empty inputs -----------------------------------------------------------------------------------------------------------
 
 
 def _empty_calls(batch, length):
-    """(a module of nn.Transformer's, arguments, options): a source of that size, and a target of four rows."""
+    """Yield (module, arguments, options) for nn.Transformer's modules, with a source of that size and a target of four rows."""
     src, tgt = torch.zeros(batch, length, 16), torch.ones(batch, 4, 16)
     padding, mask = torch.zeros(batch, length, dtype=torch.bool), torch.zeros(length, length, dtype=torch.bool)
     for path in ("encoder", "encoder.layers.0"):
@@ -267,7 +267,7 @@ def _empty_calls(batch, length):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0, 6), (3, 0), (0, 0)], ids=str)
 def test_empty_batches_and_sequences(shape, training, grad):
-    """Where torch answers, with its answer; on padding that is empty torch's own mostly fails, and ours does not."""
+    """If torch answers, ours gives its answer. On empty padding, torch's own mostly fails, and ours does not."""
     torch.manual_seed(0)
     original = nn.Transformer(16, 4, 1, 1, 32, dropout=0.0, batch_first=True).train(training)
     ours = copy.deepcopy(original)

@@ -1,4 +1,4 @@
-"""Calls that swapped modules and `fastlm.use` leave to torch's own code, so that what works with torch works with them."""
+"""Test the calls that swapped modules and `fastlm.use` leave to torch's own code, so that they work as with torch alone."""
 
 import copy
 from contextlib import nullcontext
@@ -25,11 +25,11 @@ PADDING = torch.arange(6)[None] >= torch.tensor([[6], [3], [1]])  # (N, S), True
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the fused path, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the fused path."""
 
 
 class Model(nn.Module):
-    """Every kind of module that is swapped."""
+    """Hold a module of every kind that is swapped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 @pytest.mark.parametrize("which", [*INPUTS, *WEIGHTS, *SEPARATE])
 def test_a_wrapper_in_any_place(which):
-    """Also where torch has no chance to see it by __torch_function__: all tensors of a call count."""
+    """All tensors of a call count, also those that torch cannot see by __torch_function__."""
     torch.manual_seed(0)
     widths = {"kdim": 8, "vdim": 4} if which in SEPARATE else {}
     original = nn.MultiheadAttention(16, 4, add_bias_kv=which in ("bias_k", "bias_v"), **widths).eval()
     call = {"query": X, "key": OTHER[..., : widths.get("kdim", 16)], "value": OTHER[..., : widths.get("vdim", 16)]}
-    call |= {"key_padding_mask": torch.zeros(6, 3), "attn_mask": torch.zeros(3, 3)}  # torch does nothing to them before
+    call |= {"key_padding_mask": torch.zeros(6, 3), "attn_mask": torch.zeros(3, 3)}  # torch does nothing to them first.
     with torch.no_grad():
         expected = original(**call, need_weights=False)[0]
         if which in call:
@@ -108,7 +108,7 @@ def test_a_wrapper_in_an_encoder(which, grad):
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory):
-    """A mesh of this process alone."""
+    """Make a device mesh of this process alone."""
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("torch has no gloo")
@@ -133,7 +133,7 @@ def test_dtensors(mesh, masked, training):
         with inside as report:
             outs = [model.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]]
             outs += [model.layer(x, src_key_padding_mask=padding)]
-            if training or not masked:  # else torch asks DTensors where padding is, which they cannot tell
+            if training or not masked:  # Otherwise torch asks DTensors where padding is, which they cannot tell.
                 outs += [model.encoder(x, src_key_padding_mask=padding)]
         assert all(isinstance(out, DTensor) for out in outs) and (report is None or not report.routed)
         results.append([out.full_tensor() for out in outs])
@@ -142,7 +142,7 @@ def test_dtensors(mesh, masked, training):
 
 
 def test_fake_tensors_are_plain():
-    """torch.compile and torch.export see tensors so."""
+    """torch.compile and torch.export run modules on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(), fastlm.use() as report:
@@ -153,7 +153,7 @@ def test_fake_tensors_are_plain():
     assert report.routed == 1
 
 
-# ---- what looks into modules ------------------------------------------------------------------------------------------------
+# ---- tools that look into modules -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -172,7 +172,7 @@ def test_export_keeps_fastlm_s_op(strict):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("mask_check", [True, False])
 def test_compiles_whole(grad, mask_check):
-    """Under torch.compile torch makes no nested tensors with mask_check, and cannot be compiled without."""
+    """Under torch.compile, torch makes no nested tensors with mask_check, and without it cannot be compiled."""
     original, ours = (model.eval() for model in pair())
     ours.encoder.mask_check = original.encoder.mask_check = mask_check
     with torch.set_grad_enabled(grad):
@@ -188,7 +188,7 @@ def test_compiles_whole(grad, mask_check):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_symbolic_trace_makes_a_node_of_each(training):
-    """As of torch's, whose class lies in torch.nn."""
+    """The same happens to torch's modules, whose classes lie in torch.nn."""
     original, ours = (model.train(training) for model in pair())
     nodes = []
     for model in (original, ours):
@@ -214,7 +214,7 @@ def test_script(training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_trace(training):
-    """Every call is recorded, and none as a constant."""
+    """The trace records every call, and none as a constant."""
     original, ours = (model.train(training) for model in pair())
     traced = torch.jit.trace(ours, (X, PADDING), check_trace=False)
     torch.testing.assert_close(traced(OTHER, PADDING), original(OTHER, PADDING))
@@ -233,7 +233,7 @@ def second_derivative(function, x):
 
 
 def test_the_math_backend_brings_second_derivatives():
-    """It is how users of torch ask for them."""
+    """Users of torch ask for second derivatives by choosing that backend."""
     x = X.clone().requires_grad_()
     original, ours = (model.attention for model in pair())
     q = X[:, None].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""fastlm.nn.MultiheadAttention is torch.nn.MultiheadAttention: the same arguments, state, answers and errors."""
+"""Test that fastlm.nn.MultiheadAttention has the arguments, state, answers and errors of torch.nn.MultiheadAttention."""
 
 import copy
 import inspect
@@ -21,12 +21,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the fused path, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the fused path."""
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """A list that grows with every call of the fused attention."""
+    """Return a list that grows with every call of the fused attention."""
     calls = []
 
     def attention(*args, **options):
@@ -42,10 +42,10 @@ def normals(*shape, seed=1):
 
 
 def pair(*args, dtype=torch.float32, **options):
-    """torch's module and ours with the same numbers."""
+    """Make torch's module, and ours with the same numbers."""
     torch.manual_seed(0)
     original = TORCHS(*args, **options).to(dtype)
-    for parameter in original.parameters():  # torch starts some at zero
+    for parameter in original.parameters():  # torch initializes some to zero.
         torch.nn.init.normal_(parameter, std=0.3)
     ours = OURS(*args, **options).to(dtype)
     ours.load_state_dict(original.state_dict(), strict=True)
@@ -53,7 +53,7 @@ def pair(*args, dtype=torch.float32, **options):
 
 
 def attend(module, inputs):
-    """Fused, on ``inputs`` by name, where key is query and value is key unless they are there."""
+    """Run the module's fused path on ``inputs`` by name. A missing key is query, and a missing value is key."""
     query = inputs["query"]
     key = inputs.get("key", query)
     rest = {name: value for name, value in inputs.items() if name not in ("query", "key", "value")}
@@ -61,7 +61,7 @@ def attend(module, inputs):
 
 
 def compare(modules, inputs: dict, dtype=torch.float32, training=False, **options):
-    """Ours against torch's."""
+    """Hold ours to torch's results."""
     original, ours = (module.train(training) for module in modules)
     assert_as_good_as_original(ours, original, attend, {**inputs, **options}, dtype)
 
@@ -123,7 +123,7 @@ def test_half_precision(fused, dtype, masks, training):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_layouts(fused, batch_first, inputs):
-    """Rows before batches too, contiguous or not; what comes out is contiguous where torch's is."""
+    """Inputs may have rows before batches, contiguous or not; outputs are contiguous if torch's are."""
     turned = {n: t if batch_first else t.detach().transpose(0, 1).requires_grad_() for n, t in INPUTS[inputs].items()}
     compare(pair(12, 4, batch_first=batch_first), turned)
     assert len(fused) == 1
@@ -149,11 +149,11 @@ def test_keys_and_values_of_other_widths(fused):
 
 
 def test_causal(fused):
-    """The hint is taken where torch takes it, and the mask is not looked at; with padding the mask counts."""
+    """The hint replaces the mask where it does so in torch; with padding, the mask counts."""
     inputs = INPUTS["self-attention"]
     compare(pair(12, 4, batch_first=True), inputs, attn_mask=causal_mask(7), is_causal=True)
     assert fused[-1]["causal"] and fused[-1]["mask"] is None
-    for built in ("bias_kv", "zero_attn"):  # torch's hint hides the key that they add, and its mask does not
+    for built in ("bias_kv", "zero_attn"):  # torch's hint hides the key that they add; its mask does not.
         compare(pair(12, 4, batch_first=True, **BUILT[built]), inputs, attn_mask=causal_mask(7), is_causal=True)
     assert len(fused) == 1
     padding = torch.zeros(3, 7).masked_fill(PADDING, -torch.inf)
@@ -162,7 +162,7 @@ def test_causal(fused):
 
 
 def test_dropout():
-    """Weights are dropped in training alone, by torch's seed, about as many as asked for."""
+    """Weights are dropped only in training, by torch's seed, and about as many as asked for."""
     _, ours = pair(12, 4, batch_first=True, dropout=0.4)
     x = torch.randn(2, 9, 12)
     ours.eval()
@@ -174,14 +174,14 @@ def test_dropout():
     assert not torch.equal(first, ours(x, x, x, need_weights=False)[0]) and not torch.equal(first, still)
     torch.manual_seed(3)
     assert torch.equal(first, ours(x, x, x, need_weights=False)[0])
-    # With values of 1 and no biases, an output is the sum of the weights that are kept, over 1 - p: 1 on average.
+    # With values of 1 and no biases, an output is the sum of the kept weights, divided by 1 - p: 1 on average.
     ones = OURS(64, 1, dropout=0.4, bias=False, batch_first=True)
     with torch.no_grad():
         ones.in_proj_weight.zero_()
         ones.in_proj_weight[128:].fill_(1 / 64)
         ones.out_proj.weight.copy_(torch.eye(64))
     x = torch.ones(8, 256, 64)
-    kept = ones(x, x, x, need_weights=False)[0][..., 0]  # 2048 sums over 256 equal weights
+    kept = ones(x, x, x, need_weights=False)[0][..., 0]  # 2048 sums of 256 equal weights.
     deviation = (0.4 / 0.6 / 256) ** 0.5
     assert abs(kept.mean().item() - 1) < 5 * deviation / 2048**0.5
     assert abs(kept.std().item() / deviation - 1) < 0.1
@@ -206,7 +206,7 @@ EMPTY = list(itertools.product((0, 2), (0, 3), (0, 5)))[:-1]  # (N, L, S)
 @pytest.mark.parametrize("built", BUILT)
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_empty_batches_and_sequences(built, batch_first, masks):
-    """torch's answer, in shape, numbers and gradients; its own reshape fails on empty masks, which ours does not."""
+    """Ours has torch's shapes, numbers and gradients. torch's reshape fails on empty masks; ours does not."""
     original, ours = pair(12, 4, batch_first=batch_first, **BUILT[built])
     for n, rows, keys in EMPTY:
         query, key = (torch.ones(n, r, 12) if batch_first else torch.ones(r, n, 12) for r in (rows, keys))
@@ -257,7 +257,7 @@ def test_rows_that_see_no_key_are_zeros():
 
 
 def test_what_no_kernel_takes_is_torch_s(fused):
-    """float64 and nested tensors."""
+    """torch's own code runs for float64 and for nested tensors."""
     original, ours = pair(12, 4, batch_first=True)
     x = torch.randn(3, 7, 12, dtype=torch.float64)
     original.double()
@@ -359,7 +359,7 @@ def test_autocast_and_checkpoint(fused):
     assert torch.equal(*(torch.autograd.grad(o.sum(), x)[0] for o in (out, again)))
 
 
-# ---- the samples that PyTorch's own tests of its modules run ----------------------------------------------------------------
+# ---- the samples of PyTorch's own tests of its modules ----------------------------------------------------------------------
 
 SAMPLES = {info.name: info for info in module_db if info.module_cls.__module__.startswith("torch.nn")}
 MODULES = ["nn.MultiheadAttention", "nn.TransformerEncoderLayer", "nn.TransformerDecoderLayer", "nn.TransformerEncoder"]
@@ -368,9 +368,9 @@ MODULES = ["nn.MultiheadAttention", "nn.TransformerEncoderLayer", "nn.Transforme
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", [*MODULES, "nn.Transformer"])
 def test_torch_s_own_samples(name, training):
-    """Each of them built, run and differentiated by torch's modules, and by ours after `fastlm.replace`."""
+    """torch's modules build, run and differentiate each sample, and so do ours after `fastlm.replace`."""
     info = SAMPLES[name]
-    torch.manual_seed(0)  # of the samples
+    torch.manual_seed(0)  # The samples are drawn from it.
     samples = list(info.module_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=training))
     assert samples
     weights = (False, True) if name == "nn.MultiheadAttention" else (None,)
@@ -394,14 +394,14 @@ def test_torch_s_own_samples(name, training):
             return out[0] if isinstance(out, tuple) else out
 
         given = {**{str(i): arg for i, arg in enumerate(args)}, **options}
-        if call(original, given).isfinite().all():  # torch gives NaN where a query sees no key
+        if call(original, given).isfinite().all():  # torch gives NaN if a query sees no key.
             assert_as_good_as_original(ours, original, call, given)
         else:
             assert call(ours, given).isfinite().all()
 
 
 def test_functional_call_matches_torch_s_signature():
-    """MultiHeadCall has the parameters of F.multi_head_attention_forward, and one of its own, the last."""
+    """MultiHeadCall has the parameters of F.multi_head_attention_forward, and then one of its own."""
     theirs = inspect.signature(F.multi_head_attention_forward).parameters.values()
     ours = list(inspect.signature(functional.MultiHeadCall).parameters.values())
     assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]

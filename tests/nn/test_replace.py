@@ -1,4 +1,4 @@
-"""fastlm.replace swaps an existing model's modules in place, fastlm.restore undoes it, and both say what they did."""
+"""Test that fastlm.replace swaps a model's modules in place, that fastlm.restore undoes it, and that both report it."""
 
 import copy
 import pickle
@@ -19,12 +19,12 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(9)
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the fused path, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the fused path."""
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """A list that grows with the name of every fused function that a module calls."""
+    """Return a list that grows with the name of every fused function that a module calls."""
     calls = []
 
     def counted(name):
@@ -74,7 +74,7 @@ def test_encoder_with_gradients(fused, options, masks, training):
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"norm_first": True}], ids=str)
 @pytest.mark.parametrize("aligned", ["left", "right", "nowhere"])
 def test_padded_batches_are_packed(fused, dtype, options, aligned):
-    """In eval mode, where torch makes nested tensors: what comes of padding is zeros there, and the rest is the same."""
+    """In eval mode, torch makes nested tensors, whose padding becomes zeros. The other values are the same."""
     original = encoder(**options).eval().to(dtype)
     ours = copy.deepcopy(original)
     fastlm.replace(ours)
@@ -86,7 +86,7 @@ def test_padded_batches_are_packed(fused, dtype, options, aligned):
 
     with torch.no_grad():
         assert_as_good_as_original(ours, original, call, inputs, dtype)
-        packs = not options.get("norm_first") and aligned != "right"  # else torch makes no nested tensors
+        packs = not options.get("norm_first") and aligned != "right"  # Otherwise torch makes no nested tensors.
         assert fused == ["varlen_attention" if packs else "attention"] * 2
         out = call_encoder(ours, {**inputs, "src": inputs["src"].to(dtype)})
         if packs:
@@ -96,10 +96,10 @@ def test_padded_batches_are_packed(fused, dtype, options, aligned):
 
 
 def test_nothing_is_packed_that_torch_would_not(fused):
-    """Hooks, gradients, training, a mask besides, a model that asked for no nested tensors: a padded call each."""
+    """Each of these makes a padded call: hooks, gradients, training, a second mask, a model without nested tensors."""
     src, plain = normals(3, 9, 16), encoder().eval()
     fastlm.replace(plain)
-    plain(src, src_key_padding_mask=PADDING)  # parameters require gradients
+    plain(src, src_key_padding_mask=PADDING)  # Parameters require gradients.
     with torch.no_grad():
         plain(src, mask=-torch.inf == CAUSAL, src_key_padding_mask=PADDING)
         handle = plain.layers[1].linear1.register_forward_hook(lambda *_: None)
@@ -115,7 +115,7 @@ def test_nothing_is_packed_that_torch_would_not(fused):
 
 
 def test_eval_does_not_go_past_our_attention(fused):
-    """torch's fused layer kernel would, in eval mode without gradients."""
+    """In eval mode without gradients, torch's fused layer kernel would bypass it."""
     model = encoder().eval()
     fastlm.replace(model)
     with torch.inference_mode():
@@ -128,7 +128,7 @@ def test_the_whole_transformer(fused):
     torch.manual_seed(0)
     original = nn.Transformer(16, 4, 2, 2, 32, dropout=0.0, batch_first=True)
     ours = copy.deepcopy(original)
-    assert len(fastlm.replace(ours).swapped) == 1 + 2 * 2 + 2 * 2  # the encoder, its layers and attentions, the decoder's
+    assert len(fastlm.replace(ours).swapped) == 1 + 2 * 2 + 2 * 2  # The encoder; layers and attentions of both stacks.
 
     def call(module, inputs):
         return module(inputs["src"], inputs["tgt"], tgt_mask=CAUSAL.to(inputs["tgt"]), tgt_is_causal=True)
@@ -174,7 +174,7 @@ def test_checkpoints_copies_and_pickles():
 
 
 class Scaled(nn.MultiheadAttention):
-    """Somebody's own."""
+    """Stand for a user's subclass."""
 
     def forward(self, *args, **options):
         out, weights = super().forward(*args, **options)
@@ -182,7 +182,7 @@ class Scaled(nn.MultiheadAttention):
 
 
 def test_a_forward_on_the_instance_is_left_alone():
-    """accelerate's hooks set one: it would hide fastlm's, and hold on to it after a restore."""
+    """accelerate's hooks set one. It would hide fastlm's forward, and keep it after a restore."""
     model = encoder().eval()
     src, before = normals(3, 9, 16), type(model.layers[0].self_attn)
     for module in (model, model.layers[0], model.layers[0].self_attn):
@@ -231,7 +231,7 @@ def test_bad_models(function):
 
 
 def test_an_optimizer_goes_on():
-    """Parameters are the same objects, so that training goes on where it was."""
+    """Parameters stay the same objects, so that training goes on where it was."""
     model = encoder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fastlm.replace(model)

@@ -1,4 +1,4 @@
-"""``with fastlm.use():`` routes torch's attention through fastlm, whoever calls it, and back."""
+"""Test that ``with fastlm.use():`` routes torch's attention through fastlm, whoever calls it, and back afterwards."""
 
 import threading
 
@@ -14,7 +14,7 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the fused path, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the fused path."""
 
 
 def normals(*shape, seed=1, dtype=torch.float32):
@@ -27,7 +27,7 @@ def qkv():
 
 
 def ran_on_fastlm(out) -> bool:
-    """By the node that autograd keeps."""
+    """Tell by the node that autograd keeps."""
     return "Direct" in type(out.grad_fn).__name__
 
 
@@ -79,7 +79,7 @@ def test_other_threads_are_left_alone(qkv):
 
 
 def test_torch_s_modules_in_eval_mode_and_in_training():
-    """Neither multi_head_attention_forward nor the fused eval kernels of torch's layers go past it."""
+    """Neither multi_head_attention_forward nor the fused eval kernels of torch's layers bypass fastlm."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     model, src = nn.TransformerEncoder(layer, 2), normals(3, 9, 16)
@@ -103,7 +103,7 @@ def test_what_fastlm_cannot_do_is_torch_s():
     tensors = [normals(2, 4, 9, 8, seed=i, dtype=torch.float64) for i in range(3)]
 
     class Marked(torch.Tensor):
-        """Somebody's subclass."""
+        """Stand for a user's subclass."""
 
     rows = [torch.randn(4, 9, 8), torch.randn(4, 9, 8)]
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
@@ -150,7 +150,7 @@ def test_empty_calls():
 
 
 def test_compiled_code_follows(qkv):
-    """Compiled outside, it is compiled again inside, and after the block it is what it was."""
+    """A function compiled outside the block is compiled again inside, and is its old self after the block."""
     graphs = []
 
     def backend(graph, inputs):
@@ -183,7 +183,7 @@ def test_a_compiled_module():
 
 
 def test_the_environment_s_backend_has_its_way(qkv, monkeypatch):
-    """What FASTLM_BACKEND names runs, were it the reference."""
+    """The backend that FASTLM_BACKEND names runs, even the reference."""
     monkeypatch.setattr("fastlm.backend.DEFAULT", "reference")
     monkeypatch.setattr("fastlm.ops.attention.batched.DEFAULT", "reference")
     monkeypatch.setattr("fastlm.ops.attention.cpu.DEFAULT", "reference")

@@ -1,4 +1,4 @@
-"""Bad input to attention is refused with an error that names the argument, before any memory is touched."""
+"""Test that attention refuses bad input with an error that names the argument, before it touches any memory."""
 
 import math
 import re
@@ -218,7 +218,7 @@ def test_a_cache_whose_rows_are_not_contiguous_is_refused_as_it_is_written_in_pl
         fastlm.kvcache_attention(Q[:, :, :1], cache, cache, cu(3, 6), backend="cpu")
 
 
-# ---- what is odd but legal --------------------------------------------------------------------------------------------------
+# ---- odd but legal input ----------------------------------------------------------------------------------------------------
 
 
 def test_legal_oddities_are_taken(isa):
@@ -237,7 +237,7 @@ def test_float64_runs_on_the_reference(widest_isa):
     why_not_triton = "query has dtype torch.float64; float32, bfloat16 and float16 have kernels"
     assert fastlm.explain(fastlm.attention, query, key, key).why_not == {
         "cpu": "float64 runs on the reference",
-        "triton": "the tensors are on cpu" if ON_GPU else why_not_triton,  # elsewhere the interpreter takes tensors of the CPU
+        "triton": "the tensors are on cpu" if ON_GPU else why_not_triton,  # Elsewhere the interpreter takes CPU tensors.
     }
     with pytest.raises(fastlm.UnsupportedError, match="float64 runs on the reference"):
         fastlm.attention(query, key, key, backend="cpu")
@@ -245,7 +245,7 @@ def test_float64_runs_on_the_reference(widest_isa):
 
 @pytest.mark.parametrize("function", [fastlm.attention, fastlm.scaled_dot_product_attention])
 def test_a_plain_call_is_checked_as_any_other(function, widest_isa):
-    """Small calls without options take a way of their own, which must refuse nothing less."""
+    """Small calls without options take a path of their own, which must refuse the same."""
     with pytest.raises(TypeError, match="key must have query's dtype"):
         function(KV, KV.half(), KV)
     for wrong in ((Q, KV[:, :1], KV), (KV, KV, KV[:, :, :3]), (KV, KV[..., :7], KV)):

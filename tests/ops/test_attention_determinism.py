@@ -1,4 +1,4 @@
-"""Same inputs and seed, same bits: on any number of threads, in any batch, again and again; forward, backward and decoding."""
+"""Test that the same inputs and seed give the same bits on any number of threads, in any batch, and in every repetition."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def assert_same_bits(results: dict, expected: dict) -> None:
         assert torch.equal(result, expected[what]), what
 
 
-# Large enough to be cut into pieces for several threads, in each way that the cutting goes.
+# These calls are large enough to be split among several threads, in each of the ways of splitting.
 LARGE_CALLS = {
     "many heads": lambda dtype: qkv(dtype, 2, 8, 8, 150, 170, causal=True),
     "one head": lambda dtype: qkv(dtype, 1, 1, 1, 700, 650),
@@ -66,7 +66,7 @@ PER_EXAMPLE = ("query", "key", "value", "alibi_slopes", "seed")
 
 
 def gradients_of_examples(outputs, dtype):
-    """Gradients that are the same for an example wherever it stands."""
+    """Make gradients that are the same for an example at any place in the batch."""
     return [seeded_normal(i, out.shape[1:], dtype).to(out.dtype).expand(out.shape) for i, out in enumerate(outputs)]
 
 
@@ -113,7 +113,7 @@ def test_a_packed_sequence_has_the_bits_of_the_same_in_a_batch(dtype, isa):
 
 
 def test_strides_do_not_change_the_bits(isa):
-    """A transpose, a third of one tensor, and a contiguous copy of the same numbers."""
+    """A transpose, a third of one tensor and a contiguous copy hold the same numbers here."""
     call = qkv(torch.float32, 2, 4, 4, 60, 60, causal=True)
     expected = results_of(call)
     names = ("query", "key", "value")
@@ -124,7 +124,7 @@ def test_strides_do_not_change_the_bits(isa):
 
 
 def test_small_calls_have_the_bits_of_those_with_all_outputs(isa):
-    """Calls without options take a shorter way."""
+    """Calls without options take a shorter path."""
     for sizes in ((1, 1, 1, 16, 16), (2, 6, 2, 33, 70), (1, 8, 8, 1, 600)):
         call = qkv(torch.float32, *sizes)
         tensors = [call[name] for name in ("query", "key", "value")]
@@ -138,7 +138,7 @@ def test_small_calls_have_the_bits_of_those_with_all_outputs(isa):
 @DTYPES
 @pytest.mark.parametrize("q_len", [1, 3])
 def test_decoding_a_sequence_is_the_same_on_any_threads_in_any_batch(q_len, dtype, threads, isa):
-    """Lengths on both sides of where the keys are split, so that one sequence uses all threads."""
+    """The lengths are on both sides of the one from which keys are split, so that one sequence uses all threads."""
     lengths = torch.tensor([5000, 511, 1, 513, 2049], dtype=torch.int32)
     call = qkv(dtype, 5, 8, 2, q_len, 5003)
     cache = {"key_cache": call.pop("key"), "value_cache": call.pop("value"), "cache_seqlens": lengths}

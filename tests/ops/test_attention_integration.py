@@ -1,4 +1,4 @@
-"""Attention among the rest of torch: opcheck, compile, checkpoint, autocast, vmap, fork, threads, autograd's own rules."""
+"""Test attention with the rest of torch: opcheck, compile, checkpoint, autocast, vmap, fork, threads, autograd's own rules."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the ops, so the C++ kernels must be there."""
+    """Require the C++ kernels, because these tests are about the ops."""
 
 
 def normals(*shape, seed=1, dtype=torch.float32):
@@ -140,7 +140,7 @@ def test_little_but_inputs_and_results_is_saved_for_backward():
         out, lse = fastlm.attention(*leaves, dropout_p=0.1, return_lse=True, backend="cpu")
     known = {t.data_ptr() for t in (*leaves, out, lse)}
     others = [(t.dtype, t.numel()) for t in saved if t.data_ptr() not in known]
-    assert others == [(torch.int64, 1), (torch.float32, 2 * lse.numel())]  # the seed, and two numbers of each row
+    assert others == [(torch.int64, 1), (torch.float32, 2 * lse.numel())]  # The seed, and two numbers per row.
 
 
 def test_an_input_changed_in_place_before_backward_is_noticed():
@@ -181,7 +181,7 @@ def test_autocast_runs_it_in_half_precision_and_gives_gradients_in_full():
 
 
 def test_modes_that_watch_ops_see_small_calls_too():
-    """A small call is spared torch's dispatcher, but not where anybody listens."""
+    """A small call bypasses torch's dispatcher, unless somebody listens."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = []
@@ -349,7 +349,7 @@ def test_a_view_that_negates_is_not_read_as_it_lies():
     assert torch.equal(fastlm.attention(negated, values, negated, return_lse=True)[0], expected)
 
 
-# ---- what is not finite -----------------------------------------------------------------------------------------------------
+# ---- NaN and infinity -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -366,7 +366,7 @@ def test_what_is_not_finite_in_a_row_stays_in_its_row(value, isa):
 
 
 def test_keys_that_no_query_sees_may_hold_anything(isa):
-    """Behind the diagonal, and outside the window."""
+    """Such keys lie behind the diagonal and outside the window."""
     query, key, values = qkv(1, q_len=70, k_len=70)
     clean = fastlm.attention(query[:, :, :10], key[:, :, :10], values[:, :, :10], causal=True, backend="cpu")
     key[:, :, 64:], values[:, :, 64:] = math.nan, math.nan

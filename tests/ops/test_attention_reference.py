@@ -1,4 +1,4 @@
-"""The oracle of attention itself: against a loop over single numbers, torch's own attention, and finite differences."""
+"""Test the oracle of attention itself against a loop over single numbers, torch's own attention, and finite differences."""
 
 import math
 from itertools import product
@@ -30,7 +30,7 @@ def attend(*tensors, **options):
 
 def by_the_definition(query, key, value, mask=None, causal=False, window=(None, None), scale=None, softcap=None, slopes=None,
                       sinks=None):  # fmt: skip
-    """(out, lse), with Python's floats."""
+    """Compute (out, lse) with Python's floats."""
     (batch, heads, q_len, dim), k_len = query.shape, key.shape[2]
     out, lse = torch.zeros(batch, heads, q_len, value.shape[3]).double(), torch.zeros(batch, heads, q_len).double()
     for b, h, i in product(range(batch), range(heads), range(q_len)):
@@ -130,7 +130,7 @@ def test_dropout_drops_what_philox_says(seeds, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 2.0**-33, 0.1, 0.5, 1 - 2.0**-33, 1 - 2.0**-53])
 def test_the_first_word_that_is_kept_is_exact(dropout_p):
-    """In Python's integers: (2 word + 1) / 2**33 >= p."""
+    """The condition in Python's integers is (2 word + 1) / 2**33 >= p."""
     numerator, denominator = dropout_p.as_integer_ratio()
     word = drop_below(dropout_p)
     assert (2 * word + 1) * denominator >= numerator * 2**33
@@ -147,7 +147,7 @@ def test_dropout_scales_what_it_keeps():
     torch.testing.assert_close(lse, attend(query, key, value)[1])
 
 
-# ---- rows with nothing to attend to -----------------------------------------------------------------------------------------
+# ---- rows that see no key ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

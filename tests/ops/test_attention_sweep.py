@@ -1,4 +1,4 @@
-"""A random walk through everything attention takes: lengths, heads, dims, strides, dtypes, masks, options, seeds, gradients."""
+"""Test attention on random calls: lengths, heads, dims, strides, dtypes, masks, options, seeds, gradients."""
 
 import pytest
 import torch
@@ -17,8 +17,11 @@ LAYOUTS = ("contiguous", "rows first", "one tensor", "columns first", "expanded"
 
 
 def dtypes_beside(dtype) -> st.SearchStrategy:
-    """What masks, slopes and sinks may have beside a query. Not more digits than it, though kernels take that too: their
-    gradients come by way of the output as rounded to the query's dtype (CONTRIBUTING.md, 'Numbers'), and have no more."""
+    """Draw a dtype for masks, slopes and sinks that has no more digits than the query's.
+
+    Kernels take more digits, too. But the gradients are computed from the output rounded to the query's dtype (CONTRIBUTING.md,
+    'Numbers'), and have no more digits.
+    """
     return st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64] if dtype == torch.float32 else [dtype])
 
 
@@ -26,21 +29,21 @@ LIMITS = st.one_of(st.none(), st.integers(0, 30), st.sampled_from([63, 64, 1000,
 
 
 def laid_out(layout: str, shape: tuple, dtype, seed: int) -> torch.Tensor:
-    """Normals of (batch, heads, rows, dim), in memory as ``layout`` says."""
+    """Make normals (batch, heads, rows, dim), in memory as ``layout`` says."""
     batch, heads, rows, dim = shape
 
     def normals(*sizes):
         return seeded_normal(seed, sizes, dtype)
 
-    if layout == "rows first":  # the transpose that models have
+    if layout == "rows first":  # Models have this transpose.
         return normals(batch, rows, heads, dim).transpose(1, 2)
-    if layout == "one tensor":  # a third of the output of one linear layer
+    if layout == "one tensor":  # A third of the output of one linear layer.
         return normals(batch, rows, 3, heads, dim)[:, :, seed % 3].transpose(1, 2)
     if layout == "columns first":
         return normals(batch, heads, dim, rows).mT
-    if layout == "expanded":  # one head for all, one example for all
+    if layout == "expanded":  # One head for all, one example for all.
         return normals(1, 1, rows, dim).expand(shape)
-    if layout == "offset":  # at an address that is a multiple of the element's size only
+    if layout == "offset":  # The address is a multiple of only the element's size.
         return normals(batch * heads * rows * dim + 1)[1:].view(shape)
     if layout == "stepped":
         return normals(batch, heads, 2 * rows, dim + 3)[:, :, ::2, :dim]
@@ -59,7 +62,7 @@ def tensors(draw, batch: int, heads: int, kv_heads: int, q_len: int, k_len: int,
 
 @st.composite
 def options(draw, batch: int, heads: int, dtype) -> dict:
-    """What all functions take."""
+    """Draw the options that all functions take."""
     call = {"return_lse": True}
     if draw(st.booleans()):
         call["causal"] = True
@@ -90,7 +93,7 @@ def dropout(draw, batch: int) -> dict:
 
 @st.composite
 def masks(draw, shape: tuple, dtype) -> dict:
-    """None, bool or floating, with some dimensions left out in front and some of size 1; some rows and blocks are empty."""
+    """Draw None, or a bool or floating mask without some leading dimensions, some of size 1, and with empty rows and blocks."""
     kind = draw(st.sampled_from(["none", "bool", "float"]))
     if kind == "none":
         return {}
@@ -109,7 +112,7 @@ def masks(draw, shape: tuple, dtype) -> dict:
 
 @st.composite
 def attention_calls(draw, lengths=LENGTHS, dims=DIMS, most: int = 3, groups=(1, 1, 2, 3, 8)) -> dict:
-    """``most`` examples and heads of keys, ``groups`` of query heads that share one."""
+    """Draw up to ``most`` examples and key heads, each shared by a group of query heads whose size is one of ``groups``."""
     batch, kv_heads, group = draw(st.integers(0, most)), draw(st.integers(1, most)), draw(st.sampled_from(groups))
     heads, q_len, k_len, dtype = kv_heads * group, draw(lengths), draw(lengths), draw(DTYPES)
     return {
@@ -136,7 +139,7 @@ def varlen_calls(draw, lengths=LENGTHS, dims=DIMS, groups=(1, 2, 5)) -> dict:
 
 
 def gradients_laid_out(layout: str):
-    """Makes the gradients of the outputs with other strides: all one number, as sum() has it, or transposed."""
+    """Return a function that makes the outputs' gradients with other strides: one expanded number (as of sum) or transposed."""
 
     def make(outputs, dtype):
         gradients = output_gradients(outputs, dtype)
@@ -215,7 +218,7 @@ def test_a_long_sum_of_float32_is_right(length, isa):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_far_apart_neither_overflow_nor_vanish(dtype, isa):
-    """Scores to +-60,000: the softmax is of their differences."""
+    """Scores reach +-60,000, but the softmax depends only on their differences."""
     query = seeded_normal(1, (1, 2, 50, 16), dtype) * 100
     call = {
         "query": query,

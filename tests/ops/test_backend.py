@@ -1,4 +1,4 @@
-"""Which backend runs a call, who decides, and what a user is told: in this process, and in fresh ones with other settings."""
+"""Test which backend runs a call, who decides, and what a user is told, here and in fresh processes with other settings."""
 
 import warnings
 
@@ -16,7 +16,7 @@ OPS = [fastlm.reparameterize, fastlm.reparameterize_with_kl, fastlm.gaussian_kl]
 
 
 def test_the_kernel_was_built_and_runs_here():
-    """The one test that says so plainly when the build is at fault."""
+    """This test shows plainly that the build is at fault."""
     assert native.C is not None, native.load_error
 
 
@@ -189,7 +189,7 @@ def test_with_the_module_no_call_warns(widest_isa):
         fastlm.gaussian_kl(torch.zeros(1 << 17), torch.zeros(1 << 17))
 
 
-# ---- what an import brings --------------------------------------------------------------------------------------------------
+# ---- imports ----------------------------------------------------------------------------------------------------------------
 
 
 def test_triton_says_what_it_lacks():

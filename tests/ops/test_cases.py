@@ -1,4 +1,4 @@
-"""Every op, on every backend, dtype, case and instruction set, against the reference in float64."""
+"""Test every op, in every case, dtype and backend, on every instruction set, against the reference in float64."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ CALLS = [
     for case in spec.cases
     for dtype in spec.dtypes
     for backend in spec.backends
-    if backend == "cpu"  # the others have test_cuda.py and test_triton_attention.py
+    if backend == "cpu"  # test_cuda.py and test_triton_attention.py test the others.
 ]
 
 

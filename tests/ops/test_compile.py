@@ -1,4 +1,4 @@
-"""torch.compile, in one graph without breaks, forward and backward: the bits of eager mode."""
+"""Test that torch.compile makes one graph without breaks, and that its forward and backward give the bits of eager mode."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow_sanitized
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo(widest_isa):
-    """The C++ kernel must be there, and no test may profit from another's graphs."""
+    """Require the C++ kernel, and let no test reuse another's graphs."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -68,7 +68,7 @@ def test_without_a_seed_each_call_draws_fresh_noise_that_manual_seed_repeats(bac
 
 
 def test_the_backward_of_a_call_without_a_seed_uses_the_forward_s_noise():
-    """z = mu + e^(logvar/2)·eps: with mu = 0, the gradient of sum(z) for logvar is z / 2."""
+    """z = mu + e^(logvar/2)·eps; so with mu = 0, the gradient of sum(z) for logvar is z / 2."""
     compiled = torch.compile(lambda mu, logvar: fastlm.reparameterize(mu, logvar), fullgraph=True, backend="aot_eager")
     logvar = torch.zeros(5, 33, requires_grad=True)
     z = compiled(torch.zeros(5, 33), logvar)

@@ -1,4 +1,4 @@
-"""The CUDA kernels: on the GPU where there is one, else their device code on the host (cuda_host.py)."""
+"""Test the CUDA kernels on a GPU if there is one, else their device code on the host (cuda_host.py)."""
 
 import math
 import os
@@ -30,7 +30,7 @@ from fastlm.backend import cuda as cuda_kernels
 from fastlm.ops.noise import normal
 from fastlm.testing import FLOATS, seeded_normal
 
-SCALE = int(os.environ.get("FASTLM_SWEEP", "1"))  # times as many random calls
+SCALE = int(os.environ.get("FASTLM_SWEEP", "1"))  # How many times as many random calls.
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 ORDERS = ("forward", "reverse", "1")
 on_host = pytest.mark.skipif(ON_GPU, reason="a GPU has an order of its own")
@@ -51,7 +51,7 @@ def on_cuda(call: dict, gradients=output_gradients, function=fastlm.reparameteri
 
 
 def assert_as_on_the_cpu(call: dict, gradients=output_gradients) -> None:
-    """The same bits, as the arithmetic of an element is the same; but a KL, whose terms are added in another order."""
+    """Assert the CPU's bits, as an element's arithmetic is the same. A KL may differ: it adds its terms in another order."""
     expected = run(fastlm.reparameterize_with_kl, call, DIFFERENTIABLE, gradients, backend="cpu")
     actual = on_cuda(call, gradients)
     assert actual.keys() == expected.keys()
@@ -64,18 +64,18 @@ def assert_as_on_the_cpu(call: dict, gradients=output_gradients) -> None:
 
 
 def assert_few_ulps(actual, expected, what: str, ulps: int = 8) -> None:
-    """Of sums whose terms have one sign; of the largest value where they have not."""
+    """Assert an error of few ulps: of each KL, whose terms have one sign, and of the largest value in other sums."""
     size = expected.double().abs() if what == "output 1" else expected.double().abs().max()
     off = (actual.double() - expected.double()).abs() / (size * torch.finfo(expected.dtype).eps).clamp(min=1e-300)
     assert not (off > ulps).any(), f"{what} is off by {off.max():.3g} ulps"
 
 
-# ---- right ------------------------------------------------------------------------------------------------------------------
+# ---- correctness ------------------------------------------------------------------------------------------------------------
 
 CALLS = [
     pytest.param(spec.name, case, dtype, id=f"{spec.name}-{case}-{str(dtype).removeprefix('torch.')}")
     for spec in SPECS.values()
-    if "cuda" in spec.backends and spec.differentiable  # the noise is below
+    if "cuda" in spec.backends and spec.differentiable  # The noise is tested below.
     for case in spec.cases
     for dtype in spec.dtypes
 ]
@@ -109,7 +109,7 @@ def test_the_same_bits_as_on_the_cpu_anywhere(widest_isa, data):
     assert_as_on_the_cpu(call, output_gradients_laid_out(data.draw(GRADIENT_LAYOUTS)))
 
 
-# Rows around a lane's four terms, a strip, a short tile, a tile, and several pieces (csrc/cuda/latent.cuh).
+# Row lengths around a lane's four terms, a strip, a short tile, a tile, and several pieces (csrc/cuda/latent.cuh).
 EDGES = (1, 2, 3, 4, 5, 8, 9, 31, 33, 64, 100, 127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025, 2047, 2048, 2049, 4099)
 
 
@@ -132,7 +132,7 @@ def test_long_rows_of_strided_inputs(dtype, widest_isa):
 @pytest.mark.parametrize("columns", [24, 25, 26])
 @DTYPES
 def test_every_layout_of_every_dtype(dtype, columns, layout, widest_isa):
-    """In 16 bytes at a time where the columns allow it, and one by one."""
+    """Kernels read 16 bytes at a time if the columns allow it, and single elements otherwise."""
     shape, prior_dtype = (7, columns), torch.bfloat16 if dtype == torch.float32 else torch.float32
     call = {name: laid_out(layout, shape, dtype, seed, 1) for seed, name in enumerate(("mu", "logvar"))}
     call |= {"prior_mu": laid_out(layout, shape, prior_dtype, 5, 1), "prior_logvar": laid_out(layout, shape, dtype, 6, 1)}
@@ -175,13 +175,13 @@ def test_what_is_not_a_number_stays_where_it_is():
         Oracle(fastlm.reparameterize_with_kl, call, DIFFERENTIABLE, noisy_results("reparameterize_with_kl")).check(**CUDA)
 
 
-# ---- nothing outside --------------------------------------------------------------------------------------------------------
+# ---- nothing outside the tensors --------------------------------------------------------------------------------------------
 
-BAND = 64  # elements
+BAND = 64  # Elements.
 
 
 class Banded:
-    """Tensors between two bands, at an address that is a multiple of 16 bytes, or of their element's size only."""
+    """Put tensors between two bands, at an address that is a multiple of 16 bytes, or only of their element's size."""
 
     def __init__(self, shift: int):
         self.shift, self.whole = shift, []
@@ -193,7 +193,7 @@ class Banded:
         return whole[BAND + self.shift :][:count].fill_(math.nan).view(tuple(shape))
 
     def put(self, tensor):
-        """A copy, with NaN around it."""
+        """Copy a tensor, with NaN around it."""
         around = torch.full((tensor.numel() + 2 * BAND + self.shift,), math.nan, dtype=tensor.dtype)
         around[BAND + self.shift :][: tensor.numel()] = tensor.flatten()
         return around.to(DEVICE)[BAND + self.shift :][: tensor.numel()].view(tensor.shape)
@@ -227,7 +227,7 @@ SANITIZED_TESTS = "anywhere or layout or outside or strided or (plain_pytorch an
 @on_host
 @pytest.mark.skipif(cuda_host.SANITIZED, reason="this is that run")
 def test_the_sanitizers_find_nothing():
-    """The same tests with the device code under AddressSanitizer and UBSan, where those run."""
+    """The same tests pass with the device code under AddressSanitizer and UBSan, if those run here."""
     compiler = os.environ.get("CXX", "g++")
     libraries = [
         subprocess.run([compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()
@@ -241,7 +241,7 @@ def test_the_sanitizers_find_nothing():
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
 
-# ---- deterministic ----------------------------------------------------------------------------------------------------------
+# ---- determinism ------------------------------------------------------------------------------------------------------------
 
 PER_ROW = ("output 0", "output 1", "gradient of mu", "gradient of logvar")
 
@@ -289,7 +289,7 @@ def kl_in_each_order(case: str, skip: int) -> list[torch.Tensor]:
     found = []
     for order in ORDERS:
         stranger = {name: v + 1 if isinstance(v, torch.Tensor) else v for name, v in RACES[case]().items()}
-        on_cuda(stranger)  # leaves other numbers in shared memory
+        on_cuda(stranger)  # This leaves other numbers in shared memory.
         with cuda_host.schedule(order, skip):
             found.append(on_cuda(RACES[case]())["output 1"])
     return found
@@ -298,7 +298,7 @@ def kl_in_each_order(case: str, skip: int) -> list[torch.Tensor]:
 @on_host
 @pytest.mark.parametrize(("case", "skip"), [("tiny rows", 0), ("strips", 0), ("strips", 1), ("pieces", 1), ("many pieces", 4)])
 def test_a_missing_barrier_shows(case, skip):
-    """Else the test before would prove nothing."""
+    """Otherwise the test of the order of threads would prove nothing."""
     right, missing = kl_in_each_order(case, -1), kl_in_each_order(case, skip)
     assert all(torch.equal(kl, right[0]) for kl in right)
     assert not all(torch.equal(kl, right[0]) for kl in missing)
@@ -312,7 +312,7 @@ def test_the_stand_in_for_cuda_s_runtime_does_what_it_should(tmp_path):
     assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == ""
 
 
-# ---- what only a GPU shows --------------------------------------------------------------------------------------------------
+# ---- tests that need a GPU --------------------------------------------------------------------------------------------------
 
 
 @on_gpu

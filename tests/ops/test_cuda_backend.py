@@ -1,4 +1,4 @@
-"""What a user is told of the backend cuda, and which call it takes: with tensors that only say that they are on a GPU."""
+"""Test which calls the backend cuda takes, and what it tells a user, with tensors that only claim to be on a GPU."""
 
 import contextlib
 import sys
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 
 
 def forget() -> None:
-    """What was found out of the module, and which warnings were given."""
+    """Forget what was found out about the module, and which warnings were given."""
     cuda_kernels.load.cache_clear()
     cuda_kernels._refused.cache_clear()
     backend._warned.clear()
@@ -27,7 +27,7 @@ def forget() -> None:
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """A torch that says it has CUDA and a GPU, and a fastlm with that module, or without one."""
+    """Return a function that makes torch claim CUDA and a GPU, and fastlm have the given module, or none."""
 
     def use(module=None):
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -44,7 +44,7 @@ def pretend(monkeypatch):
 
 @pytest.fixture
 def gpu():
-    """Tensors without numbers, on a GPU that is not there."""
+    """Make tensors without numbers, on a GPU that is not there."""
     with FakeTensorMode():
         yield torch.zeros(3, 5, device="cuda")
 
@@ -62,7 +62,7 @@ def test_a_tensor_on_a_gpu_gets_the_cuda_kernels(op, gpu, pretend):
 
 
 def test_without_the_module_the_reference_runs_and_one_warning_says_how_to_get_it(gpu, pretend):
-    op = fastlm.gaussian_kl  # the noise's reference asks for a real GPU
+    op = fastlm.gaussian_kl  # The noise's reference would need a real GPU.
     pretend(None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,7 +124,7 @@ def test_a_cpu_only_torch_never_touches_the_module():
 
 
 def test_to_import_fastlm_does_not_ask_the_driver():
-    """A process that did could not fork."""
+    """A process that has asked the driver cannot fork."""
     code = """
 import torch
 def never(): raise AssertionError("asked")

@@ -1,4 +1,4 @@
-"""Same inputs and seed, same bits: on any number of threads, on any instruction set, in any batch, again and again."""
+"""Test that the same inputs and seed give the same bits on any number of threads, any instruction set, and in any batch."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def assert_same_bits(results: dict, expected: dict) -> None:
         assert torch.equal(result, expected[what]), what
 
 
-# Large enough to be cut into pieces for several threads, in each way that the cutting goes.
+# These calls are large enough to be split among several threads, in each of the ways of splitting.
 LARGE_CALLS = {
     "many rows": lambda dtype: latent(dtype, 4099, 65, prior_mu=(65,), prior_logvar=(1,)),
     "a few long rows": lambda dtype: latent(dtype, 3, 100_003, prior_mu=(3, 1), prior_logvar=(100_003,)),
@@ -78,7 +78,7 @@ def test_every_instruction_set_gives_the_same_bits(case, dtype, widest_isa):
         assert_same_bits(on(isa, results_of, LARGE_CALLS[case](dtype)), expected)
 
 
-# Attention adds in the order that its instruction set is fastest in, so its bits are those of one instruction set.
+# Attention adds in the order that is fastest on its instruction set, so its bits depend on the instruction set.
 @pytest.mark.parametrize("name", [name for name in SPECS if not name.endswith("attention")])
 def test_every_case_of_every_latent_spec_gives_the_same_bits_on_every_instruction_set(name, widest_isa):
     spec = SPECS[name]
@@ -113,7 +113,7 @@ PER_ROW = ("output 0", "output 1", "gradient of mu", "gradient of logvar", "grad
 
 
 def gradients_of_rows(outputs, dtype):
-    """Gradients that are the same for a row wherever it stands."""
+    """Make gradients that are the same for a row at any place in the batch."""
     return [seeded_normal(5, (ROWS, COLUMNS), dtype)[: out.shape[0], :].to(out.dtype) for out in outputs[:1]] + [
         seeded_normal(6, (ROWS,), dtype)[: out.shape[0]].to(out.dtype) for out in outputs[1:]
     ]
@@ -174,7 +174,7 @@ def test_the_backward_of_an_example_with_its_own_seed_is_the_same_in_any_batch(c
 
 
 def test_strides_do_not_change_the_bits(isa):
-    """A chunk, a transpose and a contiguous copy of the same numbers."""
+    """A chunk, a transpose and a contiguous copy hold the same numbers here."""
     mu, logvar = seeded_normal(1, (50, 33), torch.float32), seeded_normal(2, (50, 33), torch.float32)
     expected = fastlm.reparameterize_with_kl(mu, logvar, seed=1, backend="cpu")
     chunks = torch.cat([mu, logvar], dim=1).chunk(2, dim=1)

@@ -1,5 +1,8 @@
-"""Arguments at the edge of what is right: NumPy's numbers, sides of a window past the integers, slopes with gradients, mixed
-dtypes under autocast, nested tensors. Where torch answers, so does fastlm; else an error names the argument."""
+"""Test arguments at the edge of the legal. If torch answers, so does fastlm; otherwise an error names the argument.
+
+They are NumPy's numbers, sides of a window past 64-bit integers, slopes with gradients, mixed dtypes under autocast, and nested
+tensors.
+"""
 
 import numpy as np
 import pytest
@@ -12,14 +15,14 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """The C++ kernels must be there."""
+    """Require the C++ kernels."""
 
 
 def qkv(dtype=torch.float32) -> list[torch.Tensor]:
     return [seeded_normal(i, (2, 2, 5, 8), dtype) for i in range(3)]
 
 
-# ---- numbers of NumPy -------------------------------------------------------------------------------------------------------
+# ---- NumPy's numbers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint64, np.uint8])
@@ -49,7 +52,7 @@ def test_other_scalars_of_numpy_are_no_seeds(wrong):
         normal((5,), seed=wrong)
 
 
-# ---- sizes past the integers ------------------------------------------------------------------------------------------------
+# ---- sizes past 64-bit integers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [2**31, 2**63 - 1, 2**63, 2**100])
@@ -72,7 +75,7 @@ def test_slopes_that_require_a_gradient_are_refused_only_where_one_would_be_miss
     with torch.no_grad():
         assert torch.equal(fastlm.attention(q, k, v, alibi_slopes=slopes), expected)
     lengths = torch.tensor([5, 5], dtype=torch.int32)
-    decoded = fastlm.kvcache_attention(q, k, v, lengths, alibi_slopes=slopes)  # decoding has no gradient, and says so
+    decoded = fastlm.kvcache_attention(q, k, v, lengths, alibi_slopes=slopes)  # Decoding is documented to have no gradient.
     torch.testing.assert_close(decoded, expected)
 
 

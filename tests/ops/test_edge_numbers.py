@@ -1,7 +1,8 @@
-"""The edge cases of attention's softmax, one table that every backend is run through: rows without keys, masks of large finite
-numbers, infinities, NaN, huge logits, empty dimensions, the ends of dropout and softcap.
+"""Test every backend on one table of edge cases of attention's softmax.
 
-Golden is the definition, written here in float64 without the reference, which is held to it, as kernels are to the reference.
+They are rows without keys, masks of large finite numbers, infinities, NaN, huge logits, empty dimensions, and the ends of
+dropout and softcap. Golden is the definition, written here in float64 without the reference. The tests hold the reference to
+the definition, and the kernels to the reference.
 """
 
 import math
@@ -16,7 +17,7 @@ from fastlm.testing import seeded_normal, worst_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BATCH, HEADS, QUERIES, KEYS, DIM = 1, 2, 70, 130, 16
-ROW = 3  # the row that a case is about
+ROW = 3  # The row that a case is about.
 
 
 def qkv(dtype, queries=QUERIES, keys=KEYS, dim=DIM, value_dim=DIM, batch=BATCH, heads=HEADS) -> dict:
@@ -25,7 +26,7 @@ def qkv(dtype, queries=QUERIES, keys=KEYS, dim=DIM, value_dim=DIM, batch=BATCH, 
 
 
 def masked_row(fill: float, **options):
-    """A float mask of zeros whose row ROW is all ``fill``."""
+    """Return a maker of a call with a float mask of zeros whose row ROW is all ``fill``."""
 
     def make(dtype):
         mask = torch.zeros(QUERIES, KEYS, dtype=dtype)
@@ -36,7 +37,7 @@ def masked_row(fill: float, **options):
 
 
 def mask_at(row: int, value: float):
-    """A float mask of zeros with one number."""
+    """Return a maker of a call with a float mask of zeros and one other number."""
 
     def make(dtype):
         mask = torch.zeros(QUERIES, KEYS, dtype=dtype)
@@ -47,7 +48,7 @@ def mask_at(row: int, value: float):
 
 
 def huge_logits(**options):
-    """Products of up to 2^34, exact in float32, so that every order of summation gives the same; in whole tiles of keys."""
+    """Return a maker of a call with products up to 2^34, exact in float32 in any order of summation, in whole tiles of keys."""
 
     def make(dtype):
         signs = [seeded_normal(i, (1, 1, 128, 16), dtype).sign() * 2.0**15 for i in (5, 6)]
@@ -61,7 +62,7 @@ def with_options(**options):
 
 
 def hidden(*rows):
-    """A bool mask that hides those rows from every key."""
+    """Make a bool mask that hides every key from those rows."""
     mask = torch.ones(QUERIES, KEYS, dtype=torch.bool)
     mask[list(rows)] = False
     return mask
@@ -73,7 +74,7 @@ def lowest_but_one(dtype):
     return mask
 
 
-LOWEST = torch.finfo(torch.float32).min  # in masks, each dtype's own
+LOWEST = torch.finfo(torch.float32).min  # A mask holds the lowest number of its own dtype.
 CASES = {
     "a row that a bool mask hides": with_options(mask=hidden(ROW)),
     "a row of -inf": masked_row(-math.inf),
@@ -118,11 +119,11 @@ def attention(**arguments):
     return fastlm.attention(**arguments, return_lse=True)
 
 
-# ---- the reference, by the definition ---------------------------------------------------------------------------------------
+# ---- the reference against the definition -----------------------------------------------------------------------------------
 
 
 def by_definition(query, key, value, mask=None, causal=False, scale=None, softcap=None, alibi_slopes=None, sinks=None):
-    """(out, lse) of float64 tensors, where a row is without keys if all of them are hidden, not just far away."""
+    """Return (out, lse) of float64 tensors. A row is without keys if all of them are hidden, not just far away."""
     queries, keys = query.shape[2], key.shape[2]
     s = query @ key.mT * (scale if scale is not None else query.shape[3] ** -0.5 if query.shape[3] else 1.0)
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
@@ -137,7 +138,7 @@ def by_definition(query, key, value, mask=None, causal=False, scale=None, softca
     weights = F.softmax(s, dim=3)
     weights = torch.where((s == -math.inf).all(dim=3, keepdim=True), 0.0, weights)
     lse = torch.logsumexp(s, dim=3)
-    return weights[..., :keys] @ value, lse.masked_fill(lse == math.inf, math.nan)  # NaN like the row: no number stands for it
+    return weights[..., :keys] @ value, lse.masked_fill(lse == math.inf, math.nan)  # As the row is NaN, so is its LSE.
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if "dropout" not in name])
@@ -150,7 +151,7 @@ def test_the_reference_follows_the_definition(case):
         torch.testing.assert_close(result, value, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-# ---- the kernels, by the reference ------------------------------------------------------------------------------------------
+# ---- the kernels against the reference --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ON_KERNELS)
@@ -168,13 +169,13 @@ def test_gradients_are_never_nan_where_the_answer_is_not(case, widest_isa):
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), list(leaves.values())))
 
 
-# ---- answers that are known -------------------------------------------------------------------------------------------------
+# ---- known answers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", [-1e9, -2.5e38, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_row_of_large_finite_numbers_weighs_all_keys_the_same(fill, backend, isa):
-    """As torch has it in float32: the scores vanish beside the mask. Its LSE is the mask's number: log(n) vanishes, too."""
+    """torch computes the same in float32. The scores vanish beside the mask, and so does log(n) in the LSE."""
     arguments = masked_row(fill)(torch.float32)
     value = arguments["value"].requires_grad_()
     out, lse = attention(**arguments, backend=backend)
@@ -203,7 +204,7 @@ def test_dropout_of_everything_gives_zeros(dropout_p, backend, isa):
 
 
 def test_places_beyond_2_to_the_24_are_whole_numbers(isa):
-    """ALiBi's distance is counted in integers: float32 would be off by one there."""
+    """ALiBi's distance is an integer, because float32 would be off by one there."""
     keys, seen, slopes = (1 << 24) + 67, 40, torch.tensor([0.5])
     query = seeded_normal(1, (1, 1, 9, 1), torch.bfloat16)
     key, value = torch.zeros(2, 1, 1, keys, 1, dtype=torch.bfloat16)

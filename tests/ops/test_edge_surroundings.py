@@ -1,7 +1,8 @@
-"""What surrounds a call, one table that every op is run through: default dtype and device, tracing, forward-mode derivatives,
-modes, and subclasses, negated views and ZeroTensors in the place of each of its tensors.
+"""Test every op under one table of surroundings of a call.
 
-Whatever may bypass torch's dispatcher is known to be plain, over all tensors of the call; all else has to come out right.
+They are the default dtype and device, tracing, forward-mode derivatives, modes, and subclasses, negated views and ZeroTensors
+in the place of each tensor. A call bypasses torch's dispatcher only if all of its tensors are known to be plain; all other
+calls must give the right results, too.
 """
 
 import copy
@@ -26,7 +27,7 @@ def n(seed: int, *shape: int) -> torch.Tensor:
 
 
 def decode(key_cache, value_cache, **arguments):
-    """Decoding on copies of the caches, with what was appended to them among the results."""
+    """Decode on copies of the caches, and return these among the results, because rows were appended to them."""
     with torch.no_grad():
         key_cache, value_cache = key_cache.clone(), value_cache.clone()
     results = fastlm.kvcache_attention(key_cache=key_cache, value_cache=value_cache, **arguments, return_lse=True)
@@ -69,7 +70,7 @@ DIFFERENTIABLE = [(call, name) for call, name in POSITIONS if name != "alibi_slo
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """The C++ kernels must be there."""
+    """Require the C++ kernels."""
 
 
 def results_of(call: str, **changed) -> tuple[torch.Tensor, ...]:
@@ -84,11 +85,11 @@ def assert_same(results, expected) -> None:
         torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6)
 
 
-# ---- what a tensor may be ---------------------------------------------------------------------------------------------------
+# ---- kinds of tensors -------------------------------------------------------------------------------------------------------
 
 
 class Wrapped(torch.Tensor):
-    """A tensor around another one, as DTensor is; it has no memory of its own."""
+    """Wrap another tensor, as DTensor does, without memory of its own."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -106,11 +107,11 @@ class Wrapped(torch.Tensor):
 
 
 class Subclass(torch.Tensor):
-    """A tensor with memory of its own and a class that overrides nothing."""
+    """Have memory of its own, and override nothing."""
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, as a view that says of itself that it has to be negated."""
+    """Return the same numbers as a view whose negative bit is set."""
     view = torch.conj(torch.complex(torch.zeros_like(tensor), -tensor)).imag
     assert view.is_neg() and torch.equal(view, tensor)
     return view
@@ -124,7 +125,7 @@ KINDS = {
 }
 
 
-# A wrapper as a cache has no place here: the copy of it that `decode` writes to is what it wraps.
+# No cache is a wrapper here, because `decode` writes to a copy, and the copy of a wrapper is the tensor inside.
 @pytest.mark.parametrize(
     ("call", "name", "kind"),
     [(call, name, kind) for call, name in POSITIONS for kind in KINDS if kind != "a wrapper" or "cache" not in name],
@@ -135,7 +136,7 @@ def test_every_tensor_of_a_call_counts(call, name, kind):
 
 @pytest.mark.parametrize(("call", "name"), [(c, name) for c, name in POSITIONS if "cache" not in name])
 def test_a_zero_tensor_is_zeros(call, name):
-    """torch makes such tensors, without memory, for derivatives that it knows to be 0."""
+    """torch makes such tensors, which have no memory, for derivatives that it knows to be 0."""
     tensor = CALLS[call][1][name]
     assert_same(
         results_of(call, **{name: torch._efficientzerotensor(tensor.shape)}),
@@ -151,13 +152,13 @@ def test_gradients_through_a_negated_view(call, name):
     torch.testing.assert_close(gradient, expected)
 
 
-# ---- what a process or a thread may be set to -------------------------------------------------------------------------------
+# ---- settings of a process or a thread --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_default_dtype_changes_nothing(call, dtype):
-    """Three times, as heap corruption shows late."""
+    """The call runs three times, because heap corruption shows late."""
     leaves = {name: t.clone().requires_grad_() for c, name in DIFFERENTIABLE if c == call for t in [CALLS[call][1][name]]}
     expected = _with_gradients(call, leaves)
     torch.set_default_dtype(dtype)
@@ -207,7 +208,7 @@ def test_noise_under_a_default_dtype_and_device():
 
 
 class Counting(TorchDispatchMode):
-    """Counts the ops of fastlm that it sees."""
+    """Count the ops of fastlm that the mode sees."""
 
     def __init__(self):
         super().__init__()
@@ -266,7 +267,7 @@ def test_a_trace_computes_what_the_call_does(call):
     assert_same(traced(*others), results_of(call, **dict(zip(names, others))))
 
 
-# ---- forward-mode derivatives: right, by the reference ----------------------------------------------------------------------
+# ---- forward-mode derivatives, which the reference computes -----------------------------------------------------------------
 
 
 def central_difference(call: str, name: str, tangent: torch.Tensor) -> list[torch.Tensor]:
@@ -282,7 +283,7 @@ def central_difference(call: str, name: str, tangent: torch.Tensor) -> list[torc
 @pytest.mark.parametrize("way", ["torch.func.jvp", "forward_ad"])
 @pytest.mark.parametrize(("call", "name"), DIFFERENTIABLE)
 def test_forward_mode_derivatives(call, name, way):
-    """Noise is float32 in every dtype, and the same for a seed, so that a difference of float64 calls shows the derivative."""
+    """A seed gives the same float32 noise in every dtype, so that a difference of float64 calls shows the derivative."""
     tensor = CALLS[call][1][name]
     tangent = n(9, *tensor.shape)
     if way == "torch.func.jvp":
@@ -313,11 +314,11 @@ def test_mixtures_of_derivatives():
 def test_a_kernel_that_is_asked_for_by_name_says_that_it_has_no_forward_mode():
     with pytest.raises(fastlm.UnsupportedError, match="forward-mode"):
         torch.func.jvp(lambda q: fastlm.attention(q, QKV["key"], QKV["value"], backend="cpu"), (QKV["query"],), (QKV["query"],))
-    with forward_ad.dual_level():  # a call without tangents stays on its kernel
+    with forward_ad.dual_level():  # A call without tangents stays on its kernel.
         assert fastlm.explain(fastlm.attention, **QKV).backend == "cpu"
 
 
-# ---- C++ refuses what it was not built for, also past the checks of the public functions ------------------------------------
+# ---- C++ refuses bad input itself, also without the checks of the public functions ------------------------------------------
 
 
 OPTIONS = (None, None, 0.3, 0.0, 0.0)
@@ -414,19 +415,19 @@ print("survived")
     assert printed(code) == "survived"
 
 
-# ---- caches that are written in place ---------------------------------------------------------------------------------------
+# ---- caches are written in place --------------------------------------------------------------------------------------------
 
 
 def test_autograd_is_told_of_what_decoding_writes():
     cache, weight = torch.zeros(1, 2, 8, 16), torch.ones(1, 2, 8, 16, requires_grad=True)
-    stale = (cache * weight).sum()  # saves the cache for its backward
+    stale = (cache * weight).sum()  # It saves the cache for its backward.
     new = {"key": torch.ones(1, 2, 1, 16), "value": torch.ones(1, 2, 1, 16)}
     lengths = torch.tensor([0], dtype=torch.int32)
     fastlm.kvcache_attention(n(1, 1, 2, 1, 16), cache, torch.zeros_like(cache), lengths, **new)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stale.backward()
     before = cache._version
-    fastlm.kvcache_attention(n(1, 1, 2, 1, 16), cache, torch.zeros_like(cache), lengths)  # writes nothing
+    fastlm.kvcache_attention(n(1, 1, 2, 1, 16), cache, torch.zeros_like(cache), lengths)  # It writes nothing.
     assert cache._version == before
 
 

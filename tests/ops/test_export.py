@@ -1,4 +1,4 @@
-"""Exporters: ONNX, by both of torch's, gets torch's own ops and is run by ONNX Runtime; torch.export keeps fastlm's."""
+"""Test that torch's two ONNX exporters write torch's own ops, which ONNX Runtime runs, and that torch.export keeps fastlm's."""
 
 import io
 
@@ -12,11 +12,11 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def widest(widest_isa):
-    torch.use_deterministic_algorithms(False)  # the exporters' own code has ops that are not
+    torch.use_deterministic_algorithms(False)  # The exporters use ops that are not deterministic.
 
 
 class Autoencoder(torch.nn.Module):
-    """A VAE as users write one; with no samples it answers with the posterior's mean, so that outputs can be compared."""
+    """Imitate a user's VAE. Without samples it decodes the posterior's mean, so that outputs can be compared."""
 
     def __init__(self, samples: bool):
         super().__init__()
@@ -34,7 +34,7 @@ class Attention(torch.nn.Module):
 
 
 def exported(module: torch.nn.Module, inputs: tuple, dynamo: bool, tmp_path):
-    """A session of ONNX Runtime for what the exporter made."""
+    """Export the module, and return a session of ONNX Runtime for the result."""
     if not dynamo:
         file = io.BytesIO()
         torch.onnx.export(module, inputs, file, dynamo=False)
@@ -69,7 +69,7 @@ def test_onnx_of_a_vae(dynamo, tmp_path):
     module.samples = True
     session = exported(module, inputs, dynamo, tmp_path)
     first, second = run(session, inputs), run(session, inputs)
-    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])  # ONNX draws noise of its own
+    assert not torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])  # ONNX draws its own noise.
 
 
 def test_torch_export_keeps_the_ops_of_fastlm():

@@ -1,4 +1,4 @@
-"""The KL divergence: right to a few ulps of float32 however small, never negative, and infinite only where it should be."""
+"""Test that the KL divergence is right to a few ulps of float32 however small, never negative, and infinite only if due."""
 
 import math
 
@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).r
 
 
 def exact_kl(mu, logvar, prior_mu=0.0, prior_logvar=0.0) -> float:
-    """One dimension's KL in 50 digits, from the formula of the textbooks."""
+    """Compute one dimension's KL in 50 digits, from the formula of the textbooks."""
     with mpmath.workdps(50):
         x, d = mpmath.mpf(logvar) - mpmath.mpf(prior_logvar), mpmath.mpf(mu) - mpmath.mpf(prior_mu)
         return float((d**2 * mpmath.exp(-mpmath.mpf(prior_logvar)) + mpmath.exp(x) - 1 - x) / 2)
@@ -29,7 +29,7 @@ def exact_kls(*tensors) -> torch.Tensor:
 
 
 def logvars(dtype) -> torch.Tensor:
-    """Both signs of 1e-6 to 20, more densely around the end of the series, rounded to the dtype."""
+    """Return numbers of both signs from 1e-6 to 20, denser around the end of the series, rounded to the dtype."""
     wide, near = torch.logspace(-6, math.log10(20), 300, dtype=torch.float64), torch.linspace(0.2, 1.2, 101)
     return torch.cat([wide, -wide, near, -near, torch.zeros(1)]).to(dtype)
 
@@ -38,7 +38,7 @@ def elementwise_kl(mu, logvar, **options):
     return fastlm.gaussian_kl(mu, logvar, event_dims=0, **options)
 
 
-# ---- how right --------------------------------------------------------------------------------------------------------------
+# ---- accuracy ---------------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -138,7 +138,7 @@ def test_it_is_zero_where_posterior_and_prior_are_one(dtype, isa):
     ids=["below", "at", "above", "at, negative", "far below"],
 )
 def test_free_bits_lift_a_dimension_and_stop_its_gradient_below(dtype, mean, value, gradient, isa):
-    """KL of N(mean, 1) is mean^2 / 2: 0.5 exactly where the mean is 1."""
+    """The KL of N(mean, 1) is mean^2 / 2, which is exactly 0.5 for a mean of 1."""
     mu = torch.tensor([mean, 3.0], dtype=dtype, requires_grad=True)
     logvar = torch.zeros(2, dtype=dtype)
     kl = fastlm.gaussian_kl(mu, logvar, free_bits=0.5, backend="cpu")

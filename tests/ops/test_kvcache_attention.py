@@ -1,4 +1,4 @@
-"""Decoding: against attention on the same rows, whatever the cache looks like, and nothing written or read outside it."""
+"""Test decoding against attention on the same rows, with caches of any layout, and that it stays inside the cache."""
 
 import math
 
@@ -16,7 +16,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 
 
 def paged(cache: torch.Tensor, page: int, spare: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (B, H, L, D) cache as pages in random order among ``spare`` others of NaN, and the table that finds them."""
+    """Return a cache (B, H, L, D) as pages in random order among ``spare`` pages of NaN, and its block_table."""
     batch, heads, rows, dim = cache.shape
     pages = cache.unflatten(2, (-1, page)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * L / page, page, H, D)
     order = torch.randperm(len(pages) + spare, generator=torch.Generator().manual_seed(seed))[: len(pages)]
@@ -63,7 +63,7 @@ def calls(draw, longest: int = 700, most_heads: int = 3) -> dict:
 
 
 class Fresh(Oracle):
-    """An oracle whose every run has caches of its own, as a run appends to them."""
+    """Give each run of the oracle its own caches, because a run appends to them."""
 
     def __init__(self, call: dict):
         super().__init__(_on_copies, call, (), set())
@@ -93,7 +93,7 @@ def test_both_backends_append_the_same_rows(widest_isa, call):
 @DTYPES
 @pytest.mark.parametrize("page", [None, 16])
 def test_a_sequence_decoded_step_by_step_is_the_whole_one_at_once(dtype, page, isa):
-    """A prompt of 20, then a row at a time: causal attention of the last row to all before."""
+    """After a prompt of 20 rows, each step adds one row, which attends to all rows before it."""
     total, prompt = 48, 20
     query, key, value = (seeded_normal(i, (2, heads, total, 32), dtype) for i, heads in enumerate((6, 2, 2)))
     whole = fastlm.attention(query, key, value, causal=True, backend="cpu")

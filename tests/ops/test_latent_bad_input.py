@@ -1,4 +1,4 @@
-"""Bad input is refused with an error that names the argument and what was wrong; odd but legal input is not."""
+"""Test that bad input is refused with an error that names the argument and the fault, and that odd but legal input is taken."""
 
 import math
 import re

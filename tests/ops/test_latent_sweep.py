@@ -1,4 +1,4 @@
-"""A random walk through everything the latent's functions take: shapes, strides, dtypes, priors, options, seeds, gradients."""
+"""Test the latent's functions on random calls: shapes, strides, dtypes, priors, options, seeds, gradients."""
 
 import math
 
@@ -21,7 +21,7 @@ SEEDS = st.integers(-(2**63), 2**64 - 1)
 
 
 def laid_out(layout: str, shape: tuple, dtype, seed: int, dim: int) -> torch.Tensor:
-    """Normals of a shape, in memory as ``layout`` says, along ``dim`` where there is a choice."""
+    """Make normals of a shape, in memory as ``layout`` says, along ``dim`` if there is a choice."""
 
     def normals(*sizes):
         return seeded_normal(seed, sizes, dtype)
@@ -37,7 +37,7 @@ def laid_out(layout: str, shape: tuple, dtype, seed: int, dim: int) -> torch.Ten
         return normals(*swapped).transpose(0, dim)
     if layout == "stepped":
         return normals(*before, 3 * size, *after)[(slice(None),) * dim + (slice(1, None, 3),)]
-    if layout == "offset":  # contiguous, at an address that is a multiple of the element's size only
+    if layout == "offset":  # Contiguous; the address is a multiple of only the element's size.
         return normals(math.prod(shape) + 1)[1:].view(shape)
     return normals(*before, 1, *after).expand(shape)
 
@@ -50,7 +50,7 @@ def latents(draw, shape: tuple, dtype) -> torch.Tensor:
 
 @st.composite
 def priors(draw, shape: tuple) -> torch.Tensor | None:
-    """None, or normals of any dtype, with some dimensions of ``shape`` left out in front and some of size 1."""
+    """Draw None, or normals of any dtype that lack some leading dimensions of ``shape`` and have size 1 in others."""
     if draw(st.booleans()):
         return None
     own = tuple(draw(st.sampled_from([1, size, size])) for size in shape[draw(st.integers(0, len(shape))) :])
@@ -84,7 +84,7 @@ def kl_calls(draw) -> dict:
 
 
 def output_gradients_laid_out(layout):
-    """Makes the gradients of the outputs with other strides: all one number, as sum() has it, or transposed."""
+    """Return a function that makes the outputs' gradients with other strides: one expanded number (as of sum) or transposed."""
 
     def make(outputs, dtype):
         gradients = output_gradients(outputs, dtype)
@@ -98,7 +98,7 @@ def output_gradients_laid_out(layout):
 
 
 def assume_clear_of_free_bits(call: dict) -> None:
-    """A KL that rounds to the other side of free_bits has another gradient: not an error, so not an example."""
+    """Reject examples whose KL may round to the other side of free_bits. The gradient changes there, which is no error."""
     if call["free_bits"] == 0.0:
         return
     mu, logvar, prior_mu, prior_logvar = (None if call[n] is None else call[n].double() for n in DIFFERENTIABLE)
@@ -169,7 +169,7 @@ def test_a_loss_may_use_one_of_the_outputs_alone(wanted, num_samples, isa):
 
 @pytest.mark.parametrize("rows", [3, 5000, 1_000_000])
 def test_the_gradient_of_a_sum_is_read_in_place(rows, widest_isa):
-    """sum() hands down one number with stride 0: no copy of it may be read after it is gone."""
+    """sum() passes on one number with stride 0. No copy of it may be read after it is freed."""
     mu, logvar = (seeded_normal(seed, (rows, 2), torch.float32).requires_grad_() for seed in (1, 2))
     fastlm.gaussian_kl(mu, logvar, backend="cpu").sum().backward()
     torch.testing.assert_close(mu.grad, mu.detach())
@@ -196,7 +196,7 @@ def test_only_the_gradients_asked_for_are_given(needed, isa):
 
 
 def test_views_of_one_tensor_are_read_in_place(isa):
-    """The two halves of a Linear's output, and what lies next to them in memory stays as it was."""
+    """The views are the two halves of a Linear's output. Their neighbours in memory stay as they were."""
     both = seeded_normal(1, (64, 2 * 129), torch.float32)
     before = both.clone()
     mu, logvar = both.chunk(2, dim=-1)

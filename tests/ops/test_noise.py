@@ -1,4 +1,4 @@
-"""The generator: its integers are Philox4x32-10, its normals are normal, and they depend on a seed and a position alone."""
+"""Test that the generator's integers are Philox4x32-10, and its normals are normal and depend only on seed and position."""
 
 import math
 
@@ -14,7 +14,7 @@ from fastlm.ops.noise import normal
 from fastlm.reference import noise as reference
 
 SEEDS = st.integers(-(2**63), 2**64 - 1)
-SIGMAS = 4.5  # how many standard errors a statistic of a fixed seed may be off
+SIGMAS = 4.5  # A statistic of a fixed seed may be off by this many standard errors.
 
 # ---- the integers -----------------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def test_the_reference_gives_random123_s_answer_for_zeros():
 
 
 def test_the_reference_gives_cpp26_s_ten_thousandth_value():
-    """std::philox4x32 with its default seed must give 1955073260 as its 10,000th value: the last word of block 2499."""
+    """With its default seed, std::philox4x32 must give 1955073260 as its 10,000th value: the last word of block 2499."""
     assert reference_philox(20111115, 2499)[3] == 1955073260
 
 
@@ -70,8 +70,8 @@ def test_the_reference_s_normals_are_box_muller_of_the_words(seed, block):
     torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), rtol=2**-23, atol=1e-12)
 
 
-# Roundings of a float32 Box-Muller, in ulps of the result: half of the logarithm's 1.5, the square root's 0.5, the quarter
-# turn's scaling and the polynomial 1.5, the last product 0.5; and half an ulp for the reference's own rounding.
+# The roundings of a float32 Box-Muller add up, in ulps of the result: half of the logarithm's 1.5, the square root's 0.5, 1.5
+# for the quarter turn's scaling and the polynomial, 0.5 for the last product, and 0.5 for the reference's own rounding.
 BOX_MULLER_ULPS = 4
 
 
@@ -84,7 +84,7 @@ def ulps_apart(actual, expected):
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, -(2**63), 2**63 - 1, 2**64 - 2, 0x0123456789ABCDEF])
 @pytest.mark.parametrize("position", [0, 2**34 - 7, 2**40 + 3, 2**62 + 1])
 def test_the_kernel_s_normals_are_those_of_the_reference(seed, position, isa):
-    """Another word gives another normal, so this holds the kernel's integers to the reference's too."""
+    """Another word gives another normal, so that this test holds the kernel's integers to the reference's, too."""
     actual = normal((20_001,), seed=seed, position=position, backend="cpu")
     expected = normal((20_001,), seed=seed, position=position, backend="reference")
     assert ulps_apart(actual, expected).max() <= BOX_MULLER_ULPS
@@ -98,7 +98,7 @@ def test_the_kernel_s_normals_are_right_to_the_last_bit_mostly(isa):
 
 @pytest.mark.parametrize(("block", "word"), [(5145262111, 0), (3230741590, 2)])
 def test_the_smallest_uniform_gives_the_longest_radius_and_no_infinity(block, word, isa):
-    """Blocks of seed 0 found by search in which the word that gives the radius is 0: u = 2**-33."""
+    """In these blocks of seed 0, found by search, the word that gives the radius is 0, so that u = 2**-33."""
     assert reference_philox(0, block)[word] == 0
     pair = normal((2,), seed=0, position=4 * block + word, backend="cpu").double()
     assert pair.norm().item() == pytest.approx(math.sqrt(2 * 33 * math.log(2)), rel=1e-6)
@@ -106,20 +106,20 @@ def test_the_smallest_uniform_gives_the_longest_radius_and_no_infinity(block, wo
 
 @pytest.mark.parametrize(("block", "word"), [(38471471, 0), (24962728, 2), (35333089, 2)])
 def test_the_largest_uniform_gives_zero_and_no_nan(block, word, isa):
-    """Blocks of seed 0 found by search in which the word that gives the radius is so large that u rounds to 1."""
+    """In these blocks of seed 0, found by search, the word that gives the radius is so large that u rounds to 1."""
     assert reference_philox(0, block)[word] >= 2**32 - 128
     assert normal((2,), seed=0, position=4 * block + word, backend="cpu").tolist() == [0.0, 0.0]
 
 
-# torch.func._random.normal(torch.tensor([seed, offset], dtype=torch.uint64), (8,)) of torch 2.14.1 on a CPU.
+# torch 2.14.1 gave these on a CPU: torch.func._random.normal(torch.tensor([seed, offset], dtype=torch.uint64), (8,)).
 TORCH_S_NORMALS = {
     (7, 0): "0.000291600649 -0.304847002 1.788757205 1.067872524 0.376403838 -1.287011623 1.811504126 -0.491239965",
     (7, 5): "-0.758979857 1.260850787 -0.090816118 -0.465376854 -0.649623692 0.13237889 -1.668492317 1.0663867",
     (2**64 - 3, 2**40): "1.601195812 0.814952254 1.357465148 -1.063137531 -0.044530053 1.342164755 1.045697331 1.371248484",
     (2**62 + 1, 3): "-1.692173123 -2.262035608 -0.965296745 -0.184102923 -0.907655776 0.839013100 0.627326727 1.165647030",
 }
-# torch rounds the angle 2*pi*u to float32: half an ulp below 8 is 2.4e-7, its constant 2*pi is off by 1.7e-7; times the longest
-# radius, 6.77.
+# torch rounds the angle 2*pi*u to float32. Half an ulp below 8 is 2.4e-7, and its constant 2*pi is off by 1.7e-7. The longest
+# radius, 6.77, multiplies these errors.
 TORCH_S_ROUNDING = 3e-6
 
 
@@ -131,7 +131,7 @@ def test_the_normals_are_those_recorded_from_torch_s_stateless_generator(key, va
 
 
 def torch_s_generator():
-    """torch.func._random.normal, or None where this torch has none for CPUs: the recorded values above stand for it there."""
+    """Return torch.func._random.normal, or None if this torch has none for CPUs. Then the recorded values stand for it."""
     try:
         from torch.func._random import normal as torch_s_normal
 
@@ -154,13 +154,13 @@ def test_a_million_normals_are_those_of_torch_s_stateless_generator(key, widest_
 
 @pytest.fixture(scope="module")
 def sample():
-    """Four million normals of the kernel, in float64."""
+    """Draw four million normals with the kernel, as float64."""
     return normal((1 << 22,), seed=2024, backend="cpu").double()
 
 
 @pytest.mark.parametrize(
     ("power", "moment", "variance"),
-    [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)],  # the variance of z^p is E z^2p - (E z^p)^2
+    [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)],  # The variance of z^p is E z^2p - (E z^p)^2.
 )
 def test_the_moments_are_those_of_a_normal(sample, power, moment, variance):
     assert abs(sample.pow(power).mean().item() - moment) <= SIGMAS * math.sqrt(variance / sample.numel())
@@ -201,7 +201,7 @@ def test_streams_of_different_seeds_are_uncorrelated(sample, other):
     assert abs((sample * stranger).mean().item()) <= SIGMAS / math.sqrt(sample.numel())
 
 
-# ---- the same bits whoever draws them ---------------------------------------------------------------------------------------
+# ---- the same bits for every caller -----------------------------------------------------------------------------------------
 
 
 @given(seed=SEEDS, position=st.integers(0, 2**40), start=st.integers(0, 3000), count=st.integers(0, 3000))
@@ -217,7 +217,7 @@ def test_an_unsigned_seed_is_its_negative_twin(seed):
 
 
 def latent_noise(shape, seed, **options):
-    """The noise that the op draws: z of the standard normal."""
+    """Return the noise that the op draws, which is z of the standard normal."""
     zeros = torch.zeros(shape)
     return fastlm.reparameterize_with_kl(zeros, zeros, seed=seed, backend="cpu", **options)[0]
 

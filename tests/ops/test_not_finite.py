@@ -1,4 +1,4 @@
-"""NaN and infinity in the inputs come out where they went in, and nowhere else."""
+"""Test that NaN and infinity in the inputs come out where they went in, and nowhere else."""
 
 import math
 
@@ -27,7 +27,7 @@ def spoiled(arguments: dict, name: str, value: float) -> dict:
 
 
 def without_the_spot(what: str, result: torch.Tensor) -> torch.Tensor:
-    """A result with what the element at (ROW, COLUMN) may reach, its own row of kl or its own element of the rest, set to 0."""
+    """Set to 0 what the element at (ROW, COLUMN) may reach: its own row of kl, or its own element of another result."""
     result = result.clone()
     if what == "output 1":
         result[ROW] = 0

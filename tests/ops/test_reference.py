@@ -1,4 +1,4 @@
-"""The oracle itself: against other people's mathematics, and its gradients against finite differences."""
+"""Test the oracle itself against other people's mathematics, and its gradients against finite differences."""
 
 import mpmath
 import pytest

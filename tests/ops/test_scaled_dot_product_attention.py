@@ -1,4 +1,4 @@
-"""fastlm.scaled_dot_product_attention is torch's: the same signature, shapes, alignment and answers."""
+"""Test that fastlm.scaled_dot_product_attention has the signature, shapes, alignment and answers of torch's."""
 
 import inspect
 import math
@@ -11,14 +11,14 @@ import fastlm
 from fastlm.testing import seeded_normal
 
 OURS, TORCHS = fastlm.scaled_dot_product_attention, F.scaled_dot_product_attention
-# Both are within the rule's reach of the exact answer (test_specs.py); here they are compared with each other.
+# Other tests hold both to the exact answer by the rule of errors (test_cases.py). Here they are compared with each other.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the op, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the op."""
 
 
 def normals(*shape, seed=1, dtype=torch.float32):
@@ -26,7 +26,7 @@ def normals(*shape, seed=1, dtype=torch.float32):
 
 
 def assert_same(tensors, dtype=torch.float32, **options):
-    """Values, and gradients of everything that may have one."""
+    """Compare values, and the gradients of every tensor that may have one."""
     results = []
     for function in (OURS, TORCHS):
         call = {**dict(zip(("query", "key", "value"), tensors)), **options}
@@ -40,7 +40,7 @@ def assert_same(tensors, dtype=torch.float32, **options):
 
 
 def test_the_signature_is_torch_s():
-    """Torch's is in C; its documentation begins with it."""
+    """torch's function is in C, but its documentation begins with the signature."""
     ours = list(inspect.signature(OURS).parameters)
     documented = TORCHS.__doc__[TORCHS.__doc__.index("(") + 1 : TORCHS.__doc__.index(")")]
     theirs = [part.split("=")[0].strip() for part in documented.replace("*", "").split(",") if part.split("=")[0].strip()]
@@ -75,7 +75,7 @@ def test_any_number_of_dimensions(shapes, is_causal):
     assert_same([normals(*shape, seed=i) for i, shape in enumerate(shapes)], is_causal=is_causal)
 
 
-MASKS = [(5, 7), (1, 7), (5, 1), (3, 1, 7), (2, 1, 1, 7), (2, 3, 5, 7), (4, 1, 3, 5, 7)]  # torch wants two dimensions
+MASKS = [(5, 7), (1, 7), (5, 1), (3, 1, 7), (2, 1, 1, 7), (2, 3, 5, 7), (4, 1, 3, 5, 7)]  # torch requires two dimensions.
 
 
 @pytest.mark.parametrize("mask_shape", MASKS)
@@ -92,12 +92,12 @@ def test_grouped_heads_and_a_scale():
     assert_same(tensors, enable_gqa=True, scale=0.2, is_causal=True)
     with pytest.raises(ValueError, match="enable_gqa=True"):
         OURS(*tensors)
-    assert_same((*tensors[:2], normals(2, 3, 7, 8)), enable_gqa=True)  # a group of keys need not be one of values
+    assert_same((*tensors[:2], normals(2, 3, 7, 8)), enable_gqa=True)  # Keys and values may have different groups.
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_without_gradients_too(is_causal):
-    """The way that small calls take."""
+    """Small calls take this path."""
     for heads, kv_heads, q_len, k_len in ((3, 3, 5, 7), (4, 2, 7, 5), (1, 1, 1, 9)):
         tensors = normals(2, heads, q_len, 8), *(normals(2, kv_heads, k_len, 8, seed=seed) for seed in (2, 3))
         options = {"is_causal": is_causal, "enable_gqa": heads != kv_heads}

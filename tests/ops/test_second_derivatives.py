@@ -1,4 +1,4 @@
-"""Second derivatives: the kernels have none and say so, however they are asked; the reference has them."""
+"""Test that the kernels refuse second derivatives, however a caller asks for them, and that the reference has them."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the ops, so the C++ kernels must be there."""
+    """Require the C++ kernels, because these tests are about the ops."""
 
 
 SHAPE = 1, 2, 3, 4
@@ -26,7 +26,7 @@ def latent(x, backend="cpu"):
     return torch.cat([t.flatten() for t in fastlm.reparameterize_with_kl(x, x, seed=1, backend=backend)])
 
 
-LOSSES = {"sum": lambda out: out.sum(), "square": lambda out: out.square().sum()}  # whose own gradient has a gradient or not
+LOSSES = {"sum": lambda out: out.sum(), "square": lambda out: out.square().sum()}  # Linear or not in the op's output.
 over_ops = pytest.mark.parametrize("op", [attention, latent])
 over_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 

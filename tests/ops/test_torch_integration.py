@@ -1,4 +1,4 @@
-"""The ops among the rest of torch: opcheck, checkpointing, autocast, fork, threads, autograd's own rules, saving modules."""
+"""Test the ops with the rest of torch: opcheck, checkpoints, autocast, fork, threads, autograd's own rules, saving modules."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from fastlm.testing import seeded_normal
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the op, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the op."""
 
 
 def normals(*shape, seed=1, dtype=torch.float32):
@@ -91,7 +91,7 @@ def test_an_input_changed_in_place_before_backward_is_noticed():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_a_checkpoint_recomputes_the_same_noise(use_reentrant):
-    """Without a seed: the checkpoint restores torch's generator, and the generator gives the seed."""
+    """The call has no seed. The checkpoint restores torch's generator, and the generator gives the seed."""
 
     def step(mu, logvar):
         z, kl = fastlm.reparameterize_with_kl(mu.sin(), logvar.sin(), backend="cpu")
@@ -130,7 +130,7 @@ def test_a_seed_leaves_torch_s_generator_alone():
 
 # ---- fork and threads -------------------------------------------------------------------------------------------------------
 
-# torch's own parallel loops hang in such a child, so it runs nothing of torch's on more than a few numbers.
+# torch's own parallel loops hang in such a child, so it runs torch's ops on a few numbers only.
 FORK = """
 import os, signal, torch, fastlm
 torch.set_num_threads(2)

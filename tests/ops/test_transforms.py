@@ -1,4 +1,4 @@
-"""torch.func: grad, vmap, both on top of each other, and jacobians give what a loop over plain calls gives."""
+"""Test that torch.func's grad, vmap, both on top of each other, and jacobians give the results of a loop over plain calls."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 import fastlm
 from fastlm.testing import seeded_normal
 
-N, B, D = 4, 3, 7  # entries of the vmap; shape of one call
+N, B, D = 4, 3, 7  # Entries of the vmap, and the shape (B, D) of one call.
 SEEDS = torch.tensor([3, -1, 2**40, 8])
 
 
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
-    """These tests are about the op, so the C++ kernel must be there."""
+    """Require the C++ kernel, because these tests are about the op."""
 
 
 def latents(*lead, seed=1):
@@ -30,7 +30,7 @@ def assert_equal(results, expected):
 
 
 def loop(function, *columns):
-    """The stacked results of calls, one for each entry."""
+    """Call the function for each entry, and stack the results."""
     return tuple(torch.stack(results) for results in zip(*(function(*row) for row in zip(*columns))))
 
 

@@ -161,7 +161,7 @@ SIZES = [(1, 1, 1, 1, 1, 1), (2, 4, 2, 37, 70, 24), (2, 2, 2, 65, 3, 64), (1, 2,
 
 @pytest.mark.parametrize(("sizes", "dtype"), list(zip(SIZES, itertools.cycle(DTYPES))), ids=str)
 def test_nothing_is_read_outside_the_tensors(sizes, dtype):
-    """NaN surrounds every dimension of the inputs; results come in tensors of their own, which are full of NaN."""
+    """NaN surrounds every dimension of the inputs. Results lie in new tensors, which start full of NaN."""
     batch, heads, kv_heads, q_len, k_len, dim = sizes
     shapes = {"query": (heads, q_len, dim), "key": (kv_heads, k_len, dim), "value": (kv_heads, k_len, dim + 3)}
     shapes["mask"] = (heads, q_len, k_len)

@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    """Return what each variant is made of."""
+    """Compile the variants, and return a row of facts about each."""
     command = [sys.executable, str(SCRIPT), "--cover"]
     process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=1500, check=False)
     assert process.stdout, process.stderr
@@ -55,7 +55,7 @@ def test_no_kernel_spills_more_than_the_table_allows(rows):
 
 
 def test_no_hot_loop_goes_through_local_memory(rows):
-    """Except where the table allows more than a few bytes, or any bytes for float32's multiply-adds."""
+    """Exceptions are variants to which the table allows more than a few bytes, or any for float32's multiply-adds."""
     spills = [row for row in rows if row["may_spill"] > (0 if row["dtype"] == "float32" else A_FEW)]
     assert not _wrong([row for row in rows if row not in spills], lambda row: "local" not in row["units"])
 
@@ -65,7 +65,7 @@ def test_shared_memory_fits(rows):
 
 
 def test_products_are_on_the_matrix_instructions(rows):
-    """Except for float32, whose products only AMD's datacenter GPUs have in full precision."""
+    """float32 is an exception: only AMD's datacenter GPUs have its products in full precision."""
     on_matrix_units = [row for row in rows if row["dtype"] != "float32" or row["arch"] in ("gfx90a", "gfx942")]
     assert not _wrong(on_matrix_units, lambda row: row["units"].get("tensor"))
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 TRITON = {"backend": "triton", "device": DEVICE}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MASKED = [name for name in ON_KERNELS if name.startswith(("a row of", "huge"))]  # In every dtype; the others take turns.
+MASKED = [name for name in ON_KERNELS if name.startswith(("a row of", "huge"))]  # They run in every dtype, others take turns.
 CALLS = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for i, name in enumerate(ON_KERNELS)
@@ -36,7 +36,7 @@ def test_kernels_are_as_good_as_plain_pytorch(name, dtype):
 
 @pytest.mark.parametrize("fill", [-1e9, -2.5e38, -3e38, torch.finfo(torch.float32).min])
 def test_a_row_of_large_finite_numbers_weighs_all_keys_the_same(fill):
-    """This is what torch computes in float32: the scores vanish beside the mask, and log(n) vanishes in the LSE."""
+    """torch computes the same in float32. The scores vanish beside the mask, and so does log(n) in the LSE."""
     call = masked_row(fill)(torch.float32)
     results = run(attention, call, ("value",), lambda outputs, _: _for_the_row(*outputs), **TRITON)
     torch.testing.assert_close(results["output 0"][:, :, ROW], call["value"].mean(dim=2), rtol=1e-5, atol=1e-6)
@@ -62,7 +62,7 @@ def test_differences_between_the_lowest_numbers_still_count():
 
 def test_a_block_of_nothing_but_nan_in_the_mask_is_visited():
     mask = torch.zeros(256, 256) if ON_GPU else torch.zeros(64, 64)
-    half = len(mask) // 2  # Whole blocks of every pass.
+    half = len(mask) // 2  # This covers whole blocks of every pass.
     mask[half:, half:] = math.nan
     call = {**qkv(torch.float32, len(mask), len(mask)), "mask": mask}
     out = Oracle(attention, call, DIFFERENTIABLE, set()).check(**TRITON)["output 0"]
@@ -72,7 +72,7 @@ def test_a_block_of_nothing_but_nan_in_the_mask_is_visited():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-30, 2.0**-61, 3e38, 1e-45])
 def test_scales_far_from_1(dtype, scale):
-    """Times log2(e), the largest of them would be infinite."""
+    """The largest of these scales would be infinite after a multiplication by log2(e)."""
     call = {**qkv(dtype, 40, 40), "scale": scale, "causal": True}
     if scale > 1:
         call["query"] = call["query"] * (1e-38 if dtype != torch.float16 else 0.0)

@@ -17,7 +17,7 @@ def sleep_for_long(path: str) -> None:
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """Count seconds that pass only when a test says so."""
 
     now = 0.0
 

@@ -1,7 +1,7 @@
-"""The CUDA kernels for tests: on the GPU where there is one; elsewhere the same sources, compiled for the host, on CPU tensors.
+"""Run the CUDA kernels in tests: on a GPU if there is one, else the same sources, compiled for the host, on CPU tensors.
 
-cuda_on_host/ stands in for CUDA's runtime: threads are fibers there, which take turns in any order that is asked for. What that
-does not show: how the compiler for GPUs rounds and orders (test_cuda_build.py looks at what it made), and speed.
+cuda_on_host/ stands in for CUDA's runtime. Its threads are fibers, which take turns in any order that a test asks for. It does
+not show speed, nor how the compiler for GPUs rounds and orders (test_cuda_build.py inspects what that compiler made).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ STAND_IN = ROOT / "tests" / "support" / "cuda_on_host"
 ON_GPU = torch.cuda.is_available() and cuda_kernels.unavailable(0) is None
 DEVICE = "cuda" if ON_GPU else "cpu"
 CUDA = {"backend": "cuda", "device": DEVICE}
-SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # as this process, so the module
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # The module is sanitized if this process is.
 
 FLAGS = "-std=c++17 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno"
 SANITIZERS = "-g1 -O1 -DFASTLM_SANITIZE -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -38,7 +38,7 @@ def _sources() -> list[Path]:
 
 @functools.cache
 def host_module() -> ModuleType:
-    """csrc/cuda for the host, compiled where it is not yet."""
+    """Load csrc/cuda for the host, and compile it if needed."""
     import pybind11
 
     flags = [*FLAGS.split(), *(SANITIZERS.split() if SANITIZED else ["-O2"]), '-DFASTLM_CUDA_ARCHITECTURES="host"']
@@ -54,7 +54,7 @@ def host_module() -> ModuleType:
         unfinished = library.with_suffix(f".{os.getpid()}")
         settings = {
             name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
-        }  # the compiler is not the suspect
+        }  # The compiler itself is not to be sanitized.
         subprocess.run([*command, "-o", unfinished], check=True, env=settings)
         unfinished.rename(library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
@@ -64,7 +64,7 @@ def host_module() -> ModuleType:
 
 
 def _on_host() -> SimpleNamespace:
-    """What takes the place of fastlm.backend.cuda."""
+    """Return the stand-ins for the functions of fastlm.backend.cuda."""
     module = host_module()
     view = native.view_for(module)
 
@@ -76,7 +76,7 @@ def _on_host() -> SimpleNamespace:
 
 @contextlib.contextmanager
 def use():
-    """Inside, backend="cuda" runs on DEVICE; where that is the CPU, the CPU's own kernels are not to be had meanwhile."""
+    """Run backend="cuda" on DEVICE in the block. If DEVICE is the CPU, the CPU's own kernels are not available meanwhile."""
     if ON_GPU:
         yield
         return
@@ -99,7 +99,7 @@ def use():
 
 @contextlib.contextmanager
 def schedule(order: str = "forward", skip: int = -1):
-    """In which order threads take turns on the host, and which of a kernel's barriers does nothing."""
+    """Set the order in which threads take turns on the host, and which of a kernel's barriers does nothing."""
     os.environ.update(CUDA_ON_HOST_ORDER=order, CUDA_ON_HOST_SKIP=str(skip))
     try:
         yield

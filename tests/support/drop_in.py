@@ -17,9 +17,10 @@ def assert_as_good_as_original(
 ) -> None:
     """Assert that ``ours`` is as good as the ``original``, both in ``dtype``: the output, and the gradients where they are on.
 
-    Gradients are those of parameters and inputs. Golden is the original in float64 on the same numbers. As in the oracle, what
-    an ulp more or less in each number does to golden counts too. Small modules have few numbers, so that one problem shows
-    little of how wrong the original is: the worst of several counts, this one and the same with all numbers a thousandth off.
+    Gradients are those of parameters and inputs. Golden is the original in float64 on the same numbers. As in the oracle, the
+    effect on golden of an ulp more or less in each number counts, too. Small modules have few numbers, so that one problem
+    shows little of the original's errors. So the worst of several problems counts: this one, and the same with all numbers
+    changed by a thousandth.
     """
     eps, inputs = torch.finfo(dtype).eps, _in(dtype, inputs)
     golden = _run(_double(original), call, _in(torch.float64, inputs))
@@ -60,12 +61,12 @@ def _double(module: nn.Module) -> nn.Module:
 
 
 def _in(dtype: torch.dtype, inputs: dict) -> dict:
-    """Return floating tensors in the dtype, as leaves of their own, and the rest as it is."""
+    """Convert floating tensors to the dtype, as leaves of their own; return the rest as it is."""
     return {name: _leaf(value.to(dtype), value) if _is_floating(value) else value for name, value in inputs.items()}
 
 
 def _all_off(module: nn.Module, inputs: dict, relative: float, draw: int) -> tuple[nn.Module, dict]:
-    """Return a copy of the module and the inputs, with each number off by that much, up or down at random."""
+    """Return a copy of the module and of the inputs, with each number off by that much, up or down at random."""
 
     def off(value: Tensor) -> Tensor:
         signs = seeded_normal(200 + 10 * draw + value.dim(), value.shape, torch.float64).sign()

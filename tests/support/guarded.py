@@ -1,4 +1,4 @@
-"""Tensors with bands around them, so that a read or a write outside shows."""
+"""Put bands around tensors, so that a read or a write outside them shows."""
 
 import math
 
@@ -8,14 +8,14 @@ SENTINEL = 12.5
 
 
 class Guarded:
-    """Tensors inside larger ones that are all sentinel: NaN around what is read, a number around what is written."""
+    """Hold tensors inside larger ones full of a sentinel: NaN around inputs, a number around outputs."""
 
     def __init__(self, device: str = "cpu"):
         self.device = device
         self.bands: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def put(self, tensor: torch.Tensor, band: float = math.nan) -> torch.Tensor:
-        """A copy of (batch, heads, rows, dim) with a band around every dimension, which keeps rows aligned that are."""
+        """Copy a tensor (batch, heads, rows, dim) into a band around every dimension. Aligned rows stay aligned."""
         batch, heads, rows, dim = tensor.shape
         around = torch.full((batch + 2, heads + 2, rows + 3, dim + 16), band, dtype=tensor.dtype, device=self.device)
         inside = torch.zeros_like(around, dtype=torch.bool)

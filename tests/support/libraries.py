@@ -16,7 +16,7 @@ from fastlm.testing import (
 
 
 class Ops(TorchDispatchMode):
-    """Note every torch op that runs in a ``with`` block, in order: ``all``, and of them our own, ``fastlm``."""
+    """Record the torch ops that run in a ``with`` block, in order: ``all`` has all of them, ``fastlm`` only our own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Ops(TorchDispatchMode):
 def assert_held(
     actual: dict[str, Tensor], plain: dict[str, Tensor], golden: dict[str, Tensor], nudged: dict[str, Tensor] | None = None
 ) -> None:
-    """Assert that each result is as good as ``plain``, the library's own in the same dtype. ``golden`` is its own in float64.
+    """Assert that each result is as good as ``plain``, the library's own in the same dtype. ``golden`` is that in float64.
 
     A name that starts with "gradient" has the factor of gradients. The dtypes of actual and plain may differ: a KL is float32.
     ``nudged`` is golden with its inputs off by an ulp, where plain may be right by luck alone, as in a deep model (`oracle`).
@@ -48,6 +48,6 @@ def assert_held(
 
 
 def off_by_an_ulp(tensor: Tensor, seed: int) -> Tensor:
-    """Return float32 numbers in float64, each off by an ulp, up or down."""
+    """Convert float32 numbers to float64, each off by an ulp, up or down."""
     signs = seeded_normal(seed, tensor.shape, torch.float64).sign()
     return tensor.double() * (1 + torch.finfo(torch.float32).eps * signs)

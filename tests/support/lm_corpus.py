@@ -1,4 +1,4 @@
-"""A prepared corpus of a few dozen short texts, for the tests of the language model."""
+"""Prepare a corpus of a few dozen short texts, for the tests of the language model."""
 
 import random
 from pathlib import Path

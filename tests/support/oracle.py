@@ -1,10 +1,10 @@
 """Hold every backend to the rule of errors (fastlm/testing.py) by running a call several ways.
 
-*Golden* is the reference in float64 on the very same inputs. *Plain* is the reference in the inputs' own dtype: what plain
-PyTorch gets. A backend may be wrong by a small factor of what plain PyTorch is, plus a few ulps of the largest value. Where
-large terms cancel, as in a z near 0, plain is right by luck alone; so what one rounding of each input would change counts too:
-*nudged* is golden on inputs and gradients that are all off by one ulp of the arithmetic, up or down at random. Small results
-are perturbed several times, because one random perturbation may change little.
+*Golden* is the reference in float64 on the very same inputs. *Plain* is the reference in the inputs' own dtype, as plain
+PyTorch computes it. A backend's error may be a small factor times the error of plain, plus a few ulps of the largest value.
+Where large terms cancel, as in a z near 0, plain is right by luck alone. So the effect of one rounding of each input counts,
+too: *nudged* is golden on inputs and gradients that are all off by one ulp of the arithmetic, up or down at random. Small
+results are perturbed several times, because one random perturbation may change little.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from fastlm.testing import (
     worst_error,
 )
 
-FEW = 64  # A result of at most so many numbers is small.
+FEW = 64  # A result of at most this many numbers is small.
 ISAS = native.C.isas() if native.C else ["no fastlm._C"]  # This machine's instruction sets, fastest last.
 Results = dict[str, Tensor]  # Names are "output 0", "output 1", …, "gradient of mu", …
 
@@ -34,7 +34,7 @@ Results = dict[str, Tensor]  # Names are "output 0", "output 1", …, "gradient 
 
 
 def output_gradients(outputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Draw normals for the outputs' gradients, rounded to the call's dtype: the same numbers in every run of a call."""
+    """Draw normals for the outputs' gradients, rounded to the call's dtype. Every run of a call gets the same numbers."""
     return [seeded_normal(100 + i, out.shape, dtype).to(out.dtype) for i, out in enumerate(outputs)]
 
 
@@ -56,7 +56,7 @@ def run(
 
 
 def _moved(tensor: Tensor, device: str) -> Tensor:
-    """Move a tensor to the device with its strides. Tensor.to would make a view that leaves gaps contiguous."""
+    """Move a tensor to the device with its strides. Tensor.to would make a view with gaps contiguous."""
     if tensor.device.type == device:
         return tensor
     whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
@@ -74,7 +74,7 @@ def _in(dtype: torch.dtype, arguments: dict) -> dict:
 
 
 class Oracle:
-    """The golden answer to a call, and how wrong a backend may be about each of its results."""
+    """Hold the golden answer to a call, and the allowed error of each of its results."""
 
     def __init__(
         self, function: Callable, arguments: dict, differentiable: tuple[str, ...], noisy: set[str], gradients=output_gradients
@@ -101,7 +101,7 @@ class Oracle:
         return run(self.function, arguments, self.differentiable, gradients, backend="reference")
 
     def _nudged(self, arithmetic: torch.dtype, draw: int) -> Results:
-        """Run golden on tensors that are off by an ulp of the arithmetic; by eight in float64, where golden is rounded too."""
+        """Run golden on tensors off by an ulp of the arithmetic, or by eight in float64, where golden is rounded, too."""
         if (arithmetic, draw) not in self.nudged:
             nudge = torch.finfo(arithmetic).eps * (8 if arithmetic == torch.float64 else 1)
             results = self._reference(_in(torch.float64, self.arguments), self.dtype, nudge, draw)
@@ -130,14 +130,14 @@ class Oracle:
             assert_as_good_as_plain(actual, self.plain[what], self.golden[what], factor, what, slack)
 
     def _slack(self, what: str, dtype: torch.dtype, draws: int) -> float:
-        """Return an ulp of the largest value, of the result's dtype or the arithmetic's if coarser, plus a nudge's effect."""
+        """Return a nudge's effect plus an ulp of the largest value, of the coarser dtype of result and arithmetic."""
         golden = self.golden[what]
         arithmetic = torch.float64 if self.dtype == torch.float64 and what not in self.noisy else torch.float32
         ulp = max(ulp_of_largest(golden, dtype), ulp_of_largest(golden, arithmetic))
         return ulp + max(worst_error(self._nudged(arithmetic, draw)[what], golden) for draw in range(draws))
 
     def _error_in_float64(self, what: str) -> float:
-        """Return plain's error in float32, scaled, as golden and plain are one in float64. Noise, float32, is not scaled."""
+        """Return plain's float32 error, scaled to float64, where golden and plain are one. Noise, float32, is not scaled."""
         scale = 1.0 if what in self.noisy else torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         return scale * self.errors_in_float32[what]
 
@@ -149,16 +149,16 @@ class Oracle:
 
 
 def _off_by(relative: float, value, draw: int):
-    """Return a tensor with each number off by that much, up or down, and anything else as it is."""
+    """Return a tensor with each number off by that much, up or down. Return any other value as it is."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value * (1 + relative * seeded_normal(200 + 10 * draw + value.dim(), value.shape, torch.float64).sign())
 
 
 def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int) -> Tensor:
-    """Return what rounding the output does to delta = sum(out * its gradient), which backwards take from there.
+    """Return the effect of a rounded output on delta = sum(out * its gradient), which backwards compute from that output.
 
-    Subtracting it from the scores' gradients is what adding to the gradient of the log-sum-exp does.
+    Adding it to the gradient of the log-sum-exp subtracts it from the scores' gradients.
     """
     sizes = (out * gradient).abs().sum(dim=-1)
     sizes = sizes if out.dim() == 4 else sizes.T  # Packed: (total, heads); the log-sum-exp is (heads, total).

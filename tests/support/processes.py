@@ -1,12 +1,12 @@
-"""Code in a fresh interpreter, for what is decided when fastlm is imported."""
+"""Run code in a fresh interpreter, to test decisions that fall when fastlm is imported."""
 
 import os
 import subprocess
 import sys
 
-HANG = 1800.0  # Seconds after which a test gives up waiting: only a hang takes so long, however busy the machine is.
+HANG = 1800.0  # Seconds until a test gives up waiting. Only a hang takes so long, however busy the machine is.
 
-# Put before `import fastlm`, it makes a package whose native build is missing.
+# In front of `import fastlm`, this code imitates a package whose native build is missing.
 WITHOUT_THE_MODULE = """
 import sys
 class Blocker:
@@ -18,7 +18,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run code with the environment variables given, no others of fastlm's, and away from the repository's own folders."""
+    """Run code outside the repository's folders, with the given environment variables and no others of fastlm's."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("FASTLM_", "TRITON_"))}
     if "PYTHONPATH" in settings:
         settings["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, settings["PYTHONPATH"].split(os.pathsep)))
@@ -27,7 +27,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def printed(code: str, **environment: str) -> str:
-    """What the code printed; it must end well."""
+    """Run code, which must end well, and return what it printed."""
     process = python(code, **environment)
     assert process.returncode == 0, process.stderr
     return process.stdout.strip()

@@ -49,7 +49,7 @@ DROPOUTS += ("embd_pdrop", "resid_pdrop", "activation_dropout", "hidden_dropout"
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of transformers' model classes, the options of a tiny one, and how many attentions each forward runs."""
+    """Hold one of transformers' model classes, the options of a tiny model, and how many attentions each forward runs."""
 
     model: type[hf.PreTrainedModel]
     options: dict = field(default_factory=dict)
@@ -91,7 +91,7 @@ ARCHITECTURES = {
     ),
     "GPT-OSS": Architecture(
         hf.GptOssForCausalLM,
-        # Every expert is taken, so that no rounding chooses another.
+        # The router takes every expert, so that no rounding chooses another.
         {**LLAMA, "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 2, "rope_parameters": ROPE},
     ),
     "ModernBERT": Architecture(
@@ -138,7 +138,7 @@ def inputs_of(model: nn.Module, padding: str | None = None, seed: int = 0) -> di
 
 
 def valid_of(inputs: dict[str, Tensor]) -> Tensor:
-    """Return which positions of the output are of tokens, (batch, length). The others mean nothing."""
+    """Return which positions of the output belong to tokens, (batch, length). The others mean nothing."""
     if "decoder_attention_mask" in inputs:
         return inputs["decoder_attention_mask"].bool()
     if "decoder_input_ids" in inputs:
@@ -148,7 +148,7 @@ def valid_of(inputs: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def golden_masks() -> Iterator[None]:
-    """Make eager's masks hold float32's least number. Its softmax is in float32, where float64's least number gives NaN."""
+    """Make eager's masks hold float32's least number. Its softmax is float32, where float64's least number gives NaN."""
 
     def mask_of_float32(*args, dtype=torch.float32, **kwargs):
         mask = eager_mask(*args, dtype=torch.float32 if dtype == torch.float64 else dtype, **kwargs)
@@ -160,7 +160,7 @@ def golden_masks() -> Iterator[None]:
 
 
 def results_of(model: nn.Module, inputs: dict[str, Tensor], gradients: bool) -> dict[str, Tensor]:
-    """Return all logits, those of tokens at valid positions alone, and by name the gradients of all parameters."""
+    """Return by name all logits (token logits at valid positions only) and the gradients of all parameters."""
     outputs = {name: logits for name, logits in model(**inputs).items() if "logits" in name}
     valid = valid_of(inputs)
     outputs = {name: logits[valid] if logits.shape[:2] == valid.shape else logits for name, logits in outputs.items()}
@@ -232,7 +232,7 @@ def assert_as_good_as_eager(model: nn.Module, dtype: torch.dtype, padding: str |
 
 
 def count_calls(monkeypatch) -> Callable[[], int]:
-    """Return a function that tells how often fastlm's attention has run since, which proves that it did."""
+    """Return a function that tells how often fastlm's attention has run since, to prove that it ran."""
     calls, original = [], transformers_attention.attention
 
     def counted(*args, **kwargs):

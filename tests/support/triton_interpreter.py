@@ -1,7 +1,7 @@
-"""Triton's interpreter, with the bfloat16 that it lacks: in `dot` it multiplies bit patterns, and cuts off where a GPU rounds.
+"""Teach Triton's interpreter bfloat16: its own `dot` multiplies bit patterns, and its conversion truncates where a GPU rounds.
 
-To import this module, before any kernel is imported, turns the interpreter on where there is no GPU. What it does not show:
-layouts, races between threads, and TF32, as it computes whole tiles in NumPy.
+An import of this module, before any kernel is imported, turns the interpreter on if there is no GPU. The interpreter computes
+whole tiles in NumPy, so it does not show layouts, races between threads, and TF32.
 """
 
 import os
@@ -24,7 +24,7 @@ if not ON_GPU:
         return (bits.astype(np.uint32) << 16).view(np.float32)
 
     def _to_bfloat16(numbers: np.ndarray) -> np.ndarray:
-        """To the nearest, ties to even; NaN stays NaN."""
+        """Round numbers to the nearest, ties to even; NaN stays NaN."""
         bits = np.ascontiguousarray(numbers).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)

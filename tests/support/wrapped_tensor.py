@@ -1,10 +1,10 @@
-"""A tensor that holds its numbers elsewhere."""
+"""Define a tensor that holds its numbers elsewhere."""
 
 import torch
 
 
 class Wrapped(torch.Tensor):
-    """As DTensor and quantised weights do: seen by no __torch_function__, and without memory of its own."""
+    """Wrap a tensor as DTensor and quantised weights do: no __torch_function__ sees it, and it has no memory of its own."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -1,4 +1,4 @@
-// Attention for Python. The numbers inside index tensors are checked here, in copies: another thread may write to a tensor
+// Binds attention to Python. It copies index tensors and checks the copies, because another thread may write to a tensor
 // while the GIL is released.
 #include <pybind11/pybind11.h>
 
@@ -18,9 +18,9 @@ namespace {
 
 bool is_half_or_float(int dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
-// ---- tensors as the kernels take them: each checked for what keeps a kernel inside it ---------------------------------------
+// ---- tensors for the kernels. Each is checked, so that a kernel stays inside it ---------------------------------------------
 
-// A tensor of (batch, head, row, column) with contiguous columns.
+// Converts a tensor (batch, head, row, column) with contiguous columns.
 Rows rows_of(const char* name, const TensorView& t, int dtype) {
   expect(t.device == kCPU && t.dtype == dtype && t.dims == 4, name, t, "4 dimensions on the CPU, in the query's dtype");
   expect(t.shape[3] <= 1 || t.stride[3] == 1 || !t.elements(), name, t, "contiguous columns");
@@ -40,7 +40,7 @@ Rows rows_of(const char* name, py::handle tensor, int dtype, std::initializer_li
   return rows_of(name, t, dtype);
 }
 
-// A float32 tensor of (batch, head, row) with contiguous rows, of pairs where there is a fourth dimension; or None.
+// Converts a float32 tensor (batch, head, row) or (batch, head, row, 2) with contiguous rows, or None.
 Statistic statistic_of(const char* name, py::handle tensor, std::initializer_list<int64_t> shape) {
   const TensorView t(tensor);
   if (!t.given) return {};
@@ -49,7 +49,7 @@ Statistic statistic_of(const char* name, py::handle tensor, std::initializer_lis
   return {reinterpret_cast<float*>(t.data), t.stride[0], t.stride[1]};
 }
 
-// A contiguous array of a dtype with `count` numbers, or None.
+// Returns the data of a contiguous array of `count` numbers of the dtype; nullptr for None.
 template <class T>
 const T* array_of(const char* name, const TensorView& t, int dtype, int64_t count) {
   if (!t.given) return nullptr;
@@ -58,20 +58,20 @@ const T* array_of(const char* name, const TensorView& t, int dtype, int64_t coun
   return reinterpret_cast<const T*>(t.data);
 }
 
-// The numbers of an int32 index tensor, copied.
+// Copies the numbers of an int32 index tensor.
 std::vector<int32_t> indices_of(const char* name, const TensorView& t, int64_t count) {
   const int32_t* from = array_of<int32_t>(name, t, kInt32, count);
   return from ? std::vector<int32_t>(from, from + count) : std::vector<int32_t>();
 }
 
-// A mask, expanded to the scores' shape by strides of 0: bytes (bool) or floats; or None.
+// Sets the mask, which is None, or bool or floating and expanded to the scores' shape by strides of 0.
 void fill_mask(Attention& a, const TensorView& mask) {
   if (!mask.given) return;
   expect(mask.device == kCPU && (mask.dtype == kBool || is_half_or_float(mask.dtype)), "mask", mask,
          "bool or a float on the CPU");
   expect(mask.has_shape({a.batch, a.heads, a.q_len, a.k_len}), "mask", mask, "the scores' shape");
   expect(a.k_len <= 1 || mask.stride[3] == 0 || mask.stride[3] == 1, "mask", mask, "contiguous or broadcast keys");
-  if (!mask.data) return;  // no scores either
+  if (!mask.data) return;  // There are no scores either.
   const int64_t bytes = bytes_of(mask.dtype);
   a.mask.data = mask.data;
   a.mask.dtype = mask.dtype;
@@ -82,7 +82,7 @@ void fill_mask(Attention& a, const TensorView& mask) {
   a.mask_key = a.k_len > 1 ? mask.stride[3] : 0;
 }
 
-// Starts at 0, never falls, ends at the total.
+// Checks that the offsets start at 0, never fall and end at the total.
 void check_offsets(const char* name, const std::vector<int32_t>& of, int64_t total) {
   const int32_t* offsets = of.data();
   const int64_t sequences = int64_t(of.size()) - 1;
@@ -99,7 +99,7 @@ void check_offsets(const char* name, const std::vector<int32_t>& of, int64_t tot
   }
 }
 
-// options: left, right, scale, softcap, the word below which a key is dropped, what is kept is multiplied by.
+// Sets the options: left, right, scale, softcap, drop_below and keep_scale, as kernel_options (call.py) returns them.
 void fill_options(Attention& a, const py::tuple& options) {
   const auto limit = [&](py::ssize_t i) {
     const int64_t side = item(options, i) == Py_None ? kUnlimited : integer(item(options, i));
@@ -114,7 +114,7 @@ void fill_options(Attention& a, const py::tuple& options) {
   a.keep_scale = float(PyFloat_AsDouble(item(options, 5)));
 }
 
-// The sizes of a call, and its query, key and value, or caches of pages (page, head, row, column).
+// Sets the sizes of a call, and its query, key and value. With `paged`, key and value are pages (page, head, row, column).
 void fill_tensors(Attention& a, const TensorView& query, const TensorView& key, const TensorView& value, bool paged) {
   expect(is_half_or_float(query.dtype), "query", query, "float32, bfloat16 or float16");
   a.query = rows_of("query", query, query.dtype);
@@ -134,14 +134,14 @@ void fill_tensors(Attention& a, const TensorView& query, const TensorView& key, 
   a.group = a.kv_heads ? a.heads / a.kv_heads : 1;
 }
 
-// What a call borrows: copies of its index tensors, which live as long as the kernels run.
+// Copies of a call's index tensors. Kernels point into them, so they must live until the kernels have run.
 struct Indices {
   std::vector<int32_t> cu_seqlens_q, cu_seqlens_k, block_table;
   std::vector<int64_t> lengths;
 };
 
-// inputs: query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q and cu_seqlens_k, as AttentionCall has them; all but
-// the first three may be None.
+// Sets the tensors of a call. inputs: query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q and cu_seqlens_k, in the
+// order of AttentionCall; all but the first three may be None.
 void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged = false) {
   const TensorView slopes(inputs[5]), seeds(inputs[6]), cu_seqlens_q(inputs[7]), cu_seqlens_k(inputs[8]);
   fill_tensors(a, TensorView(inputs[0]), TensorView(inputs[1]), TensorView(inputs[2]), paged);
@@ -165,7 +165,7 @@ void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged
   a.seed_stride = seeds.dims;
 }
 
-// The tensors that a forward writes.
+// Sets the tensors that a forward writes.
 void fill_outputs(AttentionForward& a, int64_t batch, const py::handle& out, const py::handle& lse,
                   const py::handle& statistics) {
   a.out = rows_of("out", out, a.query.dtype, {batch, a.heads, a.q_len, a.value_dim});
@@ -173,7 +173,7 @@ void fill_outputs(AttentionForward& a, int64_t batch, const py::handle& out, con
   a.statistics = statistic_of("statistics", statistics, {batch, a.heads, a.q_len, 2});
 }
 
-// The batch of the tensors: sequences that are packed lie in a batch of one.
+// Returns the batch dimension of the tensors: packed sequences lie in a batch of one.
 int64_t tensor_batch(const Attention& a) { return a.cu_seqlens_q ? 1 : a.batch; }
 
 void forward(const py::tuple& inputs, const py::tuple& options, const py::handle& out, const py::handle& lse,
@@ -189,7 +189,7 @@ void forward(const py::tuple& inputs, const py::tuple& options, const py::handle
 
 bool has_contiguous_rows(const TensorView& t) { return t.stride[3] == 1 || t.shape[3] == 1; }
 
-// query, key and value as the kernels take them; what is wrong with others is for Python to say.
+// Tells whether the kernels can take query, key and value. Where they cannot, Python raises the error.
 bool fit_together(const TensorView& query, const TensorView& key, const TensorView& value) {
   for (const TensorView* t : {&query, &key, &value}) {
     if (!t->given || !is_half_or_float(t->dtype) || t->dtype != query.dtype || t->device != kCPU || t->dims != 4) return false;
@@ -221,12 +221,12 @@ bool plain_forward(PyObject* const* args) {
   return true;
 }
 
-// Python's own calling convention: pybind11's takes as long as a tiny call's arithmetic.
+// Uses Python's own calling convention, because pybind11's takes as long as the arithmetic of a tiny call.
 PyObject* call_plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     if (count == 9 && plain_forward(args)) Py_RETURN_TRUE;
-  } catch (const py::error_already_set&) {  // DLPack cannot describe a tensor,
-  } catch (const py::builtin_exception&) {  // or it has no memory.
+  } catch (const py::error_already_set&) {  // DLPack cannot describe a tensor.
+  } catch (const py::builtin_exception&) {  // A tensor has no memory.
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -237,7 +237,7 @@ PyObject* call_plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count)
 PyMethodDef plain_method = {"attention_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_plain_forward)),
                             METH_FASTCALL, nullptr};
 
-// Checks every sequence's length before appending, and the pages that its keys will be in.
+// Checks the length of every sequence before appending, and the pages that will hold its keys.
 void check_cache(const std::vector<int64_t>& before, int64_t appended, const std::vector<int32_t>& table, int64_t table_row,
                  int64_t page, int64_t pages) {
   const int64_t capacity = table_row * page;
@@ -256,7 +256,9 @@ void check_cache(const std::vector<int64_t>& before, int64_t appended, const std
   }
 }
 
-// inputs: the caches as key and value, (pages, head, row, column) with a block_table; appended: key and value, or None twice.
+// Appends to the caches, then runs attention on them.
+// inputs: as for fill_inputs, with the caches as key and value; with a block_table, these are (page, head, row, column).
+// appended: key and value, or None twice.
 void kvcache_forward(const py::tuple& inputs, const py::tuple& options, const py::handle& cache_seqlens,
                      const py::handle& block_table, const py::tuple& appended, const py::handle& out, const py::handle& lse,
                      int64_t threads) {
@@ -292,8 +294,8 @@ void kvcache_forward(const py::tuple& inputs, const py::tuple& options, const py
   attention_forward(a, threads);
 }
 
-// saved: out, grad_out, statistics, grad_lse or None, and delta; outputs: grad_query, grad_key, grad_value, and grad_mask or
-// None.
+// saved: out, grad_out, statistics, grad_lse or None, and delta.
+// outputs: grad_query, grad_key, grad_value, and grad_mask or None.
 void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple& saved, const py::tuple& outputs,
               bool grad_mask_by_block, int64_t threads) {
   AttentionBackward a{};

@@ -1,4 +1,4 @@
-"""Exact attention that never holds the Lq x Lk scores: one file for each public function, and one for each backend."""
+"""Compute exact attention without holding the Lq x Lk scores. Each public function and each backend has a file."""
 
 from .batched import attention, has_kernel
 from .kvcache import kvcache_attention

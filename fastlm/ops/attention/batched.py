@@ -1,9 +1,9 @@
-"""Exact attention that never holds the Lq x Lk scores: the public functions.
+"""Compute exact attention of batched queries and keys, without holding the Lq x Lk scores.
 
     s = scale q k^T;  s = softcap tanh(s / softcap);  s += mask - slope |p_i - j|;  masked s = -inf;  out = softmax(s) v
 
-with p_i = i + Lk - Lq, the place of query i among the keys. `attention` and `varlen_attention` are two views of one op
-(op.py); decoding with a cache is kvcache.py.
+with p_i = i + Lk - Lq, the position of query i among the keys. `attention` and `varlen_attention` call one op (op.py); decoding
+with a cache is in kvcache.py.
 Sources: Vaswani et al., "Attention Is All You Need" (2017); the tiled softmax: Milakov & Gimelshein, "Online normalizer
 calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "FlashAttention-2" (2023).
 """
@@ -48,7 +48,7 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention of queries to keys and values: ``softmax(scale * query @ key.mT + ...) @ value``, fused.
+    """Compute softmax attention ``softmax(scale * query @ key.mT + ...) @ value`` in one fused pass.
 
     Args:
         query: (B, Hq, Lq, D), float32, bfloat16 or float16 (float64 runs on the reference). Any strides; a transposed
@@ -57,25 +57,25 @@ def attention(
         value: (B, Hkv, Lk, Dv), in query's dtype.
         mask: bool (True: attend) or floating (added to the scores), broadcastable to (B, Hq, Lq, Lk). A floating mask gets a
             gradient, summed over what it was broadcast along.
-        causal: query i sees keys j <= i + Lk - Lq only: aligned at the last query and key, as decoding with a cache needs.
-        window: (left, right): query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None on a side is no limit.
-        scale: multiplies the scores; None is 1 / sqrt(D).
+        causal: query i sees only keys j <= i + Lk - Lq: aligned at the last query and key, as decoding with a cache needs.
+        window: (left, right): query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None sets no limit on a side.
+        scale: multiplies the scores; None means 1 / sqrt(D).
         softcap: scores become ``softcap * tanh(s / softcap)`` before masks and slopes are added.
         alibi_slopes: (Hq,) or (B, Hq), floating: subtracts ``slope * |i + Lk - Lq - j|``. No gradient.
-        sinks: (Hq,), floating: a logit per head that takes part in the softmax and has no value. They get gradients.
+        sinks: (Hq,), floating: one logit per head that takes part in the softmax but has no value. Sinks get gradients.
         dropout_p: the share of weights that are dropped, in [0, 1]; the others are scaled by 1 / (1 - dropout_p).
-        seed: of the dropout: an int, a 0-d int64 tensor, or an int64 tensor (B,), one stream per example. None draws one from
-            torch's default generator. The same seed drops the same weights on every backend.
+        seed: the seed of the dropout: an int, a 0-d int64 tensor, or an int64 tensor (B,), one stream per example. None draws
+            a seed from torch's default generator. The same seed drops the same weights on every backend.
         return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
-        backend: 'cpu', 'triton' or 'reference'; None picks the fastest that can do the call.
+        backend: 'cpu', 'triton' or 'reference'; None picks the fastest one that can run the call.
 
     Returns:
-        out (B, Hq, Lq, Dv) in query's dtype, in memory ordered like query; or (out, lse), lse float32 (B, Hq, Lq), which counts
-        the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink.
+        out (B, Hq, Lq, Dv) in query's dtype, laid out in memory like query; or (out, lse), lse float32 (B, Hq, Lq), which
+        includes the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
-        UnsupportedError: the named ``backend`` cannot do the call.
+        UnsupportedError: the named ``backend`` cannot run the call.
     """
     no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
     if no_option and dropout_p == 0.0 and seed is None and not return_lse:
@@ -102,7 +102,10 @@ def attention(
 
 
 def run(op: str, call: AttentionCall, seed: int | Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Choose the backend, then draw a seed if there is dropout, so that explain() leaves torch's generator alone; then run."""
+    """Choose the backend, draw a seed if there is dropout, and run the call.
+
+    The seed is drawn after the choice, so that explain() leaves torch's generator alone.
+    """
     attend = select(op, IMPLEMENTATIONS, (call.query, call.value), backend, reference_only(*call[:TENSORS]))
     if call.dropout_p:
         call = call._replace(seed=seed_tensor(seed, call.query))
@@ -117,7 +120,7 @@ IMPLEMENTATIONS = (
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether a drop-in should take a call: torch's own code is faster than the reference, but FASTLM_BACKEND has its way."""
+    """Tell whether a drop-in should take a call. torch is faster than the reference, but FASTLM_BACKEND overrides that."""
     if DEFAULT is not None:
         return True
     return any(i.backend != "reference" and i.why_not(query, value) is None for i in IMPLEMENTATIONS)

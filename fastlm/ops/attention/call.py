@@ -1,4 +1,4 @@
-"""The record of one call: its tensors and options by name, in the order that schemas, the reference, C++ and Triton share."""
+"""Name the tensors and options of one call, in the order that schemas, the reference, C++ and Triton share."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ from ...reference.attention import drop_below, keep_scale
 
 
 class AttentionCall(NamedTuple):
-    """A checked call of attention. Packed sequences are a batch of one, with their offsets along the rows.
+    """Hold a checked call of attention. Packed sequences are a batch of one, with offsets along the rows.
 
-    No float has a default: torch.compile would make an input of the graph of it.
+    No float has a default, because torch.compile would make it an input of the graph.
     """
 
     query: Tensor  # (B, Hq, Lq, D)
@@ -22,14 +22,14 @@ class AttentionCall(NamedTuple):
     seed: Tensor | None  # int64, 0-d or (B,); None without dropout
     cu_seqlens_q: Tensor | None  # int32 (sequences + 1,)
     cu_seqlens_k: Tensor | None
-    left: int | None  # Query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None is no limit.
+    left: int | None  # Query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None sets no limit.
     right: int | None
     scale: float
-    softcap: float  # 0 is none
+    softcap: float  # 0: no softcap
     dropout_p: float
 
     def requires_grad(self) -> bool:
-        """Tell whether one of the tensors that have gradients wants one."""
+        """Tell whether one of the differentiable tensors requires a gradient."""
         mask, sinks = self.mask, self.sinks
         required = self.query.requires_grad or self.key.requires_grad or self.value.requires_grad
         return required or (mask is not None and mask.requires_grad) or (sinks is not None and sinks.requires_grad)
@@ -39,12 +39,12 @@ INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
 )
-TENSORS = 9  # The record's first fields are its tensors,
-DIFFERENTIABLE = 5  # and the first of these have gradients.
+TENSORS = 9  # The first 9 fields are the tensors.
+DIFFERENTIABLE = 5  # The first 5 of them have gradients.
 
 
 class KVCacheCall(NamedTuple):
-    """A checked call of attention to a cache of keys and values, (B, Hkv, Lmax, D), or (pages, page, Hkv, D) with a table."""
+    """Hold a checked call of attention to caches (B, Hkv, Lmax, D), or (pages, page, Hkv, D) with a block_table."""
 
     query: Tensor  # (B, Hq, Lq, D)
     key_cache: Tensor
@@ -71,7 +71,7 @@ KVCACHE_TENSORS = 9
 def kernel_options(call: AttentionCall) -> tuple:
     """Return the options for kernels: left, right, scale, softcap, drop_below and keep_scale.
 
-    A word of the generator below ``drop_below`` drops its weight (2**32 drops all), and ``keep_scale`` is 1 / (1 - dropout_p).
+    A random word below ``drop_below`` drops its weight (2**32 drops all), and ``keep_scale`` is 1 / (1 - dropout_p).
     """
     if call.dropout_p:
         return call.left, call.right, call.scale, call.softcap, drop_below(call.dropout_p), keep_scale(call.dropout_p)

@@ -1,6 +1,6 @@
-"""What the attention functions check of their arguments, and how options become numbers; cheap where nothing is wrong.
+"""Check the arguments of the attention functions, and turn options into numbers. The checks are cheap if nothing is wrong.
 
-The numbers inside index tensors (cu_seqlens, cache_seqlens, block_table) are checked by the backends, which read them anyway.
+The backends check the numbers inside index tensors (cu_seqlens, cache_seqlens, block_table), because they read them anyway.
 """
 
 import math
@@ -26,12 +26,12 @@ def check_rows(name: str, tensor: Tensor, order: str) -> None:
 
 
 def no_columns(query: Tensor, value: Tensor) -> str | None:
-    """Return why no kernel takes a head_dim of 0, where torch answers (all keys weigh the same); None where there is none."""
+    """Return why no kernel takes a head_dim of 0, or None without one. torch gives all keys the same weight there."""
     return None if query.shape[-1] and value.shape[-1] else "a head_dim of 0 runs on the reference"
 
 
 def check_keys(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str] = ("key", "value")) -> None:
-    """Keys and values that belong together and go with a query."""
+    """Check that key and value belong together and fit the query."""
     check_like(names[0], key, "query", query)
     check_like(names[1], value, "query", query)
     head_dim = query.shape[-1]
@@ -45,7 +45,7 @@ def check_keys(query: Tensor, key: Tensor, value: Tensor, names: tuple[str, str]
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Of the dtype and on the device of another tensor."""
+    """Check for a tensor of the dtype and on the device of another."""
     if tensor.dtype is not other.dtype:
         raise TypeError(f"{name} must have {other_name}'s dtype {other.dtype}; got {tensor.dtype}")
     if tensor.device != other.device:
@@ -53,13 +53,13 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_groups(query_heads: int, key_heads: int, name: str = "key") -> None:
-    """Query heads share heads of keys evenly."""
+    """Check that the number of key heads divides the number of query heads."""
     if query_heads % key_heads if key_heads else query_heads:
         raise ValueError(f"{name} must have a number of heads that divides query's {query_heads}; got {key_heads}")
 
 
 def check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device, name: str = "mask") -> None:
-    """bool or floating, broadcastable to ``shape``."""
+    """Check for a bool or floating mask that broadcasts to ``shape``."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -77,7 +77,7 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device
 
 
 def check_per_head(slopes: Tensor | None, sinks: Tensor | None, batch: int, query: Tensor, heads: int) -> None:
-    """alibi_slopes: (heads,) or (batch, heads); sinks: (heads,). Both of any floating dtype."""
+    """Check alibi_slopes, (heads,) or (batch, heads), and sinks, (heads,), both of any floating dtype."""
     if slopes is not None:
         check_tensor("alibi_slopes", slopes)
         if tuple(slopes.shape) not in ((heads,), (batch, heads)):
@@ -93,13 +93,13 @@ def check_per_head(slopes: Tensor | None, sinks: Tensor | None, batch: int, quer
 
 
 def check_no_gradient(slopes: Tensor | None) -> None:
-    """Refuse slopes whose gradient would silently be missing."""
+    """Refuse slopes that require a gradient, which would silently be missing."""
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a float mask, which gets one")
 
 
 def check_writable(name: str, cache: Tensor) -> None:
-    """Check for a cache that may be written in place, unseen by autograd: as torch's in-place operations do."""
+    """Check that a cache may be written in place unseen by autograd, as torch's in-place operations check."""
     if cache.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} is written in place, without a gradient: pass {name}.detach(), or call under torch.no_grad()")
     if any(step == 0 and length > 1 for step, length in zip(cache.stride(), cache.shape)):
@@ -107,7 +107,7 @@ def check_writable(name: str, cache: Tensor) -> None:
 
 
 def check_indices(name: str, tensor: Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    """int32, of a shape with None where any size will do."""
+    """Check for an int32 tensor of ``shape``, where None allows any size."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be an int32 tensor; got {type(tensor).__name__}")
     if tensor.dtype != torch.int32:
@@ -122,11 +122,11 @@ def check_indices(name: str, tensor: Tensor, shape: tuple[int | None, ...], devi
 # ---- options ----------------------------------------------------------------------------------------------------------------
 
 
-_FAR = 1 << 48  # keys: a wider side of a window is none
+_FAR = 1 << 48  # Keys. A wider side of a window sets no limit.
 
 
 def window_bounds(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
-    """Return (left, right): how many keys to each side of its own place a query sees; None is all of them."""
+    """Return (left, right): how many keys a query sees on each side of its own position; None is all of them."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool; got {type(causal).__name__}")
     left = right = None
@@ -148,11 +148,12 @@ def _window_side(side: int | None, window: tuple) -> int | None:
 
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_SOFTCAPS = 2.0**-126, 2.0**100  # to float32's rounding, a smaller cap is as this one (no score counts), a larger one as none
+# In float32, a smaller cap acts like the first one (no score counts), and a larger cap than the second acts like none.
+_SOFTCAPS = 2.0**-126, 2.0**100
 
 
 def score_options(scale: float | None, softcap: float | None, head_dim: int) -> tuple[float, float]:
-    """Return (scale, softcap) as floats: 1 / sqrt(head_dim) where there is no scale, 0 where there is no softcap."""
+    """Return (scale, softcap) as floats. The default scale is 1 / sqrt(head_dim); a softcap of 0 means none."""
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
     else:
@@ -168,7 +169,7 @@ def score_options(scale: float | None, softcap: float | None, head_dim: int) -> 
 
 
 def check_dropout_p(dropout_p: float) -> float:
-    """Check for a probability; 1 drops all weights, as torch's attention does."""
+    """Check for a probability. 1 drops all weights, as in torch's attention."""
     dropout_p = check_number("dropout_p", dropout_p, 0.0)
     if dropout_p > 1.0:
         raise ValueError(f"dropout_p must lie between 0 and 1; got {dropout_p}")
@@ -179,7 +180,7 @@ def check_dropout_p(dropout_p: float) -> float:
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as an autocast region wants them: floating ones but float64 in its dtype, as torch treats its attention."""
+    """Convert floating tensors to the dtype of an autocast region, except float64, as torch does for its own attention."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

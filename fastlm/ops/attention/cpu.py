@@ -1,4 +1,4 @@
-"""Attention on the CPU: what the C++ kernels are told, and the functions behind the CPU's torch ops."""
+"""Run attention on the CPU: convert a call for the C++ kernels, and implement the CPU's torch ops."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def why_not(query: Tensor, value: Tensor) -> str | None:
     return native.why_not(query) or no_columns(query, value)
 
 
-# ---- what the C++ code is told ----------------------------------------------------------------------------------------------
+# ---- arguments of the C++ functions -----------------------------------------------------------------------------------------
 
 
 def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def tensor_args(call: AttentionCall) -> tuple:
 
 
 def infer(call: AttentionCall, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (out, lse), and write the ``statistics`` where they are wanted."""
+    """Return (out, lse), and write the ``statistics`` if they are given."""
     out, lse = empty_like(call.query, call.value.shape[3], empty), empty(call.query, call.query.shape[:3], torch.float32)
     results = view(out), view(lse), view(statistics)
     native.C.attention_forward(tensor_args(call), kernel_options(call), *results, torch.get_num_threads())
@@ -64,12 +64,12 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return *infer(call, statistics), statistics
 
 
-# Queries that share a row of the mask's gradient where the mask is one for all: kBlockRows of csrc/cpu/attention/attention.h.
+# If a mask is the same for all queries, this many share a row of its gradient: kBlockRows of csrc/cpu/attention/attention.h.
 _MASK_BLOCK = native.C.attention_block_rows if native.C else 1
 
 
 def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Make float32 zeros over the mask's batch and head, rows (blocks of queries where it is one for all), and all keys."""
+    """Make float32 zeros (mask's batch, mask's heads, rows, Lk). If the mask is the same for all queries, a row is a block."""
     batch, heads, rows, _ = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if rows == 1:
         rows = -(-query.shape[2] // _MASK_BLOCK)
@@ -77,7 +77,7 @@ def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def _score_unit(call: AttentionCall) -> float:
-    """Return the C++ code's unit of scores in natural ones: `scores_are_products` in csrc/cpu/attention/scores-inl.h."""
+    """Return the factor from C++'s scores to natural ones: `scores_are_products` in csrc/cpu/attention/scores-inl.h."""
     has_bias = call.alibi_slopes is not None or (call.mask is not None and call.mask.is_floating_point())
     return call.scale if 0.0 < call.scale < 2.0**127 and not call.softcap and not has_bias else 1.0
 
@@ -126,7 +126,7 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """Append to the caches, and return (out, lse)."""
     check_cache_strides(call)
     caches = call.key_cache, call.value_cache
-    if call.block_table is not None:  # (pages, page, Hkv, D) as (pages, Hkv, page, D), the order of a contiguous cache
+    if call.block_table is not None:  # (pages, page, Hkv, D) -> (pages, Hkv, page, D), the order of a contiguous cache
         caches = tuple(cache.detach().transpose(1, 2) for cache in caches)
     over_caches = AttentionCall(call.query, *caches, None, *call[7:9], None, None, None, *call[9:], 0.0)
     out = empty_like(call.query, call.value_cache.shape[3], empty)
@@ -149,13 +149,13 @@ kvcache_attend = kvcache_op("kvcache_attention", kvcache_forward, ("CPU",))
 
 # ---- small calls ------------------------------------------------------------------------------------------------------------
 
-_SMALL = 1 << 18  # elements of a query up to which a call is all overhead, or might be
+_SMALL = 1 << 18  # Up to this many query elements, a call may be all overhead.
 
 
 def fast_path(query, key, value, scale, causal, top_left, grouped, backend) -> Tensor | None:
     """Return the output of a small call without options and gradients, at the least cost; None for any other call.
 
-    ``top_left``: the causal mask is aligned at the first query and key; ``grouped``: query heads may share heads of keys.
+    ``top_left`` aligns the causal mask at the first query and key. ``grouped`` allows query heads to share key heads.
     """
     backend = backend or DEFAULT
     if native.C is None or (backend is not None and backend != "cpu"):

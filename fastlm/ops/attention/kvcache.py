@@ -1,4 +1,4 @@
-"""Decoding: attention of a few new queries to a cache of keys and values, which may be paged."""
+"""Decode: compute attention of a few new queries to a cache of keys and values, which may be paged."""
 
 import torch
 from torch import Tensor
@@ -40,29 +40,29 @@ def kvcache_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of new queries to the keys and values that are cached, after appending new ones in place. No gradient.
+    """Append new keys and values to their caches in place, and compute attention of new queries to the caches. No gradient.
 
     Args:
         query: (B, Hq, Lq, D), float32, bfloat16 or float16. Under autocast, query, key and value take the caches' dtype.
         key_cache: (B, Hkv, Lmax, D); or, with a ``block_table``, (n_pages, page, Hkv, D). Hq is a multiple of Hkv.
         value_cache: as key_cache, with a head_dim Dv of its own.
-        cache_seqlens: int32 (B,): how many rows of each sequence are cached, before appending. Not changed. What lies in the
-            caches past a sequence's rows has no influence.
+        cache_seqlens: int32 (B,): how many rows of each sequence are cached, before appending. Not changed. Cache contents
+            past a sequence's rows have no influence.
         key: (B, Hkv, L, D), appended to key_cache in place; L need not be Lq.
         value: (B, Hkv, L, Dv), appended to value_cache; given together with key or not at all.
         block_table: int32 (B, max_pages): row j of sequence b is row j % page of page block_table[b, j // page]. Entries past a
             sequence's rows are not read. Sequences that append must not share the page that they write to.
-        causal, window: query i sits at row i + (rows cached and appended) - Lq of its sequence, otherwise as in `attention`.
+        causal, window: as in `attention`; query i sits at row i + (rows cached and appended) - Lq of its sequence.
         scale, softcap, alibi_slopes, sinks, return_lse, backend: as in `attention`.
 
     Returns:
-        out (B, Hq, Lq, Dv) in query's dtype, in memory ordered like query; or (out, lse), lse float32 (B, Hq, Lq).
+        out (B, Hq, Lq, Dv) in query's dtype, laid out in memory like query; or (out, lse), lse float32 (B, Hq, Lq).
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit; nothing is appended then. What a GPU's cache_seqlens and
-            block_table hold is not looked into, as that would wait for the GPU: rows outside the cache are neither written nor
-            attended to.
-        UnsupportedError: the named ``backend`` cannot do the call.
+        TypeError, ValueError: naming the argument that does not fit; nothing is appended then. The numbers in cache_seqlens
+            and block_table are not checked on a GPU, because that would wait for it: rows outside the cache are neither
+            written nor attended to.
+        UnsupportedError: the named ``backend`` cannot run the call.
     """
     check_rows("query", query, BATCHED)
     check_rows("key_cache", key_cache, BATCHED if block_table is None else PAGED)

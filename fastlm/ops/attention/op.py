@@ -1,12 +1,12 @@
-"""The torch ops behind attention, made for each backend: schema, fake tensors, vmap and autograd around its functions.
+"""Make the torch ops of attention for each backend: schema, fake tensors, vmap and autograd around the backend's functions.
 
-fastlm::attention returns (out, lse, statistics) and fastlm::attention_backward the gradients of query, key, value, mask and
-sinks; an unwanted gradient is an empty tensor, as an op returns no None. fastlm::kvcache_attention returns (out, lse).
-cpu.py and triton.py hold the functions.
+fastlm::attention returns (out, lse, statistics). fastlm::attention_backward returns the gradients of query, key, value, mask
+and sinks; an unwanted gradient is an empty tensor, because an op cannot return None. fastlm::kvcache_attention returns
+(out, lse). cpu.py and triton.py hold the functions.
 
-``statistics`` (B, Hq, Lq, 2) is what a backend's own backward computes the weights again from: the score that a row's weights
-were taken against, in the backend's unit, and log2 of the sum of these weights. The log-sum-exp, which adds the two, cannot
-serve: beside scores near -1e9, float32 has no room for the logarithm of the number of keys.
+A backend's own backward recomputes the weights from ``statistics`` (B, Hq, Lq, 2). They hold the maximum that was subtracted
+from a row's scores, in the backend's unit, and log2 of the sum of the row's weights. The log-sum-exp, which adds the two, would
+not do: beside scores near -1e9, float32 has no room for the logarithm of the number of keys.
 """
 
 import math
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
 from .call import DIFFERENTIABLE, INPUTS, KVCACHE_INPUTS, KVCACHE_TENSORS, TENSORS, AttentionCall, KVCacheCall
 
-# ---- layout: results lie in memory as what they belong to --------------------------------------------------------------------
+# ---- layout: results lie in memory as the tensors that they belong to -------------------------------------------------------
 
 
 def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
-    """Make (B, H, L, columns) by ``make(tensor, shape)``, transposed from (B, L, H, columns) where ``tensor`` is."""
+    """Make (B, H, L, columns) by ``make(tensor, shape)``; if ``tensor`` is transposed from (B, L, H, D), so is the result."""
     batch, heads, rows, _ = tensor.shape
     if heads > 1 and rows > 1 and tensor.stride(1) < tensor.stride(2):
         return make(tensor, (batch, rows, heads, columns)).transpose(1, 2)
@@ -30,13 +30,13 @@ def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
 
 
 def empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make (out, lse, statistics) to be written, on the query's device."""
+    """Make (out, lse, statistics), unwritten, on the query's device."""
     out, rows = empty_like(query, value.shape[3], Tensor.new_empty), query.shape[:3]
     return out, query.new_empty(rows, dtype=torch.float32), query.new_empty((*rows, 2), dtype=torch.float32)
 
 
 def empty_gradients(call: AttentionCall, need_mask: bool, need_sinks: bool) -> tuple[Tensor, ...]:
-    """Make the gradients to be written, of query, key, value, mask and sinks; unwanted ones are empty."""
+    """Make the unwritten gradients of query, key, value, mask and sinks; unwanted ones are empty."""
     query, key, value, mask, sinks = call[:DIFFERENTIABLE]
     grads = (empty_like(tensor, tensor.shape[3], Tensor.new_empty) for tensor in (query, key, value))
     grad_mask = mask.new_empty(mask.shape) if need_mask else query.new_empty(0)
@@ -44,11 +44,11 @@ def empty_gradients(call: AttentionCall, need_mask: bool, need_sinks: bool) -> t
     return *grads, grad_mask, grad_sinks
 
 
-# ---- what every backend is given --------------------------------------------------------------------------------------------
+# ---- inputs of every backend ------------------------------------------------------------------------------------------------
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """Return the tensor with a contiguous last dimension."""
+    """Return the tensor, copied if its last dimension is not contiguous."""
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] <= 1 else tensor.contiguous()
 
 
@@ -59,10 +59,10 @@ def output_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | No
 
 
 def sink_gradient(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p a sink's share of a row.
+    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p the sink's weight in a row.
 
-    lse and delta are (B, Hq, Lq); ``unit`` makes a natural score of a row's maximum. Beside a huge one, the LSE has no room for
-    the total; far from it, a sink is all of its row, or nothing.
+    lse and delta are (B, Hq, Lq); ``unit`` times a row's maximum is a natural score. Beside a huge maximum, the LSE has no room
+    for the sum of the weights; far from the maximum, a sink has all of its row's weight, or none.
     """
     logits, maximum = sinks.float()[:, None], statistics[..., 0] * unit
     by_lse = logits - lse.masked_fill(lse == -math.inf, math.inf)
@@ -71,20 +71,21 @@ def sink_gradient(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor, d
     return sum_to(-share * delta, sinks[:, None]).reshape(sinks.shape)
 
 
-# ---- vmap: entries become one batch where the op has a place for that, and calls of their own elsewhere ---------------------
+# ---- vmap: if the op can batch them, entries become one batch; otherwise each is a call of its own --------------------------
 
-_SAVED = 7  # what a backward takes before the call: grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks
+# A backward takes these arguments before the call's: grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks.
+_SAVED = 7
 
 
 def _is_one_batch(in_dims: tuple, call: AttentionCall) -> bool:
-    """Whether vmapped calls can be one: dropout counts heads by their batch, and masks, slopes and sinks may not go along."""
+    """Tell whether vmapped calls can be one batch. Dropout counts heads by batch, and masks, slopes and sinks may not fit."""
     shared = call.mask is None or call.mask.dim() < 4 or call.mask.shape[0] == 1
     shared &= call.alibi_slopes is None or call.alibi_slopes.dim() == 1
     return shared and call.seed is None and call.cu_seqlens_q is None and in_dims[3:TENSORS] == (None,) * (TENSORS - 3)
 
 
 def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Return (entries * batch, ...)."""
+    """Fold the vmapped dimension into the batch: (entries * batch, ...)."""
     if tensor is None:
         return None
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -92,7 +93,7 @@ def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
 
 
 def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
-    """Return the stacked results of a call for each entry."""
+    """Call the op for each entry, and return the stacked results."""
     calls = (op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(size))
     return tuple(map(torch.stack, zip(*calls)))
 
@@ -121,13 +122,13 @@ def _backward_vmap(op, info, in_dims, *args):
 def attention_op(
     name: str, forward: Callable, backward: Callable, devices: tuple[str, ...], infer: Callable | None = None
 ) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
-    """Make a backend's ``attend(call)``: (out, lse) by its torch op, with gradients where a tensor asks for them.
+    """Make a backend's ``attend(call)``, which returns (out, lse) by its torch op, with the required gradients.
 
     Args:
         forward: ``forward(call)`` returns (out, lse, statistics).
         backward: ``backward(grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks, call)`` returns the gradients of
             query, key, value, mask and sinks.
-        infer: returns (out, lse) of a call that needs no gradient, where a backend can save the statistics.
+        infer: ``infer(call)`` returns (out, lse) of a call without gradients, for a backend that can omit the statistics.
     """
     infer = infer or forward
 
@@ -188,7 +189,7 @@ def attention_op(
 
 
 def kvcache_op(name: str, forward: Callable, devices: tuple[str, ...]) -> Callable[[KVCacheCall], tuple[Tensor, Tensor]]:
-    """Make a backend's ``attend(call)``: (out, lse) by its torch op, without a gradient, whatever the inputs ask for."""
+    """Make a backend's ``attend(call)``, which returns (out, lse) by its torch op, always without a gradient."""
 
     def run_forward(*args):
         return forward(KVCacheCall._make(args))
@@ -212,15 +213,15 @@ def kvcache_op(name: str, forward: Callable, devices: tuple[str, ...]) -> Callab
 
 
 def _note_writes(*caches: Tensor) -> None:
-    """Tell autograd that tensors were written, so that a backward which saved one of them before raises."""
-    if not torch.compiler.is_compiling():  # there the schema tells
+    """Tell autograd that tensors were written, so that an older graph that saved one of them raises in its backward."""
+    if not torch.compiler.is_compiling():  # When compiling, the schema tells.
         for cache in caches:
             if not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
 
 
 def check_cache_strides(call: KVCacheCall) -> None:
-    """Refuse caches whose rows kernels cannot write in place."""
+    """Refuse caches whose rows the kernels cannot write in place."""
     for name, cache in (("key_cache", call.key_cache), ("value_cache", call.value_cache)):
         if cache.shape[3] > 1 and cache.stride(3) != 1:
             raise ValueError(f"{name} is written in place: its last dimension must be contiguous; got strides {cache.stride()}")

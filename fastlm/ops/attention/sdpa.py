@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_dot_product_attention, by its own signature and rules."""
+"""Replace torch.nn.functional.scaled_dot_product_attention, with its signature and rules."""
 
 import torch
 from torch import Tensor
@@ -22,16 +22,16 @@ def scaled_dot_product_attention(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """A drop-in for ``torch.nn.functional.scaled_dot_product_attention``.
+    """Compute what ``torch.nn.functional.scaled_dot_product_attention`` does, as a drop-in for it.
 
     Args:
-        query: (..., Hq, Lq, D). Of two dimensions, it is one head.
-        key: (..., Hkv, Lk, D); leading dimensions broadcast against query's. Hkv is Hq, or divides it with ``enable_gqa``.
+        query: (..., Hq, Lq, D). A query of two dimensions is one head.
+        key: (..., Hkv, Lk, D); leading dimensions broadcast with query's. Hkv is Hq; with ``enable_gqa`` it divides Hq.
         value: (..., Hkv, Lk, Dv).
         attn_mask: bool (True: attend) or floating (added to the scores), broadcastable to (..., Hq, Lq, Lk).
         dropout_p: the share of weights that are dropped, in [0, 1], by a seed from torch's default generator.
-        is_causal: query i sees keys j <= i: aligned at the first query and key, as torch has it. Excludes ``attn_mask``.
-        scale: multiplies the scores; None is 1 / sqrt(D).
+        is_causal: query i sees keys j <= i: aligned at the first query and key, as in torch. Excludes ``attn_mask``.
+        scale: multiplies the scores; None means 1 / sqrt(D).
         enable_gqa: query heads may share heads of keys and values.
         backend: as in `fastlm.attention`.
 
@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
-        UnsupportedError: the named ``backend`` cannot do the call.
+        UnsupportedError: the named ``backend`` cannot run the call.
     """
     if attn_mask is None and dropout_p == 0.0:
         out = fast_path(query, key, value, scale, is_causal, True, enable_gqa, backend)
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
     check_keys(query, key, value)
     queries, keys = query.shape[2], key.shape[2]
     check_mask(attn_mask, (*query.shape[:3], keys), query.device, "attn_mask")
-    right = queries - keys if is_causal else None  # from the last key that the last query sits at, to its own number
+    right = queries - keys if is_causal else None  # From alignment at the last query and key to alignment at the first.
     scale, _ = score_options(scale, None, query.shape[3])
     dropout_p = check_dropout_p(dropout_p)
     call = AttentionCall(query, key, value, attn_mask, None, None, None, None, None, None, right, scale, 0.0, dropout_p)
@@ -72,7 +72,7 @@ def scaled_dot_product_attention(
 
 
 def _as_batches(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple:
-    """The leading shape of the result, and tensors of four dimensions: all batches in one, broadcast, behind it heads."""
+    """Return the result's leading shape, and the tensors (batch, heads, rows, dim), with broadcast batches folded into one."""
     heads = query.dim() > 2 or key.dim() > 2 or value.dim() > 2
     query, key, value = (t if t.dim() > 2 else t.unsqueeze(0) for t in (query, key, value))
     try:
@@ -91,7 +91,7 @@ def _as_batches(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
 
 
 def _with_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads that broadcast, or that divide query's; a single head of keys and values needs no expansion."""
+    """Expand heads that broadcast, or that divide query's. A single head of keys and values needs no expansion."""
     if enable_gqa:
         for name, tensor in (("key", key), ("value", value)):
             check_groups(query.shape[1], tensor.shape[1], name)

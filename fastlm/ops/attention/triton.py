@@ -1,4 +1,4 @@
-"""Attention on GPUs: the functions behind the torch ops of the Triton kernels."""
+"""Run attention on GPUs: implement the torch ops of the Triton kernels."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def allow_tf32() -> bool:
 
 
 def _kernel_call(call: AttentionCall):
-    """Return the record that the kernels' launchers take: the same tensors, and the options as kernels read them."""
+    """Convert a call for the kernels' launchers: the same tensors, and the options by `kernel_options`."""
     tensors = (*map(rows_of, call[:3]), *call[3:TENSORS])
     return triton_kernels.attention().Call(*tensors, *kernel_options(call), allow_tf32())
 

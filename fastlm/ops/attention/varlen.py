@@ -1,4 +1,4 @@
-"""Attention over sequences of different lengths that lie one after the other: nothing is padded, nothing is masked out."""
+"""Compute attention over packed sequences of different lengths, without padding and without a mask."""
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ def varlen_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastlm.attention` for a batch of sequences of any lengths, packed without padding.
+    """Compute `fastlm.attention` for a batch of sequences of any lengths, packed without padding.
 
     Args:
         query: (total_q, Hq, D), the rows of all sequences; dtypes as in `attention`.
@@ -50,7 +50,7 @@ def varlen_attention(
         cu_seqlens_q: int32 (B + 1,): sequence b has the query rows from cu_seqlens_q[b] up to cu_seqlens_q[b + 1]. Starts at 0,
             does not fall, ends at total_q. A sequence may be empty.
         cu_seqlens_k: int32 (B + 1,), the same for keys and values.
-        max_seqlen_q, max_seqlen_k: the longest sequences, for backends that plan by them; none of these does yet.
+        max_seqlen_q, max_seqlen_k: the longest sequences, for backends that plan by them; none does so yet.
         alibi_slopes: (Hq,) or (B, Hq), floating.
         seed: as in `attention`; an int64 tensor (B,) gives each sequence a stream of its own.
         causal, window, scale, softcap, sinks, dropout_p, return_lse, backend: as in `attention`, for each sequence by itself.
@@ -59,9 +59,9 @@ def varlen_attention(
         out (total_q, Hq, Dv) in query's dtype; or (out, lse), lse float32 (Hq, total_q).
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit. A GPU's cu_seqlens are not looked into, as that would wait
-            for the GPU: rows that wrong ones leave out are not written, and nothing outside the tensors is touched.
-        UnsupportedError: the named ``backend`` cannot do the call.
+        TypeError, ValueError: naming the argument that does not fit. The numbers in cu_seqlens are not checked on a GPU,
+            because that would wait for it: wrong ones leave rows unwritten, and nothing outside the tensors is touched.
+        UnsupportedError: the named ``backend`` cannot run the call.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_rows(name, tensor, VARLEN)

@@ -1,11 +1,11 @@
-"""The Gaussian latent of a VAE: sampling, and the KL divergence, in one pass over the inputs, forward and backward.
+"""Sample the Gaussian latent of a VAE and compute its KL divergence, in one pass over the inputs, forward and backward.
 
     z = mu + temperature * exp(logvar / 2) * eps,   eps ~ N(0, 1) from the stream of the seed
     kl = sum over the event of max(free_bits, (d^2 e^-prior_logvar + e^x - 1 - x) / 2)
     with d = mu - prior_mu and x = logvar - prior_logvar
 
-`reparameterize`, `reparameterize_with_kl` and `gaussian_kl` are three views of one op (op.py). Its backward
-draws the noise again: nothing but the inputs and the seed is saved.
+`reparameterize`, `reparameterize_with_kl` and `gaussian_kl` call one op (op.py). Its backward draws the noise again, so that
+only the inputs and the seed are saved.
 Sources: Kingma & Welling, "Auto-Encoding Variational Bayes" (2013); free bits: Kingma et al., "Improved variational inference
 with inverse autoregressive flow" (2016), appendix C.8.
 """
@@ -29,7 +29,7 @@ from .op import latent_op
 
 
 def _posterior(mu: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-    """Check mu and logvar, and return them; under autocast in one dtype, as torch promotes them there."""
+    """Check mu and logvar, and return them. Under autocast they are promoted to one dtype, as torch does there."""
     check_tensor("mu", mu)
     check_tensor("logvar", logvar)
     if logvar.dtype is not mu.dtype and torch.is_autocast_enabled(mu.device.type):
@@ -63,7 +63,7 @@ def _clamp(logvar_clamp: tuple[float, float] | None) -> tuple[float, float]:
     low, high = logvar_clamp
     if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
         raise TypeError(f"logvar_clamp must be a pair of numbers (low, high); got {logvar_clamp!r}")
-    if not low <= high:  # also where one is NaN
+    if not low <= high:  # NaN is refused, too.
         raise ValueError(f"logvar_clamp must be (low, high) with low <= high; got {logvar_clamp!r}")
     return float(low), float(high)
 
@@ -79,17 +79,17 @@ def reparameterize(
     Args:
         mu: means, any shape, float32, bfloat16, float16 or float64, any strides.
         logvar: logarithms of the variances; shape, dtype and device of ``mu``.
-        seed: an int, a 0-d int64 tensor, or an int64 tensor (B,), B = mu.shape[0], that gives each example a stream of its own,
-            so that its noise does not depend on the batch around it. None draws a seed from torch's default generator.
+        seed: an int, a 0-d int64 tensor, or an int64 tensor (B,), B = mu.shape[0]. The last gives each example a stream of its
+            own, so that its noise does not depend on the batch around it. None draws a seed from torch's default generator.
         temperature: multiplies the standard deviation; 0 returns ``mu``.
-        backend: 'cpu', 'cuda' or 'reference'; None picks the fastest that can do the call.
+        backend: 'cpu', 'cuda' or 'reference'; None picks the fastest one that can run the call.
 
     Returns:
         z, contiguous, with ``mu``'s shape and dtype. The same seed gives the same noise on every backend.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
-        UnsupportedError: the named ``backend`` cannot do the call.
+        UnsupportedError: the named ``backend`` cannot run the call.
     """
     mu, logvar = _posterior(mu, logvar)
     call = LatentCall.sample(mu, logvar, None, check_number("temperature", temperature, 0.0))
@@ -110,15 +110,15 @@ def reparameterize_with_kl(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample a Gaussian latent and compute its KL divergence from the prior, in one pass: (z, kl).
+    """Sample a Gaussian latent and compute its KL divergence from the prior, in one pass.
 
     Args:
         mu, logvar, seed, backend: as in `reparameterize`.
-        prior_mu, prior_logvar: the prior's mean and log-variance, of any floating dtype, broadcastable to ``mu``'s shape; each
-            is 0 where it is None. They get gradients.
-        event_dims: how many trailing dimensions make up one latent: kl is summed over them. 0 keeps every element.
-        free_bits: nats that each latent dimension contributes at least; below it, it gets no gradient.
-        logvar_clamp: (low, high) that ``logvar`` is held to, for z and kl alike; no gradient outside.
+        prior_mu, prior_logvar: the prior's mean and log-variance, of any floating dtype, broadcastable to ``mu``'s shape; None
+            means 0. They get gradients.
+        event_dims: how many trailing dimensions make up one latent; kl is summed over them. 0 keeps every element.
+        free_bits: the least number of nats that a latent dimension contributes; below it, the dimension gets no gradient.
+        logvar_clamp: (low, high), the bounds of ``logvar`` for both z and kl; outside them it gets no gradient.
         num_samples: K draws per latent in one pass. None draws one, without a leading dimension.
 
     Returns:
@@ -127,7 +127,7 @@ def reparameterize_with_kl(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
-        UnsupportedError: the named ``backend`` cannot do the call.
+        UnsupportedError: the named ``backend`` cannot run the call.
     """
     if num_samples is not None:
         num_samples = check_integer("num_samples", num_samples, 1, 2**31 - 1)
@@ -148,7 +148,7 @@ def gaussian_kl(
     logvar_clamp: tuple[float, float] | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) in nats, summed over the last ``event_dims`` dimensions.
+    """Compute KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) in nats, summed over the last ``event_dims`` dimensions.
 
     Arguments, result and errors are those of `reparameterize_with_kl`, without the sampling.
     """
@@ -158,7 +158,7 @@ def gaussian_kl(
 
 
 def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp, num_samples=None) -> LatentCall:
-    """Check what the two functions with a KL share, and return the call, without a seed yet."""
+    """Check the arguments that the two functions with a KL share, and return the call, without a seed yet."""
     _check_prior("prior_mu", prior_mu, mu)
     _check_prior("prior_logvar", prior_logvar, mu)
     event_dims = check_integer("event_dims", event_dims, 0, mu.dim())
@@ -172,7 +172,7 @@ def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, log
 
 
 def _run_reference(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """Run plain PyTorch, with noise ``eps`` that was drawn elsewhere in place of the seed's."""
+    """Run the reference. If noise ``eps`` is given, it takes the place of the seed's."""
     return reference.reparameterize(
         *call[:TENSORS],
         eps=eps,
@@ -193,16 +193,16 @@ IMPLEMENTATIONS = (
 
 
 def _exported_noise(call: LatentCall) -> Tensor:
-    """Draw noise by torch's generator: ONNX has one, but not ours."""
+    """Draw noise from torch's generator, because ONNX has one, but not ours."""
     shape, samples = call.mu.shape, call.num_samples
     return torch.randn(shape if samples is None else (samples, *shape), dtype=torch.float32, device=call.mu.device)
 
 
-_NO_SAMPLE = object()  # in place of a seed: only the KL is wanted
+_NO_SAMPLE = object()  # Stands in place of a seed if only the KL is wanted.
 
 
 def _run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
-    """Choose the backend, then draw the seed, so that explain() leaves torch's generator alone; then run."""
+    """Choose the backend, draw the seed, and run the call. In this order, explain() leaves torch's generator alone."""
     only_reference = reference_only(*call[:TENSORS])
     run = select(op, IMPLEMENTATIONS, (call.mu,), backend, only_reference)
     if seed is None and only_reference is EXPORTS:
@@ -211,7 +211,10 @@ def _run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
 
 
 def standard_normal(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:
-    """Return the noise of that shape and dtype that `reparameterize` adds, without its checks: torch.compile takes none of a
-    layout in a backward. A seed (B,) gives each of B = shape[0] examples a stream of its own."""
+    """Return the noise of that shape and dtype that `reparameterize` adds.
+
+    Its checks are skipped, because torch.compile takes no check of a layout in a backward. A seed (B,) gives each of
+    B = shape[0] examples a stream of its own.
+    """
     zero = seed.new_zeros((), dtype=dtype).expand(shape)
     return select("reparameterize", IMPLEMENTATIONS, (zero,), None)(LatentCall.sample(zero, zero, seed, 1.0))[0]

@@ -1,4 +1,4 @@
-"""The record of one call: its tensors and options by name, in the order that schemas, the reference and kernels share."""
+"""Name the tensors and options of one call, in the order that schemas, the reference and kernels share."""
 
 import math
 from typing import NamedTuple
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class LatentCall(NamedTuple):
-    """A checked call of the Gaussian latent.
+    """Hold a checked call of the Gaussian latent.
 
-    No float has a default: torch.compile would make an input of the graph of it.
+    No float has a default, because torch.compile would make it an input of the graph.
     """
 
     mu: Tensor  # (*batch, *event)
-    logvar: Tensor  # of mu's shape and dtype
+    logvar: Tensor  # mu's shape and dtype
     prior_mu: Tensor | None  # broadcastable to mu's shape
     prior_logvar: Tensor | None
-    seed: Tensor | None  # int64, of the shape of leading dimensions of mu: a stream for each entry; None: no sample
+    seed: Tensor | None  # int64, shaped like leading dimensions of mu, one stream per entry; None: no sample
     with_kl: bool
     event_dims: int
     free_bits: float
@@ -26,20 +26,20 @@ class LatentCall(NamedTuple):
     temperature: float
 
     def requires_grad(self) -> bool:
-        """Tell whether one of the tensors that have gradients wants one."""
+        """Tell whether one of the differentiable tensors requires a gradient."""
         return any(tensor is not None and tensor.requires_grad for tensor in self[:DIFFERENTIABLE])
 
     @classmethod
     def sample(cls, mu: Tensor, logvar: Tensor, seed: Tensor | None, temperature: float) -> "LatentCall":
-        """Return the call for one sample and no KL."""
+        """Return a call for one sample and no KL."""
         return cls(mu, logvar, None, None, seed, False, 0, 0.0, -math.inf, math.inf, None, temperature)
 
     def with_seed(self, seed: Tensor) -> "LatentCall":
-        """Return the call with that seed; ``_replace`` takes twice as long."""
+        """Return the call with that seed, in half the time of ``_replace``."""
         return LatentCall(*self[:DIFFERENTIABLE], seed, *self[TENSORS:])
 
     def output_shapes(self) -> tuple[tuple, tuple]:
-        """Return the shapes of (z, kl); an output that is not wanted is empty."""
+        """Return the shapes of (z, kl); an unwanted output is empty."""
         shape = tuple(self.mu.shape)
         z = (0,) if self.seed is None else shape if self.num_samples is None else (self.num_samples, *shape)
         return z, shape[: len(shape) - self.event_dims] if self.with_kl else (0,)
@@ -49,5 +49,5 @@ INPUTS = (
     "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, "
     "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature"
 )
-TENSORS = 5  # The record's first fields are its tensors,
-DIFFERENTIABLE = 4  # and the first of these have gradients.
+TENSORS = 5  # The first 5 fields are the tensors.
+DIFFERENTIABLE = 4  # The first 4 of them have gradients.

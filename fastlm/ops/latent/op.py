@@ -1,7 +1,7 @@
-"""The torch ops behind the Gaussian latent: schema, fake tensors, vmap and autograd around a backend's kernels.
+"""Make the torch ops of the Gaussian latent: schema, fake tensors, vmap and autograd around a backend's kernels.
 
-fastlm::reparameterize returns (z, kl) and fastlm::reparameterize_backward the gradients of the four tensors; an output that is
-not wanted is an empty tensor, as an op returns no None.
+fastlm::reparameterize returns (z, kl). fastlm::reparameterize_backward returns the gradients of the four tensors. An unwanted
+output is an empty tensor, because an op cannot return None.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from ...reference.latent import accumulation_dtype
 from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
 from .call import DIFFERENTIABLE, INPUTS, TENSORS, LatentCall
 
-# ---- forward and backward by a backend's kernels, which are all told the same -----------------------------------------------
+# ---- forward and backward by a backend's kernels, which all take the same arguments -----------------------------------------
 
 
 def _tensor_args(view: Callable, call: LatentCall) -> tuple:
-    """Return the inputs as kernels take them, the priors broadcast by strides of 0."""
+    """Convert the inputs for the kernels, with the priors broadcast by strides of 0."""
     mu, logvar, prior_mu, prior_logvar = call[:DIFFERENTIABLE]
     prior_mu = None if prior_mu is None else prior_mu.expand(mu.shape)
     prior_logvar = None if prior_logvar is None else prior_logvar.expand(mu.shape)
@@ -33,7 +33,7 @@ def _forward(kernels: ModuleType, call: LatentCall) -> tuple[Tensor, Tensor]:
     """Return (z, kl)."""
     z_shape, kl_shape = call.output_shapes()
     z, kl = kernels.empty(call.mu, z_shape), kernels.empty(call.mu, kl_shape, accumulation_dtype(call.mu.dtype))
-    if call.mu.numel() == 0:  # a sum over nothing is zero
+    if call.mu.numel() == 0:  # A sum over nothing is zero.
         return z, kl.zero_()
     seed = _contiguous(call.seed)
     kernels.launch(
@@ -62,7 +62,7 @@ def _backward(
     grad_mu, grad_logvar = empty(mu, shape), empty(mu, shape)
     grad_prior_mu = empty(mu, shape, _prior_gradient_dtype(prior_mu, mu)) if need_prior_mu else None
     grad_prior_logvar = empty(mu, shape, _prior_gradient_dtype(prior_logvar, mu)) if need_prior_logvar else None
-    # What has its address taken below must live until the call returns: no temporaries there.
+    # The kernels get addresses, so these tensors must live until the call returns: no temporaries below.
     seed = _contiguous(call.seed)
     grad_kl = _contiguous(grad_kl) if call.with_kl else None
     grad_z = grad_z if seed is not None else None
@@ -89,13 +89,13 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _prior_gradient_dtype(prior: Tensor, mu: Tensor) -> torch.dtype:
-    """Return the dtype of a prior's gradient; one that was broadcast is summed at full precision, from mu's shape."""
+    """Return the dtype of a prior's gradient. A broadcast prior's is summed from mu's shape, in full precision."""
     return prior.dtype if prior.shape == mu.shape else accumulation_dtype(mu.dtype)
 
 
 # ---- fake tensors -----------------------------------------------------------------------------------------------------------
 
-_GRADIENTS = 4  # what a backward takes before the call: grad_z, grad_kl, need_prior_mu, need_prior_logvar
+_GRADIENTS = 4  # A backward takes these before the call's arguments: grad_z, grad_kl, need_prior_mu, need_prior_logvar.
 
 
 def _fake_forward(*args):
@@ -111,11 +111,11 @@ def _fake_backward(grad_z, grad_kl, need_prior_mu, need_prior_logvar, mu, logvar
     return like(mu, True), like(logvar, True), like(prior_mu, need_prior_mu), like(prior_logvar, need_prior_logvar)
 
 
-# ---- vmap: a batch of calls is one call with a leading dimension, each entry with a stream of its own -----------------------
+# ---- vmap: a batch of calls becomes one call with a leading dimension. Each entry has a stream of its own -------------------
 
 
 def _batched(tensor: Tensor | None, dim: int | None, size: int, rank: int | None = None) -> Tensor | None:
-    """Put the vmapped dimension first, and ones behind it up to ``rank`` dimensions per call."""
+    """Move the vmapped dimension to the front, and insert ones behind it up to ``rank`` dimensions per call."""
     if tensor is None:
         return None
     tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -124,7 +124,7 @@ def _batched(tensor: Tensor | None, dim: int | None, size: int, rank: int | None
 
 
 def _batched_call(size: int, in_dims: tuple, call: LatentCall) -> LatentCall:
-    """Return the one call with the entries of all tensors in a leading dimension."""
+    """Return one call that has the entries of all tensors in a leading dimension."""
     rank = call.mu.dim() - (in_dims[0] is not None)
     ranks = (None, None, rank, rank, None)
     return LatentCall(*(_batched(t, d, size, r) for t, d, r in zip(call[:TENSORS], in_dims, ranks)), *call[TENSORS:])
@@ -146,7 +146,7 @@ def _backward_vmap(op, info, in_dims, grad_z, grad_kl, *args):
     of_call = in_dims[_GRADIENTS:]
     grads = list(op(grad_z, grad_kl, *needed, *_batched_call(info.batch_size, of_call, call)))
     for i, (prior, dim) in enumerate(zip(call[2:DIFFERENTIABLE], of_call[2:DIFFERENTIABLE])):
-        if needed[i]:  # without the ones that _batched put in
+        if needed[i]:  # Remove the ones that _batched inserted.
             shape = prior.shape if dim is None else prior.movedim(dim, 0).shape[1:]
             grads[2 + i] = grads[2 + i].reshape(info.batch_size, *shape)
     return tuple(grads), (0, 0, *(0 if need else None for need in needed))
@@ -156,7 +156,7 @@ def _backward_vmap(op, info, in_dims, grad_z, grad_kl, *args):
 
 
 def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[Tensor, Tensor]]:
-    """Make a backend's ``run(call)``: (z, kl) by the torch op on that device, with gradients where a tensor asks for them.
+    """Make a backend's ``run(call)``, which returns (z, kl) by the torch op on that device, with the required gradients.
 
     ``kernels`` is the backend's module. It makes outputs (empty), describes tensors (view) and runs kernels (launch).
     """
