@@ -15,9 +15,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-# All tests run in two processes, each with half of the cores; a file stays in one, as its tests share what they prepare.
+# All tests run in two processes. Threads that wait for work must sleep meanwhile: they would take the other process's cores.
 test: $(VENV)/installed lint ## run the tests (TESTS="tests/ops/test_kl.py -k sign" for some)
-	$(BIN)/pytest $(or $(TESTS),-n 2 --dist loadfile tests)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(TESTS),-n 2 --dist loadgroup tests)
 
 bench: $(VENV)/installed ## the main job: check, time and train, then report in build/bench (BENCH="--help" for more)
 	$(BIN)/fastlm bench $(BENCH)

@@ -1,5 +1,6 @@
 """Give every test poisoned memory, every instruction set of the machine, and the same examples in each run."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,14 @@ settings.register_profile(
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-settings.load_profile("fastlm")
+
+# A run of the benchmark in a process of its own is none of xdist's, whose workers pytest-benchmark does not time.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
+def pytest_runtest_setup(item):
+    """Load our profile for each test: torch.testing loads one of its own when a test imports it."""
+    settings.load_profile("fastlm")
 
 
 def pytest_configure(config):

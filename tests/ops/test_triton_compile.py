@@ -14,6 +14,7 @@ import pytest
 from fastlm.kernels.attention.tiles import shared_memory
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.xdist_group("triton_compile")  # What one process has compiled, all of these tests read.
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
