@@ -22,13 +22,14 @@ settings.register_profile(
     max_examples=150,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+settings.load_profile("fastlm")
 
 # A run of the benchmark in a process of its own is none of xdist's, whose workers pytest-benchmark does not time.
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
-def pytest_runtest_setup(item):
-    """Load our profile for each test: torch.testing loads one of its own when a test imports it."""
+def pytest_collectstart(collector):
+    """Load our profile for each module: torch.testing loads one of its own when a module before it imports that."""
     settings.load_profile("fastlm")
 
 
