@@ -128,7 +128,10 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     caches = call.key_cache, call.value_cache
     if call.block_table is not None:  # (pages, page, Hkv, D) -> (pages, Hkv, page, D), the order of a contiguous cache
         caches = tuple(cache.detach().transpose(1, 2) for cache in caches)
-    over_caches = AttentionCall(call.query, *caches, None, *call[7:9], None, None, None, *call[9:], 0.0)
+    over_caches = AttentionCall(
+        call.query, *caches, None, call.sinks, call.alibi_slopes, seed=None, cu_seqlens_q=None, cu_seqlens_k=None,
+        left=call.left, right=call.right, scale=call.scale, softcap=call.softcap, dropout_p=0.0,
+    )  # fmt: skip
     out = empty_like(call.query, call.value_cache.shape[3], empty)
     lse = empty(call.query, call.query.shape[:3], torch.float32)
     native.C.kvcache_attention_forward(
