@@ -6,6 +6,9 @@ largest golden value.
 """
 
 import math
+import os
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,3 +72,14 @@ def assert_as_good_as_plain(
     assert actual.dtype == plain.dtype, f"{what} is {actual.dtype}, not {plain.dtype}"
     slack = ulp_of_largest(golden, actual.dtype) if slack is None else slack
     assert_within(actual, golden, allowed_error(plain, golden, factor, slack), what)
+
+
+def separate_compiler_caches() -> None:
+    """Give torch.compile a cache of its own in a process that ATEN_CPU_CAPABILITY holds to narrower vectors.
+
+    The cache does not look at that variable, and code for vectors of one width corrupts the heap of a process that uses another
+    (seen with torch 2.13).
+    """
+    if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+        folder = Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}_{capability}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -11,6 +11,7 @@ from support import triton_interpreter  # noqa: F401  (before any kernel is impo
 from support.oracle import ISAS
 
 from fastlm.backend import cpu as native
+from fastlm.testing import separate_compiler_caches
 
 # Tests import the modules of benchmarks/.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # Last, because it has a conftest.py, too.
@@ -23,6 +24,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("fastlm")
+
+separate_compiler_caches()
 
 # A run of the benchmark in a process of its own is none of xdist's, whose workers pytest-benchmark does not time.
 os.environ.pop("PYTEST_XDIST_WORKER", None)

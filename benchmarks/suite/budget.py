@@ -30,7 +30,7 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """The seconds that the whole run has left."""
+        """Return the seconds that the whole run has left."""
         return self.end - self.clock()
 
     @property

@@ -4,10 +4,8 @@ Each peer takes the keyword arguments of the function that it stands in for, get
 inputs out as it likes them) and returns the call that is timed. It raises where it is not installed or does not do the call.
 """
 
-import getpass
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -16,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastlm.testing import separate_compiler_caches
+
 # With one thread, torch.compile starts no workers that are busy beside what is timed.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# The compiler's cache does not look at ATEN_CPU_CAPABILITY. Code that was compiled for vectors of one width corrupts the heap
-# of a process that uses another (seen with torch 2.13), so each capability has a cache of its own.
-_CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "own")
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"fastlm_bench_{getpass.getuser()}_{_CAPABILITY}")
-)
+separate_compiler_caches()
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 

@@ -181,7 +181,7 @@ def test_peaks_of_a_gpu_are_measured_with_its_clock(monkeypatch):
 
 @pytest.mark.parametrize("name", GPU_BENCHMARKS)
 def test_peers_on_a_gpu_compute_what_fastlm_does(name):
-    """A CPU stands in for the GPU, fastlm's CPU backend for its GPU's, and small sizes for large ones."""
+    """Run the peers on small sizes, with a CPU in the place of the GPU and fastlm's CPU backend in that of its GPU's."""
     benchmark = replace(GPU_BENCHMARKS[name], device="cpu", backends=("cpu",))
     runner = OpRunner(benchmark, benchmark.sized(*SMALL[benchmark.sizes]).make(benchmark.dtypes[0]))
     ran = set()

@@ -8,7 +8,7 @@ from fastlm.testing import FLOATS, seeded_normal
 
 
 def _latent(dtype, *shape, chunk_dim=None, transpose=False, **options) -> dict:
-    """The arguments of a call: mu and logvar as asked for, the rest as given; a prior is given by its shape."""
+    """Make the arguments of a call: mu and logvar as asked for, the rest as given. A prior is given by its shape."""
     if chunk_dim is None:
         mu, logvar = seeded_normal(1, shape, dtype), seeded_normal(2, shape, dtype)
     else:

@@ -61,7 +61,7 @@ def generator(request, models, tokenizer):
 
 @pytest.fixture
 def vae(models, tokenizer):
-    """A text generator whose model has a latent."""
+    """Make a text generator whose model has a latent."""
     return TextGenerator(models["vae"], tokenizer)
 
 

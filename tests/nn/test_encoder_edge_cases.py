@@ -9,8 +9,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
-from fastlm.nn import multi_head_call as functional
-from fastlm.nn import multihead_attention
 from fastlm.testing import seeded_normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
@@ -22,23 +20,6 @@ SRC = seeded_normal(1, (3, 6, 16), torch.float32)
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
     """Require the C++ kernel, because these tests are about the fused path."""
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Return a list that grows with the name of every fused function that a module calls."""
-    calls = []
-
-    def counted(name):
-        def call(*args, **options):
-            calls.append(name)
-            return getattr(fastlm, name)(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(functional, "attention", counted("attention"))
-    monkeypatch.setattr(multihead_attention, "varlen_attention", counted("varlen_attention"))
-    return calls
 
 
 def pair(layers=2, dropout=0.0, heads=4, activation="relu", norm_first=False, batch_first=True, **options):

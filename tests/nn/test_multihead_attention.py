@@ -12,7 +12,7 @@ from support.drop_in import assert_as_good_as_original
 from torch.testing._internal.common_modules import module_db
 
 import fastlm
-from fastlm.nn import multi_head_call as functional
+from fastlm.nn import multi_head_call
 from fastlm.testing import seeded_normal
 
 TORCHS, OURS = torch.nn.MultiheadAttention, fastlm.nn.MultiheadAttention
@@ -33,7 +33,7 @@ def fused(monkeypatch):
         calls.append(options)
         return fastlm.attention(*args, **options)
 
-    monkeypatch.setattr(functional, "attention", attention)
+    monkeypatch.setattr(multi_head_call, "attention", attention)
     return calls
 
 
@@ -403,6 +403,6 @@ def test_torch_s_own_samples(name, training):
 def test_functional_call_matches_torch_s_signature():
     """MultiHeadCall has the parameters of F.multi_head_attention_forward, and then one of its own."""
     theirs = inspect.signature(F.multi_head_attention_forward).parameters.values()
-    ours = list(inspect.signature(functional.MultiHeadCall).parameters.values())
+    ours = list(inspect.signature(multi_head_call.MultiHeadCall).parameters.values())
     assert [(p.name, p.default) for p in ours[:-1]] == [(p.name, p.default) for p in theirs]
     assert ours[-1].name == "batch_first"

@@ -9,8 +9,6 @@ from support.drop_in import assert_as_good_as_original
 from torch import nn
 
 import fastlm
-from fastlm.nn import multi_head_call as functional
-from fastlm.nn import multihead_attention
 from fastlm.testing import seeded_normal
 
 PADDING = torch.arange(9)[None] >= torch.tensor([[9], [4], [1]])  # (N, S) True: padding
@@ -20,23 +18,6 @@ CAUSAL = nn.Transformer.generate_square_subsequent_mask(9)
 @pytest.fixture(autouse=True)
 def kernel(widest_isa):
     """Require the C++ kernel, because these tests are about the fused path."""
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Return a list that grows with the name of every fused function that a module calls."""
-    calls = []
-
-    def counted(name):
-        def call(*args, **options):
-            calls.append(name)
-            return getattr(fastlm, name)(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(functional, "attention", counted("attention"))
-    monkeypatch.setattr(multihead_attention, "varlen_attention", counted("varlen_attention"))
-    return calls
 
 
 def encoder(layers=2, **options):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.processes import printed
+from support.processes import in_a_forked_child, printed
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -271,28 +271,17 @@ def test_vmap_of_a_plain_gradient_and_a_batch_of_gradients_are_the_loop():
 
 # ---- fork and threads -------------------------------------------------------------------------------------------------------
 
-FORK = """
-import os, signal, torch, fastlm
-torch.set_num_threads(2)
+COMPUTE = """
 tensors = [t.requires_grad_() for t in torch.randn(3, 1, 4, 300, 64).unbind()]
 gradient = torch.ones(1, 4, 300, 64)
 def compute():
     out = fastlm.attention(*tensors, causal=True, backend="cpu")
     return out.detach(), *torch.autograd.grad(out, tensors, gradient)
-def same(results, expected):
-    return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(results, expected))
-expected = compute()  # starts the parent's threads
-child = os.fork()
-if child == 0:
-    signal.alarm(30)  # a hang ends the child
-    os._exit(0 if same(compute(), expected) else 1)
-assert os.waitpid(child, 0)[1] == 0, "the forked child failed or hung"
-assert same(compute(), expected)
 """
 
 
 def test_a_forked_child_computes_the_same_bits():
-    printed(FORK)
+    printed(in_a_forked_child(COMPUTE))
 
 
 def test_several_python_threads_at_once_get_their_own_right_answers():

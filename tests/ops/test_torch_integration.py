@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.processes import printed
+from support.processes import in_a_forked_child, printed
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
@@ -130,29 +130,17 @@ def test_a_seed_leaves_torch_s_generator_alone():
 
 # ---- fork and threads -------------------------------------------------------------------------------------------------------
 
-# torch's own parallel loops hang in such a child, so it runs torch's ops on a few numbers only.
-FORK = """
-import os, signal, torch, fastlm
-torch.set_num_threads(2)
+COMPUTE = """
 mu, logvar = torch.randn(2, 512, 1024).requires_grad_().unbind()
 gradients = torch.ones(512, 1024), torch.ones(512)
 def compute():
     outputs = fastlm.reparameterize_with_kl(mu, logvar, seed=1, backend="cpu")
     return *(out.detach() for out in outputs), *torch.autograd.grad(outputs, (mu, logvar), gradients)
-def same(results, expected):
-    return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(results, expected))
-expected = compute()  # starts the parent's threads
-child = os.fork()
-if child == 0:
-    signal.alarm(30)  # a hang ends the child
-    os._exit(0 if same(compute(), expected) else 1)
-assert os.waitpid(child, 0)[1] == 0, "the forked child failed or hung"
-assert same(compute(), expected)
 """
 
 
 def test_a_forked_child_computes_the_same_bits():
-    printed(FORK)
+    printed(in_a_forked_child(COMPUTE))
 
 
 def test_several_python_threads_at_once_get_their_own_right_answers():

@@ -19,20 +19,20 @@ WORK = ROOT / "build" / "smoke"
 
 
 def run(*command: str | Path, cwd: Path = WORK) -> None:
-    """The command in a shell's environment without what would lead it back into the repository."""
+    """Run a command without the environment variables that would lead it back into the repository."""
     print("+", *command, flush=True)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     subprocess.run(command, cwd=cwd, env=environment, check=True)
 
 
 def make_environment(name: str) -> Path:
-    """The Python of a fresh environment."""
+    """Make a fresh environment, and return its Python."""
     venv.create(WORK / name, clear=True, with_pip=True)
     return WORK / name / "bin" / "python"
 
 
 def build() -> Path:
-    """The wheel, built from the sdist."""
+    """Build the sdist and from it the wheel, and return the wheel."""
     dist = WORK / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     python = make_environment("build")

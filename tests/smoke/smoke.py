@@ -41,7 +41,7 @@ def compiled() -> None:
 
 
 def fast_path() -> None:
-    """This torch's dispatch keys are those that a plain call may bypass the dispatcher with."""
+    """Check that plain tensors have, under this torch, the dispatch keys with which a call may bypass the dispatcher."""
     assert may_bypass_dispatcher(torch.ones(1), torch.nn.Parameter(torch.ones(1)))
     with torch.inference_mode():
         assert may_bypass_dispatcher(torch.ones(1))

@@ -31,3 +31,28 @@ def printed(code: str, **environment: str) -> str:
     process = python(code, **environment)
     assert process.returncode == 0, process.stderr
     return process.stdout.strip()
+
+
+def in_a_forked_child(compute: str) -> str:
+    """Return code that runs ``compute()``, which the given code defines, in a forked child and holds it to the parent's bits.
+
+    torch's own parallel loops hang in such a child, so it may run torch's ops on a few numbers only.
+    """
+    return f"{_START}{compute}{_FORK}"
+
+
+_START = """
+import os, signal, torch, fastlm
+torch.set_num_threads(2)
+"""
+_FORK = """
+def same(results, expected):
+    return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(results, expected))
+expected = compute()  # starts the parent's threads
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a hang ends the child
+    os._exit(0 if same(compute(), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0, "the forked child failed or hung"
+assert same(compute(), expected)
+"""

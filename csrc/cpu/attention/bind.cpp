@@ -313,7 +313,7 @@ void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple
   a.grad_key = rows_of("grad_key", outputs[1], dtype, {batch, a.kv_heads, a.k_len, a.head_dim});
   a.grad_value = rows_of("grad_value", outputs[2], dtype, {batch, a.kv_heads, a.k_len, a.value_dim});
   if (const TensorView grad_mask(outputs[3]); grad_mask.given) {
-    const int64_t rows = grad_mask_by_block ? (a.q_len + kBlockRows - 1) / kBlockRows : a.q_len;
+    const int64_t rows = grad_mask_by_block ? ceil_div(a.q_len, kBlockRows) : a.q_len;
     expect(a.mask.data || !grad_mask.elements(), "grad_mask", grad_mask, "a mask");
     expect(grad_mask.has_shape({a.batch, a.heads, rows, a.k_len}), "grad_mask", grad_mask, "a row for each of the mask's");
     a.grad_mask = rows_of("grad_mask", grad_mask, kFloat32);

@@ -9,7 +9,17 @@ from ...backend.cpu import empty, view
 from ..torch_op import may_bypass_dispatcher, sum_to
 from .call import AttentionCall, KVCacheCall, kernel_options
 from .checks import no_columns
-from .op import attention_op, check_cache_strides, empty_like, kvcache_op, output_gradients, rows_of, sink_gradient
+from .op import (
+    attention_op,
+    check_cache_strides,
+    empty_like,
+    empty_results,
+    empty_statistics,
+    kvcache_op,
+    output_gradients,
+    rows_of,
+    sink_gradient,
+)
 
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
@@ -52,7 +62,7 @@ def tensor_args(call: AttentionCall) -> tuple:
 
 def infer(call: AttentionCall, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (out, lse), and write the ``statistics`` if they are given."""
-    out, lse = empty_like(call.query, call.value.shape[3], empty), empty(call.query, call.query.shape[:3], torch.float32)
+    out, lse = empty_results(call.query, call.value, empty)
     results = view(out), view(lse), view(statistics)
     native.C.attention_forward(tensor_args(call), kernel_options(call), *results, torch.get_num_threads())
     return out, lse
@@ -60,7 +70,7 @@ def infer(call: AttentionCall, statistics: Tensor | None = None) -> tuple[Tensor
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, lse, statistics)."""
-    statistics = empty(call.query, (*call.query.shape[:3], 2), torch.float32)
+    statistics = empty_statistics(call.query, empty)
     return *infer(call, statistics), statistics
 
 
@@ -132,8 +142,7 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
         call.query, *caches, None, call.sinks, call.alibi_slopes, seed=None, cu_seqlens_q=None, cu_seqlens_k=None,
         left=call.left, right=call.right, scale=call.scale, softcap=call.softcap, dropout_p=0.0,
     )  # fmt: skip
-    out = empty_like(call.query, call.value_cache.shape[3], empty)
-    lse = empty(call.query, call.query.shape[:3], torch.float32)
+    out, lse = empty_results(call.query, call.value_cache, empty)
     native.C.kvcache_attention_forward(
         tensor_args(over_caches),
         kernel_options(over_caches),

@@ -29,10 +29,14 @@ def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
     return make(tensor, (batch, heads, rows, columns))
 
 
-def empty_results(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Make (out, lse, statistics), unwritten, on the query's device."""
-    out, rows = empty_like(query, value.shape[3], Tensor.new_empty), query.shape[:3]
-    return out, query.new_empty(rows, dtype=torch.float32), query.new_empty((*rows, 2), dtype=torch.float32)
+def empty_results(query: Tensor, value: Tensor, make: Callable = Tensor.new_empty) -> tuple[Tensor, Tensor]:
+    """Make the unwritten (out, lse) of a call on the query's device."""
+    return empty_like(query, value.shape[3], make), make(query, query.shape[:3], dtype=torch.float32)
+
+
+def empty_statistics(query: Tensor, make: Callable = Tensor.new_empty) -> Tensor:
+    """Make the unwritten statistics (B, Hq, Lq, 2) of a call on the query's device."""
+    return make(query, (*query.shape[:3], 2), dtype=torch.float32)
 
 
 def empty_gradients(call: AttentionCall, need_mask: bool, need_sinks: bool) -> tuple[Tensor, ...]:
@@ -139,7 +143,7 @@ def attention_op(
         return backward(*args[:_SAVED], AttentionCall._make(args[_SAVED:]))
 
     def fake_forward(query, key, value, *_):
-        return empty_results(query, value)
+        return *empty_results(query, value), empty_statistics(query)
 
     def fake_backward(*args):
         return empty_gradients(AttentionCall._make(args[_SAVED:]), *args[_SAVED - 2 : _SAVED])
@@ -195,7 +199,7 @@ def kvcache_op(name: str, forward: Callable, devices: tuple[str, ...]) -> Callab
         return forward(KVCacheCall._make(args))
 
     def fake(query, key_cache, value_cache, *_):
-        return empty_results(query, value_cache)[:2]
+        return empty_results(query, value_cache)
 
     op = define_op(name, f"({KVCACHE_INPUTS}) -> (Tensor out, Tensor lse)", run_forward, fake, devices)
 

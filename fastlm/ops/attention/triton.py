@@ -11,6 +11,7 @@ from .op import (
     check_cache_strides,
     empty_gradients,
     empty_results,
+    empty_statistics,
     kvcache_op,
     output_gradients,
     rows_of,
@@ -46,7 +47,7 @@ def _kernel_call(call: AttentionCall):
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, lse, statistics)."""
-    results = empty_results(call.query, call.value)
+    results = *empty_results(call.query, call.value), empty_statistics(call.query)
     kernels = triton_kernels.attention()
     with torch.cuda.device_of(call.query):
         kernels.run(kernels.plan_forward(_kernel_call(call), *results))
@@ -79,7 +80,7 @@ def backward(
 def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """Append to the caches, and return (out, lse)."""
     check_cache_strides(call)
-    out, lse, _ = empty_results(call.query, call.value_cache)
+    out, lse = empty_results(call.query, call.value_cache)
     kernels = triton_kernels.attention()
     query, key, value = (None if t is None else rows_of(t) for t in (call.query, call.key, call.value))
     with torch.cuda.device_of(query):
