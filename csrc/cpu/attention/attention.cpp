@@ -6,16 +6,13 @@
 #else
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "../../common/sizes.h"
 #include "../parallel.h"
 #include "../simd/isa.h"
+#include "../tasks.h"
 
 namespace fastlm {
 
@@ -27,28 +24,11 @@ FASTLM_ISA_TABLE(AttentionDeltaKernel, attention_delta)
 FASTLM_ISA_TABLE(AttentionBackwardKernel, attention_backward)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_backward_workspace)
 
-struct Free {
-  void operator()(char* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-// Runs the tasks on all threads, the costliest first. Each thread has its own workspace, and takes the next task when it has
-// finished one. The results do not depend on which thread runs a task.
+// Runs the tasks, the costliest first.
 template <class Run>
-static void run_tasks(std::vector<AttentionTask>& tasks, int64_t workspace, const Run& run) {
-  const size_t bytes = size_t(round_up(workspace, 64)) + 64;
+static void run_sorted(std::vector<AttentionTask>& tasks, int64_t workspace, const Run& run) {
   std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) { return a.cost > b.cost; });
-  std::atomic<size_t> next{0};
-  std::atomic<bool> failed{false};
-  parallel_for(int64_t(tasks.size()), [&](int64_t, int64_t) {
-    const Memory memory(static_cast<char*>(std::aligned_alloc(64, bytes)));
-    if (!memory) {
-      failed = true;
-      return;
-    }
-    for (size_t i = next++; i < tasks.size(); i = next++) run(tasks[i], memory.get());
-  });
-  if (failed && next < tasks.size()) throw std::bad_alloc();
+  run_tasks(int64_t(tasks.size()), workspace, [&](int64_t i, char* memory) { run(tasks[size_t(i)], memory); });
 }
 
 constexpr int64_t kCacheBytes = 192 << 10;  // the part of the second-level cache that a task's outputs may take
@@ -159,10 +139,10 @@ void attention_forward(const AttentionForward& a, int64_t threads) {
   std::vector<float> partials;
   add_row_tasks(a, step, tasks);
   std::vector<AttentionTask> combined = split_keys(a, attention_partial_row_kernels[isa](a), tasks, partials);
-  run_tasks(tasks, attention_forward_workspace_kernels[isa](a, step),
-            [&](const AttentionTask& task, char* memory) { attention_forward_kernels[isa](a, task, memory); });
+  run_sorted(tasks, attention_forward_workspace_kernels[isa](a, step),
+             [&](const AttentionTask& task, char* memory) { attention_forward_kernels[isa](a, task, memory); });
   if (combined.empty()) return;
-  run_tasks(combined, 0, [&](const AttentionTask& task, char*) { attention_combine_kernels[isa](a, task); });
+  run_sorted(combined, 0, [&](const AttentionTask& task, char*) { attention_combine_kernels[isa](a, task); });
 }
 
 // Returns whether tasks of whole groups, with five products each, keep the threads busy for at least 5/7 of the time. If not,
@@ -196,7 +176,7 @@ void attention_backward(const AttentionBackward& a, int64_t threads) {
   const int64_t rows = max_rows(a);
   std::vector<AttentionTask> tasks;
   add_row_tasks(a, kBlockRows, tasks);
-  run_tasks(tasks, 0, [&](const AttentionTask& task, char*) { attention_delta_kernels[isa](a, task); });
+  run_sorted(tasks, 0, [&](const AttentionTask& task, char*) { attention_delta_kernels[isa](a, task); });
   tasks.clear();
   int64_t step = std::max<int64_t>(rows, 1);
   if (whole_groups(a, threads)) {
@@ -211,7 +191,7 @@ void attention_backward(const AttentionBackward& a, int64_t threads) {
     }
     add_key_tasks(a, kBlockKeys, false, tasks);
   }
-  run_tasks(tasks, attention_backward_workspace_kernels[isa](a, step), [&](const AttentionTask& task, char* memory) {
+  run_sorted(tasks, attention_backward_workspace_kernels[isa](a, step), [&](const AttentionTask& task, char* memory) {
     if (a.grad_mask.data && task.computes_dq) {
       for_each_sharing_task(a, task, [&](const AttentionTask& each) { attention_backward_kernels[isa](a, each, memory); });
     } else {

@@ -3,7 +3,7 @@
 
 #include "../../common/philox.h"
 #include "attention.h"
-#include "tiles-inl.h"
+#include "../gemm/tiles-inl.h"
 
 namespace fastlm::FASTLM_ISA {
 

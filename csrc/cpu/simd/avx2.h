@@ -7,6 +7,8 @@ namespace fastlm::FASTLM_ISA {
 
 // gemm accumulates in 6 rows of 16 lanes: 12 of the 16 registers.
 constexpr int kGemmRows = 6, kGemmVectors = 1;
+// Dot products of 4 rows with 2 others take 8 registers.
+constexpr int kGemvColumns = 2;
 constexpr bool kBFloat16Pairs = false;
 
 struct Word {

@@ -7,6 +7,8 @@ namespace fastlm::FASTLM_ISA {
 
 // gemm accumulates in 6 rows of 4 vectors: 24 of the 32 registers.
 constexpr int kGemmRows = 6, kGemmVectors = 4;
+// Dot products of 4 rows with 4 others take 16 registers.
+constexpr int kGemvColumns = 4;
 
 struct Word {
   using Scalar = uint32_t;

@@ -20,6 +20,17 @@ bool isa_runs_here(int isa) {
   return isa == isa_baseline;
 }
 
+// vdpbf16ps runs at half of its width on Intel's processors, which have AMX for bfloat16: there, products of floats are 1.6
+// times as fast, in attention 1.7 to 1.9 times (measured on a Sapphire Rapids).
+int fastest_isa() {
+  int isa = isa_count - 1;
+  while (!isa_runs_here(isa)) --isa;
+#if defined(__x86_64__)
+  if (isa == isa_avx512_bf16 && __builtin_cpu_is("intel")) return isa_avx512;
+#endif
+  return isa;
+}
+
 static std::atomic<int> current{isa_baseline};
 int current_isa() { return current.load(std::memory_order_relaxed); }
 void set_current_isa(int isa) { current.store(isa, std::memory_order_relaxed); }

@@ -3,6 +3,8 @@
 
 namespace fastlm::FASTLM_ISA {
 
+constexpr int kGemvColumns = 2;  // dot products of 4 rows with 2 others
+
 #if defined(__x86_64__)
 // gemm accumulates in 2 rows of 16 lanes: 8 of the 16 registers.
 constexpr int kGemmRows = 2, kGemmVectors = 1;

@@ -87,14 +87,16 @@ static void gemm_columns(int64_t m, int64_t depth, A<Elem> a, B<Elem> b, float* 
   }
 }
 
-// Computes C = A B, or C += A B with kAdd. n must be a multiple of kLanes; c_row is C's stride between rows.
-template <bool kAdd, class Elem>
+// Computes C = A B, or C += A B with kAdd. n must be a multiple of kLanes; c_row is C's stride between rows. It computes
+// kGemmVectors vectors of columns at a time, then the rest.
+template <bool kAdd, class Elem, int N = kGemmVectors>
 static void gemm(int64_t m, int64_t n, int64_t depth, A<Elem> a, B<Elem> b, float* c, int64_t c_row) {
-  constexpr int N = kGemmVectors;
   for (; n >= N * kLanes; n -= N * kLanes, b.data += N * kLanes, c += N * kLanes) {
     gemm_columns<Elem, N, kAdd>(m, depth, a, b, c, c_row);
   }
-  for (; n > 0; n -= kLanes, b.data += kLanes, c += kLanes) gemm_columns<Elem, 1, kAdd>(m, depth, a, b, c, c_row);
+  if constexpr (N > 1) {
+    if (n > 0) gemm<kAdd, Elem, N - 1>(m, n, depth, a, b, c, c_row);
+  }
 }
 
 }  // namespace fastlm::FASTLM_ISA
