@@ -6,6 +6,7 @@ from .nn.replace import replace, restore
 from .nn.use import use
 from .ops.attention import attention, kvcache_attention, scaled_dot_product_attention, varlen_attention
 from .ops.latent import gaussian_kl, reparameterize, reparameterize_with_kl
+from .ops.linear import linear
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "explain",
     "gaussian_kl",
     "kvcache_attention",
+    "linear",
     "nn",
     "reparameterize",
     "reparameterize_with_kl",

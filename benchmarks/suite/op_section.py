@@ -101,7 +101,8 @@ class OpRunner:
     def _call(self, implementation: str) -> Callable:
         if implementation.startswith(FASTLM):
             backend = implementation.removeprefix(FASTLM)
-            return partial(self.benchmark.function, **self.arguments, backend=backend)
+            named = {} if self.benchmark.by_rule else {"backend": backend}
+            return partial(self.benchmark.function, **self.arguments, **named)
         return PEERS[self.benchmark.function.__name__][implementation](**self.arguments)
 
     def _with_gradients(self, call: Callable) -> Step:

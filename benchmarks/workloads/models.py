@@ -69,13 +69,6 @@ def own_normal(model: nn.Module) -> Entry:
     return nullcontext
 
 
-def by_name(model: nn.Module) -> Entry:
-    """Set fastlm in transformers' own way, by the name of an attention implementation."""
-    importlib.import_module("fastlm.integrations.transformers")
-    model.set_attn_implementation("fastlm")
-    return nullcontext
-
-
 # ---- models -----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +248,7 @@ MODELS = (
         items=4 * 256,
         build=bert,
         ready=lambda model: padded_forward(model, 4, 256),
-        put_in={"transformers": by_name},
+        put_in={"replace": partial(replaced_of, integration="transformers")},
         checked=lambda model: padded_forward(model, 2, 64),
     ),
     Model(
@@ -265,7 +258,7 @@ MODELS = (
         items=2 * 256,
         build=bert,
         ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
-        put_in={"transformers": by_name},
+        put_in={"replace": partial(replaced_of, integration="transformers")},
         checked=lambda model: gradients_of(model, 2, 64, padded=True),
         memory=True,
     ),
@@ -276,7 +269,7 @@ MODELS = (
         items=512,
         build=gpt2,
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
-        put_in={"transformers": by_name},
+        put_in={"replace": partial(replaced_of, integration="transformers")},
         checked=lambda model: gradients_of(model, 1, 128, padded=False),
     ),
     Model(
@@ -286,7 +279,7 @@ MODELS = (
         items=4 * NEW_TOKENS,
         build=gpt2,
         ready=lambda model: generation(model, 4, 256),
-        put_in={"transformers": by_name},
+        put_in={"replace": partial(replaced_of, integration="transformers")},
         checked=lambda model: generation(model, 1, 64),
     ),
     Model(

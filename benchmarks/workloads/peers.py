@@ -231,4 +231,5 @@ ATTENTION: dict[str, dict[str, Callable[..., Call]]] = {
     },
 }
 LATENT = {"reparameterize_with_kl": {"eager": _as_is(eager_latent), "eager, compiled": _compiled(eager_latent)}}
+LINEAR = {"linear": {"torch": _as_is(F.linear)}}
 NOISE = {"normal": {"torch.randn": _as_is(_randn)}}

@@ -44,4 +44,5 @@ class Benchmark:
     slow_in_half: tuple[str, ...] = ()  # peers so slow in half precision that only the long run times them
     device: str = "cpu"  # torch's name of the device that it runs on
     own_noise: bool = False  # whether peers draw noise of their own, so that their errors are unknown
+    by_rule: bool = False  # whether fastlm is called without a backend's name, because it may leave a call to torch
     growth: bool = False  # whether only the size differs between workloads, so that growth exponents mean something

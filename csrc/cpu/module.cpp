@@ -18,7 +18,7 @@ namespace py = pybind11;
 namespace fastlm {
 
 // The ops, whose bind_<op> is in <op>/bind.cpp.
-#define FASTLM_FOR_EACH_OP(X) X(attention) X(latent) X(noise)
+#define FASTLM_FOR_EACH_OP(X) X(attention) X(latent) X(linear) X(noise)
 
 #define FASTLM_DECLARE_BIND(op) void bind_##op(py::module_&);
 FASTLM_FOR_EACH_OP(FASTLM_DECLARE_BIND)
@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("use_thread_pool", [](intptr_t f) { torch_parallel_for = reinterpret_cast<ParallelFor>(f); });
   m.def("use_exchange", &use_exchange);
   m.def("isas", &isas, "The instruction sets that this machine runs, slowest first.");
+  m.def("fastest_isa", [] { return isa_names[fastest_isa()]; }, "The instruction set that is fastest here.");
   m.def("isa", [] { return isa_names[current_isa()]; }, "The instruction set in use.");
   m.def("set_isa", &set_isa);
   m.def("advise_huge_pages", &advise_huge_pages);

@@ -29,6 +29,12 @@ class Implementation:
     backend: str
     run: Callable
     why_not: Callable[..., str | None]  # Takes the deciding tensors, the op's first input first; None: it can run.
+    why_slower: Callable[..., str | None] | None = None  # Why the next implementation is faster for these tensors, or None.
+    is_torch: bool = False  # torch's own op, so that a call on the reference is no slow one
+
+    def why_not_chosen(self, *tensors: torch.Tensor) -> str | None:
+        """Return why a call that names no backend does not run here, or None."""
+        return self.why_not(*tensors) or (self.why_slower and self.why_slower(*tensors))
 
 
 @dataclass(eq=False)
@@ -70,8 +76,8 @@ def select(
     if requested is not None:
         return _named(op, implementations, tensors, requested)
     for implementation in implementations:
-        if implementation.why_not(*tensors) is None:
-            if implementation.backend == "reference":
+        if implementation.why_not_chosen(*tensors) is None:
+            if implementation.backend == "reference" and not implementation.is_torch:
                 _warn_of_reference(op, implementations, tensors)
             return implementation.run
     raise UnsupportedError(f"{op}: no backend runs on {tensors[0].device}")
@@ -107,7 +113,8 @@ def _explained(
         _check_name(requested)
     for implementation in implementations:
         other = requested not in (None, implementation.backend)
-        reason = f"{requested!r} was asked for" if other else implementation.why_not(*tensors)
+        why_not = implementation.why_not_chosen if requested is None else implementation.why_not
+        reason = f"{requested!r} was asked for" if other else why_not(*tensors)
         if reason is None:
             explanation.backend = implementation.backend
             return explanation

@@ -45,7 +45,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         module = importlib.import_module("fastlm._C")
         _use_torch_threads(module)
-        module.set_isa(os.environ.get("FASTLM_CPU_ISA") or module.isas()[-1])
+        module.set_isa(os.environ.get("FASTLM_CPU_ISA") or module.fastest_isa())
     except ImportError as error:
         return None, f"the C++ module fastlm._C cannot be loaded: {error}"
     except ValueError as error:

@@ -17,9 +17,9 @@ import torch
 from torch import Generator, Tensor
 
 from ..nn.replace import Swap, register
-from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
 from ..ops.latent import gaussian_kl, reparameterize_with_kl
+from ..ops.torch_op import are_plain
 from .extras import require
 
 require("diffusers")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, distributions
 from torch.distributions.kl import _kl_normal_normal, register_kl
 
-from ..nn.why_not import are_plain
 from ..ops.checks import check_tensor
 from ..ops.latent import gaussian_kl, standard_normal
 from ..ops.noise import check_seed, seed_tensor
+from ..ops.torch_op import are_plain
 
 
 class Normal(distributions.Normal):

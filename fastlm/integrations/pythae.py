@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..nn.replace import Swap, register
-from ..nn.why_not import are_plain
 from ..ops.latent import reparameterize_with_kl
+from ..ops.torch_op import are_plain
 from .extras import require
 
 require("pythae")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.latent import reparameterize_with_kl
+from .linear import Linear
 
 
 class GaussianLatent(torch.nn.Module):
@@ -34,7 +35,7 @@ class GaussianLatent(torch.nn.Module):
         super().__init__()
         self.in_features, self.latent_dim = in_features, latent_dim
         self.free_bits, self.logvar_clamp = free_bits, logvar_clamp
-        self.linear = torch.nn.Linear(in_features, 2 * latent_dim, bias=bias, device=device, dtype=dtype)
+        self.linear = Linear(in_features, 2 * latent_dim, bias=bias, device=device, dtype=dtype)
 
     def parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return (mu, logvar) of the posterior of ``x``, each (*, D), as two views of one tensor."""

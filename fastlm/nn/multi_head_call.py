@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import attention, has_kernel
+from ..ops.linear import linear
 from .why_not import call_why_not, mask_dtype_fits
 
 
@@ -149,7 +150,7 @@ class MultiHeadCall:
             out = out.transpose(1, 2)  # (N, L, H, D)
         else:
             out = out.permute(2, 0, 1, 3)  # (L, N, H, D)
-        return F.linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), None
+        return linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), None
 
     def _projected(self) -> tuple[Tensor, ...]:
         """Project to queries, keys and values, (N, H, L or S, D), with one product for all that come from the same tensor."""
@@ -197,7 +198,7 @@ class MultiHeadCall:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute F.linear without the copy that it makes of an ``x`` (rows, batch, E) that is a transpose."""
+    """Compute linear without the copy that it makes of an ``x`` (rows, batch, E) that is a transpose."""
     if x.dim() == 3 and not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
-        return F.linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
-    return F.linear(x, weight, bias)
+        return linear(x.transpose(0, 1), weight, bias).transpose(0, 1)
+    return linear(x, weight, bias)

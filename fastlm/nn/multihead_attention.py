@@ -1,10 +1,10 @@
 """torch.nn.MultiheadAttention on fastlm's kernels."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import varlen_attention
+from ..ops.linear import linear
 from .multi_head_call import MultiHeadCall
 from .replace import ClassSwap, register
 from .tracing import call_of_leaf, forward_for_script
@@ -78,9 +78,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Attend in eval mode within packed sequences (total, E): see `fastlm.varlen_attention`."""
-        heads = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        heads = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         out = varlen_attention(*heads.unbind(1), cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-        return self.out_proj(out.flatten(-2))
+        return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
 
 
 register(ClassSwap(torch.nn.MultiheadAttention, MultiheadAttention))

@@ -19,6 +19,10 @@ class Swap:
     subclasses = False  # whether to swap subclasses of ``original`` too, whose code may do something else
     methods: tuple[str, ...] = ()  # the methods that the swap replaces
 
+    def concerns(self, module: nn.Module) -> bool:
+        """Return whether the module is of this kind and may gain by the swap; the report is silent about all others."""
+        return isinstance(module, self.original)
+
     def why_not(self, module: nn.Module) -> str | None:
         """Return why this module must stay as it is, or None."""
         return None
@@ -73,11 +77,19 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} swapped, {len(self.left)} left"]
-        lines += [f"  {name or 'the model'}: {what}" for name, what in self.swapped.items()]
-        lines += [f"  {name or 'the model'} is left: {reason}" for name, reason in self.left.items()]
+        lines += [f"  {names}: {what}" for what, names in _by_text(self.swapped).items()]
+        lines += [f"  {names} is left: {reason}" for reason, names in _by_text(self.left).items()]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _by_text(modules: dict[str, str]) -> dict[str, str]:
+    """Return each text with the modules that it is said of; of many, the first one and their number."""
+    names: dict[str, list[str]] = {}
+    for name, text in modules.items():
+        names.setdefault(text, []).append(name or "the model")
+    return {t: ", ".join(n) if len(n) <= 3 else f"{n[0]} and {len(n) - 1} others" for t, n in names.items()}
 
 
 _swaps: list[Swap] = []
@@ -91,8 +103,8 @@ def register(swap: Swap) -> None:
 def replace(model: nn.Module) -> Report:
     """Swap every module of ``model`` that fastlm has a faster one for, in place, with the same parameters and results.
 
-    torch.nn.MultiheadAttention is always known, alone and inside torch.nn.Transformer's layers. The models of a library are
-    known once its integration has been imported, e.g. ``import fastlm.integrations.transformers``.
+    torch.nn.Linear and torch.nn.MultiheadAttention are always known, alone and inside torch.nn.Transformer's layers. The models
+    of a library are known once its integration has been imported, e.g. ``import fastlm.integrations.transformers``.
 
     Args:
         model: any module. It may be such a module itself.
@@ -108,7 +120,7 @@ def replace(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         for swap in _swaps:
-            if not isinstance(module, swap.original) or swap.is_swapped(module):
+            if not swap.concerns(module) or swap.is_swapped(module):
                 continue
             if reason := _why_not(swap, module):
                 report.left[name] = reason

@@ -12,10 +12,11 @@ from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from ..ops.attention import has_kernel
+from ..ops.torch_op import are_plain
 from .multihead_attention import MultiheadAttention
 from .replace import ClassSwap, register
 from .tracing import call_of_leaf, forward_for_script
-from .why_not import are_plain, only_math_is_enabled
+from .why_not import only_math_is_enabled
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..ops.attention import has_kernel, scaled_dot_product_attention
+from ..ops.torch_op import PLAIN
 from .multi_head_call import MultiHeadCall
-from .why_not import PLAIN, SUBCLASS, call_why_not, mask_dtype_fits
+from .why_not import SUBCLASS, call_why_not, mask_dtype_fits
 
 
 class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)

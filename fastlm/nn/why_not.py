@@ -4,20 +4,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..ops.torch_op import constant_when_compiled
+from ..ops.torch_op import are_plain, constant_when_compiled
 
-# torch.compile and torch.export show any tensor as one of the last two. Every other class may give ops another meaning, as
-# DTensor does, or keep its values elsewhere. NoneType is the class of an optional tensor that was not given.
-PLAIN = frozenset((type(None), Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 SUBCLASS = "a subclass of Tensor"
-
-
-def are_plain(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether no class of ``tensors`` gives torch's ops a meaning of its own."""
-    return PLAIN.issuperset(map(type, tensors))
 
 
 def call_why_not(tensors: Iterable[Tensor | None]) -> str | None:

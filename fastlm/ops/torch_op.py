@@ -2,10 +2,12 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -81,6 +83,16 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     return True
 
 
+# torch.compile and torch.export show any tensor as one of the last two. Every other class may give ops another meaning, as
+# DTensor does, or keep its values elsewhere. NoneType is the class of an optional tensor that was not given.
+PLAIN = frozenset((type(None), Tensor, Parameter, FakeTensor, FunctionalTensor))
+
+
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Tell whether no class of ``tensors`` gives torch's ops a meaning of its own."""
+    return PLAIN.issuperset(map(type, tensors))
+
+
 EXPORTS = "ONNX knows torch's own ops alone"
 
 
@@ -144,8 +156,10 @@ def differentiable_once(backward):
     return once
 
 
-def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable) -> tuple[type, type]:
+def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Callable, once: bool = True) -> tuple[type, type]:
     """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
+
+    ``once`` says that the backward cannot be differentiated itself.
 
     Return two autograd.Functions of the same arguments. The first runs the ``kernel`` and bypasses the dispatcher. The second
     runs the ``op``, which torch.func's transforms and all other listeners have to see.
@@ -170,7 +184,7 @@ def with_gradient(kernel: Callable, op: Callable, save: Callable, backward: Call
         def forward(*args):
             return op(*args)
 
-    Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward))
+    Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward) if once else backward)
     return Direct, Dispatched
 
 

@@ -53,9 +53,9 @@ def test_a_model_has_the_share_of_the_peak_that_its_counted_operations_are(run):
         **counted,
         "flops": None,
     }  # fastlm's first turn, before operations are counted, and the only one that it had time for
-    run["benchmarks"] += [entry("fastlm transformers", [0.5, 0.5], **first), entry("before", [1.0, 1.0], **counted)]
+    run["benchmarks"] += [entry("fastlm replace", [0.5, 0.5], **first), entry("before", [1.0, 1.0], **counted)]
     shares = {r.row.implementation: r.share(run["machine"]) for r in results_of(run) if r.row.op == counted["op"]}
-    assert shares == {"fastlm transformers": pytest.approx(100 / 200.0), "before": pytest.approx(50 / 200.0)}
+    assert shares == {"fastlm replace": pytest.approx(100 / 200.0), "before": pytest.approx(50 / 200.0)}
 
 
 def test_a_spread_wider_than_the_difference_is_told(run):

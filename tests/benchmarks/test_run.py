@@ -31,7 +31,7 @@ from fastlm import cli
 
 HERE = Path(__file__).parent
 TINY = "attention, a tiny call"
-SMALL = {"BxHxSxD": (2, 2, 300, 16), "rows x columns": (9, 7), "elements": (99,)}
+SMALL = {"BxHxSxD": (2, 2, 300, 16), "rows x columns": (9, 7), "elements": (99,), "rows x depth x out": (3, 600, 1024)}
 BENCHMARKS = {benchmark.name: benchmark for benchmark in workloads.BENCHMARKS if benchmark.device == "cpu"}
 
 # ---- what is asked for ------------------------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ CALLS: dict[str, tuple[Callable, dict]] = {
     "reparameterize": (lambda **k: fastlm.reparameterize(**k, seed=3), LATENT),
     "reparameterize_with_kl": (lambda **k: fastlm.reparameterize_with_kl(**k, seed=3), {**LATENT, **PRIORS}),
     "gaussian_kl": (fastlm.gaussian_kl, {**LATENT, **PRIORS}),
+    # As many weights as the kernel is faster with, and so small that the sums differ by less than assert_same allows.
+    "linear": (fastlm.linear, {"input": 0.01 * n(1, 3, 600), "weight": 0.1 * n(2, 1024, 600), "bias": n(3, 1024)}),
 }  # fmt: skip
 POSITIONS = [(call, name) for call, (_, arguments) in CALLS.items() for name in arguments]
 DIFFERENTIABLE = [(call, name) for call, name in POSITIONS if name != "alibi_slopes" and call != "kvcache_attention"]

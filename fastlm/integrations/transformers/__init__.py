@@ -33,6 +33,7 @@ require("transformers")
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
 
+from . import conv1d as conv1d  # noqa: E402  (registers its swap)
 from .attention import attend  # noqa: E402
 from .mask import make_mask  # noqa: E402
 from .traits import computes_attention, traits_of, uses_interface  # noqa: E402

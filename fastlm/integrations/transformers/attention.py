@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
-from ...nn.why_not import are_plain
 from ...ops.attention import attention
+from ...ops.torch_op import are_plain
 from .mask import STAND_INS, as_eager_mask, read_stand_in
 from .traits import Traits, traits_of
 

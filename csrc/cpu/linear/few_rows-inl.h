@@ -1,0 +1,173 @@
+// linear for few rows, as in decoding: b, the weights, is read once, where it lies, at the speed of the memory.
+//
+// Where the depth is contiguous, an element of out is a dot product along a row of b. Where the rows are (b is transposed, as
+// the weights of transformers' Conv1D), out is a sum of rows of b^T.
+//
+// The ladder for one row, float32, 896 x 4864, in GB/s of weights, on two cores of a Sapphire Rapids that read 24 to 29:
+//     24 - 29  dot products of 4 rows of b, prefetched 4 KiB ahead
+//     16       sums of 4 rows of b^T, the rows behind them prefetched all at once
+//     24 - 26  the same, prefetched line by line between the sums
+#pragma once
+
+#include "linear.h"
+#include "../gemm/gemv-inl.h"
+#include "../workspace.h"
+
+namespace fastlm::FASTLM_ISA {
+
+// The rows of a, as elements that the kernels multiply: floats or pairs of bfloat16, padded with zeros to whole vectors.
+template <class Elem>
+FASTLM_SIMD int64_t prepared_row(const Linear& l) {
+  return padded(elems<Elem>(l.depth));
+}
+
+FASTLM_SIMD bool is_transposed(const Matrix& x, int dtype) { return x.depth != bytes_of(dtype); }
+
+// Calls f with a value of the type of the elements: uint32_t (pairs) where dot products of bfloat16 have an instruction.
+template <class F>
+FASTLM_SIMD void with_elem(const Linear& l, bool pairs, const F& f) {
+  if constexpr (kBFloat16Pairs) {
+    if (pairs && l.dtype == kBFloat16) return f(uint32_t());
+  }
+  f(float());
+}
+
+// ---- dot products along the rows of b --------------------------------------------------------------------------------------
+
+// b's rows are read so many bytes ahead. Of rows that are shorter, the same part of the next rows is.
+constexpr int64_t kDotAhead = 4096;
+
+// Computes the products (M, N) of rows of a and N rows of b, at b_at; b_next is what will be read next.
+template <class Row, int M, int N>
+static void dot_tile(const typename Row::Elem* a, int64_t a_row, const char* b_at, const char* b_next, int64_t b_row,
+                     int64_t depth, float* to, int64_t to_row) {
+  const int64_t vectors = depth / Row::values, whole = vectors * Row::step, left = depth % Row::values;
+  const int64_t near = whole > kDotAhead ? (whole - kDotAhead) / Row::step : 0;  // vectors
+  const char *row[N], *ahead[N], *next[N];
+  Float sums[M][N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    row[n] = b_at + n * b_row;
+    ahead[n] = row[n] + kDotAhead;
+    next[n] = b_next + n * b_row - near * Row::step;
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) sums[m][n] = Float(0.0f);
+  }
+  add_dots<Row>(a, a_row, row, ahead, 0, near * Row::step, sums);
+  add_dots<Row>(a + near * Row::V::lanes, a_row, row, next, near * Row::step, whole, sums);
+  if (left) add_last_dots<Row>(a + vectors * Row::V::lanes, a_row, row, whole, left, sums);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) to[m * to_row + n] = sum(sums[m][n]);
+  }
+}
+
+// Computes `count` columns of out from `column` on, into tile (m, kColumnBlock).
+template <class Row>
+static void dot_columns(const Linear& l, const typename Row::Elem* a, int64_t column, int64_t count, float* tile) {
+  const int64_t a_row = prepared_row<typename Row::Elem>(l);
+  const auto run = [&](auto n, int64_t first) FASTLM_LAMBDA {
+    constexpr int N = decltype(n)::value;
+    const char* at = l.b.data + (column + first) * l.b.row;
+    const char* next = column + first + 2 * N <= l.b.rows ? at + N * l.b.row : at;
+    in_row_steps(0, l.a.rows, [&](auto m, int64_t row) FASTLM_LAMBDA {
+      dot_tile<Row, decltype(m)::value, N>(a + row * a_row, a_row, at, next, l.b.row, l.depth,
+                                           tile + row * kColumnBlock + first, kColumnBlock);
+    });
+  };
+  in_row_steps<kGemvColumns>(0, count, run);
+}
+
+// ---- sums of rows of b^T ---------------------------------------------------------------------------------------------------
+
+constexpr int kStripRows = 4;   // rows of b^T that are added together
+constexpr int kStripAhead = 8;  // rows of b^T from the one that is read to the one that is prefetched
+
+// Adds rows [first, first + K) of b^T, and more as long as K are left before the depth's end, to tile (m, kStripColumns).
+// Returns the first row that it did not add.
+template <class T, int K>
+static int64_t add_strip(const Linear& l, const float* a, int64_t column, int64_t count, int64_t first, float* tile) {
+  const int64_t a_row = prepared_row<float>(l);
+  for (; first + K <= l.depth; first += K) {
+    const char *rows[K], *ahead[K];
+    for (int k = 0; k < K; ++k) {
+      rows[k] = l.b.data + column * int64_t(sizeof(T)) + (first + k) * l.b.depth;
+      ahead[k] = rows[k] + (first + k + kStripAhead < l.depth ? kStripAhead * l.b.depth : 0);
+    }
+    add_values_to_rows<T, K>(a + first, a_row, l.a.rows, rows, ahead, count, tile, kStripColumns);
+  }
+  return first;
+}
+
+// ---- out -------------------------------------------------------------------------------------------------------------------
+
+// Writes (count,) floats plus the bias, from the column on, to a row of out.
+template <class T>
+FASTLM_SIMD void write_row(const Linear& l, const float* from, int64_t row, int64_t column, int64_t count) {
+  T* to = reinterpret_cast<T*>(l.out) + row * l.b.rows + column;
+  const T* bias = l.bias ? reinterpret_cast<const T*>(l.bias) + column : nullptr;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const F32 x = F32::load(from + i);
+    (bias ? x + F32::load(bias + i) : x).store(to + i);
+  }
+  if (i == count) return;
+  T rest[kLanes] = {};
+  if (bias) __builtin_memcpy(rest, bias + i, (count - i) * sizeof(T));
+  F32 x = F32::load(from + i);
+  if (bias) x = x + F32::load(rest);
+  x.store(rest);
+  __builtin_memcpy(to + i, rest, (count - i) * sizeof(T));
+}
+
+// ---- kernels ---------------------------------------------------------------------------------------------------------------
+
+void linear_prepare(const Linear& l, char* shared) {
+  with_elem(l, !is_transposed(l.b, l.dtype), [&](auto type) FASTLM_LAMBDA {
+    using Elem = decltype(type);
+    Elem* to = reinterpret_cast<Elem*>(shared);
+    const int64_t to_row = prepared_row<Elem>(l);
+    for (int64_t r = 0; r < l.a.rows; ++r) {
+      const char* row = l.a.data + r * l.a.row;
+      load_a(l.dtype, &row, 1, l.depth, to + r * to_row, to_row);
+    }
+  });
+}
+
+int64_t linear_shared(const Linear& l) { return l.a.rows * prepared_row<float>(l) * int64_t(sizeof(float)); }
+
+int64_t linear_few_rows_workspace(const Linear& l) {
+  return l.a.rows * (is_transposed(l.b, l.dtype) ? kStripColumns : kColumnBlock) * int64_t(sizeof(float));
+}
+
+void linear_few_rows(const Linear& l, const LinearBlock& block, const char* shared, char* memory) {
+  float* tile = reinterpret_cast<float*>(memory);
+  const bool transposed = is_transposed(l.b, l.dtype);
+  const int64_t step = transposed ? kStripColumns : kColumnBlock;
+  for (int64_t column = block.column_begin; column < block.column_end; column += step) {
+    const int64_t left = block.column_end - column, count = left < step ? left : step;
+    with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA {
+      using T = decltype(type);
+      if (transposed) {
+        const float* a = reinterpret_cast<const float*>(shared);
+        for (int64_t i = 0; i < l.a.rows * kStripColumns; i += kLanes) F32(0.0f).store(tile + i);
+        const int64_t done = add_strip<T, kStripRows>(l, a, column, count, 0, tile);
+        add_strip<T, 1>(l, a, column, count, done, tile);
+      } else {
+        with_elem(l, true, [&](auto elem) FASTLM_LAMBDA {
+          using Elem = decltype(elem);
+          const Elem* a = reinterpret_cast<const Elem*>(shared);
+          if constexpr (kValuesPerElem<Elem> == 2) {
+            dot_columns<RowPairs>(l, a, column, count, tile);
+          } else {
+            dot_columns<RowVector<T>>(l, a, column, count, tile);
+          }
+        });
+      }
+      for (int64_t row = 0; row < l.a.rows; ++row) write_row<T>(l, tile + row * step, row, column, count);
+    });
+  }
+}
+
+}  // namespace fastlm::FASTLM_ISA

@@ -1,0 +1,100 @@
+"""Make the torch op of linear for a backend: schema, fake tensors, vmap and autograd around the backend's function.
+
+The gradients are products again, which are calls of linear: so there are derivatives of every order, and each product runs on
+the backend that is fastest for its shape.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
+from .call import INPUTS, TENSORS, LinearCall
+
+
+def _fake(input, weight, bias):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+def _vmap(op, info, in_dims, input, weight, bias):
+    """Make a vmapped input's dimension one of the leading ones. For vmapped weights, use torch's own batched product."""
+    if in_dims[1] is None and in_dims[2] is None:
+        return op(input.movedim(in_dims[0], 0), weight, bias), 0
+
+    def batched(tensor, dim):  # (V or 1, ...)
+        return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+
+    input, weight = batched(input, in_dims[0]), batched(weight, in_dims[1])
+    rows = input.flatten(1, -2) if input.dim() > 2 else input.unsqueeze(1)  # (V or 1, M, K)
+    out = rows @ weight.mT
+    if bias is not None:
+        out = out + batched(bias, in_dims[2]).unsqueeze(1)
+    return out.reshape(info.batch_size, *input.shape[1:-1], weight.shape[1]), 0
+
+
+def _in_autocast_dtype(call: LinearCall) -> LinearCall:
+    """Convert the tensors as torch does for linear, where autocast is on."""
+    if not torch.is_autocast_enabled("cpu"):
+        return call
+    dtype = torch.get_autocast_dtype("cpu")
+    return LinearCall(*(tensor if tensor is None else tensor.to(dtype) for tensor in call[:TENSORS]), call.backend)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return (..., K) as (M, K)."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
+def _sum_rows(rows: Tensor) -> Tensor:
+    """Sum rows (M, N) to (N,): the gradient of the bias."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return rows.sum(0)
+    return sum_to(rows.float(), rows.new_empty(1, rows.shape[1])).view(-1)
+
+
+def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) -> Callable[[LinearCall], Tensor]:
+    """Make a backend's ``run(call)``, which returns out by the torch op, with the required gradients.
+
+    Args:
+        forward: ``forward(input, weight, bias)`` runs the backend's kernel.
+        product: ``product(call)`` is linear itself, for the products of the backward.
+        devices: torch's names of the devices that it runs on.
+    """
+    op = define_op("linear", f"({INPUTS}) -> Tensor out", forward, _fake, devices, _vmap)
+
+    def save(ctx, args, output) -> None:
+        input, weight, _, ctx.backend = args
+        need_input, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, grad_out) -> tuple:
+        if grad_out is None:
+            return (None,) * (TENSORS + 1)
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:TENSORS]
+        rows = _rows(grad_out)  # (M, N)
+        return (
+            product(LinearCall(grad_out, weight.t(), None, ctx.backend)) if need_input else None,
+            product(LinearCall(rows.t(), _rows(input).t(), None, ctx.backend)) if need_weight else None,
+            _sum_rows(rows) if need_bias else None,
+            None,
+        )
+
+    Direct, Dispatched = with_gradient(
+        lambda input, weight, bias, _: forward(input, weight, bias),
+        lambda input, weight, bias, _: op(input, weight, bias),
+        save,
+        gradients,
+        once=False,
+    )
+
+    def run(call: LinearCall) -> Tensor:
+        call = _in_autocast_dtype(call)
+        direct = may_bypass_dispatcher(*call[:TENSORS])
+        if torch.is_grad_enabled() and call.requires_grad():
+            return (Direct if direct else Dispatched).apply(*call)
+        return (forward if direct else op)(*call[:TENSORS])
+
+    return run
