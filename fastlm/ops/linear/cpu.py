@@ -56,7 +56,7 @@ _FASTER = {
     "avx512": {torch.float32: ((1, 32), (2, 16)), torch.bfloat16: (_ANY, _ANY), torch.float16: (_ANY, _ANY)},
 }
 # Where torch's products of bfloat16 have instructions: AVX512-BF16's, or AMX's.
-_FASTER_BFLOAT16 = {"avx512_bf16": ((1, 16), (1, 16)), "amx": ((1, 4), (1, 4))}
+_FASTER_BFLOAT16 = {"avx512_bf16": ((1, 16), (1, 16)), "amx": ((1, 8), (1, 4))}
 _SMALL = 1 << 19  # Up to so many weights, which lie in the cache, torch's float32 product costs less than the call of ours.
 
 
