@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -47,3 +48,20 @@ def check_number(name: str, value: float, low: float) -> float:
     if not low <= value < math.inf or value == -math.inf:  # NaN is refused, too.
         raise ValueError(f"{name} must be finite{f' and at least {low:g}' if low > -math.inf else ''}; got {value}")
     return float(value)
+
+
+# ---- autocast ---------------------------------------------------------------------------------------------------------------
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that an autocast region gives a tensor for a product. It leaves float64 alone, as torch does."""
+    device = tensor.device.type
+    converts = tensor.dtype in UP_TO_FLOAT32 and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if converts else tensor.dtype
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Convert tensors to the dtypes of an autocast region, as torch does for its own attention and products."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return tuple(t.to(autocast_dtype(t)) if isinstance(t, Tensor) else t for t in tensors)

@@ -154,6 +154,23 @@ def test_autocast_converts_as_torch_does(dtype, kernel):
     assert input.grad.dtype == weight.grad.dtype == bias.grad.dtype == FLOAT
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (FLOAT, torch.float64), (torch.float64, HALF)])
+def test_autocast_leaves_float64_alone(dtypes, kernel):
+    input, weight = n(1, 2, 600, dtype=dtypes[0]), n(2, 1024, 600, dtype=dtypes[1])
+    results = []
+    with torch.autocast("cpu", HALF):
+        for function in (F.linear, fastlm.linear):
+            try:
+                results.append(function(input, weight))
+            except RuntimeError as error:
+                results.append(str(error))
+    assert type(results[0]) is type(results[1])
+    if isinstance(results[0], str):
+        assert results[0] == results[1]
+    else:
+        assert results[0].dtype == results[1].dtype == torch.float64 and torch.equal(*results)
+
+
 # ---- bad input: torch's own errors ------------------------------------------------------------------------------------------
 
 BAD = {

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ...backend import DEFAULT, Implementation, select
 from ...reference import attention as reference
+from ..checks import autocast
 from ..noise import check_seed, seed_tensor
 from ..torch_op import reference_only
 from . import cpu, triton
 from .call import TENSORS, AttentionCall
 from .checks import (
     BATCHED,
-    autocast,
     check_dropout_p,
     check_groups,
     check_keys,

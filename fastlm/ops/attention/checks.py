@@ -174,16 +174,3 @@ def check_dropout_p(dropout_p: float) -> float:
     if dropout_p > 1.0:
         raise ValueError(f"dropout_p must lie between 0 and 1; got {dropout_p}")
     return dropout_p
-
-
-# ---- autocast ---------------------------------------------------------------------------------------------------------------
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Convert floating tensors to the dtype of an autocast region, except float64, as torch does for its own attention."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    castable = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in tensors)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
+from ..checks import autocast, check_tensor
 from .batched import run
 from .call import AttentionCall
-from .checks import autocast, check_dropout_p, check_groups, check_keys, check_mask, score_options
+from .checks import check_dropout_p, check_groups, check_keys, check_mask, score_options
 from .cpu import fast_path
 
 

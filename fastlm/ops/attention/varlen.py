@@ -2,13 +2,12 @@
 
 from torch import Tensor
 
-from ..checks import check_integer
+from ..checks import autocast, check_integer
 from ..noise import check_seed
 from .batched import run
 from .call import AttentionCall
 from .checks import (
     VARLEN,
-    autocast,
     check_dropout_p,
     check_groups,
     check_indices,

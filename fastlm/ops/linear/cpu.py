@@ -5,9 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...backend import cpu as native
+from ..checks import UP_TO_FLOAT32, autocast_dtype
 from ..torch_op import are_plain, may_bypass_dispatcher
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -20,8 +19,8 @@ def why_not(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | 
         return "torch.jit.trace records torch's own ops"
     if not _fit_together(input, weight, bias):
         return "the tensors do not fit together"
-    dtype = _dtype(input)
-    return None if dtype in _DTYPES else f"the kernel has no product of {dtype}"
+    dtype = autocast_dtype(input)
+    return None if dtype in UP_TO_FLOAT32 else f"the kernel has no product of {dtype}"
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -30,19 +29,14 @@ def _is_dense(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or tensor.layout is torch.strided  # torch.compile cannot ask in a backward.
 
 
-def _dtype(input: Tensor) -> torch.dtype:
-    """Return the dtype that the product is computed in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-
-
 def _fit_together(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Tell whether torch takes the tensors without an error. It has more ways to read a bias, which are rare."""
     if not weight.is_cpu or weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return False
     if bias is not None and not (bias.is_cpu and bias.dim() == 1 and bias.shape[0] == weight.shape[0]):
         return False
-    same = weight.dtype is input.dtype and (bias is None or bias.dtype is input.dtype)
-    return same or torch.is_autocast_enabled("cpu")
+    dtype = autocast_dtype(input)
+    return autocast_dtype(weight) is dtype and (bias is None or autocast_dtype(bias) is dtype)
 
 
 # ---- the rule ---------------------------------------------------------------------------------------------------------------
@@ -63,7 +57,7 @@ _SMALL = 1 << 19  # Up to so many weights, which lie in the cache, torch's float
 def _rule() -> dict[torch.dtype, tuple[tuple[int, int], tuple[int, int]]]:
     """Return the part of the rule that holds on this machine."""
     isa = native.C.isa() if native.C else "none"
-    rule = dict(_FASTER.get(isa.removesuffix("_bf16"), dict.fromkeys(_DTYPES, (_NEVER, _NEVER))))
+    rule = dict(_FASTER.get(isa.removesuffix("_bf16"), dict.fromkeys(UP_TO_FLOAT32, (_NEVER, _NEVER))))
     if isa.startswith("avx512") and torch.cpu._is_amx_tile_supported():
         rule[torch.bfloat16] = _FASTER_BFLOAT16["amx"]
     elif isa.startswith("avx512") and torch.cpu._is_avx512_bf16_supported():
@@ -93,7 +87,7 @@ def gains(weight: Tensor) -> bool:
 
 def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
     """Return why torch's own product is as fast as the kernel's for these tensors, or None."""
-    dtype = _dtype(input)
+    dtype = autocast_dtype(input)
     if is_faster(dtype, input, weight):
         return None
     return f"torch's own product of so many rows in {dtype} is as fast on this machine"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import autocast
 from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
 from .call import INPUTS, TENSORS, LinearCall
 
@@ -31,14 +32,6 @@ def _vmap(op, info, in_dims, input, weight, bias):
     if bias is not None:
         out = out + batched(bias, in_dims[2]).unsqueeze(1)
     return out.reshape(info.batch_size, *input.shape[1:-1], weight.shape[1]), 0
-
-
-def _in_autocast_dtype(call: LinearCall) -> LinearCall:
-    """Convert the tensors as torch does for linear, where autocast is on."""
-    if not torch.is_autocast_enabled("cpu"):
-        return call
-    dtype = torch.get_autocast_dtype("cpu")
-    return LinearCall(*(tensor if tensor is None else tensor.to(dtype) for tensor in call[:TENSORS]), call.backend)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -91,7 +84,7 @@ def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) ->
     )
 
     def run(call: LinearCall) -> Tensor:
-        call = _in_autocast_dtype(call)
+        call = LinearCall(*autocast(*call[:TENSORS]), call.backend)
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
             return (Direct if direct else Dispatched).apply(*call)
