@@ -64,6 +64,9 @@ def replaced_of(model: nn.Module, integration: str) -> Entry:
     return replaced(model)
 
 
+IN_TRANSFORMERS = {"replace": partial(replaced_of, integration="transformers")}
+
+
 def own_normal(model: nn.Module) -> Entry:
     model.normal = importlib.import_module("fastlm.integrations.distributions").Normal
     return nullcontext
@@ -248,7 +251,7 @@ MODELS = (
         items=4 * 256,
         build=bert,
         ready=lambda model: padded_forward(model, 4, 256),
-        put_in={"replace": partial(replaced_of, integration="transformers")},
+        put_in=IN_TRANSFORMERS,
         checked=lambda model: padded_forward(model, 2, 64),
     ),
     Model(
@@ -258,7 +261,7 @@ MODELS = (
         items=2 * 256,
         build=bert,
         ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
-        put_in={"replace": partial(replaced_of, integration="transformers")},
+        put_in=IN_TRANSFORMERS,
         checked=lambda model: gradients_of(model, 2, 64, padded=True),
         memory=True,
     ),
@@ -269,7 +272,7 @@ MODELS = (
         items=512,
         build=gpt2,
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
-        put_in={"replace": partial(replaced_of, integration="transformers")},
+        put_in=IN_TRANSFORMERS,
         checked=lambda model: gradients_of(model, 1, 128, padded=False),
     ),
     Model(
@@ -279,7 +282,7 @@ MODELS = (
         items=4 * NEW_TOKENS,
         build=gpt2,
         ready=lambda model: generation(model, 4, 256),
-        put_in={"replace": partial(replaced_of, integration="transformers")},
+        put_in=IN_TRANSFORMERS,
         checked=lambda model: generation(model, 1, 64),
     ),
     Model(

@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 
 class LinearSwap(ClassSwap):
-    """The swap of a linear layer, on the machines and for the weights that the kernel is ever faster with."""
+    """The swap of a kind of linear layer, on the machines and for the weights that the kernel is ever faster with."""
 
     def concerns(self, module: nn.Module) -> bool:
         # MultiheadAttention has the last kind to hold weights, which it reads itself.

@@ -38,6 +38,13 @@ def define_op(
     return op
 
 
+def batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Return a vmapped tensor as (entries, ...); one that is not vmapped (``dim`` is None) is expanded to ``size`` entries."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
 # ---- which calls may bypass torch's dispatcher on the way to a kernel, and which must not reach a kernel at all -------------
 
 

@@ -134,7 +134,7 @@ def test_of_a_large_call_the_last_queries_are_checked(name, monkeypatch):
     ],
 )
 def test_of_a_slow_call_a_part_is_checked(name, sizes, whole, part, monkeypatch):
-    """The part's results and gradients are the whole call's."""
+    """Compare the part's results and gradients with the whole call's."""
     benchmark = BENCHMARKS[name]
     runner = OpRunner(benchmark, benchmark.sized(*sizes).make(torch.bfloat16))
     assert runner.error_check.golden["output 0"].shape == whole
@@ -367,7 +367,7 @@ def test_a_run_from_the_command_to_the_report_and_to_a_comparison(tmp_path, monk
 
 
 def test_a_killed_run_is_gone_on_with(tmp_path):
-    """The run is killed once a setting is finished. What it had is not measured again."""
+    """Kill a run once a setting is finished, and resume it: what it had is not measured again."""
     arguments = (TINY, "--sizes", ",".join(f"1x1x{16 * i}x16" for i in range(1, 5)), "--out", str(tmp_path))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     journal = tmp_path / "bench.jsonl"

@@ -7,26 +7,17 @@ from fastlm import linear
 from fastlm.testing import seeded_normal
 
 
-def _linear(dtype, *rows, depth, out, bias=True, transposed=False, make_input=None, make_weight=None) -> dict:
-    """Make the arguments of a call with an input (*rows, depth); ``make_...(shape, seed)`` makes other strides."""
-
-    def plain(shape, seed):
-        return seeded_normal(seed, shape, dtype)
-
-    input = (make_input or plain)((*rows, depth), 1)
-    weight = plain((depth, out), 2).t() if transposed else (make_weight or plain)((out, depth), 2)
-    return {"input": input, "weight": weight, "bias": seeded_normal(3, (out,), dtype) if bias else None}
+def _plain(shape, seed, dtype):
+    return seeded_normal(seed, shape, dtype)
 
 
-def _case(*rows, **options):
-    return lambda dtype: _linear(dtype, *rows, **options)
+def _case(*rows, depth, out, bias=True, transposed=False, input=_plain, weight=_plain):
+    """Return what makes the arguments of a call with an input (*rows, depth); ``input`` and ``weight`` make these tensors."""
 
-
-def _strided(of):
-    """Return a case whose tensor ``of`` is made by a function of (shape, seed, dtype) with strides of its own."""
-
-    def make(*rows, strides, **options):
-        return lambda dtype: _linear(dtype, *rows, **{f"make_{of}": lambda shape, seed: strides(shape, seed, dtype)}, **options)
+    def make(dtype) -> dict:
+        weights = _plain((depth, out), 2, dtype).t() if transposed else weight((out, depth), 2, dtype)
+        biases = seeded_normal(3, (out,), dtype) if bias else None
+        return {"input": input((*rows, depth), 1, dtype), "weight": weights, "bias": biases}
 
     return make
 
@@ -47,7 +38,6 @@ def _sequence_first(shape, seed, dtype):
     return seeded_normal(seed, (shape[1], shape[0], *shape[2:]), dtype).transpose(0, 1)
 
 
-_input, _weight = _strided("input"), _strided("weight")
 _CASES = {
     "one row": _case(depth=96, out=80),
     "few rows": _case(3, depth=75, out=201),
@@ -65,13 +55,13 @@ _CASES = {
     "no rows": _case(0, 3, depth=8, out=9),
     "one column": _case(33, depth=129, out=1),
     "one number": _case(1, depth=1, out=1),
-    "input with gaps": _input(37, strides=_with_gaps, depth=50, out=30),
-    "input by columns": _input(37, strides=_by_columns, depth=51, out=30),
-    "few rows of input by columns": _input(6, strides=_by_columns, depth=51, out=30, transposed=True),
-    "every other number of the input": _input(20, strides=_every_other, depth=40, out=12),
-    "input from sequence first": _input(4, 9, strides=_sequence_first, depth=40, out=12),
-    "weight with gaps": _weight(9, strides=_with_gaps, depth=50, out=30),
-    "every other number of the weight": _weight(20, strides=_every_other, depth=40, out=12),
+    "input with gaps": _case(37, input=_with_gaps, depth=50, out=30),
+    "input by columns": _case(37, input=_by_columns, depth=51, out=30),
+    "few rows of input by columns": _case(6, input=_by_columns, depth=51, out=30, transposed=True),
+    "every other number of the input": _case(20, input=_every_other, depth=40, out=12),
+    "input from sequence first": _case(4, 9, input=_sequence_first, depth=40, out=12),
+    "weight with gaps": _case(9, weight=_with_gaps, depth=50, out=30),
+    "every other number of the weight": _case(20, weight=_every_other, depth=40, out=12),
 }
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 

@@ -174,7 +174,7 @@ def test_the_backward_of_an_example_with_its_own_seed_is_the_same_in_any_batch(c
 
 
 def test_strides_do_not_change_the_bits(isa):
-    """A chunk, a transpose and a contiguous copy hold the same numbers here."""
+    """Compare a chunk, a transpose and a contiguous copy of the same numbers."""
     mu, logvar = seeded_normal(1, (50, 33), torch.float32), seeded_normal(2, (50, 33), torch.float32)
     expected = fastlm.reparameterize_with_kl(mu, logvar, seed=1, backend="cpu")
     chunks = torch.cat([mu, logvar], dim=1).chunk(2, dim=1)

@@ -160,7 +160,7 @@ def test_gradients_through_a_negated_view(call, name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_default_dtype_changes_nothing(call, dtype):
-    """The call runs three times, because heap corruption shows late."""
+    """Run the call three times, because heap corruption shows late."""
     leaves = {name: t.clone().requires_grad_() for c, name in DIFFERENTIABLE if c == call for t in [CALLS[call][1][name]]}
     expected = _with_gradients(call, leaves)
     torch.set_default_dtype(dtype)
@@ -285,7 +285,7 @@ def central_difference(call: str, name: str, tangent: torch.Tensor) -> list[torc
 @pytest.mark.parametrize("way", ["torch.func.jvp", "forward_ad"])
 @pytest.mark.parametrize(("call", "name"), DIFFERENTIABLE)
 def test_forward_mode_derivatives(call, name, way):
-    """A seed gives the same float32 noise in every dtype, so that a difference of float64 calls shows the derivative."""
+    """Compare with a difference of float64 calls, which a seed gives the same float32 noise."""
     tensor = CALLS[call][1][name]
     tangent = n(9, *tensor.shape)
     if way == "torch.func.jvp":

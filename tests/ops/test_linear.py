@@ -78,7 +78,7 @@ def test_outputs_are_written_whole(make, kernel, monkeypatch):
 
 
 def test_derivatives_of_every_order(kernel):
-    """The gradients are calls of linear themselves; golden is the same polynomial by torch, in float64."""
+    """Compare third derivatives, through gradients that are calls of linear themselves, with torch's in float64."""
 
     def third(function, *leaves):
         leaves = [leaf.clone().requires_grad_() for leaf in leaves]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
+from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to, with_gradient
 from .call import DIFFERENTIABLE, INPUTS, KVCACHE_INPUTS, KVCACHE_TENSORS, TENSORS, AttentionCall, KVCacheCall
 
 # ---- layout: results lie in memory as the tensors that they belong to -------------------------------------------------------
@@ -90,10 +90,8 @@ def _is_one_batch(in_dims: tuple, call: AttentionCall) -> bool:
 
 def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """Fold the vmapped dimension into the batch: (entries * batch, ...)."""
-    if tensor is None:
-        return None
-    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.flatten(0, 1)
+    tensor = batch_first(tensor, dim, size)
+    return None if tensor is None else tensor.flatten(0, 1)
 
 
 def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...reference.latent import accumulation_dtype
-from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
+from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to, with_gradient
 from .call import DIFFERENTIABLE, INPUTS, TENSORS, LatentCall
 
 # ---- forward and backward by a backend's kernels, which all take the same arguments -----------------------------------------
@@ -115,11 +115,9 @@ def _fake_backward(grad_z, grad_kl, need_prior_mu, need_prior_logvar, mu, logvar
 
 
 def _batched(tensor: Tensor | None, dim: int | None, size: int, rank: int | None = None) -> Tensor | None:
-    """Move the vmapped dimension to the front, and insert ones behind it up to ``rank`` dimensions per call."""
-    if tensor is None:
-        return None
-    tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    missing = 0 if rank is None else rank - (tensor.dim() - 1)
+    """Return (entries, ...), with ones behind the entries up to ``rank`` dimensions per call."""
+    tensor = batch_first(tensor, dim, size)
+    missing = 0 if rank is None or tensor is None else rank - (tensor.dim() - 1)
     return tensor.reshape(size, *(1,) * missing, *tensor.shape[1:]) if missing else tensor
 
 

@@ -5,6 +5,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def requires_grad(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether one of the tensors requires a gradient."""
+    return input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
 class LinearCall(NamedTuple):
     """Hold a call of linear, which torch has not checked yet."""
 
@@ -12,10 +17,6 @@ class LinearCall(NamedTuple):
     weight: Tensor  # (N, K)
     bias: Tensor | None  # (N,)
     backend: str | None  # the one that the caller named, for the products of the gradients
-
-    def requires_grad(self) -> bool:
-        """Tell whether one of the tensors requires a gradient."""
-        return self.input.requires_grad or self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
 
 TENSORS = 3  # The first 3 fields are the tensors.

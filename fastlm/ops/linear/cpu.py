@@ -7,6 +7,7 @@ from torch import Tensor
 from ...backend import cpu as native
 from ..checks import UP_TO_FLOAT32, autocast_dtype
 from ..torch_op import are_plain, may_bypass_dispatcher
+from .call import requires_grad
 
 
 def why_not(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -45,6 +46,7 @@ def _fit_together(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 # for transposed ones. Measured with torch 2.13 on a Sapphire Rapids, whose oneDNN and MKL were also restricted to older
 # instruction sets (ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS).
 _ANY, _NEVER = (1, 1 << 62), (1, 0)
+_NOWHERE = (_NEVER, _NEVER)
 _FASTER = {
     "avx2": {torch.float32: ((1, 8), (2, 24)), torch.bfloat16: (_ANY, _ANY), torch.float16: (_ANY, _ANY)},
     "avx512": {torch.float32: ((1, 32), (2, 16)), torch.bfloat16: (_ANY, _ANY), torch.float16: (_ANY, _ANY)},
@@ -57,7 +59,7 @@ _SMALL = 1 << 19  # Up to so many weights, which lie in the cache, torch's float
 def _rule() -> dict[torch.dtype, tuple[tuple[int, int], tuple[int, int]]]:
     """Return the part of the rule that holds on this machine."""
     isa = native.C.isa() if native.C else "none"
-    rule = dict(_FASTER.get(isa.removesuffix("_bf16"), dict.fromkeys(UP_TO_FLOAT32, (_NEVER, _NEVER))))
+    rule = dict(_FASTER.get(isa.removesuffix("_bf16"), dict.fromkeys(UP_TO_FLOAT32, _NOWHERE)))
     if isa.startswith("avx512") and torch.cpu._is_amx_tile_supported():
         rule[torch.bfloat16] = _FASTER_BFLOAT16["amx"]
     elif isa.startswith("avx512") and torch.cpu._is_avx512_bf16_supported():
@@ -68,21 +70,23 @@ def _rule() -> dict[torch.dtype, tuple[tuple[int, int], tuple[int, int]]]:
 _RULE = _rule()
 
 
+def _rows_won(dtype: torch.dtype, weights: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the rule's two ranges of rows for a product in that dtype with so many weights."""
+    return _NOWHERE if dtype is torch.float32 and weights <= _SMALL else _RULE.get(dtype, _NOWHERE)
+
+
 def is_faster(dtype: torch.dtype, input: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernel is faster than torch for tensors that fit together."""
     out_features, depth = weight.shape
-    if dtype is torch.float32 and out_features * depth <= _SMALL:
-        return False
-    fewest, most = _RULE[dtype][weight.stride(1) != 1 and depth > 1]
+    fewest, most = _rows_won(dtype, out_features * depth)[weight.stride(1) != 1 and depth > 1]
     return fewest <= input.numel() // max(depth, 1) <= most
 
 
 def gains(weight: Tensor) -> bool:
-    """Tell whether there is a number of rows for which the kernel is faster than torch with these weights."""
+    """Tell whether there is a number of rows for which the kernel is faster than torch with these weights (N, K) or (K, N)."""
     if not are_plain((weight,)) or not _is_dense(weight) or native.why_not(weight) or weight.dim() != 2:
         return False
-    is_small = weight.dtype is torch.float32 and weight.numel() <= _SMALL
-    return not is_small and _RULE.get(weight.dtype, (_NEVER, _NEVER)) != (_NEVER, _NEVER)
+    return _rows_won(weight.dtype, weight.numel()) != _NOWHERE
 
 
 def why_slower(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
@@ -111,15 +115,11 @@ def fast_path(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
     """Return out of an ordinary call at the least cost, by whichever product is faster; None for any other call."""
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or type(input) is not Tensor:
         return None
-    if input.dtype not in _RULE or not _is_dense(input) or not _is_dense(weight) or weight.dim() != 2:
-        return None
-    if not (bias is None or isinstance(bias, Tensor)):
+    if not _is_dense(weight) or weight.dim() != 2 or not (bias is None or isinstance(bias, Tensor)):
         return None
     if not input.is_cpu or not is_faster(input.dtype, input, weight):
         return F.linear(input, weight, bias)
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        return None
-    if not may_bypass_dispatcher(input, weight, bias):
+    if (torch.is_grad_enabled() and requires_grad(input, weight, bias)) or not may_bypass_dispatcher(input, weight, bias):
         return None
     try:
         return forward(input, weight, bias)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast
-from ..torch_op import define_op, may_bypass_dispatcher, sum_to, with_gradient
-from .call import INPUTS, TENSORS, LinearCall
+from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to, with_gradient
+from .call import INPUTS, TENSORS, LinearCall, requires_grad
 
 
 def _fake(input, weight, bias):
@@ -23,15 +23,12 @@ def _vmap(op, info, in_dims, input, weight, bias):
     if in_dims[1] is None and in_dims[2] is None:
         return op(input.movedim(in_dims[0], 0), weight, bias), 0
 
-    def batched(tensor, dim):  # (V or 1, ...)
-        return tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
-
-    input, weight = batched(input, in_dims[0]), batched(weight, in_dims[1])
-    rows = input.flatten(1, -2) if input.dim() > 2 else input.unsqueeze(1)  # (V or 1, M, K)
+    input, weight, bias = (batch_first(t, d, info.batch_size) for t, d in zip((input, weight, bias), in_dims))
+    rows = input.flatten(1, -2) if input.dim() > 2 else input.unsqueeze(1)  # (entries, M, K)
     out = rows @ weight.mT
     if bias is not None:
-        out = out + batched(bias, in_dims[2]).unsqueeze(1)
-    return out.reshape(info.batch_size, *input.shape[1:-1], weight.shape[1]), 0
+        out = out + bias.unsqueeze(1)
+    return out.reshape(*input.shape[:-1], weight.shape[1]), 0
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -86,7 +83,7 @@ def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) ->
     def run(call: LinearCall) -> Tensor:
         call = LinearCall(*autocast(*call[:TENSORS]), call.backend)
         direct = may_bypass_dispatcher(*call[:TENSORS])
-        if torch.is_grad_enabled() and call.requires_grad():
+        if torch.is_grad_enabled() and requires_grad(*call[:TENSORS]):
             return (Direct if direct else Dispatched).apply(*call)
         return (forward if direct else op)(*call[:TENSORS])
 
