@@ -133,6 +133,8 @@ class TensorView {
   }
 };
 
+inline bool is_half_or_float(int dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
+
 // Throws, and names the argument, if it does not fit.
 inline void expect(bool fits, const char* name, const TensorView& tensor, const char* wanted) {
   if (fits) return;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "../fast_method.h"
 #include "../../common/python_views.h"
 #include "../../common/sizes.h"
 
@@ -15,8 +16,6 @@ namespace py = pybind11;
 
 namespace fastlm {
 namespace {
-
-bool is_half_or_float(int dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
 // ---- tensors for the kernels. Each is checked, so that a kernel stays inside it ---------------------------------------------
 
@@ -221,7 +220,6 @@ bool plain_forward(PyObject* const* args) {
   return true;
 }
 
-// Uses Python's own calling convention, because pybind11's takes as long as the arithmetic of a tiny call.
 PyObject* call_plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     if (count == 9 && plain_forward(args)) Py_RETURN_TRUE;
@@ -234,8 +232,7 @@ PyObject* call_plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count)
   Py_RETURN_FALSE;
 }
 
-PyMethodDef plain_method = {"attention_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_plain_forward)),
-                            METH_FASTCALL, nullptr};
+PyMethodDef plain_method = fast_method("attention_plain", &call_plain_forward);
 
 // Checks the length of every sequence before appending, and the pages that will hold its keys.
 void check_cache(const std::vector<int64_t>& before, int64_t appended, const std::vector<int32_t>& table, int64_t table_row,
@@ -328,7 +325,7 @@ void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple
 void bind_attention(py::module_& m) {
   m.attr("attention_block_rows") = kBlockRows;
   m.def("attention_forward", &forward);
-  m.attr("attention_plain") = py::reinterpret_steal<py::object>(PyCFunction_New(&plain_method, nullptr));
+  add_method(m, plain_method);
   m.def("attention_backward", &backward);
   m.def("kvcache_attention_forward", &kvcache_forward);
 }

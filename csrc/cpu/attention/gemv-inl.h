@@ -9,8 +9,8 @@
 //     11.5 (19) prefetch rows 2 KiB ahead, and read values along the row, in the order that memory is fastest, not by columns
 //     12.0 (25) no test for the end of a row in the loop
 //     12.6 (28) two rows of outputs at a time, whose weights stay in registers
-// Two cores reach 24 of 33. Since then the values are prefetched line by line between the sums, as in linear/few_rows-inl.h, which
-// has what that gained there.
+// Two cores reach 24 of 33. Since then the values are prefetched line by line between the sums, as in linear/few_rows-inl.h,
+// which has what that gained there.
 #pragma once
 
 #include "attention.h"

@@ -20,17 +20,6 @@
 namespace fastlm::FASTLM_ISA {
 
 template <class Elem>
-struct ElemVector;
-template <>
-struct ElemVector<float> {
-  using type = F32;
-};
-template <>
-struct ElemVector<uint32_t> {
-  using type = U32;
-};
-
-template <class Elem>
 struct A {  // (m, depth): element (i, k) is at data[i * row + k * depth]
   const Elem* data;
   int64_t row, depth;
@@ -46,7 +35,7 @@ struct B {  // (depth, n): element (k, j) is at data[k * depth + j]
 // end, so a sum over many tiles rounds (depth of a tile + number of tiles) times, not once for each of its terms.
 template <class Elem, int M, int N, bool kAdd>
 FASTLM_SIMD void gemm_tile(int64_t depth, const A<Elem>& a, const B<Elem>& b, float* c, int64_t c_row) {
-  using V = typename ElemVector<Elem>::type;
+  using V = Vector<Elem>;
   F32 sums[M][N];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {

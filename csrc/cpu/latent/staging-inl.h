@@ -19,19 +19,6 @@ FASTLM_SIMD void with_dtype(int dtype, const F& f) {
   }
 }
 
-template <class C>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  using type = F32;
-};
-template <>
-struct VectorOf<double> {
-  using type = F64;
-};
-template <class C>
-using Vector = typename VectorOf<C>::type;
-
 template <class T, class U>
 constexpr bool same = false;
 template <class T>

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "linear.h"
+#include "../fast_method.h"
 #include "../../common/python_views.h"
 #include "../../common/sizes.h"
 
@@ -11,8 +12,6 @@ namespace py = pybind11;
 
 namespace fastlm {
 namespace {
-
-bool is_linear_dtype(int dtype) { return dtype == kFloat32 || dtype == kBFloat16 || dtype == kFloat16; }
 
 // Makes a matrix of a tensor (..., depth), whose leading dimensions become one. Returns whether its strides allow that.
 bool fill_matrix(Matrix& matrix, const TensorView& t) {
@@ -35,7 +34,7 @@ bool fill_matrix(Matrix& matrix, const TensorView& t) {
 bool run(PyObject* const* args) {
   const TensorView input(args[0]), weight(args[1]), bias(args[2]), out(args[3]);
   const int dtype = input.dtype;
-  expect(input.given && input.device == kCPU && is_linear_dtype(dtype) && input.dims > 0, "input", input,
+  expect(input.given && input.device == kCPU && is_half_or_float(dtype) && input.dims > 0, "input", input,
          "float32, bfloat16 or float16 on the CPU");
   const int64_t depth = input.shape[input.dims - 1];
   expect(weight.given && weight.device == kCPU && weight.dtype == dtype && weight.dims == 2 && weight.shape[1] == depth,
@@ -58,7 +57,6 @@ bool run(PyObject* const* args) {
   return true;
 }
 
-// Uses Python's own calling convention, because pybind11's takes as long as the arithmetic of a tiny call.
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     if (count != 5) throw py::type_error("linear takes input, weight, bias, out and threads");
@@ -74,10 +72,10 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return nullptr;
 }
 
-PyMethodDef method = {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
+PyMethodDef method = fast_method("linear", &call);
 
 }  // namespace
 
-void bind_linear(py::module_& m) { m.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)); }
+void bind_linear(py::module_& m) { add_method(m, method); }
 
 }  // namespace fastlm

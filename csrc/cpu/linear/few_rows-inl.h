@@ -21,16 +21,15 @@ FASTLM_SIMD int64_t prepared_row(const Linear& l) {
   return padded(elems<Elem>(l.depth));
 }
 
-FASTLM_SIMD bool is_transposed(const Matrix& x, int dtype) { return x.depth != bytes_of(dtype); }
-
-// Calls f with a value of the type of the elements: uint32_t (pairs) where dot products of bfloat16 have an instruction.
-template <class F>
-FASTLM_SIMD void with_elem(const Linear& l, bool pairs, const F& f) {
-  if constexpr (kBFloat16Pairs) {
-    if (pairs && l.dtype == kBFloat16) return f(uint32_t());
-  }
-  f(float());
-}
+// How dot products read rows of T: as pairs of bfloat16, where those have an instruction.
+template <class T, bool kPairs = kBFloat16Pairs>
+struct DotRow {
+  using type = RowVector<T>;
+};
+template <>
+struct DotRow<BFloat16, true> {
+  using type = RowPairs;
+};
 
 // ---- dot products along the rows of b --------------------------------------------------------------------------------------
 
@@ -123,15 +122,19 @@ FASTLM_SIMD void write_row(const Linear& l, const float* from, int64_t row, int6
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
 
+template <class Elem>
+static void prepare(const Linear& l, Elem* to) {
+  const int64_t to_row = prepared_row<Elem>(l);
+  for (int64_t r = 0; r < l.a.rows; ++r) {
+    const char* row = l.a.data + r * l.a.row;
+    load_a(l.dtype, &row, 1, l.depth, to + r * to_row, to_row);
+  }
+}
+
 void linear_prepare(const Linear& l, char* shared) {
-  with_elem(l, !is_transposed(l.b, l.dtype), [&](auto type) FASTLM_LAMBDA {
-    using Elem = decltype(type);
-    Elem* to = reinterpret_cast<Elem*>(shared);
-    const int64_t to_row = prepared_row<Elem>(l);
-    for (int64_t r = 0; r < l.a.rows; ++r) {
-      const char* row = l.a.data + r * l.a.row;
-      load_a(l.dtype, &row, 1, l.depth, to + r * to_row, to_row);
-    }
+  if (is_transposed(l.b, l.dtype)) return prepare(l, reinterpret_cast<float*>(shared));
+  with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA {
+    prepare(l, reinterpret_cast<typename DotRow<decltype(type)>::type::Elem*>(shared));
   });
 }
 
@@ -141,33 +144,30 @@ int64_t linear_few_rows_workspace(const Linear& l) {
   return l.a.rows * (is_transposed(l.b, l.dtype) ? kStripColumns : kColumnBlock) * int64_t(sizeof(float));
 }
 
+// Computes `count` columns of out from `column` on, as floats, into tile: (m, kStripColumns) or (m, kColumnBlock).
+template <class T>
+static void fill_tile(const Linear& l, const char* shared, int64_t column, int64_t count, float* tile) {
+  if (!is_transposed(l.b, l.dtype)) {
+    using Row = typename DotRow<T>::type;
+    return dot_columns<Row>(l, reinterpret_cast<const typename Row::Elem*>(shared), column, count, tile);
+  }
+  const float* a = reinterpret_cast<const float*>(shared);
+  for (int64_t i = 0; i < l.a.rows * kStripColumns; i += kLanes) F32(0.0f).store(tile + i);
+  const int64_t done = add_strip<T, kStripRows>(l, a, column, count, 0, tile);
+  add_strip<T, 1>(l, a, column, count, done, tile);
+}
+
 void linear_few_rows(const Linear& l, const LinearBlock& block, const char* shared, char* memory) {
   float* tile = reinterpret_cast<float*>(memory);
-  const bool transposed = is_transposed(l.b, l.dtype);
-  const int64_t step = transposed ? kStripColumns : kColumnBlock;
-  for (int64_t column = block.column_begin; column < block.column_end; column += step) {
-    const int64_t left = block.column_end - column, count = left < step ? left : step;
-    with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA {
-      using T = decltype(type);
-      if (transposed) {
-        const float* a = reinterpret_cast<const float*>(shared);
-        for (int64_t i = 0; i < l.a.rows * kStripColumns; i += kLanes) F32(0.0f).store(tile + i);
-        const int64_t done = add_strip<T, kStripRows>(l, a, column, count, 0, tile);
-        add_strip<T, 1>(l, a, column, count, done, tile);
-      } else {
-        with_elem(l, true, [&](auto elem) FASTLM_LAMBDA {
-          using Elem = decltype(elem);
-          const Elem* a = reinterpret_cast<const Elem*>(shared);
-          if constexpr (kValuesPerElem<Elem> == 2) {
-            dot_columns<RowPairs>(l, a, column, count, tile);
-          } else {
-            dot_columns<RowVector<T>>(l, a, column, count, tile);
-          }
-        });
-      }
+  const int64_t step = is_transposed(l.b, l.dtype) ? kStripColumns : kColumnBlock;
+  with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA {
+    using T = decltype(type);
+    for (int64_t column = block.column_begin; column < block.column_end; column += step) {
+      const int64_t left = block.column_end - column, count = left < step ? left : step;
+      fill_tile<T>(l, shared, column, count, tile);
       for (int64_t row = 0; row < l.a.rows; ++row) write_row<T>(l, tile + row * step, row, column, count);
-    });
-  }
+    }
+  });
 }
 
 }  // namespace fastlm::FASTLM_ISA

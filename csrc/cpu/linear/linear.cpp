@@ -22,8 +22,6 @@ FASTLM_ISA_TABLE(LinearManyRows, linear_many_rows)
 constexpr int64_t kTaskBytes = 256 << 10;   // weights that a task of few rows reads at least: it takes some 10 us
 constexpr int64_t kTaskProducts = 1 << 20;  // multiply-adds that a task of many rows has at least: some 10 us, too
 
-static bool is_transposed(const Linear& l) { return l.b.depth != bytes_of(l.dtype); }
-
 // The largest part of `size` that is at most `most`, of equal parts that are multiples of `unit`.
 static int64_t part_of(int64_t size, int64_t most, int64_t unit) {
   return std::max(std::min(round_up(ceil_div(size, ceil_div(size, most)), unit), most), unit);
@@ -35,7 +33,7 @@ static void few_rows(const Linear& l, int isa, int64_t threads) {
   linear_prepare_kernels[isa](l, inputs.get());
   const int64_t column_bytes = std::max<int64_t>(l.depth * bytes_of(l.dtype), 1), least = ceil_div(kTaskBytes, column_bytes);
   const int64_t share = ceil_div(l.b.rows, std::max<int64_t>(threads, 1));
-  const int64_t most = is_transposed(l) ? kStripColumns : std::max(least, kColumnBlock);
+  const int64_t most = is_transposed(l.b, l.dtype) ? kStripColumns : std::max(least, kColumnBlock);
   const int64_t step = std::max(part_of(share, most, kColumnBlock), std::min(least, most));
   run_tasks(ceil_div(l.b.rows, step), linear_few_rows_workspace_kernels[isa](l), [&](int64_t i, char* memory) {
     const LinearBlock block{0, l.a.rows, i * step, std::min((i + 1) * step, l.b.rows)};
@@ -44,7 +42,7 @@ static void few_rows(const Linear& l, int isa, int64_t threads) {
 }
 
 static void many_rows(const Linear& l, int isa, int64_t threads) {
-  const bool rows_are_left = is_transposed(l);
+  const bool rows_are_left = is_transposed(l.b, l.dtype);
   const int64_t left = rows_are_left ? l.a.rows : l.b.rows, right = rows_are_left ? l.b.rows : l.a.rows;
   const int64_t right_step = part_of(right, kMostRight, 64), rights = ceil_div(right, right_step);
   // Enough blocks that every thread has several, but none too small to be worth it.
@@ -61,8 +59,8 @@ static void many_rows(const Linear& l, int isa, int64_t threads) {
 
 void linear(const Linear& l, int64_t threads) {
   if (l.a.rows == 0 || l.b.rows == 0) return;
-  const bool few = l.a.rows <= (is_transposed(l) ? kFewRowsTransposed : kFewRows);
-  if (few && l.a.depth == bytes_of(l.dtype)) return few_rows(l, current_isa(), threads);
+  const bool few = l.a.rows <= (is_transposed(l.b, l.dtype) ? kFewRowsTransposed : kFewRows);
+  if (few && !is_transposed(l.a, l.dtype)) return few_rows(l, current_isa(), threads);
   many_rows(l, current_isa(), threads);
 }
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../../common/view.h"
+#include "../../common/sizes.h"
 
 namespace fastlm {
 
@@ -16,6 +16,8 @@ struct Matrix {
   int64_t rows;
   int64_t row, depth;  // strides in bytes
 };
+
+FASTLM_HD bool is_transposed(const Matrix& x, int dtype) { return x.depth != bytes_of(dtype); }
 
 struct Linear {
   Matrix a, b;  // (m, depth), (n, depth)

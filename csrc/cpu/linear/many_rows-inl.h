@@ -11,8 +11,8 @@
 
 namespace fastlm::FASTLM_ISA {
 
-// Elements of the depth at a time: a right tile of kGemmVectors columns takes at most 32 KiB of the first-level cache.
-constexpr int64_t kGemmDepth = kGemmVectors * kLanes * 256 * 4 > (32 << 10) ? (32 << 10) / (kGemmVectors * kLanes * 4) : 256;
+// Elements of the depth at a time, at most 256: the columns that gemm reads together take 32 KiB of the first-level cache.
+constexpr int64_t kCachedDepth = (32 << 10) / (kGemmVectors * kLanes * 4), kGemmDepth = kCachedDepth < 256 ? kCachedDepth : 256;
 constexpr int64_t kLeftRows = 48;    // left rows per tile: 24 KiB at a depth of 128
 constexpr int64_t kTransposed = 64;  // left rows that are transposed at a time when a block is written
 
@@ -42,7 +42,7 @@ struct GemmMemory {
     right = w.take<Elem>(kGemmDepth * block_row);
     block = w.take<float>(left_rows * block_row);
     turned = w.take<float>(padded(right_rows) * (kTransposed + kLanes));
-    pointers = w.take<const char*>(kValuesPerElem<Elem> * kGemmDepth + kMostRight);
+    pointers = w.take<const char*>(2 * kGemmDepth + kMostRight);  // an element is at most 2 values of the depth
     bytes = w.bytes();
   }
 };
@@ -125,10 +125,11 @@ static void write_block(const Linear& l, const Operands& o, const GemmMemory<Ele
 
 void linear_many_rows(const Linear& l, const LinearBlock& block, char* memory) {
   const Operands o = operands(l, block);
-  with_elem(l, true, [&](auto elem) FASTLM_LAMBDA {
-    const GemmMemory<decltype(elem)> m(o.left_end - o.left_begin, o.right_end - o.right_begin, memory);
+  with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA {
+    using T = decltype(type);
+    const GemmMemory<typename DotRow<T>::type::Elem> m(o.left_end - o.left_begin, o.right_end - o.right_begin, memory);
     gemm_block(l, o, m);
-    with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA { write_block<decltype(type)>(l, o, m); });
+    write_block<T>(l, o, m);
   });
 }
 

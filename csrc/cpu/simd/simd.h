@@ -150,6 +150,24 @@ using U32 = Widened<Word>::type;
 using F64 = Widened<Double>::type;
 using U64 = Widened<Long>::type;
 
+// The vector of 16 lanes of that type.
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = F32;
+};
+template <>
+struct VectorOf<double> {
+  using type = F64;
+};
+template <>
+struct VectorOf<uint32_t> {
+  using type = U32;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
 // Returns the low words of 16 64-bit lanes in 32-bit lanes, in the order of kBlockOfLane.
 FASTLM_SIMD Word narrow(Twice<Long> a) { return pack(a.low, a.high); }
 template <class H>
