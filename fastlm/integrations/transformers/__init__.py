@@ -33,6 +33,7 @@ require("transformers")
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
 
+from . import cache  # noqa: E402
 from . import conv1d as conv1d  # noqa: E402  (registers its swap)
 from .attention import attend  # noqa: E402
 from .mask import make_mask  # noqa: E402
@@ -44,6 +45,7 @@ NAME = "fastlm"
 class AttentionSwap(Swap):
     """The swap that sets ``attn_implementation="fastlm"`` on a model, and on every model inside it whose attention can take it.
 
+    The dynamic caches that ``generate`` makes for the model then grow in place, too.
     The earlier implementation is kept on each module as ``fastlm_replaced``.
     """
 
@@ -75,10 +77,13 @@ class AttentionSwap(Swap):
                 part.fastlm_replaced = part.config._attn_implementation
         for part in parts:
             _set(part, NAME)
+            if isinstance(part, PreTrainedModel) and part.can_generate():
+                cache.hook(part)
         return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
 
     def undo(self, module: PreTrainedModel) -> str:
         for part in module.modules():  # a model comes before its attentions, which mostly share its config
+            cache.unhook(part)
             before = vars(part).pop("fastlm_replaced", None)
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
                 model = part if isinstance(part, PreTrainedModel) else module
