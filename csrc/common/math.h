@@ -112,18 +112,23 @@ FASTLM_HD V exp(V x) {
   return scale2(fma(r * r, exp_tail(r, T()), r) + V(T(1)), n);
 }
 
-// Returns 2^x for x <= 0 to about one ulp, float only; softmax uses it. Results below 2^-126 are 0, not subnormal.
-// The polynomial is (2^r - 1) / r for |r| <= 1/2 (the error is 2^-23 of 2^r).
+// Returns 2^r for |r| <= 1/2, float only. The polynomial is (2^r - 1) / r; the error is 2^-23 of 2^r.
+template <class F>
+FASTLM_HD F exp2_fraction(F r) {
+  constexpr float c[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba18p-10f};
+  return mul_add(horner_fast(r, c), r, F(1.0f));
+}
+
+// Returns 2^x for x <= 0 to about one ulp, float only; softmax uses it. Results below 2^-126 are 0 or subnormal.
 template <class F>
 FASTLM_HD F exp2_nonpositive(F x) {
-  constexpr float c[] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba18p-10f};
   using U = typename F::Bits;
   x = max(F(-127.0f), x);
   const F to_integer(Exponential<float>::to_integer);
   const F shifted = x + to_integer;  // its low bits hold the nearest integer n
   const F r = x - (shifted - to_integer);
   const F scale = as_float(shift_left<23>(as_bits(shifted)) + U(127u << 23));  // 2^n; for n = -127 the bits of 0
-  return mul_add(horner_fast(r, c), r, F(1.0f)) * scale;
+  return exp2_fraction(r) * scale;
 }
 
 template <class V>

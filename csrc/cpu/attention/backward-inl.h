@@ -144,8 +144,8 @@ static void pack_scores(float* tile, int64_t count, int64_t keys, ScoreOperand<u
   BFloat16 half[2][kTileRow];
   for (int64_t r = 0; r < count; r += 2) {
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
-      F32::load(tile + r * kTileRow + k).store(half[0] + k);
-      F32::load(tile + (r + 1) * kTileRow + k).store(half[1] + k);
+      store_flushed(F32::load(tile + r * kTileRow + k), half[0] + k);  // as vdpbf16ps reads subnormals
+      store_flushed(F32::load(tile + (r + 1) * kTileRow + k), half[1] + k);
       const U32 even = as_bits(F32::load(half[0] + k)), odd = as_bits(F32::load(half[1] + k));
       (shift_right<16>(even) + odd).store(to.by_row + r / 2 * kTileRow + k);
     }

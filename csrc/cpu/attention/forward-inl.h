@@ -16,7 +16,8 @@ namespace fastlm::FASTLM_ISA {
 template <class Elem>
 struct ForwardArrays {
   int64_t query_row, key_row, value_row, out_row;
-  ScoreRow* rows;  // (count,)
+  ScoreRow* rows;    // (count,)
+  KeyRange* ranges;  // (ceil(count / kBlockRows),): the keys that each block of rows sees
   char** pointers;
   Elem* query;     // (count, elems(head_dim))
   Elem* key;       // (elems(head_dim), kBlockKeys)
@@ -34,6 +35,7 @@ struct ForwardArrays {
     out_row = padded(a.value_dim);
     value_row = out_row + kLanes;
     rows = w.take<ScoreRow>(count);
+    ranges = w.take<KeyRange>(ceil_div(count, kBlockRows));
     pointers = w.take<char*>(count > 2 * kGemvPointers ? count : 2 * kGemvPointers);
     query = w.take<Elem>(count * query_row);
     key = w.take<Elem>(elems<Elem>(a.head_dim) * key_row);
@@ -49,7 +51,7 @@ struct ForwardArrays {
 
 // Stores weights in the form in which gemm multiplies them with the values.
 FASTLM_SIMD void store_weights(F32 p, float* to, int64_t k) { p.store(to + k); }
-FASTLM_SIMD void store_weights(F32 p, uint32_t* to, int64_t k) { p.store(reinterpret_cast<BFloat16*>(to) + k); }
+FASTLM_SIMD void store_weights(F32 p, uint32_t* to, int64_t k) { store_flushed(p, reinterpret_cast<BFloat16*>(to) + k); }
 
 // A row's maximum is raised only when a score exceeds it by more than this many powers of 2. So weights may reach 256, which
 // floats represent as precisely as 1, and a row is hardly ever rescaled after its first tiles.
@@ -238,6 +240,10 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
   ForwardArrays<Elem> t(a, count, workspace);
   const Sequence s = sequence(a, task.b);
   fill_score_rows(a, s, task.kv_head, task.row_begin, count, t.rows);
+  const auto rows_from = [&](int64_t row) FASTLM_LAMBDA { return count - row < kBlockRows ? count - row : kBlockRows; };
+  for (int64_t row = 0; row < count; row += kBlockRows) {
+    t.ranges[row / kBlockRows] = key_range(t.rows + row, rows_from(row));
+  }
   query_rows(a, s, a.query, task.kv_head, task.row_begin, count, t.pointers);
   load_a(a.query.dtype, t.pointers, count, a.head_dim, t.query, t.query_row);
   __builtin_memset(t.out, 0, count * t.out_row * sizeof(float));
@@ -251,8 +257,8 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
     const int64_t keys = end - key < kBlockKeys ? end - key : kBlockKeys;
     bool loaded = false;
     for (int64_t row = 0; row < count; row += kBlockRows) {
-      const int64_t rows = count - row < kBlockRows ? count - row : kBlockRows;
-      const KeyRange seen = key_range(t.rows + row, rows);
+      const int64_t rows = rows_from(row);
+      const KeyRange& seen = t.ranges[row / kBlockRows];
       const Coverage covered = coverage(a, t.rows + row, rows, seen, key, keys);
       if (covered == Coverage::kEmpty) continue;
       if (gemv) {

@@ -79,22 +79,31 @@ static void load_b(int dtype, const char* const* rows, int64_t count, int64_t di
   load_a(dtype, rows, count, dim, to, to_row);
 }
 
+// Returns pairs of the values of two rows.
+FASTLM_SIMD U32 load_pairs(const BFloat16* low, const BFloat16* high) {
+  return shift_right<16>(as_bits(F32::load(low))) + as_bits(F32::load(high));
+}
+
 // A pair is a value of an even row and the value below it.
 static void load_b(int, const char* const* rows, int64_t count, int64_t dim, uint32_t* to, int64_t to_row) {
   for (int64_t r = 0; r < count; r += 2, to += to_row) {
     const auto *even = reinterpret_cast<const BFloat16*>(rows[r]), *odd = reinterpret_cast<const BFloat16*>(rows[r + 1]);
-    for (int64_t i = 0; i < dim; i += kLanes) {
+    const bool alone = r + 1 == count;
+    int64_t i = 0;
+    if (!alone) {
+      for (; i + kLanes <= dim; i += kLanes) load_pairs(even + i, odd + i).store(to + i);
+    }
+    for (; i < dim; i += kLanes) {
       BFloat16 rest[2][kLanes] = {};
       const int64_t left = dim - i < kLanes ? dim - i : kLanes;
       __builtin_memcpy(rest[0], even + i, left * sizeof(BFloat16));
-      if (r + 1 < count) __builtin_memcpy(rest[1], odd + i, left * sizeof(BFloat16));
-      (shift_right<16>(as_bits(F32::load(rest[0]))) + as_bits(F32::load(rest[1]))).store(to + i);
+      if (!alone) __builtin_memcpy(rest[1], odd + i, left * sizeof(BFloat16));
+      load_pairs(rest[0], rest[1]).store(to + i);
     }
   }
 }
 
-// ---- operand B, transposed: (elems(dim), count), whose columns are the tensor's rows, padded with zeros to whole vectors
-// -----
+// ---- operand B, transposed: (elems(dim), count), whose columns are the tensor's rows, padded with zeros ---------------------
 
 // Transposes rows of elements that are stored as T. A row has `bytes` bytes; its last element may be half a pair.
 template <class T>

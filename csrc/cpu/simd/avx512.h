@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include "../../common/math.h"
+
 namespace fastlm::FASTLM_ISA {
 
 // gemm accumulates in 6 rows of 4 vectors: 24 of the 32 registers.
@@ -72,6 +74,8 @@ FASTLM_SIMD Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a.v, b
 FASTLM_SIMD Float mul_add(Float a, Float b, Float c) { return fma(a, b, c); }
 #if defined(__AVX512BF16__)
 FASTLM_SIMD Float mul_add(Word a, Word b, Float c) { return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
+// Stores as store(BFloat16*) does, but subnormals as zeros, in one instruction.
+FASTLM_SIMD void store_flushed(Float a, BFloat16* p) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 constexpr bool kBFloat16Pairs = true;
 #else
 constexpr bool kBFloat16Pairs = false;
@@ -89,6 +93,14 @@ FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
 FASTLM_SIMD Float select_negative(Word bits, Float x, Float y) {
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(bits.v), y.v, x.v);
 }
+
+// Does what exp2_nonpositive of math.h does, by instructions that take a number apart at the binary point and put it together
+// again. For -inf the fraction is 0, and so is the result.
+FASTLM_SIMD Float exp2_nonpositive(Float x) {
+  const Float r = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return scale2(exp2_fraction(r), x - r);
+}
+
 FASTLM_SIMD Word as_bits(Float a) { return _mm512_castps_si512(a.v); }
 FASTLM_SIMD Float as_float(Word a) { return _mm512_castsi512_ps(a.v); }
 FASTLM_SIMD Float to_float(Word a) { return _mm512_cvtepu32_ps(a.v); }

@@ -135,6 +135,13 @@ FASTLM_SIMD void store_interleaved(Twice<H> a, Twice<H> b, Twice<H> c, Twice<H> 
   store_interleaved(a.high, b.high, c.high, d.high, out + 4 * H::lanes);
 }
 
+#if !defined(__AVX512BF16__)
+template <class F>
+FASTLM_SIMD void store_flushed(F a, BFloat16* p) {
+  a.store(p);
+}
+#endif
+
 // The vector of 16 lanes that is made of registers R.
 template <class R, int lanes = R::lanes>
 struct Widened {
