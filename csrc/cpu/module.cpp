@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("fastest_isa", [] { return isa_names[fastest_isa()]; }, "The instruction set that is fastest here.");
   m.def("isa", [] { return isa_names[current_isa()]; }, "The instruction set in use.");
   m.def("set_isa", &set_isa);
+  m.def("is_intel", &is_intel, "Whether the processor is Intel's, which torch's MKL is made for.");
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("sum_rows", &sum_rows_of);
 #define FASTLM_CALL_BIND(op) bind_##op(m);

@@ -19,7 +19,7 @@
 namespace fastlm::FASTLM_ISA {
 
 // The addresses of a tile's rows, and of the rows to prefetch meanwhile, which are read kAheadBytes later.
-constexpr int64_t kAheadBytes = 2048, kMostAhead = kBlockKeys, kGemvPointers = kBlockKeys + kMostAhead;
+constexpr int64_t kAheadBytes = 8192, kMostAhead = kBlockKeys, kGemvPointers = kBlockKeys + kMostAhead;
 struct GemvRows {
   char** at;
   char** ahead;

@@ -35,6 +35,7 @@ enum Isa {
 
 extern const char* const isa_names[isa_count];
 bool isa_runs_here(int isa);
+bool is_intel();  // whether the processor is Intel's
 int fastest_isa();
 int current_isa();
 void set_current_isa(int isa);
