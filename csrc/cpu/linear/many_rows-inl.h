@@ -52,9 +52,15 @@ FASTLM_SIMD void point(const char** pointers, const char* at, int64_t step, int6
   for (int64_t i = 0; i < count; ++i) pointers[i] = at + i * step;
 }
 
-// Copies rows [first, first + count) of x, values [from, from + depth), to a left tile.
+// Returns whether gemm reads rows of x where they lie. They must be floats. A copy pays if gemm reads it more than four times,
+// once for each step of columns: it is one stretch of memory, and the rows are far apart.
+static bool is_read_in_place(const Matrix& x, int dtype, int64_t columns) {
+  return dtype == kFloat32 && !is_transposed(x, dtype) && padded(columns) <= 4 * kGemmVectors * kLanes;
+}
+
+// Copies rows [first, first + count) of x, values [from, from + depth), to a left tile, unless they are read in place.
 template <class Elem>
-static A<Elem> load_left(const Matrix& x, int dtype, int64_t first, int64_t count, int64_t from, int64_t depth,
+static A<Elem> load_left(const Matrix& x, int dtype, int64_t first, int64_t count, int64_t from, int64_t depth, bool in_place,
                          const GemmMemory<Elem>& m) {
   const char* at = x.data + first * x.row + from * x.depth;
   if (is_transposed(x, dtype)) {
@@ -63,10 +69,22 @@ static A<Elem> load_left(const Matrix& x, int dtype, int64_t first, int64_t coun
     load_b(dtype, m.pointers, depth, count, m.left, to_row);
     return {m.left, 1, to_row};
   }
+  if (in_place) return {reinterpret_cast<const Elem*>(at), x.row / int64_t(sizeof(Elem)), 1};
   const int64_t to_row = padded(elems<Elem>(depth)) + kLanes;
   point(m.pointers, at, x.row, count);
   load_a(dtype, m.pointers, count, depth, m.left, to_row);
   return {m.left, to_row, 1};
+}
+
+// Prefetches what load_left will read: rows of weights, a few lines of each, which the processor does not foresee.
+static void prefetch_left(const Matrix& x, int dtype, int64_t first, int64_t count, int64_t from, int64_t depth) {
+  const char* at = x.data + first * x.row + from * x.depth;
+  const bool turned = is_transposed(x, dtype);
+  const int64_t lines = turned ? depth : count, step = turned ? x.depth : x.row;
+  const int64_t bytes = (turned ? count : depth) * bytes_of(dtype);
+  for (int64_t i = 0; i < lines; ++i, at += step) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  }
 }
 
 // The same for a right tile, (elems(depth), count).
@@ -88,12 +106,17 @@ static B<Elem> load_right(const Matrix& x, int dtype, int64_t first, int64_t cou
 template <class Elem>
 static void gemm_block(const Linear& l, const Operands& o, const GemmMemory<Elem>& m) {
   const int64_t columns = o.right_end - o.right_begin, step = kValuesPerElem<Elem> * kGemmDepth;
+  const bool in_place = is_read_in_place(o.left, l.dtype, columns);
   for (int64_t k = 0; k < l.depth; k += step) {
     const int64_t depth = l.depth - k < step ? l.depth - k : step;
     const B<Elem> right = load_right(o.right, l.dtype, o.right_begin, columns, k, depth, m);
     for (int64_t row = o.left_begin; row < o.left_end; row += kLeftRows) {
       const int64_t rows = o.left_end - row < kLeftRows ? o.left_end - row : kLeftRows;
-      const A<Elem> left = load_left(o.left, l.dtype, row, rows, k, depth, m);
+      const A<Elem> left = load_left(o.left, l.dtype, row, rows, k, depth, in_place, m);
+      if (row + kLeftRows < o.left_end) {
+        const int64_t next = o.left_end - row - kLeftRows;
+        prefetch_left(o.left, l.dtype, row + kLeftRows, next < kLeftRows ? next : kLeftRows, k, depth);
+      }
       float* to = m.block + (row - o.left_begin) * m.block_row;
       if (k == 0) {
         gemm<false>(rows, padded(columns), elems<Elem>(depth), left, right, to, m.block_row);
