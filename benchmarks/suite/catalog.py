@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from functools import cache
+from itertools import groupby
 
 import torch
 from workloads import BENCHMARKS, models
@@ -16,7 +17,8 @@ MODEL_WEIGHT = 6  # A model's row takes about so many times as long as an op's.
 
 @cache
 def sections() -> dict[str, Section]:
-    every = [OpSection(benchmark) for benchmark in BENCHMARKS] + [ModelSection(model) for model in models.MODELS]
+    every = [OpSection(benchmark) for benchmark in BENCHMARKS]
+    every += [ModelSection(name, found) for name, found in groupby(models.MODELS, key=lambda model: model.name)]
     order = OPS, GPU, MODELS, GROWTH  # What matters least comes last, as a slow machine may have no time for it.
     return {section.name: section for section in sorted(every, key=lambda section: order.index(section.group))}
 

@@ -1,8 +1,8 @@
-"""Make a section of the report from a row of the table of models: the model as it is, and with fastlm in it."""
+"""Make a section of the report from the table's rows of one model: the model as it is, and with fastlm in it."""
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 
 import torch
@@ -30,29 +30,31 @@ class ModelSection:
 
     axis, baseline, group, device = "", BEFORE, MODELS, CPU
 
-    def __init__(self, model: Model):
-        self.model, self.name = model, model.name
+    def __init__(self, name: str, models: Iterable[Model]):
+        self.name, self.sizes = name, {model.workload: model for model in models}
 
     def settings(self, row_filter: Filter) -> Iterator[Setting]:
         if row_filter.sizes:
-            raise ValueError(f"{self.name!r} is a model of one size; --sizes is for the ops' sections")
-        for dtype in ("float32", "bfloat16") if row_filter.full else ("float32",):
-            yield Setting(self.name, self.model.workload, dtype)
+            raise ValueError(f"the sizes of {self.name!r} are fixed; --sizes is for the ops' sections")
+        for workload, model in self.sizes.items():
+            for dtype in ("float32", "bfloat16") if row_filter.full else model.quick:
+                yield Setting(self.name, workload, dtype)
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:
-        return [FASTLM + how for how in self.model.put_in] + [BEFORE]
+        return [FASTLM + how for how in self.sizes[setting.workload].put_in] + [BEFORE]
 
     def cost(self, setting: Setting) -> Cost:
-        return Cost(self.model.unit, self.model.items, self.model.items)
+        model = self.sizes[setting.workload]
+        return Cost(model.unit, model.items, model.items)
 
     def threads(self, setting: Setting) -> int | None:
         return None
 
     def has_memory(self, setting: Setting) -> bool:
-        return setting.dtype == "float32" and self.model.memory
+        return setting.dtype == "float32" and self.sizes[setting.workload].memory
 
     def runner(self, setting: Setting) -> "ModelRunner":
-        return ModelRunner(self.model, getattr(torch, setting.dtype))
+        return ModelRunner(self.sizes[setting.workload], getattr(torch, setting.dtype))
 
 
 class _Ops(TorchDispatchMode):

@@ -117,6 +117,7 @@ _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
 _both = partial(_square, passes=BACKWARD)
 _causal = partial(_square, options=_CAUSAL)
+_dropping = partial(_both, options={"dropout_p": 0.1, "seed": 0})
 
 
 def _section(name, workloads, peers=("SDPA", "eager"), sized=_square, **more) -> Benchmark:
@@ -182,6 +183,13 @@ BENCHMARKS = (
         (_both(1, 8, 512, options=_CAUSAL, quick=(FP32, BF16)), _both(1, 2, 2048, options=_CAUSAL, quick=(FP32, BF16))),
         sized=partial(_both, options=_CAUSAL),
         differentiable=_QKV,
+    ),
+    _section(
+        "attention, forward + backward, dropout 0.1",
+        (_dropping(1, 8, 512, quick=(FP32, BF16)), _dropping(1, 2, 2048, quick=(FP32, BF16), memory=True)),
+        sized=_dropping,
+        differentiable=_QKV,
+        own_noise=True,
     ),
     _section("attention, a tiny call", (_square(1, 1, 16, 16),), ("SDPA",)),
     _section(

@@ -19,12 +19,12 @@ from workloads.text_vae import noiseless_gradients, on_kernels, text_generation,
 from workloads.timm_alone import import_timm
 
 VOCABULARY = 30522
-NEW_TOKENS = 16
+NEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model at one size."""
+    """A model at one size. Those of one name make a section."""
 
     name: str
     workload: str  # the size, as a reader sees it
@@ -35,6 +35,7 @@ class Model:
     put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # ways for fastlm to get in, below
     checked: Callable[[nn.Module], Step] | None = None  # as ``ready``, but small, without noise and with fixed weights
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
+    quick: tuple[str, ...] = ("float32",)  # the dtypes of `make bench`; the long run has bfloat16, too
 
 
 # ---- how fastlm gets in -----------------------------------------------------------------------------------------------------
@@ -84,14 +85,21 @@ def torch_encoder() -> nn.Module:
 def bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(vocab_size=VOCABULARY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return BertModel(config, add_pooling_layer=False).eval()
+    return BertModel(BertConfig(vocab_size=VOCABULARY), add_pooling_layer=False).eval()
 
 
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).eval()
+    return GPT2LMHeadModel(GPT2Config(n_positions=8192)).eval()
+
+
+def qwen2() -> nn.Module:
+    """Build a quarter of Qwen2-0.5B: 6 of its 24 layers, and the whole vocabulary."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, num_hidden_layers=6, tie_word_embeddings=True)).eval()
 
 
 def autoencoder() -> nn.Module:
@@ -162,6 +170,14 @@ def padded_forward(model: nn.Module, batch: int, length: int) -> Step:
     return torch.inference_mode()(lambda: (model(input_ids=ids, attention_mask=mask).last_hidden_state,))
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Return the model after setting every dropout to 0, as a check needs no noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimize: bool = False) -> Step:
     """Run forward and backward, and with ``optimize`` a step of AdamW. Return the output and the first weights' gradient.
 
@@ -187,12 +203,30 @@ def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimi
     return step
 
 
-def generation(model: nn.Module, batch: int, length: int) -> Step:
-    """Generate NEW_TOKENS greedy tokens with a cache. Return the logits that each was chosen by."""
+def prompt(model: nn.Module, batch: int, length: int) -> Step:
+    """Read a prompt: logits of its last token, as the first step of generation needs them."""
     ids = _tokens(batch, length)
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    options |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True, "output_logits": True}
-    return lambda: (torch.stack(model.generate(ids, **options).logits),)
+    return torch.inference_mode()(lambda: (model(input_ids=ids, logits_to_keep=1).logits,))
+
+
+def decoding(model: nn.Module, batch: int, length: int) -> Step:
+    """Read NEW_TOKENS tokens one by one, as generation does, after ``length`` random ones in a cache. Return the logits."""
+    from transformers import DynamicCache
+
+    ids, config = _tokens(batch, NEW_TOKENS), model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    cached = _normals(model, batch, heads, length, config.hidden_size // config.num_attention_heads)
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(cached, cached, layer)
+
+    @torch.no_grad()
+    def step() -> tuple[Tensor, ...]:
+        logits = [model(input_ids=token, past_key_values=cache, use_cache=True).logits for token in ids.split(1, dim=1)]
+        cache.crop(-NEW_TOKENS)
+        return (torch.cat(logits, dim=1),)
+
+    return step
 
 
 def encoding(model: nn.Module, batch: int, side: int, sample: bool = True) -> Step:
@@ -222,6 +256,23 @@ def vae_gradients(model: nn.Module, batch: int, part: str = "loss") -> Step:
 
     return step
 
+
+def _decoding(name: str, build: Callable[[], nn.Module], batch: int, length: int, quick: tuple[str, ...] = ()) -> Model:
+    return Model(
+        name=name,
+        workload=f"B{batch} after {length:,}",
+        unit="tokens/s",
+        items=batch * NEW_TOKENS,
+        build=build,
+        ready=lambda model: decoding(model, batch, length),
+        put_in=IN_TRANSFORMERS,
+        checked=lambda model: decoding(model, batch, 64),
+        quick=quick,
+    )
+
+
+_GPT2, _QWEN2 = ("GPT-2, small, generation", gpt2), ("Qwen2-0.5B, 6 of 24 layers, generation", qwen2)
+_FLOAT32, _BOTH = ("float32",), ("float32", "bfloat16")
 
 MODELS = (
     Model(
@@ -256,35 +307,41 @@ MODELS = (
     ),
     Model(
         name="BertModel, base, padded, training",
-        workload="B2 S256",
+        workload="B2 S512, dropout 0.1",
         unit="tokens/s",
-        items=2 * 256,
+        items=2 * 512,
         build=bert,
-        ready=lambda model: gradients_of(model, 2, 256, padded=True, optimize=True),
+        ready=lambda model: gradients_of(model, 2, 512, padded=True, optimize=True),
         put_in=IN_TRANSFORMERS,
-        checked=lambda model: gradients_of(model, 2, 64, padded=True),
+        checked=lambda model: gradients_of(without_dropout(model), 2, 64, padded=True),
         memory=True,
     ),
     Model(
         name="GPT-2, small, training",
-        workload="B1 S512",
+        workload="B1 S512, dropout 0.1",
         unit="tokens/s",
         items=512,
         build=gpt2,
         ready=lambda model: gradients_of(model, 1, 512, padded=False, optimize=True),
         put_in=IN_TRANSFORMERS,
-        checked=lambda model: gradients_of(model, 1, 128, padded=False),
+        checked=lambda model: gradients_of(without_dropout(model), 1, 128, padded=False),
     ),
     Model(
-        name="GPT-2, small, generation",
-        workload=f"B4, {NEW_TOKENS} after 256",
+        name="GPT-2, small, prompt",
+        workload="B1 S128",
         unit="tokens/s",
-        items=4 * NEW_TOKENS,
+        items=128,
         build=gpt2,
-        ready=lambda model: generation(model, 4, 256),
+        ready=lambda model: prompt(model, 1, 128),
         put_in=IN_TRANSFORMERS,
-        checked=lambda model: generation(model, 1, 64),
+        quick=_BOTH,
     ),
+    _decoding(*_GPT2, 1, 64, _BOTH),
+    _decoding(*_GPT2, 4, 1024, _FLOAT32),
+    *(_decoding(*_GPT2, *size) for size in ((1, 1024), (1, 4096), (4, 64), (8, 64), (8, 1024))),
+    _decoding(*_QWEN2, 4, 1024, _FLOAT32),
+    _decoding(*_QWEN2, 1, 4096, ("bfloat16",)),
+    *(_decoding(*_QWEN2, *size) for size in ((1, 64), (4, 64), (8, 64), (4, 4096))),
     Model(
         name="TextVAE, small, training",
         workload="B32 S72",

@@ -42,9 +42,9 @@ def _seen(length: int, window: tuple[int | None, int | None] | None, device: tor
     return seen.triu(-window[0]) if window else seen
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, window=None) -> Call:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, window=None, dropout_p=0.0, seed=None) -> Call:
     mask = _seen(query.shape[2], window, query.device) if window else None
-    options = {"is_causal": causal and mask is None, "enable_gqa": query.shape[1] != key.shape[1]}
+    options = {"is_causal": causal and mask is None, "enable_gqa": query.shape[1] != key.shape[1], "dropout_p": dropout_p}
     return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
@@ -63,16 +63,16 @@ def _sdpa_on(backend: SDPBackend) -> Callable[..., Call]:
     return ready
 
 
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, dropout_p: float = 0.0) -> Tensor:
     scores = query @ key.mT / math.sqrt(query.shape[3])
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
-    return torch.softmax(scores, dim=-1) @ value
+    return F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ value
 
 
-def _eager(query, key, value, causal: bool = False, window=None, attend: Callable = _softmax_attention) -> Call:
+def _eager(query, key, value, causal=False, window=None, dropout_p=0.0, seed=None, attend=_softmax_attention) -> Call:
     hidden = ~_seen(query.shape[2], window, query.device) if causal else None
-    return lambda: attend(query, key, value, hidden)
+    return lambda: attend(query, key, value, hidden, dropout_p)
 
 
 def _eager_compiled(**arguments) -> Call:

@@ -200,7 +200,7 @@ def test_a_model_is_timed_and_checked_before_and_after():
         ready=lambda m: lambda: (m(x.to(m.linear.weight.dtype)),),
         put_in={"swap": swapped, "missing": missing, "nothing": lambda m: torch.no_grad},
     )
-    section = ModelSection(model)
+    section = ModelSection(model.name, [model])
     setting = next(iter(section.settings(Filter())))
     assert section.implementations(setting, full=False) == ["fastlm swap", "fastlm missing", "fastlm nothing", "before"]
     runner = section.runner(setting)
@@ -228,7 +228,7 @@ def test_operations_of_a_model_are_counted_attention_and_its_backward_included()
         return step
 
     model = Model("a layer", "B2", "tokens/s", 2, Attending, ready, {"swap": lambda model: swapped(model) and nullcontext})
-    runner = ModelSection(model).runner(Setting("a layer", "B2", "float32"))
+    runner = ModelSection(model.name, [model]).runner(Setting("a layer", "B2", "float32"))
     runner.step("fastlm swap")
     assert runner.flops is None
     runner.step("before")
