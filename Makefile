@@ -37,7 +37,7 @@ format: $(VENV)/installed ## put the code into that style
 
 # The sanitized module lives beside the package it belongs to, in a folder of its own. The base interpreter does not see the
 # virtual environment's editable install, only its packages, which come before its own but behind the standard library, whose
-# dataclasses one of them has a copy of.
+# dataclasses one of them has a copy of. The other folders' tests call the C++ code as these do.
 SITE = $(shell $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 SANITIZED := build/sanitize/site
 sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer and UBSan
@@ -45,7 +45,8 @@ sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer 
 	  -C build-dir=build/sanitize/cmake -C cmake.define.FASTLM_SANITIZE=ON -C cmake.define.FASTLM_CUDA=OFF -C install.strip=false .
 	echo 'import sys; sys.path.insert(-1, "$(SITE)")' > $(SANITIZED)/sitecustomize.py
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(PYTHON) $(BIN)/pytest $(or $(TESTS),tests -m "not slow_sanitized")
+	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) $(PYTHON) $(BIN)/pytest \
+	  $(or $(TESTS),-n 2 --dist loadgroup tests/ops tests/nn tests/integrations -m "not slow_sanitized")
 
 gpu-kernels: $(VENV)/installed ## compile every Triton kernel for every GPU, and print what each is made of
 	$(BIN)/python benchmarks/gpu_kernels.py

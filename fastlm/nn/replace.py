@@ -75,6 +75,10 @@ class Report:
     swapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
+    def add(self, name: str, text: str) -> None:
+        """Note what happened to a module. More than one thing may."""
+        self.swapped[name] = f"{self.swapped[name]}; {text}" if name in self.swapped else text
+
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} swapped, {len(self.left)} left"]
         lines += [f"  {names}: {what}" for what, names in _by_text(self.swapped).items()]
@@ -125,7 +129,7 @@ def replace(model: nn.Module) -> Report:
             if reason := _why_not(swap, module):
                 report.left[name] = reason
             else:
-                report.swapped[name] = swap.swap(module)
+                report.add(name, swap.swap(module))
     return report
 
 
@@ -144,7 +148,7 @@ def restore(model: nn.Module) -> Report:
             if reason := _own_method(swap, module):
                 report.left[name] = reason
             else:
-                report.swapped[name] = swap.undo(module)
+                report.add(name, swap.undo(module))
     return report
 
 

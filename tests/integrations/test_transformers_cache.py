@@ -159,6 +159,13 @@ def test_replace_and_restore():
     assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
 
 
+def test_a_model_that_was_made_on_fastlm():
+    model = ARCHITECTURES["Llama"].build("fastlm")
+    assert layers_of(model) == {DynamicLayer}
+    assert fastlm.replace(model).swapped == {"": "its caches grow in place"}
+    assert layers_of(model) == {InPlaceLayer}
+
+
 def test_a_cache_of_the_users():
     """A cache without a config makes its layers when they are needed; one that was begun before goes on."""
     model = ARCHITECTURES["Llama"].build("eager")

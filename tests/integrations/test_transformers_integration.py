@@ -49,14 +49,14 @@ def test_replace_and_restore(monkeypatch):
     """A swap takes one line, and so does the way back; a copy and a pickle keep the swap, and a saved config does not."""
     model = ARCHITECTURES["Llama"].build("sdpa")
     report = fastlm.replace(model)
-    assert report.swapped == {"": "attn_implementation 'sdpa' -> 'fastlm'"} and not report.left
+    assert report.swapped == {"": "attn_implementation 'sdpa' -> 'fastlm'; its caches grow in place"} and not report.left
     calls = count_calls(monkeypatch)
     model(**inputs_of(model))
     assert calls() == 2
     assert "fastlm" not in model.config.to_json_string()
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not fastlm.replace(other).swapped
-        assert fastlm.restore(other).swapped == {"": "attn_implementation 'fastlm' -> 'sdpa'"}
+        assert fastlm.restore(other).swapped == {"": "attn_implementation 'fastlm' -> 'sdpa'; its caches are transformers' own"}
         assert other.config._attn_implementation == "sdpa" and not fastlm.restore(other).swapped
 
 

@@ -45,7 +45,6 @@ NAME = "fastlm"
 class AttentionSwap(Swap):
     """The swap that sets ``attn_implementation="fastlm"`` on a model, and on every model inside it whose attention can take it.
 
-    The dynamic caches that ``generate`` makes for the model then grow in place, too.
     The earlier implementation is kept on each module as ``fastlm_replaced``.
     """
 
@@ -77,13 +76,10 @@ class AttentionSwap(Swap):
                 part.fastlm_replaced = part.config._attn_implementation
         for part in parts:
             _set(part, NAME)
-            if isinstance(part, PreTrainedModel) and part.can_generate():
-                cache.hook(part)
         return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
 
     def undo(self, module: PreTrainedModel) -> str:
         for part in module.modules():  # a model comes before its attentions, which mostly share its config
-            cache.unhook(part)
             before = vars(part).pop("fastlm_replaced", None)
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
                 model = part if isinstance(part, PreTrainedModel) else module
@@ -95,6 +91,27 @@ class AttentionSwap(Swap):
         if isinstance(part, PreTrainedModel):
             return self.why_not(part) is None
         return uses_interface(type(part)) and isinstance(getattr(part, "config", None), PreTrainedConfig)
+
+
+class CacheSwap(Swap):
+    """The swap that lets the caches of a model that generates grow in place, as fastlm's attention reads them so."""
+
+    original = PreTrainedModel
+    subclasses = True
+
+    def concerns(self, module: nn.Module) -> bool:
+        return super().concerns(module) and module.config._attn_implementation == NAME and module.can_generate()
+
+    def is_swapped(self, module: nn.Module) -> bool:
+        return cache.is_hooked(module)
+
+    def swap(self, module: PreTrainedModel) -> str:
+        cache.hook(module)
+        return "its caches grow in place"
+
+    def undo(self, module: PreTrainedModel) -> str:
+        cache.unhook(module)
+        return "its caches are transformers' own"
 
 
 def _set(part: nn.Module, implementation: str) -> None:
@@ -119,3 +136,4 @@ def _names(classes: Iterable[type]) -> str:
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
 register(AttentionSwap())
+register(CacheSwap())

@@ -102,8 +102,7 @@ def _convert(cache: DynamicCache) -> None:
 
 def hook(model: nn.Module) -> None:
     """Let the caches that the model is given grow in place."""
-    if not is_hooked(model):
-        model.register_forward_pre_hook(_grow_in_place, with_kwargs=True)
+    model.register_forward_pre_hook(_grow_in_place, with_kwargs=True)
 
 
 def is_hooked(model: nn.Module) -> bool:
