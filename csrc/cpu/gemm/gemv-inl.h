@@ -64,7 +64,7 @@ FASTLM_SIMD void add_dots(const typename Row::Elem* a, int64_t a_row, const char
     V b[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(ahead[n] + at, 0, 2);
+      prefetch_line(ahead[n] + at);
       b[n] = Row::load(row[n] + at);
     }
 #pragma GCC unroll 8
@@ -118,7 +118,7 @@ static void add_values(const float* weights, int64_t weights_row, const char* co
   for (int64_t d = 0; d < whole; d += Float::lanes) {
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) {
-      if constexpr (kPrefetch) __builtin_prefetch(ahead[k] + d * int64_t(sizeof(T)), 0, 2);
+      if constexpr (kPrefetch) prefetch_line(ahead[k] + d * int64_t(sizeof(T)));
       values[k] = Float::load(value[k] + d);
     }
     add(d, values);

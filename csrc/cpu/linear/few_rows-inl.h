@@ -7,6 +7,9 @@
 //     24 - 29  dot products of 4 rows of b, prefetched 4 KiB ahead
 //     16       sums of 4 rows of b^T, the rows behind them prefetched all at once
 //     24 - 26  the same, prefetched line by line between the sums
+// On two cores of a Zen 4 that read 25 to 33, 2048 x 16384:
+//     22       dot products, prefetched into the first-level cache
+//     28 - 33  prefetched into the second-level cache
 #pragma once
 
 #include "linear.h"

@@ -83,7 +83,7 @@ static void prefetch_left(const Matrix& x, int dtype, int64_t first, int64_t cou
   const int64_t lines = turned ? depth : count, step = turned ? x.depth : x.row;
   const int64_t bytes = (turned ? count : depth) * bytes_of(dtype);
   for (int64_t i = 0; i < lines; ++i, at += step) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    for (int64_t byte = 0; byte < bytes; byte += 64) prefetch_line(at + byte);
   }
 }
 

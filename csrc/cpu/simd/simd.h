@@ -22,6 +22,9 @@ constexpr int kLanes = 16;
 // `count` rounded up to whole vectors.
 FASTLM_SIMD int64_t padded(int64_t count) { return round_up(count, kLanes); }
 
+// Prefetches a line into the second-level cache. The first-level cache can wait for few lines at a time.
+FASTLM_SIMD void prefetch_line(const char* at) { __builtin_prefetch(at, 0, 2); }
+
 }  // namespace fastlm
 
 #if defined(__AVX512F__)
