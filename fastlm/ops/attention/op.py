@@ -179,12 +179,12 @@ def attention_op(
         unused = (None,) * (TENSORS - DIFFERENTIABLE + len(ctx.options))
         return *(grad if need else None for grad, need in zip(grads, needed)), *unused
 
-    Direct, Dispatched = with_gradient(run_forward, forward_op, save, gradients)
+    run_direct, run_dispatched = with_gradient(run_forward, forward_op, save, gradients)
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
-            return (Direct if direct else Dispatched).apply(*call)[:2]
+            return (run_direct if direct else run_dispatched)(*call)[:2]
         return infer(call)[:2] if direct else forward_op(*call)[:2]
 
     return attend

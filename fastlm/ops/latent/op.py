@@ -189,12 +189,12 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
         grads = run_backward(grad_z, grad_kl, *needed[2:], *tensors, *ctx.options)
         return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
-    Direct, Dispatched = with_gradient(forward, forward_op, save, gradients)
+    run_direct, run_dispatched = with_gradient(forward, forward_op, save, gradients)
 
     def run(call: LatentCall) -> tuple[Tensor, Tensor]:
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
-            return (Direct if direct else Dispatched).apply(*call)
+            return (run_direct if direct else run_dispatched)(*call)
         return _forward(kernels, call) if direct else forward_op(*call)
 
     return run

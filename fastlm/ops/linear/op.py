@@ -72,7 +72,7 @@ def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) ->
             None,
         )
 
-    Direct, Dispatched = with_gradient(
+    run_direct, run_dispatched = with_gradient(
         lambda input, weight, bias, _: forward(input, weight, bias),
         lambda input, weight, bias, _: op(input, weight, bias),
         save,
@@ -84,7 +84,7 @@ def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) ->
         call = LinearCall(*autocast(*call[:TENSORS]), call.backend)
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and requires_grad(*call[:TENSORS]):
-            return (Direct if direct else Dispatched).apply(*call)
+            return (run_direct if direct else run_dispatched)(*call)
         return (forward if direct else op)(*call[:TENSORS])
 
     return run
