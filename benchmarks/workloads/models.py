@@ -222,7 +222,7 @@ def decoding(model: nn.Module, batch: int, length: int) -> Step:
 
     @torch.no_grad()
     def step() -> tuple[Tensor, ...]:
-        logits = [model(input_ids=token, past_key_values=cache, use_cache=True).logits for token in ids.split(1, dim=1)]
+        logits = [model(input_ids=token, cache=cache, use_cache=True).logits for token in ids.split(1, dim=1)]
         cache.crop(-NEW_TOKENS)
         return (torch.cat(logits, dim=1),)
 

@@ -58,6 +58,18 @@ def test_not_finite_numbers_stay_in_their_rows_and_columns(rows, isa):
     assert out[0, :29].isfinite().all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 16, 100])
+def test_long_sums_are_added_up_in_parts(rows, transposed, isa):
+    """One sum over 8192 products rounds six times as much as torch's; the layers of a deep model add that up."""
+    input, weight = n(1, rows, 8192), n(2, 200, 8192)
+    weight = weight.t().contiguous().t() if transposed else weight
+    golden = input.double() @ weight.double().t()
+    results = fastlm.linear(input, weight, backend="cpu"), F.linear(input, weight)
+    ours, torchs = ((out - golden).square().mean().sqrt() for out in results)
+    assert ours <= 4 * torchs
+
+
 @pytest.mark.parametrize("dtype", [HALF, torch.float16])
 def test_sums_are_float32(dtype, isa):
     """4096 products of 1 are 4096: in half precision the sum would stop at 256 or 2048."""
