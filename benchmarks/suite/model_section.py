@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from workloads.models import Model
+from workloads.models import DTYPES, Model
 
 from suite.check import check_result
 from suite.device import CPU
@@ -37,7 +37,7 @@ class ModelSection:
         if row_filter.sizes:
             raise ValueError(f"the sizes of {self.name!r} are fixed; --sizes is for the ops' sections")
         for workload, model in self.sizes.items():
-            for dtype in ("float32", "bfloat16") if row_filter.full else model.quick:
+            for dtype in DTYPES if row_filter.full else model.quick:
                 yield Setting(self.name, workload, dtype)
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:

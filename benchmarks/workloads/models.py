@@ -18,6 +18,7 @@ import fastlm
 from workloads.text_vae import noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
 from workloads.timm_alone import import_timm
 
+DTYPES = "float32", "bfloat16"
 VOCABULARY = 30522
 NEW_TOKENS = 8
 
@@ -35,7 +36,7 @@ class Model:
     put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # ways for fastlm to get in, below
     checked: Callable[[nn.Module], Step] | None = None  # as ``ready``, but small, without noise and with fixed weights
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
-    quick: tuple[str, ...] = ("float32",)  # the dtypes of `make bench`; the long run has bfloat16, too
+    quick: tuple[str, ...] = DTYPES[:1]  # the dtypes of `make bench`; the long run has all
 
 
 # ---- how fastlm gets in -----------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def _decoding(name: str, build: Callable[[], nn.Module], batch: int, length: int
 
 
 _GPT2, _QWEN2 = ("GPT-2, small, generation", gpt2), ("Qwen2-0.5B, 6 of 24 layers, generation", qwen2)
-_FLOAT32, _BOTH = ("float32",), ("float32", "bfloat16")
+_FLOAT32 = DTYPES[:1]
 
 MODELS = (
     Model(
@@ -334,9 +335,9 @@ MODELS = (
         build=gpt2,
         ready=lambda model: prompt(model, 1, 128),
         put_in=IN_TRANSFORMERS,
-        quick=_BOTH,
+        quick=DTYPES,
     ),
-    _decoding(*_GPT2, 1, 64, _BOTH),
+    _decoding(*_GPT2, 1, 64, DTYPES),
     _decoding(*_GPT2, 4, 1024, _FLOAT32),
     *(_decoding(*_GPT2, *size) for size in ((1, 1024), (1, 4096), (4, 64), (8, 64), (8, 1024))),
     _decoding(*_QWEN2, 4, 1024, _FLOAT32),

@@ -114,10 +114,10 @@ def _exports_to_onnx() -> bool:
 def reference_only(*tensors: Tensor | None) -> str | None:
     """Return why only the reference, which consists of torch's own ops, can run a call with these tensors, or None."""
     if forward_ad._current_level < 0:
-        builds_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        builds_graph = _is_compiling() or _tracing_state() is not None
         return EXPORTS if builds_graph and _exports_to_onnx() else None
     # Under a transform of torch.func the tangent may hide inside a wrapper; the reference is right with and without one.
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = _transforms_active()
     if transformed or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         return "the kernels have no forward-mode derivatives"
     return None
@@ -153,7 +153,7 @@ def differentiable_once(backward):
 
     @functools.wraps(backward)
     def once(ctx, *grad_outputs):
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or _is_compiling():
             return backward(ctx, *grad_outputs)
         with torch.no_grad():
             grads = backward(ctx, *grad_outputs)

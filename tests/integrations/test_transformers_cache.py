@@ -95,7 +95,7 @@ def test_tokens_are_appended_in_place():
     layer = InPlaceLayer()
     with torch.no_grad():
         addresses = [layer.update(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))[0].data_ptr() for _ in range(7)]
-    assert len(set(addresses[1:])) == 1  # after the first token, the prompt, 5 more and the one that made room
+    assert len(set(addresses[1:])) == 1  # The second token makes room for itself and five more.
 
 
 def test_what_does_not_fit_is_torch_cats():
@@ -167,7 +167,7 @@ def test_a_model_that_was_made_on_fastlm():
 
 
 def test_a_cache_of_the_users():
-    """A cache without a config makes its layers when they are needed; one that was begun before goes on."""
+    """Go on with a cache that was begun before, and with one that has no config and makes its layers when they are needed."""
     model = ARCHITECTURES["Llama"].build("eager")
     ids = inputs_of(model)["input_ids"]
     with torch.no_grad():

@@ -46,7 +46,7 @@ def close_to_eager(model: torch.nn.Module, inputs: dict, **options) -> None:
 
 
 def test_replace_and_restore(monkeypatch):
-    """A swap takes one line, and so does the way back; a copy and a pickle keep the swap, and a saved config does not."""
+    """Swap in one line, and go back in one; keep the swap in a copy and a pickle, but not in a saved config."""
     model = ARCHITECTURES["Llama"].build("sdpa")
     report = fastlm.replace(model)
     assert report.swapped == {"": "attn_implementation 'sdpa' -> 'fastlm'; its caches grow in place"} and not report.left
@@ -178,7 +178,7 @@ def test_a_trace_records_eager_s_ops(padded):
 
 @pytest.mark.parametrize("name", ["BERT", "GPT-2", "Llama", "Gemma 2", "GPT-OSS", "T5", "BART", "Whisper"])
 def test_attention_weights_are_eager_s(name, monkeypatch):
-    """The model's own function returns the weights, with its own values, and warns once."""
+    """Get weights and values from the model's own function, with one warning."""
     architecture = ARCHITECTURES[name]
     model, eager = architecture.build("fastlm"), architecture.build("eager")
     monkeypatch.setattr(transformers_attention, "_warned", set())
@@ -292,7 +292,7 @@ def test_packed_sequences(name):
 
 @pytest.mark.parametrize("kind", ["float", "bool"])
 def test_a_mask_of_the_user_s_own(kind, monkeypatch):
-    """A mask of four dimensions is used as it is; here all tokens see a prefix, and the rest is causal."""
+    """Use a mask of four dimensions as it is: here all tokens see a prefix, and the rest is causal."""
     model = ARCHITECTURES["Llama"].build("fastlm")
     allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     allowed[:, :5] = True
@@ -304,7 +304,7 @@ def test_a_mask_of_the_user_s_own(kind, monkeypatch):
 
 
 def test_overlays():
-    """The mask contains what is added to a pattern or taken from it, and blocks whose tokens all see each other."""
+    """Put into the mask what is added to a pattern or taken from it, and blocks whose tokens all see each other."""
     config, embeds = hf.LlamaConfig(**LLAMA, **TOKENS, sliding_window=4), torch.zeros(2, LENGTH, 32)
     blocks = torch.full((2, LENGTH), -1)
     blocks[:, 3:8] = 0
@@ -338,7 +338,7 @@ def test_masks_that_a_caller_needs_in_full():
 @pytest.mark.parametrize("attention_mask", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3"])
 def test_compiles_as_one_graph(name, attention_mask, monkeypatch):
-    """The graph includes the loss and its gradients."""
+    """Compile the loss and its gradients into the graph, too."""
     model = ARCHITECTURES[name].build("fastlm")
     inputs = inputs_of(model, "right")
     inputs = inputs if attention_mask else {"input_ids": inputs["input_ids"]}

@@ -61,7 +61,7 @@ def test_not_finite_numbers_stay_in_their_rows_and_columns(rows, isa):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 16, 100])
 def test_long_sums_are_added_up_in_parts(rows, transposed, isa):
-    """One sum over 8192 products rounds six times as much as torch's; the layers of a deep model add that up."""
+    """Compare rounding with torch's: one sum over 8192 products has six times as much, which a deep model's layers add up."""
     input, weight = n(1, rows, 8192), n(2, 200, 8192)
     weight = weight.t().contiguous().t() if transposed else weight
     golden = input.double() @ weight.double().t()

@@ -146,8 +146,7 @@ static void pack_scores(float* tile, int64_t count, int64_t keys, ScoreOperand<u
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
       store_flushed(F32::load(tile + r * kTileRow + k), half[0] + k);  // as vdpbf16ps reads subnormals
       store_flushed(F32::load(tile + (r + 1) * kTileRow + k), half[1] + k);
-      const U32 even = as_bits(F32::load(half[0] + k)), odd = as_bits(F32::load(half[1] + k));
-      (shift_right<16>(even) + odd).store(to.by_row + r / 2 * kTileRow + k);
+      load_pairs(half[0] + k, half[1] + k).store(to.by_row + r / 2 * kTileRow + k);
     }
     if (by_key) {
       __builtin_memcpy(to.by_key + r * kTileRow / 2, half[0], sizeof(half[0]));

@@ -76,17 +76,6 @@ static A<Elem> load_left(const Matrix& x, int dtype, int64_t first, int64_t coun
   return {m.left, to_row, 1};
 }
 
-// Prefetches what load_left will read: rows of weights, a few lines of each, which the processor does not foresee.
-static void prefetch_left(const Matrix& x, int dtype, int64_t first, int64_t count, int64_t from, int64_t depth) {
-  const char* at = x.data + first * x.row + from * x.depth;
-  const bool turned = is_transposed(x, dtype);
-  const int64_t lines = turned ? depth : count, step = turned ? x.depth : x.row;
-  const int64_t bytes = (turned ? count : depth) * bytes_of(dtype);
-  for (int64_t i = 0; i < lines; ++i, at += step) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) prefetch_line(at + byte);
-  }
-}
-
 // The same for a right tile, (elems(depth), count).
 template <class Elem>
 static B<Elem> load_right(const Matrix& x, int dtype, int64_t first, int64_t count, int64_t from, int64_t depth,
@@ -100,6 +89,17 @@ static B<Elem> load_right(const Matrix& x, int dtype, int64_t first, int64_t cou
     load_b_transposed(dtype, m.pointers, count, depth, m.right, m.block_row);
   }
   return {m.right, m.block_row};
+}
+
+// Prefetches what load_left will read: rows of weights, a few lines of each, which the processor does not foresee.
+static void prefetch_left(const Matrix& x, int dtype, int64_t first, int64_t count, int64_t from, int64_t depth) {
+  const char* at = x.data + first * x.row + from * x.depth;
+  const bool turned = is_transposed(x, dtype);
+  const int64_t lines = turned ? depth : count, step = turned ? x.depth : x.row;
+  const int64_t bytes = (turned ? count : depth) * bytes_of(dtype);
+  for (int64_t i = 0; i < lines; ++i, at += step) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) prefetch_line(at + byte);
+  }
 }
 
 // Computes the block (left rows, right rows).

@@ -63,9 +63,9 @@ _FEWEST_WEIGHTS = (1 << 19) + 1 if _IS_INTEL else 1 << 18
 def _rule() -> dict[torch.dtype, tuple[tuple[int, int], tuple[int, int]]]:
     """Return the part of the rule that holds on this machine."""
     isa = native.C.isa() if native.C else "none"
-    if isa.removesuffix("_bf16") not in _FASTER:
-        return {}
-    rule = dict(_FASTER[isa.removesuffix("_bf16")])
+    rule = dict(_FASTER.get(isa.removesuffix("_bf16"), {}))
+    if not rule:
+        return rule
     if not _IS_INTEL:
         rule[torch.float32] = _ANYWHERE
     if isa.startswith("avx512") and torch.cpu._is_amx_tile_supported():
