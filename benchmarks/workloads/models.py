@@ -7,7 +7,7 @@ is downloaded, and time does not depend on them. What a model needs that is not 
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from suite.rows import Step
 from torch import Tensor, nn
 
 import fastlm
+from workloads.model_peers import compiled_by_zentorch, read_by_llama_cpp
 from workloads.text_vae import noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
 from workloads.timm_alone import import_timm
 
@@ -33,7 +34,8 @@ class Model:
     items: int  # tokens or images of a step
     build: Callable[[], nn.Module]
     ready: Callable[[nn.Module], Step]  # makes the inputs, and returns the step that is timed
-    put_in: dict[str, Callable[[nn.Module], Callable[[], AbstractContextManager]]]  # ways for fastlm to get in, below
+    put_in: dict[str, "Way"]  # how fastlm gets in
+    peers: dict[str, "Way"] = field(default_factory=dict)  # how others do
     checked: Callable[[nn.Module], Step] | None = None  # as ``ready``, but small, without noise and with fixed weights
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
     quick: tuple[str, ...] = DTYPES[:1]  # the dtypes of `make bench`; the long run has all
@@ -43,6 +45,7 @@ class Model:
 
 
 Entry = Callable[[], AbstractContextManager]  # Each step is run inside it.
+Way = Callable[[nn.Module], Entry]
 
 
 def replaced(model: nn.Module) -> Entry:
@@ -52,21 +55,20 @@ def replaced(model: nn.Module) -> Entry:
     return nullcontext
 
 
-def used(model: nn.Module) -> Entry:
-    return fastlm.use
-
-
-def replaced_and_used(model: nn.Module, integration: str) -> Entry:
-    replaced_of(model, integration)
-    return fastlm.use
-
-
 def replaced_of(model: nn.Module, integration: str) -> Entry:
     importlib.import_module(f"fastlm.integrations.{integration}")
     return replaced(model)
 
 
+def replaced_and_used(model: nn.Module, replace: Way = replaced) -> Entry:
+    replace(model)
+    return fastlm.use
+
+
 IN_TRANSFORMERS = {"replace": partial(replaced_of, integration="transformers")}
+
+
+ZENTORCH = {"zentorch": compiled_by_zentorch}
 
 
 def own_normal(model: nn.Module) -> Entry:
@@ -210,21 +212,44 @@ def prompt(model: nn.Module, batch: int, length: int) -> Step:
     return torch.inference_mode()(lambda: (model(input_ids=ids, logits_to_keep=1).logits,))
 
 
-def decoding(model: nn.Module, batch: int, length: int) -> Step:
-    """Read NEW_TOKENS tokens one by one, as generation does, after ``length`` random ones in a cache. Return the logits."""
-    from transformers import DynamicCache
+class CachedReader:
+    """Read tokens by a transformers model with a cache, as generation does.
 
-    ids, config = _tokens(batch, NEW_TOKENS), model.config
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    cached = _normals(model, batch, heads, length, config.hidden_size // config.num_attention_heads)
-    cache = DynamicCache(config=config)
-    for layer in range(config.num_hidden_layers):
-        cache.update(cached, cached, layer)
+    The model reads ``prompt`` (B, L) first. With ``random_cache`` the cache gets as many random keys and values instead, which
+    takes no time.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor, room: int, random_cache: bool):
+        from transformers import DynamicCache
+
+        config, (batch, length) = model.config, prompt.shape
+        self.model, self.cache = model, DynamicCache(config=config)
+        if random_cache:
+            heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+            cached = _normals(model, batch, heads, length, config.hidden_size // config.num_attention_heads)
+            for layer in range(config.num_hidden_layers):
+                self.cache.update(cached, cached, layer)
+        else:
+            self(prompt)
 
     @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits (B, 1, V) of the last of ``tokens`` (B, L)."""
+        return self.model(input_ids=tokens, cache=self.cache, use_cache=True, logits_to_keep=1).logits
+
+    def forget(self, count: int) -> None:
+        """Remove the last ``count`` tokens from the cache."""
+        self.cache.crop(-count)
+
+
+def decoding(model: nn.Module, batch: int, length: int, random_cache: bool = True) -> Step:
+    """Read NEW_TOKENS tokens one by one, as generation does, after ``length`` others in a cache. Return the logits."""
+    tokens = _tokens(batch, length + NEW_TOKENS)
+    reader = getattr(model, "reader", CachedReader)(model, tokens[:, :length], NEW_TOKENS, random_cache)
+
     def step() -> tuple[Tensor, ...]:
-        logits = [model(input_ids=token, cache=cache, use_cache=True).logits for token in ids.split(1, dim=1)]
-        cache.crop(-NEW_TOKENS)
+        logits = [reader(token) for token in tokens[:, length:].split(1, dim=1)]
+        reader.forget(NEW_TOKENS)
         return (torch.cat(logits, dim=1),)
 
     return step
@@ -267,7 +292,8 @@ def _decoding(name: str, build: Callable[[], nn.Module], batch: int, length: int
         build=build,
         ready=lambda model: decoding(model, batch, length),
         put_in=IN_TRANSFORMERS,
-        checked=lambda model: decoding(model, batch, 64),
+        peers={"llama.cpp in float16": read_by_llama_cpp},  # zentorch 2.14.0.1's answers with a cache are wrong.
+        checked=lambda model: decoding(model, batch, 64, random_cache=False),
         quick=quick,
     )
 
@@ -284,6 +310,7 @@ MODELS = (
         build=torch_encoder,
         ready=lambda model: forward_of(model, 2, 512, 768),
         put_in={"replace": replaced},
+        peers=ZENTORCH,
         checked=lambda model: forward_of(model, 1, 128, 768),
     ),
     Model(
@@ -304,6 +331,7 @@ MODELS = (
         build=bert,
         ready=lambda model: padded_forward(model, 4, 256),
         put_in=IN_TRANSFORMERS,
+        peers=ZENTORCH,
         checked=lambda model: padded_forward(model, 2, 64),
     ),
     Model(
@@ -371,7 +399,7 @@ MODELS = (
         items=4,
         build=autoencoder,
         ready=lambda model: encoding(model, 4, 128),
-        put_in={"replace, use": partial(replaced_and_used, integration="diffusers")},
+        put_in={"replace, use": partial(replaced_and_used, replace=partial(replaced_of, integration="diffusers"))},
         checked=lambda model: encoding(model, 1, 64, sample=False),
         memory=True,
     ),
@@ -402,7 +430,8 @@ MODELS = (
         items=8,
         build=vision_transformer,
         ready=lambda model: forward_of(model, 8, 3, 224, 224),
-        put_in={"use": used},
+        put_in={"replace, use": replaced_and_used},
+        peers=ZENTORCH,
         checked=lambda model: forward_of(model, 1, 3, 224, 224),
     ),
 )

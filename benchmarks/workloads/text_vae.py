@@ -1,4 +1,4 @@
-"""Build fastlm's own TextVAE for the table of models: on torch's attention with its latent written out, and as it is.
+"""Build fastlm's own TextVAE for the table of models: on torch's layers with its latent written out, and as it is.
 
 It has random weights and the "small" preset, as `fastlm lm train` makes it on the default corpus.
 """
@@ -9,6 +9,7 @@ import torch
 from suite.rows import Step
 from torch import Tensor, nn
 
+import fastlm
 from workloads.peers import eager_latent
 
 VOCABULARY = 4096
@@ -27,6 +28,7 @@ def text_vae() -> nn.Module:
     from fastlm.lm.model.presets import build
 
     model = build("vae", "small", _Vocabulary()).eval()
+    fastlm.restore(model)
     model.set_attn_implementation("sdpa")
     model.latent.sample = eager_latent
     return model
@@ -36,6 +38,7 @@ def on_kernels(model: nn.Module) -> type[AbstractContextManager]:
     """Put the model back on fastlm's kernels, as `build` makes it."""
     del model.latent.sample  # The module's own is behind it.
     model.set_attn_implementation("fastlm")
+    fastlm.replace(model)
     return nullcontext
 
 

@@ -144,6 +144,19 @@ def test_explain_says_which_product_runs():
         assert fastlm.explain(fastlm.linear, n(1, 3, 6), n(2, 5, 6), backend="cpu").backend == "cpu"
 
 
+@pytest.mark.parametrize("intel", [False, True])
+def test_small_weights_are_worth_a_call_for_many_rows_where_mkl_is_slow(intel, monkeypatch):
+    monkeypatch.setattr(cpu, "_IS_INTEL", intel)
+    monkeypatch.setattr(cpu, "_RULE", {torch.float32: cpu._ANYWHERE})
+    monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", 1 << 17)
+    small, smaller, large = torch.empty(256, 256), torch.empty(255, 256), torch.empty(512, 256)
+    assert cpu.gains(small) is not intel
+    assert cpu.gains(large) and not cpu.gains(smaller)
+    faster = [rows for rows in (1, 8, 63, 64, 1000) if cpu.is_faster(torch.float32, torch.empty(rows, 256), small)]
+    assert faster == ([] if intel else [64, 1000])
+    assert cpu.is_faster(torch.float32, torch.empty(1, 256), large)
+
+
 def test_a_call_that_torch_runs_does_not_warn(recwarn):
     fastlm.linear(n(1, 300, 300).double(), n(2, 300, 300).double())
     assert not recwarn.list

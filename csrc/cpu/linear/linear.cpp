@@ -59,7 +59,7 @@ static void many_rows(const Linear& l, int isa, int64_t threads) {
 
 void linear(const Linear& l, int64_t threads) {
   if (l.a.rows == 0 || l.b.rows == 0) return;
-  const bool few = l.a.rows <= (is_transposed(l.b, l.dtype) ? kFewRowsTransposed : kFewRows);
+  const bool few = l.a.rows <= most_few_rows(l.dtype, is_transposed(l.b, l.dtype));
   if (few && !is_transposed(l.a, l.dtype)) return few_rows(l, current_isa(), threads);
   many_rows(l, current_isa(), threads);
 }

@@ -37,11 +37,15 @@ using LinearPrepare = void(const Linear&, char* shared);  // fills what all task
 using LinearFewRows = void(const Linear&, const LinearBlock&, const char* shared, char* memory);
 using LinearManyRows = void(const Linear&, const LinearBlock&, char* memory);
 
-constexpr int64_t kFewRows = 32, kFewRowsTransposed = 16;  // up to so many rows of out, b is read in place
-constexpr int64_t kColumnBlock = 64;                       // columns of out that few rows compute before they are written
-constexpr int64_t kStripColumns = 1024;                    // the same, where b is transposed: 4 KiB of a row of it
-constexpr int64_t kMostLeft = 480;                         // many rows: left rows per block (many_rows-inl.h)
-constexpr int64_t kMostRight = 256;                        // right rows per block. A block (480, 256) of float takes 480 KiB
+constexpr int64_t kColumnBlock = 64;     // columns of out that few rows compute before they are written
+constexpr int64_t kStripColumns = 1024;  // the same, where b is transposed: 4 KiB of a row of it
+constexpr int64_t kMostLeft = 480;       // many rows: left rows per block (many_rows-inl.h)
+constexpr int64_t kMostRight = 256;      // right rows per block. A block (480, 256) of float takes 480 KiB
+
+// Returns up to how many rows of out count as few. Many rows read floats in place, too, and compute faster.
+FASTLM_HD int64_t most_few_rows(int dtype, bool b_is_transposed) {
+  return b_is_transposed ? 16 : dtype == kFloat32 ? 24 : 32;
+}
 
 // Computes the product on at most so many of torch's threads.
 void linear(const Linear& l, int64_t threads);

@@ -22,7 +22,7 @@ from transformers import (
 from ..data.prepare import read_split
 from ..data.read import Problems
 from ..model.checkpoint import load
-from ..model.presets import ATTENTION
+from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import TextVAE
 from .common import (
     BATCH,
@@ -172,7 +172,7 @@ def classifier_of(base: PreTrainedModel, labels: Sequence[str], seed: int = 0) -
         torch.manual_seed(seed)
         model = kind._from_config(config, attn_implementation=ATTENTION)
     model.model.load_state_dict((base.encoder if encoder else base.model).state_dict())
-    return model
+    return on_kernels(model)
 
 
 def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, labels: Sequence[str]) -> list[dict]:

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from ..data.batches import padded
 from ..data.read import Problems
 from ..model.checkpoint import load
-from ..model.presets import ATTENTION
+from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import IGNORED, TextVAE
 from .common import (
     BATCH,
@@ -127,7 +127,7 @@ def decoder_of(base: PreTrainedModel) -> LlamaForCausalLM:
         return base
     decoder = LlamaForCausalLM._from_config(base.config.decoder, attn_implementation=ATTENTION)
     decoder.load_state_dict(base.decoder.state_dict())
-    return decoder.eval()
+    return on_kernels(decoder).eval()
 
 
 def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, places: int) -> list[dict]:

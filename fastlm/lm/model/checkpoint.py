@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data.tokenizer import FILE as TOKENIZER
 from ..data.tokenizer import load_tokenizer
 from ..files import replaced_together
-from .presets import ATTENTION
+from .presets import ATTENTION, on_kernels
 from .text_vae import TextVAE
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -45,7 +45,7 @@ def load(
 
     Args:
         models: the classes of the expected models, by the config's model_type.
-        attention: transformers' name of the attention implementation.
+        attention: transformers' name of the attention implementation; any but fastlm's leaves the model without its kernels.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -72,7 +72,7 @@ def load(
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) != (size := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model {size}")
-    return model.eval(), tokenizer
+    return (on_kernels(model) if attention == ATTENTION else model).eval(), tokenizer
 
 
 def kind_of(folder: Path) -> str:

@@ -5,6 +5,7 @@ from transformers import EuroBertConfig, LlamaConfig, LlamaForCausalLM, PreTrain
 
 import fastlm.integrations.transformers  # noqa: F401  registers attn_implementation="fastlm"
 
+from ...nn.replace import replace
 from .sizes import KINDS, PRESETS
 from .text_vae import TextVAE, TextVAEConfig
 
@@ -14,7 +15,7 @@ ATTENTION = "fastlm"
 def build(
     kind: str, preset: str, tokenizer: PreTrainedTokenizerBase, *, free_bits: float = 0.0, seed: int = 0
 ) -> PreTrainedModel:
-    """Build a model with new weights for the tokenizer's vocabulary, on fastlm's attention; a seed determines the weights.
+    """Build a model with new weights for the tokenizer's vocabulary, on fastlm's kernels; a seed determines the weights.
 
     Raises:
         ValueError: there is no such kind or preset.
@@ -39,8 +40,14 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "decoder":
-            return LlamaForCausalLM._from_config(decoder, attn_implementation=ATTENTION)
+            return on_kernels(LlamaForCausalLM._from_config(decoder, attn_implementation=ATTENTION))
         own = {"num_hidden_layers": size.encoder_layers, "mask_token_id": tokenizer.mask_token_id}
         encoder = EuroBertConfig(**common | {"tie_word_embeddings": False}, **own)
         config = TextVAEConfig(encoder=encoder, decoder=decoder, latent_dim=size.latent_dim, free_bits=free_bits)
-        return TextVAE._from_config(config, attn_implementation=ATTENTION)
+        return on_kernels(TextVAE._from_config(config, attn_implementation=ATTENTION))
+
+
+def on_kernels(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model after swapping what it has beside its attention: linear layers, and caches that grow in place."""
+    replace(model)
+    return model

@@ -43,8 +43,8 @@ def _fit_together(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 # ---- the rule ---------------------------------------------------------------------------------------------------------------
 
 # From how many rows of input, and up to how many, the kernel is faster than torch: for weights whose depth is contiguous, and
-# for transposed ones. Measured with torch 2.13 on a Sapphire Rapids and a Zen 4, whose oneDNN and MKL were also restricted to
-# older instruction sets (ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS).
+# for transposed ones. Measured with torch 2.13 on a Sapphire Rapids, a Zen 4 and a Zen 5, whose oneDNN and MKL were also
+# restricted to older instruction sets (ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS).
 _ANY, _NEVER = (1, 1 << 62), (1, 0)
 _ANYWHERE = (_ANY, _ANY)
 _NOWHERE = (_NEVER, _NEVER)
@@ -56,8 +56,10 @@ _FASTER = {
 _FASTER_BFLOAT16 = {"avx512_bf16": ((1, 32), (1, 8)), "amx": ((1, 8), (1, 4))}
 # torch's float32 product is MKL's, which reaches 0.6 to 0.9 of the kernel's speed on the processors of others than Intel.
 _IS_INTEL = native.C is not None and native.C.is_intel()
-# Below so many weights, which lie in the cache, torch's float32 product costs less than the call of ours.
-_FEWEST_WEIGHTS = (1 << 19) + 1 if _IS_INTEL else 1 << 18
+# Below so many weights, which lie in the cache, torch's float32 product costs less than the call of ours; but with weights of
+# the second size or more and this many multiply-adds, others than Intel's spend more on MKL's product than on a call.
+_FEWEST_WEIGHTS = (1 << 19) + 1 if _IS_INTEL else 1 << 17
+_FEWEST_WEIGHTS_OF_MANY_ROWS, _FEWEST_PRODUCTS = 1 << 16, 1 << 22
 
 
 def _rule() -> dict[torch.dtype, tuple[tuple[int, int], tuple[int, int]]]:
@@ -80,7 +82,12 @@ _RULE = _rule()
 
 def _rows_won(dtype: torch.dtype, weights: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the rule's two ranges of rows for a product in that dtype with so many weights."""
-    return _NOWHERE if dtype is torch.float32 and weights < _FEWEST_WEIGHTS else _RULE.get(dtype, _NOWHERE)
+    if dtype is not torch.float32 or weights >= _FEWEST_WEIGHTS:
+        return _RULE.get(dtype, _NOWHERE)
+    if _IS_INTEL or not _RULE or weights < _FEWEST_WEIGHTS_OF_MANY_ROWS:
+        return _NOWHERE
+    many = _FEWEST_PRODUCTS // weights, _ANY[1]
+    return many, many
 
 
 def is_faster(dtype: torch.dtype, input: Tensor, weight: Tensor) -> bool:
@@ -121,7 +128,9 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fast_path(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """Return out of an ordinary call at the least cost, by whichever product is faster; None for any other call."""
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or type(input) is not Tensor:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    if torch._C._is_any_autocast_enabled() or type(input) is not Tensor:
         return None
     if not _is_dense(weight) or weight.dim() != 2 or not (bias is None or isinstance(bias, Tensor)):
         return None
