@@ -3,7 +3,7 @@
 from . import nn
 from .backend import UnsupportedError, backends, explain
 from .nn.replace import replace, restore
-from .nn.use import use
+from .nn.use import disable, enable, use
 from .ops.attention import attention, kvcache_attention, scaled_dot_product_attention, varlen_attention
 from .ops.latent import gaussian_kl, reparameterize, reparameterize_with_kl
 from .ops.linear import linear
@@ -13,6 +13,8 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "backends",
+    "disable",
+    "enable",
     "explain",
     "gaussian_kl",
     "kvcache_attention",

@@ -92,13 +92,14 @@ class MultiHeadCall:
 
     def _dtypes_fit(self) -> bool:
         """Return whether all products have one dtype, if need be by autocast."""
-        dtype = self.query.dtype
-        same = all(tensor is None or tensor.dtype == dtype for tensor in (self.key, self.value, *self._weights))
-        return same or torch.is_autocast_enabled(self.query.device.type)
+        tensors = (self.query, self.key, self.value, *self._weights)
+        return len({tensor.dtype for tensor in tensors if tensor is not None}) == 1 or torch.is_autocast_enabled(self.query.device.type)
 
     def _masks_fit(self) -> bool:
-        rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch
         padding, mask = self.key_padding_mask, self.attn_mask
+        if padding is None and mask is None:
+            return not self.is_causal
+        rows, keys, batch = self._rows(self.query), self._rows(self.key), self._batch
         added = self.bias_k is not None or self.add_zero_attn  # adds a last key, which torch's causal hint hides
         if self.is_causal and (mask is None or rows != keys or added):
             return False

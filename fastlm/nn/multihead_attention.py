@@ -47,28 +47,31 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         leaf = call_of_leaf(self, *given)
         if leaf is not None:
             return leaf
+        if need_weights:  # the most frequent reason to leave a call to torch, which needs no record of the call
+            return super().forward(*given)
+        # A look-up of a parameter takes Module.__getattr__ longer than anything else here.
+        out_proj, in_proj_weight = self.out_proj, self.in_proj_weight
+        separate = (None,) * 3 if in_proj_weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         call = MultiHeadCall(
             query,
             key,
             value,
             self.embed_dim,
             self.num_heads,
-            self.in_proj_weight,
+            in_proj_weight,
             self.in_proj_bias,
             self.bias_k,
             self.bias_v,
             self.add_zero_attn,
             self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
+            out_proj.weight,
+            out_proj.bias,
             self.training,
             key_padding_mask,
             need_weights,
             attn_mask,
-            self.in_proj_weight is None,
-            self.q_proj_weight,
-            self.k_proj_weight,
-            self.v_proj_weight,
+            in_proj_weight is None,
+            *separate,
             is_causal=is_causal,
             batch_first=self.batch_first,
         )

@@ -1,26 +1,31 @@
 """Routing attention calls to fastlm in code that one cannot edit."""
 
+import functools
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..ops.attention import has_kernel, scaled_dot_product_attention
 from ..ops.torch_op import PLAIN
+from .entry_points import EntryPoints
 from .multi_head_call import MultiHeadCall
 from .why_not import SUBCLASS, call_why_not, mask_dtype_fits
 
 
-class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():`)
+class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     """Run ``F.scaled_dot_product_attention`` on fastlm's kernels inside ``with fastlm.use() as report:``.
 
     The block also routes ``F.multi_head_attention_forward``, and so every torch.nn.MultiheadAttention and the layers of
-    torch.nn.Transformer. It does not matter how the function was imported. Under ``torch.compile``, code that was compiled
-    outside is compiled again inside, and the other way round. The block holds for the thread that entered it. After it,
-    everything is as before. The backward of calls in the block may run anywhere, but a recomputation by torch.utils.checkpoint
-    must run inside too.
+    torch.nn.Transformer. Functions of fastlm stand in for these, under every name that a module has for them, so that nothing
+    else takes longer; a copy that an object or a closure holds is not found. The block holds for the thread that entered it,
+    and for the backward that this thread runs. After it, everything is as before. A recomputation by torch.utils.checkpoint
+    must run inside too. Under ``torch.compile``, code that was compiled outside is compiled again inside, and the other way
+    round; compiled code is routed in all threads as long as one is in a block.
 
     torch's own function runs what kernels cannot do: other dtypes and devices, nested tensors and other subclasses of Tensor
     (such as DTensor), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad
@@ -32,9 +37,9 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.routed = 0
         self.left: Counter[str] = Counter()
+        self._outside: list[use | bool | None] = []  # the blocks around this one, as it may be entered again inside itself
 
     def __str__(self) -> str:
         lines = [f"{self.routed} calls of attention ran on fastlm, {self.left.total()} were left to torch"]
@@ -42,45 +47,122 @@ class use(TorchFunctionMode):  # noqa: N801 (read as a verb: `with fastlm.use():
 
     __repr__ = __str__
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attend(types, args, kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._attend_with_projections(types, args, kwargs)
-        return func(*args, **kwargs)
+    def __enter__(self) -> "use":
+        _entry_points.put_in()
+        self._outside.append(_exchange_block_of_thread(self))
+        return self
 
-    def _attend(self, types: tuple, args: tuple, kwargs: dict) -> Tensor:
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        reason = _class_why_not(types) or call_why_not(tensors) or _why_not(*args, **kwargs)
-        if reason is None:
-            try:
-                out = scaled_dot_product_attention(*args, **kwargs)
-                self._count(None)
-                return out
-            except (TypeError, ValueError) as error:
-                reason = str(error)
-        self._count(reason)
-        return F.scaled_dot_product_attention(*args, **kwargs)
-
-    def _attend_with_projections(self, types: tuple, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
-        call = MultiHeadCall(*args, **kwargs)
-        reason = _class_why_not(types) or call.why_not()
-        self._count(reason)
-        return call.run() if reason is None else F.multi_head_attention_forward(*args, **kwargs)
+    def __exit__(self, *_) -> None:
+        _exchange_block_of_thread(self._outside.pop())
+        _entry_points.take_out()
 
     def _count(self, reason: str | None) -> None:
-        if torch.compiler.is_compiling():  # the compiled code would depend on the count
-            return
         if reason is None:
             self.routed += 1
         else:
             self.left[reason] += 1
 
 
-def _class_why_not(types: tuple[type, ...]) -> str | None:
-    """Return why a call with arguments of these classes, tensors or not, is left to torch, or None."""
-    return None if PLAIN.issuperset(types) else SUBCLASS
+# ---- which block a call is in -----------------------------------------------------------------------------------------------
+
+# A thread's block is one of torch's thread-local objects, which its autograd threads get from the thread that calls backward:
+# a `use`, None, or False, by which neither a block nor enable() holds.
+_KEY = "fastlm.use"
+_everywhere: use | None = None
+
+
+def enable() -> use:
+    """Do what `use` does, in the whole process and all its threads, until `disable`. Return the report, which counts all."""
+    global _everywhere
+    if _everywhere is None:
+        _entry_points.put_in()
+        _everywhere = use()
+    return _everywhere
+
+
+def disable() -> None:
+    """Undo `enable`. Blocks of `use` go on."""
+    global _everywhere
+    if _everywhere is not None:
+        _everywhere = None
+        _entry_points.take_out()
+
+
+def _block_of_thread() -> use | bool | None:
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+
+
+def _exchange_block_of_thread(block: use | bool | None) -> use | bool | None:
+    """Set the thread's block, and return the one before."""
+    before = _block_of_thread()
+    torch._C._stash_obj_in_tls(_KEY, block)
+    return before
+
+
+def _block() -> use | None:
+    """Return the block that a call of this thread is in."""
+    block = _block_of_thread()
+    return _everywhere if block is None else block or None
+
+
+@contextmanager
+def _no_block() -> Iterator[None]:
+    """Leave to torch what its own function calls, which is not counted again."""
+    before = _exchange_block_of_thread(False)
+    try:
+        yield
+    finally:
+        _exchange_block_of_thread(before)
+
+
+# ---- the functions that stand in for torch's --------------------------------------------------------------------------------
+
+
+def _routed(theirs: Callable, attend: Callable) -> Callable:
+    """Return a function that runs ``attend`` inside a block, and torch's function elsewhere.
+
+    ``attend(args, kwargs)`` returns (what the call returns, None), or (None, why it is left to torch).
+    """
+
+    @functools.wraps(theirs)
+    def ours(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            out, reason = attend(args, kwargs)
+            return out if reason is None else theirs(*args, **kwargs)
+        block = _block()
+        if block is None:
+            return theirs(*args, **kwargs)
+        if torch._C._len_torch_function_stack():  # Each mode of the user's sees the call first, and calls ours again.
+            return handle_torch_function(ours, (), *args, **kwargs)
+        given = [a for a in (*args, *kwargs.values()) if type(a) not in PLAIN and hasattr(type(a), "__torch_function__")]
+        out, reason = (None, SUBCLASS) if given else attend(args, kwargs)
+        block._count(reason)
+        if reason is None:
+            return out
+        with _no_block():
+            if has_torch_function(given):  # They know torch's function, whose own name for itself is ours now.
+                return handle_torch_function(theirs, given, *args, **kwargs)
+            return theirs(*args, **kwargs)
+
+    ours.__module__ = F.__name__  # A pickle names it, and finds torch's.
+    return ours
+
+
+def _attend(args: tuple, kwargs: dict) -> tuple[Tensor | None, str | None]:
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+    reason = call_why_not(tensors) or _why_not(*args, **kwargs)
+    if reason is None:
+        try:
+            return scaled_dot_product_attention(*args, **kwargs), None
+        except (TypeError, ValueError) as error:
+            reason = str(error)
+    return None, reason
+
+
+def _attend_with_projections(args: tuple, kwargs: dict) -> tuple[tuple[Tensor, Tensor | None] | None, str | None]:
+    call = MultiHeadCall(*args, **kwargs)
+    reason = call.why_not()
+    return (call.run() if reason is None else None), reason
 
 
 def _why_not(
@@ -105,3 +187,26 @@ def _why_not(
     if not has_kernel(query, value):
         return f"no kernel takes {query.dtype} on {query.device}"
     return None
+
+
+def _off_in_blocks(theirs: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a switch that keeps torch's modules, in a block, from fused code that calls none of the functions above."""
+
+    @functools.wraps(theirs)
+    def ours() -> bool:
+        return not torch.compiler.is_compiling() and _block() is None and theirs()
+
+    return ours
+
+
+def _stand_ins() -> Iterator[tuple[Callable, Callable]]:
+    """Yield torch's functions and ours. No name of this module may hold one of torch's, as it would be found and exchanged."""
+    yield F.scaled_dot_product_attention, _routed(F.scaled_dot_product_attention, _attend)
+    yield F.multi_head_attention_forward, _routed(F.multi_head_attention_forward, _attend_with_projections)
+    yield torch.backends.mha.get_fastpath_enabled, _off_in_blocks(torch.backends.mha.get_fastpath_enabled)
+
+
+_entry_points = EntryPoints(_stand_ins())
+torch.jit._builtins._register_builtin(
+    _entry_points.stand_in(F.scaled_dot_product_attention), "aten::scaled_dot_product_attention"
+)

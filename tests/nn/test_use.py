@@ -1,12 +1,17 @@
 """Test that ``with fastlm.use():`` routes torch's attention through fastlm, whoever calls it, and back afterwards."""
 
+import pickle
+import sys
 import threading
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as imported_before
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fastlm
 from fastlm.testing import seeded_normal
@@ -70,9 +75,139 @@ def test_blocks_inside_blocks(qkv):
     assert (outer.routed, inner.routed) == (1, 1)
 
 
+def test_a_block_inside_itself(qkv):
+    block = fastlm.use()
+    with block, block:
+        F.scaled_dot_product_attention(*qkv)
+    with block:
+        F.scaled_dot_product_attention(*qkv)
+    F.scaled_dot_product_attention(*qkv)
+    assert block.routed == 2
+
+
+def test_no_mode_watches_other_calls():
+    with fastlm.use():
+        assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0
+        assert F.linear is torch._C._nn.linear
+
+
+def test_after_a_block_no_module_has_a_function_of_ours(monkeypatch):
+    """Not even one that was imported inside and copied it, or one that got its name between two blocks."""
+    theirs, early, late = F.scaled_dot_product_attention, types.ModuleType("early"), types.ModuleType("late")
+    monkeypatch.setitem(sys.modules, "early", early)
+    early.attend = theirs
+    for _ in range(2):
+        with fastlm.use():
+            ours = F.scaled_dot_product_attention
+            monkeypatch.setitem(sys.modules, "late", late)
+            late.attend = ours
+            assert early.attend is ours is not theirs
+        assert F.scaled_dot_product_attention is early.attend is late.attend is theirs
+        assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_blocks_of_two_threads_end_in_any_order(qkv):
+    inside, over = threading.Event(), threading.Event()
+    reports = []
+
+    def work():
+        with fastlm.use() as report:
+            inside.set()
+            over.wait(20)
+            F.scaled_dot_product_attention(*qkv)
+        reports.append(report)
+
+    theirs = F.scaled_dot_product_attention
+    thread = threading.Thread(target=work)
+    with fastlm.use() as report:
+        thread.start()
+        assert inside.wait(20)
+    F.scaled_dot_product_attention(*qkv)  # Functions of ours are still in place, for the other thread.
+    over.set()
+    thread.join()
+    assert report.routed == 0 and reports[0].routed == 1 and F.scaled_dot_product_attention is theirs
+
+
+def test_enable_holds_for_all_threads_until_disable(qkv):
+    theirs = F.scaled_dot_product_attention
+    report = fastlm.enable()
+    try:
+        assert fastlm.enable() is report
+        thread = threading.Thread(target=lambda: F.scaled_dot_product_attention(*qkv))
+        thread.start()
+        thread.join()
+        with fastlm.use() as block:
+            F.scaled_dot_product_attention(*qkv)
+        assert (report.routed, block.routed) == (1, 1)
+    finally:
+        fastlm.disable()
+    fastlm.disable()
+    assert F.scaled_dot_product_attention is theirs
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_inside_a_block_is_computed_again_by_fastlm(qkv, reentrant):
+    leaves = [t.requires_grad_() for t in qkv]
+    expected = torch.autograd.grad(fastlm.scaled_dot_product_attention(*leaves).sum(), leaves)
+    with fastlm.use() as report, set_checkpoint_early_stop(False):  # It would end the second call before it is counted.
+        checkpoint(F.scaled_dot_product_attention, *leaves, use_reentrant=reentrant).sum().backward()
+    assert report.routed == 2
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, expected))
+
+
+def test_a_user_s_mode_sees_the_call_and_may_pass_it_on(qkv):
+    seen = []
+
+    class Watching(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with fastlm.use() as report, Watching():
+        F.scaled_dot_product_attention(*qkv)
+    with torch.device("cpu"), fastlm.use() as other:
+        F.scaled_dot_product_attention(*qkv)
+    assert len(seen) == report.routed == other.routed == 1
+
+
+def test_a_subclass_is_told_torch_s_name_of_the_function():
+    named = []
+
+    class Named(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            named.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    theirs = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+    x, attention = normals(9, 2, 16).as_subclass(Named), nn.MultiheadAttention(16, 4)
+    with fastlm.use() as report:
+        F.scaled_dot_product_attention(x, x, x)
+        attention(x, x, x, need_weights=False)
+    assert theirs <= set(named) and report.routed == 0 and report.left.total() == 2
+
+
+def test_scripts_graphs_and_pickles_name_torch_s_function(qkv):
+    def attend(query, key, value):
+        return F.scaled_dot_product_attention(query, key, value)
+
+    theirs, module = F.scaled_dot_product_attention, nn.MultiheadAttention(16, 4).eval()
+    src = normals(9, 3, 16)
+    with fastlm.use():
+        scripted, scripted_module = torch.jit.script(attend), torch.jit.script(module)
+        graph = torch.fx.symbolic_trace(attend)
+        pickled = pickle.dumps(F.scaled_dot_product_attention)
+    assert "aten::scaled_dot_product_attention" in str(scripted.graph)
+    assert torch.equal(scripted(*qkv), attend(*qkv)) and torch.equal(graph(*qkv), attend(*qkv))
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [theirs]
+    torch.testing.assert_close(scripted_module(src, src, src)[0], module(src, src, src)[0])
+    assert pickle.loads(pickled) is theirs
+
+
 def test_other_threads_are_left_alone(qkv):
     with fastlm.use() as report:
-        thread = threading.Thread(target=F.scaled_dot_product_attention, args=qkv)
+        thread = threading.Thread(target=lambda: F.scaled_dot_product_attention(*qkv))
         thread.start()
         thread.join()
     assert report.routed == 0
@@ -112,8 +247,9 @@ def test_what_fastlm_cannot_do_is_torch_s():
         assert torch.equal(F.scaled_dot_product_attention(*tensors), expected)
         marked = [t.float().as_subclass(Marked) for t in tensors]
         assert type(F.scaled_dot_product_attention(*marked)) is Marked
-        F.scaled_dot_product_attention(*(nested,) * 3)
+        of_nested = F.scaled_dot_product_attention(*(nested,) * 3)
         everything_dropped = F.scaled_dot_product_attention(*(t.float() for t in tensors), dropout_p=1.0)
+    assert torch.equal(of_nested.values(), F.scaled_dot_product_attention(*(nested,) * 3).values())
     assert report.routed == 1 and report.left.total() == 3
     assert torch.equal(everything_dropped, torch.zeros_like(everything_dropped))
     assert "float64" in str(report) and "3 were left" in str(report)

@@ -198,6 +198,12 @@ bool fit_together(const TensorView& query, const TensorView& key, const TensorVi
          query.shape[1] % key.shape[1] == 0;
 }
 
+// Tells whether an output (B, H, L, D) is contiguous, or the transpose of a contiguous (B, L, H, D).
+bool is_dense_output(const TensorView& t) {
+  if (t.is_contiguous(1)) return true;
+  return t.stride[3] == 1 && t.stride[1] == t.shape[3] && t.stride[2] == t.shape[1] * t.shape[3];
+}
+
 // Runs a small call without options, in a few microseconds. Returns false, and does nothing, for any other call.
 // args: query, key, value, out, scale or None, causal, top_left, grouped, threads.
 bool plain_forward(PyObject* const* args) {
@@ -205,7 +211,7 @@ bool plain_forward(PyObject* const* args) {
   if (!exchange) return false;
   const TensorView q(args[0]), k(args[1]), v(args[2]), o(args[3]);
   if (!fit_together(q, k, v) || !o.data || v.shape[3] != q.shape[3]) return false;
-  if (!o.has_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}) || !o.is_contiguous(1)) return false;
+  if (!o.has_shape({q.shape[0], q.shape[1], q.shape[2], q.shape[3]}) || !is_dense_output(o)) return false;
   fill_tensors(a, q, k, v, false);
   a.out = rows_of("out", o, q.dtype);
   a.scale = float(args[4] == Py_None ? 1.0 / std::sqrt(double(a.head_dim)) : PyFloat_AsDouble(args[4]));
