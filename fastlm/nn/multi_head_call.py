@@ -93,7 +93,8 @@ class MultiHeadCall:
     def _dtypes_fit(self) -> bool:
         """Return whether all products have one dtype, if need be by autocast."""
         tensors = (self.query, self.key, self.value, *self._weights)
-        return len({tensor.dtype for tensor in tensors if tensor is not None}) == 1 or torch.is_autocast_enabled(self.query.device.type)
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+        return len(dtypes) == 1 or torch.is_autocast_enabled(self.query.device.type)
 
     def _masks_fit(self) -> bool:
         padding, mask = self.key_padding_mask, self.attn_mask

@@ -27,8 +27,9 @@ EACH = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
-def kernel(widest_isa):
-    """Require the C++ kernel."""
+def kernel(widest_isa, monkeypatch):
+    """Require the C++ kernel. On some machines these models' linear layers would be swapped, too, which others test."""
+    monkeypatch.setattr("fastlm.nn.linear.gains", lambda weight: False)
 
 
 def made(kind, **options):

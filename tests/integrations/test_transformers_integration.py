@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
+from support.processes import printed
 from support.transformers_models import (
     ARCHITECTURES,
     BERT,
@@ -394,6 +395,19 @@ def test_output_is_contiguous_without_a_copy(monkeypatch):
     monkeypatch.setattr(transformers_attention, "attention", lambda *a, **k: outs.append(original(*a, **k)) or outs[-1])
     model(**inputs_of(model))
     assert len(outs) == 2 and all(out.transpose(1, 2).is_contiguous() for out in outs)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda model, file: file.write_bytes(pickle.dumps(model))])
+def test_a_swapped_model_runs_where_fastlm_was_not_imported(save, tmp_path):
+    model = hf.GPT2Model(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1)).eval()
+    fastlm.replace(model)
+    save(model, tmp_path / "model")
+    load = "torch.load(file, weights_only=False)" if save is torch.save else "pickle.load(open(file, 'rb'))"
+    code = f"import pickle, torch; file = {str(tmp_path / 'model')!r}; model = {load}; ids = torch.ones(1, 4, dtype=torch.long)"
+    shown = printed(code + "; print(model(ids)[0].sum().item(), model.config._attn_implementation)")
+    total, implementation = shown.splitlines()[-1].split()
+    assert implementation == "fastlm"
+    torch.testing.assert_close(float(total), model(torch.ones(1, 4, dtype=torch.long))[0].sum().item())
 
 
 def test_fastlm_does_not_import_transformers():

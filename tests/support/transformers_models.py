@@ -207,18 +207,26 @@ def nudged_results(model: nn.Module, inputs: dict[str, Tensor], gradients: bool,
         return results_of(model, inputs, gradients)
 
 
+REPLACED = "replaced"  # as an implementation: fastlm.replace
+
+
 def in_dtype(model: nn.Module, dtype: torch.dtype, implementation: str) -> nn.Module:
     """Return a copy of a model in that dtype and on that implementation."""
     model = copy.deepcopy(model).to(dtype)
-    model.set_attn_implementation(implementation)
+    if implementation == REPLACED:
+        fastlm.replace(model)
+    else:
+        model.set_attn_implementation(implementation)
     return model
 
 
-def assert_as_good_as_eager(model: nn.Module, dtype: torch.dtype, padding: str | None, gradients: bool) -> None:
+def assert_as_good_as_eager(
+    model: nn.Module, dtype: torch.dtype, padding: str | None, gradients: bool, implementation: str = "fastlm"
+) -> None:
     """Hold fastlm's results on a model, its weights rounded to ``dtype``, to the rule of tests/support/oracle.py."""
     model = model.to(dtype)
     exact, plain, fast = (
-        in_dtype(model, type_, name) for type_, name in ((torch.float64, "eager"), (dtype, "eager"), (dtype, "fastlm"))
+        in_dtype(model, type_, name) for type_, name in ((torch.float64, "eager"), (dtype, "eager"), (dtype, implementation))
     )
     with golden_masks():
         golden, plain, actual = (results_of(run, inputs_of(run, padding), gradients) for run in (exact, plain, fast))

@@ -18,6 +18,12 @@ What stays on transformers' own path:
 - An attention that prepares its mask for "eager" and "sdpa" alone raises NotImplementedError. With another name it would attend
   to keys that it means to hide.
 
+After `fastlm.replace`, caches of `generate` grow in place (cache.py), and encoders like BERT's drop the padding of their
+batches: padded positions of the output, which mean nothing, are zeros (packing.py).
+
+A swapped model can be pickled, or sent to a worker, and used where fastlm has not been imported. One that was made with
+``attn_implementation="fastlm"`` needs ``import fastlm.integrations.transformers`` there.
+
 A query that sees no key gets zeros, where eager gives it the mean of all values. In transformers' masks only padded positions
 see no key, and no other position sees them, so the outputs of all other positions are the same.
 """
@@ -33,13 +39,27 @@ require("transformers")
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
 
-from . import cache  # noqa: E402
+from . import cache, packing  # noqa: E402
 from . import conv1d as conv1d  # noqa: E402  (registers its swap)
 from .attention import attend  # noqa: E402
 from .mask import make_mask  # noqa: E402
 from .traits import computes_attention, traits_of, uses_interface  # noqa: E402
 
-NAME = "fastlm"
+
+class _Name(str):
+    """The implementation's name in the configs of swapped models. Unpickling it imports this module, which registers it."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple:
+        return _name, ()
+
+
+def _name() -> str:
+    return NAME
+
+
+NAME = _Name("fastlm")
 
 
 class AttentionSwap(Swap):
@@ -114,6 +134,30 @@ class CacheSwap(Swap):
         return "its caches are transformers' own"
 
 
+class PackingSwap(Swap):
+    """The swap that drops the padding of an encoder's batches, once its model runs on fastlm."""
+
+    original = nn.Module
+    subclasses = True
+
+    def concerns(self, module: nn.Module) -> bool:
+        if not packing.is_encoder(module):
+            return False
+        config = next(part.config for part in module.modules() if hasattr(part, "config"))
+        return config._attn_implementation == NAME and not getattr(config, "is_decoder", False)
+
+    def is_swapped(self, module: nn.Module) -> bool:
+        return packing.is_encoder(module) and packing.is_hooked(module)
+
+    def swap(self, module: nn.Module) -> str:
+        packing.hook(module)
+        return "padding is dropped before its first layer, and comes back after the last as zeros"
+
+    def undo(self, module: nn.Module) -> str:
+        packing.unhook(module)
+        return "padding is computed"
+
+
 def _set(part: nn.Module, implementation: str) -> None:
     # The key "" names this config alone; the configs inside it have modules of their own.
     part.config._attn_implementation = {"": implementation}
@@ -137,3 +181,4 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
 register(AttentionSwap())
 register(CacheSwap())
+register(PackingSwap())

@@ -10,6 +10,7 @@ from transformers.utils.output_capturing import _active_collector
 from ...ops.attention import attention
 from ...ops.torch_op import are_plain
 from .mask import STAND_INS, as_eager_mask, read_stand_in
+from .packing import attend_packed, is_packed
 from .traits import Traits, traits_of
 
 
@@ -60,6 +61,10 @@ def attend(
             }
             options |= {"output_attentions": output_attentions, **kwargs}
             return _attend_eagerly(module, traits.eager, reason, query, key, value, attention_mask, options)
+    if is_packed(attention_mask):
+        rate = dropout if module.training else 0.0
+        options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": rate}
+        return attend_packed(query, key, value, attention_mask, **options), None
     causal, window = False, None
     if attention_mask is not None and attention_mask.dtype in STAND_INS:
         causal, window = read_stand_in(attention_mask)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .hooks import add_hooks, has_hook, remove_hooks
+
 _LEAST_ROOM = 256  # tokens; or an eighth of the cached ones, if that is more: so copies take 1 % of the bytes that are read
 
 
@@ -102,16 +104,14 @@ def _convert(cache: DynamicCache) -> None:
 
 def hook(model: nn.Module) -> None:
     """Let the caches that the model is given grow in place."""
-    model.register_forward_pre_hook(_grow_in_place, with_kwargs=True)
+    add_hooks(model, _grow_in_place)
 
 
 def is_hooked(model: nn.Module) -> bool:
     """Return whether `hook` has been called. A copy or a pickle of a model keeps its hooks."""
-    return _grow_in_place in model._forward_pre_hooks.values()
+    return has_hook(model, _grow_in_place)
 
 
 def unhook(model: nn.Module) -> None:
     """Undo `hook`. Caches that were made meanwhile stay what they are."""
-    for key, function in tuple(model._forward_pre_hooks.items()):
-        if function is _grow_in_place:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    remove_hooks(model, _grow_in_place)

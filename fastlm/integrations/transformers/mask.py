@@ -15,6 +15,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from .packing import as_mask, is_packed, padding_mask
 from .traits import takes_any_mask
 
 # A mask that is only a pattern is never built. transformers gets a stand-in instead, and hands it on to the attention: one
@@ -57,7 +58,7 @@ def make_mask(
         mask_function = bidirectional_mask_function  # the window of a query at the last key has all keys
     if may_skip and mask_function is bidirectional_mask_function:
         padding = _padding(attention_mask, kv_length, kv_offset)
-        return None if padding is None else padding[:, None, None].expand(shape)
+        return None if padding is None else padding_mask(padding, shape)
     if stand_in is not None and _padding(attention_mask, kv_length, kv_offset) is None:
         return stand_in.expand(shape)
     rest = {"mask_function": mask_function, "attention_mask": attention_mask, "allow_is_causal_skip": False, **kwargs}
@@ -108,7 +109,9 @@ def as_eager_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     """Return the float mask that an eager function takes, for a mask of `make_mask` or a user's own."""
     if mask is None or mask.is_floating_point():
         return mask
-    if mask.dtype in STAND_INS:
+    if is_packed(mask):
+        mask = as_mask(mask, query.shape[2])
+    elif mask.dtype in STAND_INS:
         causal, window = read_stand_in(mask)
         queries, keys = query.shape[2], key.shape[2]
         distance = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]

@@ -1,0 +1,136 @@
+"""Padded batches of encoders, packed: padding is dropped before the first layer, and comes back as zeros after the last.
+
+Between its attentions an encoder like BERT's treats each token by itself, so that padding is only work. After `fastlm.replace`,
+a forward pre-hook of the encoder takes the tokens out of (B, L, hidden) as (1, tokens, hidden), its layers run on those, their
+attention by `fastlm.varlen_attention`, and a forward hook puts the tokens back.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all_modules
+from transformers.utils import output_capturing
+
+from ...ops.attention import varlen_attention
+from ...ops.torch_op import are_plain
+from .hooks import add_hooks, has_hook, remove_hooks
+
+# Encoders that are token-wise but for attention, and hand their mask on as they get it.
+ENCODERS = {
+    ("albert", "AlbertTransformer"),
+    ("bert", "BertEncoder"),
+    ("camembert", "CamembertEncoder"),
+    ("distilbert", "Transformer"),
+    ("electra", "ElectraEncoder"),
+    ("roberta", "RobertaEncoder"),
+    ("roberta_prelayernorm", "RobertaPreLayerNormEncoder"),
+    ("xlm_roberta", "XLMRobertaEncoder"),
+    ("xlm_roberta_xl", "XLMRobertaXLEncoder"),
+}
+
+# What the layers get in place of a mask: the bounds of the sequences (B + 1,), as varlen_attention takes them, of a dtype and
+# shape that no mask has. As attributes it has the shape of the batch (B, L), and each token's place in B * L.
+PACKED = torch.int32
+
+
+def is_encoder(module: nn.Module) -> bool:
+    """Return whether a module is an encoder whose batches can be packed."""
+    package, _, kind = type(module).__module__.rpartition(".modeling_")
+    return package.startswith("transformers.models.") and (kind, type(module).__name__) in ENCODERS
+
+
+_TOKENS = "fastlm_tokens"
+
+
+def padding_mask(tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return tokens (B, keys), True at a token, as a mask (B, 1, queries, keys) from which a batch can be packed."""
+    mask = tokens[:, None, None].expand(shape)
+    if not torch.compiler.is_compiling():
+        setattr(mask, _TOKENS, tokens)
+    return mask
+
+
+def is_packed(mask: Tensor | None) -> bool:
+    """Return whether an attention is given the bounds of packed sequences in place of a mask."""
+    return mask is not None and mask.dtype is PACKED and mask.dim() == 1
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options) -> Tensor:
+    """Attend within packed sequences. Tensors are (1, H, tokens, D), the output is (1, tokens, H, Dv)."""
+    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return varlen_attention(*packed, bounds, bounds, **options).unsqueeze(0)
+
+
+def as_mask(bounds: Tensor, tokens: int) -> Tensor:
+    """Return the bool mask (1, 1, tokens, tokens) of packed sequences, True: attend."""
+    sequence = torch.bucketize(torch.arange(tokens, device=bounds.device), bounds[1:], right=True)
+    return (sequence[:, None] == sequence)[None, None]
+
+
+# ---- the hooks --------------------------------------------------------------------------------------------------------------
+
+
+def _pack(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Take the tokens out of a padded batch: a forward pre-hook."""
+    if len(args) > 2 or torch.compiler.is_compiling() or torch.jit.is_tracing():  # The number of tokens is not the graph's.
+        return None
+    given = {**kwargs, **dict(zip(("hidden_states", "attention_mask"), args))}
+    hidden, tokens = given.get("hidden_states"), getattr(given.get("attention_mask"), _TOKENS, None)
+    if tokens is None or not are_plain((hidden,)) or hidden.shape[:2] != tokens.shape or not _may_pack(encoder, given):
+        return None
+    places = tokens.flatten().nonzero().squeeze(1)
+    if not len(places):  # Layers cannot take a batch without tokens.
+        return None
+    bounds = nn.functional.pad(tokens.sum(1).cumsum(0, dtype=PACKED), (1, 0))
+    bounds.batch, bounds.places = tokens.shape, places
+    packed = hidden.flatten(0, 1).index_select(0, places).unsqueeze(0)
+    return (), {**given, "hidden_states": packed, "attention_mask": bounds}
+
+
+def _unpack(encoder: nn.Module, args: tuple, kwargs: dict, output):
+    """Put the tokens of the encoder's output back where they were: a forward hook."""
+    bounds = kwargs.get("attention_mask")
+    if not is_packed(bounds):
+        return None
+    packed = output.last_hidden_state[0]  # (tokens, hidden)
+    padded = packed.new_zeros(bounds.batch.numel(), packed.shape[1]).index_copy(0, bounds.places, packed)
+    output.last_hidden_state = padded.view(*bounds.batch, -1)
+    return output
+
+
+def _may_pack(encoder: nn.Module, given: dict) -> bool:
+    """Return whether all that the encoder is given is packed or unused, and nobody looks into it."""
+    unused = ("encoder_hidden_states", "encoder_attention_mask", "cache")
+    if any(given.get(name) is not None for name in unused) or given.get("use_cache"):
+        return False
+    if getattr(getattr(encoder, "config", None), "chunk_size_feed_forward", 0):
+        return False
+    return not output_capturing._active_collector.get() and not _is_watched(encoder)
+
+
+_OWN = (output_capturing.__name__, __name__)  # Hooks of transformers' collect what an active collector asks for.
+
+
+def _is_watched(encoder: nn.Module) -> bool:
+    """Return whether a hook of somebody else's sees what goes through the encoder or its modules."""
+    if of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks:
+        return True
+    for module in encoder.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+            if any(getattr(hook, "__module__", None) not in _OWN for hook in hooks.values()):
+                return True
+    return False
+
+
+def hook(encoder: nn.Module) -> None:
+    """Let the encoder's padded batches be packed."""
+    add_hooks(encoder, _pack, _unpack)
+
+
+def is_hooked(encoder: nn.Module) -> bool:
+    """Return whether `hook` has been called."""
+    return has_hook(encoder, _pack)
+
+
+def unhook(encoder: nn.Module) -> None:
+    """Undo `hook`."""
+    remove_hooks(encoder, _pack, _unpack)
