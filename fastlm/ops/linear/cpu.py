@@ -132,6 +132,8 @@ def fast_path(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | No
         return None
     if torch._C._is_any_autocast_enabled() or type(input) is not Tensor:
         return None
+    if input.dtype is torch.float32 and isinstance(weight, Tensor) and weight.numel() < _FEWEST_WEIGHTS_OF_MANY_ROWS:
+        return F.linear(input, weight, bias)  # It is torch's, whatever else is asked below, and too short to ask.
     if not _is_dense(weight) or weight.dim() != 2 or not (bias is None or isinstance(bias, Tensor)):
         return None
     if not input.is_cpu or not is_faster(input.dtype, input, weight):
