@@ -27,7 +27,9 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     must run inside too. Under ``torch.compile``, code that was compiled outside is compiled again inside, and the other way
     round; compiled code is routed in all threads as long as one is in a block.
 
-    torch's own function runs what kernels cannot do: other dtypes and devices, nested tensors and other subclasses of Tensor
+    Jagged tensors (B, H, lengths, D), transposes of (B, lengths, H, D), are attended within as packed sequences.
+
+    torch's own function runs what kernels cannot do: other dtypes and devices, other nested tensors and subclasses of Tensor
     (such as DTensor), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad
     input, for which torch raises its own errors.
 
@@ -135,7 +137,7 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
         if torch._C._len_torch_function_stack():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (), *args, **kwargs)
         given = [a for a in (*args, *kwargs.values()) if type(a) not in PLAIN and hasattr(type(a), "__torch_function__")]
-        out, reason = (None, SUBCLASS) if given else attend(args, kwargs)
+        out, reason = _attend_subclasses(attend, args, kwargs, given) if given else attend(args, kwargs)
         block._count(reason)
         if reason is None:
             return out
@@ -146,6 +148,15 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
 
     ours.__module__ = F.__name__  # A pickle names it, and finds torch's.
     return ours
+
+
+def _attend_subclasses(attend: Callable, args: tuple, kwargs: dict, given: list) -> tuple[Tensor | None, str | None]:
+    """Run attention of jagged tensors. All other classes know better what it means."""
+    if attend is not _attend or not all(isinstance(arg, Tensor) and arg.is_nested for arg in given):
+        return None, SUBCLASS
+    from .jagged import attend_jagged  # It imports much of torch that most programs do not need.
+
+    return attend_jagged(*args, **kwargs)
 
 
 def _attend(args: tuple, kwargs: dict) -> tuple[Tensor | None, str | None]:
