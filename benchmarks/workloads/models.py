@@ -60,7 +60,7 @@ def replaced_of(model: nn.Module, integration: str) -> Entry:
     return replaced(model)
 
 
-def replaced_and_used(model: nn.Module, replace: Way = replaced) -> Entry:
+def replaced_and_used(model: nn.Module, replace: Callable[[nn.Module], object] = fastlm.replace) -> Entry:
     replace(model)
     return fastlm.use
 
@@ -71,8 +71,9 @@ IN_TRANSFORMERS = {"replace": partial(replaced_of, integration="transformers")}
 ZENTORCH = {"zentorch": compiled_by_zentorch}
 
 
-def own_normal(model: nn.Module) -> Entry:
+def replaced_with_own_normal(model: nn.Module) -> Entry:
     model.normal = importlib.import_module("fastlm.integrations.distributions").Normal
+    fastlm.replace(model)
     return nullcontext
 
 
@@ -170,7 +171,8 @@ def padded_encoder(model: nn.Module, batch: int, length: int) -> Step:
 
 def padded_forward(model: nn.Module, batch: int, length: int) -> Step:
     ids, mask = _tokens(batch, length), _padding(batch, length)
-    return torch.inference_mode()(lambda: (model(input_ids=ids, attention_mask=mask).last_hidden_state,))
+    tokens = mask.bool()  # What stands at padding means nothing.
+    return torch.inference_mode()(lambda: (model(input_ids=ids, attention_mask=mask).last_hidden_state[tokens],))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -189,8 +191,8 @@ def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimi
     model.train()
     ids = _tokens(batch, length)
     inputs = {"input_ids": ids} | ({"attention_mask": _padding(batch, length)} if padded else {})
-    # The weights make a loss that is not constant.
-    weights = _normals(model, batch, length, model.config.hidden_size) if padded else None
+    if padded:  # These weights make a loss that is not constant, and leave out what stands at padding.
+        weights = _normals(model, batch, length, model.config.hidden_size) * inputs["attention_mask"].unsqueeze(-1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimize else None
 
     def step() -> tuple[Tensor, ...]:
@@ -199,7 +201,8 @@ def gradients_of(model: nn.Module, batch: int, length: int, padded: bool, optimi
         loss.backward()
         if optimizer:
             optimizer.step()
-        results = outputs[0 if padded else 1].detach(), next(model.parameters()).grad
+        output = outputs.last_hidden_state[inputs["attention_mask"].bool()] if padded else outputs.logits
+        results = output.detach(), next(model.parameters()).grad
         model.zero_grad(set_to_none=True)
         return results
 
@@ -420,7 +423,7 @@ MODELS = (
         items=512,
         build=DistributionsVAE,
         ready=lambda model: vae_gradients(model, 512),
-        put_in={"Normal": own_normal},
+        put_in={"replace, Normal": replaced_with_own_normal},
         checked=lambda model: vae_gradients(model, 512, "kl"),
     ),
     Model(

@@ -1,11 +1,13 @@
-"""Put functions of ours in the place of functions of torch, under every name that loaded modules have for them, and back.
+"""Put functions of ours in the place of functions of torch, under the names that loaded modules have for them, and back.
 
 In this way no call of anything else costs more, as it would under a TorchFunctionMode, which sees them all.
 """
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 
@@ -20,31 +22,26 @@ class EntryPoints:
     Both may be called by several threads and inside each other: the functions are in place as long as anyone wants them.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Callable, Callable]]) -> None:
-        """Take pairs of (torch's, ours)."""
+    def __init__(self, pairs: Iterable[tuple[Callable, Callable]], skipped: tuple[str, ...]) -> None:
+        """Take pairs of (torch's, ours), and how the names of modules begin whose names stay as they are."""
         self._pairs: dict[int, tuple[Callable, Callable]] = {}  # by the id of either
         for theirs, ours in pairs:
             ours.__prepare_scriptable__ = partial(_itself, theirs)  # torch.jit.script compiles torch's.
             self._pairs[id(theirs)] = self._pairs[id(ours)] = theirs, ours
-        self._lock = threading.Lock()
-        self._wanted = 0
-        self._places: list[tuple[dict, str, Callable, Callable]] = []  # (a module's names, one of them, torch's, ours)
-        self._searched: set[str] = set()  # names of modules
-        self._modules = 0  # how many there were at the last search
-
-    def stand_in(self, theirs: Callable) -> Callable:
-        """Return ours for that function of torch."""
-        return self._pairs[id(theirs)][1]
+        self._skipped = skipped
+        self._lock = threading.RLock()
+        self._wanted = self._suspended = 0
+        # (a module, one of its names, torch's, ours)
+        self._places: list[tuple[weakref.ref, str, Callable, Callable]] = []
+        self._searched: weakref.WeakSet[ModuleType] = weakref.WeakSet()
+        self._last: tuple[int, object] | None = None  # how many modules there were at the last search, and the newest
 
     def put_in(self) -> None:
         """Put ours in place."""
         with self._lock:
+            self._search()
             self._wanted += 1
-            if self._wanted == 1:
-                self._search()
-                for names, name, theirs, ours in self._places:
-                    if names.get(name) is theirs:
-                        names[name] = ours
+            self._exchange()
 
     def take_out(self) -> None:
         """Put torch's functions back if nobody else wants ours, also where modules have copied ours in the meantime."""
@@ -52,28 +49,55 @@ class EntryPoints:
             self._wanted -= 1
             if self._wanted == 0:
                 self._search()
-                for names, name, theirs, ours in self._places:
-                    if names.get(name) is ours:
-                        names[name] = theirs
+            self._exchange()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Put torch's functions back for a while, for code that asks whether a function is the one of that name."""
+        with self._lock:
+            self._suspended += 1
+            self._exchange()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._suspended -= 1
+                self._exchange()
+
+    def _exchange(self) -> None:
+        """Give each name the function that it should have now, if it still has one of the two."""
+        wanted = self._wanted > 0 and self._suspended == 0
+        for reference, name, theirs, ours in self._places:
+            module = reference()
+            if module is not None and _names_of(module).get(name) is (theirs if wanted else ours):
+                _names_of(module)[name] = ours if wanted else theirs
 
     def _search(self) -> None:
         """Search the modules that are new, and the program itself, which gets new names at any time."""
         self._search_module(sys.modules.get("__main__"))
-        if len(sys.modules) == self._modules:
+        newest = len(sys.modules), sys.modules.get(next(reversed(sys.modules)))
+        if newest == self._last:
             return
-        for module_name in sys.modules.keys() - self._searched:
-            module = sys.modules.get(module_name)
-            if not module_name.startswith("torch._C"):  # where torch itself looks up what its functions are
-                self._search_module(module)
-            if not getattr(getattr(module, "__spec__", None), "_initializing", False):
-                self._searched.add(module_name)
-        self._modules = len(sys.modules)
+        complete = True
+        for name, module in list(sys.modules.items()):
+            if not isinstance(module, ModuleType) or module in self._searched or name.startswith(self._skipped):
+                continue
+            self._search_module(module)
+            if getattr(_names_of(module).get("__spec__"), "_initializing", False):
+                complete = False
+            else:
+                self._searched.add(module)
+        self._last = newest if complete else None
 
     def _search_module(self, module: ModuleType | None) -> None:
         if not isinstance(module, ModuleType):
             return
-        names = module.__dict__
-        for name, value in list(names.items()):
+        for name, value in list(_names_of(module).items()):
             pair = self._pairs.get(id(value))
-            if pair is not None and not any(names is n and name == known for n, known, *_ in self._places):
-                self._places.append((names, name, *pair))
+            if pair is not None and not any(found() is module and name == known for found, known, *_ in self._places):
+                self._places.append((weakref.ref(module), name, *pair))
+
+
+def _names_of(module: ModuleType) -> dict:
+    """Return a module's names, without waking one that is loaded only when it is used."""
+    return object.__getattribute__(module, "__dict__")

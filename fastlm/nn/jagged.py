@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from ..ops.attention import has_kernel, varlen_attention
+from .why_not import call_why_not
 
 
 def attend_jagged(
@@ -38,6 +39,8 @@ def attend_jagged(
 def _why_not(query, key, value, attn_mask, is_causal, enable_gqa) -> str | None:
     if any(type(tensor) is not NestedTensor for tensor in (query, key, value)):
         return "jagged tensors and others in one call"
+    if reason := call_why_not(()):
+        return reason
     if any(t.dim() != 4 or t._ragged_idx != 2 or t.lengths() is not None for t in (query, key, value)):
         return "jagged tensors that are no transposes of (B, lengths, H, D), or have holes"
     if attn_mask is not None:

@@ -94,7 +94,8 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     def _torch_nests(self, src: Tensor, mask: Tensor | None, padding: Tensor | None) -> bool:
         """Return whether torch's forward makes a nested tensor of this batch, by its conditions in their order."""
-        if not torch.backends.mha.get_fastpath_enabled() or not getattr(self, "use_nested_tensor", False):
+        # The user's switch, and not that function, which is ours inside `fastlm.use`.
+        if not torch.backends.mha._is_fastpath_enabled or not getattr(self, "use_nested_tensor", False):
             return False
         first, check = self.layers[0], getattr(self, "mask_check", True)
         if first.training or src.dim() != 3 or padding is None or not src.numel():

@@ -1,6 +1,8 @@
 """Routing attention calls to fastlm in code that one cannot edit."""
 
 import functools
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from ..ops.attention import has_kernel, scaled_dot_product_attention
 from ..ops.torch_op import PLAIN
@@ -21,8 +23,9 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     """Run ``F.scaled_dot_product_attention`` on fastlm's kernels inside ``with fastlm.use() as report:``.
 
     The block also routes ``F.multi_head_attention_forward``, and so every torch.nn.MultiheadAttention and the layers of
-    torch.nn.Transformer. Functions of fastlm stand in for these, under every name that a module has for them, so that nothing
-    else takes longer; a copy that an object or a closure holds is not found. The block holds for the thread that entered it,
+    torch.nn.Transformer. Functions of fastlm stand in for these, under the names that loaded modules have for them, so that
+    nothing else takes longer; a copy that an object or a closure holds is not found, nor is the function that a graph of
+    torch.fx names. A user's own TorchFunctionMode sees the functions of fastlm. The block holds for the thread that entered it,
     and for the backward that this thread runs. After it, everything is as before. A recomputation by torch.utils.checkpoint
     must run inside too. Under ``torch.compile``, code that was compiled outside is compiled again inside, and the other way
     round; compiled code is routed in all threads as long as one is in a block.
@@ -41,7 +44,6 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     def __init__(self) -> None:
         self.routed = 0
         self.left: Counter[str] = Counter()
-        self._outside: list[use | bool | None] = []  # the blocks around this one, as it may be entered again inside itself
 
     def __str__(self) -> str:
         lines = [f"{self.routed} calls of attention ran on fastlm, {self.left.total()} were left to torch"]
@@ -51,11 +53,11 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
 
     def __enter__(self) -> "use":
         _entry_points.put_in()
-        self._outside.append(_exchange_block_of_thread(self))
+        _enter(self)
         return self
 
     def __exit__(self, *_) -> None:
-        _exchange_block_of_thread(self._outside.pop())
+        _leave()
         _entry_points.take_out()
 
     def _count(self, reason: str | None) -> None:
@@ -67,54 +69,58 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
 
 # ---- which block a call is in -----------------------------------------------------------------------------------------------
 
-# A thread's block is one of torch's thread-local objects, which its autograd threads get from the thread that calls backward:
-# a `use`, None, or False, by which neither a block nor enable() holds.
+# The blocks of a thread are one of torch's thread-local objects, which its autograd threads get from the thread that calls
+# backward: (the innermost, the blocks around it), or None. In place of a block stands None where not even enable() holds.
 _KEY = "fastlm.use"
 _everywhere: use | None = None
+_enabling = threading.Lock()
 
 
 def enable() -> use:
     """Do what `use` does, in the whole process and all its threads, until `disable`. Return the report, which counts all."""
     global _everywhere
-    if _everywhere is None:
-        _entry_points.put_in()
-        _everywhere = use()
-    return _everywhere
+    with _enabling:
+        if _everywhere is None:
+            _entry_points.put_in()
+            _everywhere = use()
+        return _everywhere
 
 
 def disable() -> None:
     """Undo `enable`. Blocks of `use` go on."""
     global _everywhere
-    if _everywhere is not None:
-        _everywhere = None
-        _entry_points.take_out()
+    with _enabling:
+        if _everywhere is not None:
+            _everywhere = None
+            _entry_points.take_out()
 
 
-def _block_of_thread() -> use | bool | None:
+def _blocks() -> tuple[use | None, tuple | None] | None:
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 
-def _exchange_block_of_thread(block: use | bool | None) -> use | bool | None:
-    """Set the thread's block, and return the one before."""
-    before = _block_of_thread()
-    torch._C._stash_obj_in_tls(_KEY, block)
-    return before
+def _enter(block: use | None) -> None:
+    torch._C._stash_obj_in_tls(_KEY, (block, _blocks()))
+
+
+def _leave() -> None:
+    torch._C._stash_obj_in_tls(_KEY, _blocks()[1])
 
 
 def _block() -> use | None:
     """Return the block that a call of this thread is in."""
-    block = _block_of_thread()
-    return _everywhere if block is None else block or None
+    blocks = _blocks()
+    return _everywhere if blocks is None else blocks[0]
 
 
 @contextmanager
 def _no_block() -> Iterator[None]:
     """Leave to torch what its own function calls, which is not counted again."""
-    before = _exchange_block_of_thread(False)
+    _enter(None)
     try:
         yield
     finally:
-        _exchange_block_of_thread(before)
+        _leave()
 
 
 # ---- the functions that stand in for torch's --------------------------------------------------------------------------------
@@ -128,13 +134,13 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
 
     @functools.wraps(theirs)
     def ours(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # The graph is used as long as ours is in place.
             out, reason = attend(args, kwargs)
             return out if reason is None else theirs(*args, **kwargs)
         block = _block()
         if block is None:
             return theirs(*args, **kwargs)
-        if torch._C._len_torch_function_stack():  # Each mode of the user's sees the call first, and calls ours again.
+        if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (), *args, **kwargs)
         given = [a for a in (*args, *kwargs.values()) if type(a) not in PLAIN and hasattr(type(a), "__torch_function__")]
         out, reason = _attend_subclasses(attend, args, kwargs, given) if given else attend(args, kwargs)
@@ -142,17 +148,18 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
         if reason is None:
             return out
         with _no_block():
-            if has_torch_function(given):  # They know torch's function, whose own name for itself is ours now.
-                return handle_torch_function(theirs, given, *args, **kwargs)
+            if given:  # Their classes may ask whether it is the function of that name.
+                with _entry_points.suspended():
+                    return theirs(*args, **kwargs)
             return theirs(*args, **kwargs)
 
-    ours.__module__ = F.__name__  # A pickle names it, and finds torch's.
     return ours
 
 
 def _attend_subclasses(attend: Callable, args: tuple, kwargs: dict, given: list) -> tuple[Tensor | None, str | None]:
     """Run attention of jagged tensors. All other classes know better what it means."""
-    if attend is not _attend or not all(isinstance(arg, Tensor) and arg.is_nested for arg in given):
+    jagged = sys.modules.get("torch.nested._internal.nested_tensor")  # Whoever has such a tensor has imported it.
+    if attend is not _attend or jagged is None or any(type(arg) is not jagged.NestedTensor for arg in given):
         return None, SUBCLASS
     from .jagged import attend_jagged  # It imports much of torch that most programs do not need.
 
@@ -205,19 +212,27 @@ def _off_in_blocks(theirs: Callable[[], bool]) -> Callable[[], bool]:
 
     @functools.wraps(theirs)
     def ours() -> bool:
-        return not torch.compiler.is_compiling() and _block() is None and theirs()
+        return not torch.compiler.is_dynamo_compiling() and _block() is None and theirs()
 
     return ours
 
 
-def _stand_ins() -> Iterator[tuple[Callable, Callable]]:
-    """Yield torch's functions and ours. No name of this module may hold one of torch's, as it would be found and exchanged."""
-    yield F.scaled_dot_product_attention, _routed(F.scaled_dot_product_attention, _attend)
-    yield F.multi_head_attention_forward, _routed(F.multi_head_attention_forward, _attend_with_projections)
-    yield torch.backends.mha.get_fastpath_enabled, _off_in_blocks(torch.backends.mha.get_fastpath_enabled)
+def _named(name: str, ours: Callable) -> Callable:
+    """Name the function as this module does, so that pickles and torch.compile's caches never take it for torch's."""
+    ours.__module__, ours.__name__, ours.__qualname__ = __name__, name, name
+    return ours
 
 
-_entry_points = EntryPoints(_stand_ins())
-torch.jit._builtins._register_builtin(
-    _entry_points.stand_in(F.scaled_dot_product_attention), "aten::scaled_dot_product_attention"
+routed_sdpa = _named("routed_sdpa", _routed(F.scaled_dot_product_attention, _attend))
+routed_multi_head = _named("routed_multi_head", _routed(F.multi_head_attention_forward, _attend_with_projections))
+fast_path = _named("fast_path", _off_in_blocks(torch.backends.mha.get_fastpath_enabled))
+
+_entry_points = EntryPoints(
+    (
+        (F.scaled_dot_product_attention, routed_sdpa),
+        (F.multi_head_attention_forward, routed_multi_head),
+        (torch.backends.mha.get_fastpath_enabled, fast_path),
+    ),
+    skipped=(__name__, "torch._C"),  # torch itself looks up in its C++ module what its functions are
 )
+torch.jit._builtins._register_builtin(routed_sdpa, "aten::scaled_dot_product_attention")

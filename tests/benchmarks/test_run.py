@@ -1,7 +1,6 @@
 """Test the benchmarks' rows, and runs of them: what is asked for, missing, wrong, and interrupted."""
 
 import copy
-import ctypes
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import run as benchmark_run
@@ -24,7 +22,7 @@ from suite.model_section import ModelSection
 from suite.op_section import OpRunner
 from suite.rows import Filter, Row, Setting, Unavailable
 from support.bench import HANG
-from workloads import PEERS, model_peers, text_vae
+from workloads import PEERS, text_vae
 from workloads.models import Model
 from workloads.peers import eager_latent
 
@@ -241,69 +239,6 @@ def test_peers_of_a_model_may_be_missing_or_wrong():
     assert runner.errors("wrong")["output"]["error"] > 0.1 and "wrong" in runner.first_seconds
     with pytest.raises(Unavailable, match="ImportError: pip install it"):
         runner.step("missing")
-
-
-class ALibrary:
-    """Stand in for llama_cpp: a model whose logits are the token and its position."""
-
-    llama_model_default_params = llama_context_default_params = SimpleNamespace
-
-    def __init__(self):
-        self.removed, self.freed = [], 0
-
-    def llama_model_load_from_file(self, file, options):
-        assert not options.use_mmap and Path(file.decode()).read_bytes() == b"weights"
-        return "model"
-
-    def llama_init_from_model(self, model, options):
-        self.sequences, self.room = options.n_seq_max, options.n_ctx
-        return "context"
-
-    def llama_n_batch(self, context):
-        return 6
-
-    def llama_batch_init(self, tokens, *_):
-        return SimpleNamespace(
-            **{name: [0] * tokens for name in ("token", "pos", "n_seq_id", "logits")}, seq_id=[[0] for _ in range(tokens)]
-        )
-
-    def llama_decode(self, context, batch):
-        rows = [i for i in range(batch.n_tokens) if batch.logits[i]]
-        self.rows = [[float(batch.token[i]), float(batch.pos[i]), float(batch.seq_id[i][0])] for i in rows]
-        return 0
-
-    def llama_get_logits(self, context):
-        flat = [value for row in self.rows for value in row]
-        return ctypes.cast((ctypes.c_float * len(flat))(*flat), ctypes.POINTER(ctypes.c_float))
-
-    def llama_get_memory(self, context):
-        return "memory"
-
-    def llama_memory_seq_rm(self, memory, sequence, begin, end):
-        self.removed.append((sequence, begin, end))
-
-    def _free(self, _):
-        self.freed += 1
-
-    llama_batch_free = llama_free = llama_model_free = _free
-
-
-def test_llama_cpp_reads_prompts_in_parts_and_forgets(monkeypatch):
-    library = ALibrary()
-    monkeypatch.setitem(sys.modules, "llama_cpp", library)
-    monkeypatch.setattr(model_peers, "write_gguf", lambda model, file: file.write_bytes(b"weights"))
-    model = SimpleNamespace(config=SimpleNamespace(vocab_size=3))
-    prompt = torch.arange(10).view(2, 5)
-    reader = model_peers.LlamaCppReader(model, prompt, room=4, random_cache=True)
-    assert (library.sequences, library.room) == (2, 2 * 9)
-    logits = reader(torch.tensor([[70], [80]]))
-    assert torch.equal(logits, torch.tensor([[[70.0, 5.0, 0.0]], [[80.0, 5.0, 1.0]]]))
-    reader(torch.tensor([[71], [81]]))
-    reader.forget(2)
-    assert library.removed == [(0, 5, -1), (1, 5, -1)]
-    assert torch.equal(reader(torch.tensor([[70], [80]])), logits)
-    del reader
-    assert library.freed == 3
 
 
 def test_operations_of_a_model_are_counted_attention_and_its_backward_included():

@@ -125,9 +125,23 @@ def watched_by_a_hook(model):
 
 
 def chunked(model):
-    model.bert.encoder.config.chunk_size_feed_forward = 1
     for layer in model.bert.encoder.layer:
         layer.chunk_size_feed_forward = 1
+    return {}
+
+
+class AUsersLayer(torch.nn.Linear):
+    """Stand for code that may look at neighbouring tokens."""
+
+
+def with_a_layer_of_the_user_s(model):
+    model.bert.encoder.layer[0].intermediate.dense.__class__ = AUsersLayer
+    return {}
+
+
+def with_another_forward(model):
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    dense.forward = dense.forward
     return {}
 
 
@@ -136,6 +150,8 @@ LEFT = {
     "weights are asked for": lambda model: {"output_attentions": True},
     "a hook of the user's": watched_by_a_hook,
     "a chunked feed-forward": chunked,
+    "a layer of the user's": with_a_layer_of_the_user_s,
+    "a forward on the instance": with_another_forward,
     "another implementation": lambda model: model.set_attn_implementation("sdpa") or {},
 }
 
@@ -179,6 +195,33 @@ def test_compiled_and_traced_models_are_not_packed(packed):
     torch.compiler.reset()
     compiled = torch.compile(swapped, fullgraph=True, backend="eager")(**inputs).logits
     torch.testing.assert_close(compiled[valid], expected[valid])
+    traced = torch.jit.trace(swapped.bert, (inputs["input_ids"], inputs["attention_mask"]), strict=False, check_trace=False)
+    torch.testing.assert_close(
+        traced(inputs["input_ids"], inputs["attention_mask"])["last_hidden_state"][valid],
+        model.bert(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state[valid],
+    )
+    assert not packed
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert", "Electra", "Albert"])
+def test_models_that_read_padding_compute_it(name, packed):
+    """A question's answer is looked for at all positions, so that what eager has there counts, in the loss and the argmax."""
+    options = {**BERT, **DISTILBERT, "embedding_size": 16, "vocab_size": 60}
+    model = getattr(hf, f"{name}ForQuestionAnswering")(getattr(hf, f"{name}Config")(**options)).eval()
+    swapped = copy.deepcopy(model)
+    assert "at padding" in str(fastlm.replace(swapped))
+    inputs = inputs_of(model, "right") | {"start_positions": torch.tensor([1, 2, 0]), "end_positions": torch.tensor([2, 3, 0])}
+    expected, actual = model(**inputs), swapped(**inputs)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(actual.start_logits, expected.start_logits)
+    assert not packed
+
+
+def test_distilbert_in_chunks(packed):
+    model, swapped = replaced("DistilBERT", chunk_size_feed_forward=1)
+    inputs = inputs_of(model, "right")
+    valid = valid_of(inputs)
+    torch.testing.assert_close(swapped(**inputs).logits[valid], model(**inputs).logits[valid])
     assert not packed
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlm
 from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_plain, seeded_normal
@@ -50,6 +51,13 @@ def test_values_and_gradients(options, dtype):
     actual = [values, *torch.autograd.grad(values.square().sum(), leaves)]
     for i, results in enumerate(zip(actual, plain, golden)):
         assert_as_good_as_plain(*results, GRADIENT_FACTOR if i else VALUE_FACTOR, f"result {i}")
+
+
+def test_the_math_backend_brings_second_derivatives():
+    leaves = packed()
+    with fastlm.use() as report, sdpa_kernel(SDPBackend.MATH):
+        F.scaled_dot_product_attention(*map(jagged, leaves))
+    assert report.routed == 0 and "math backend" in str(report)
 
 
 def test_dropout_is_repeated_by_the_seed():

@@ -8,7 +8,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from support.processes import printed
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as imported_before
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -92,7 +94,7 @@ def test_no_mode_watches_other_calls():
 
 
 def test_after_a_block_no_module_has_a_function_of_ours(monkeypatch):
-    """Not even one that was imported inside and copied it, or one that got its name between two blocks."""
+    """Not even one that was imported inside and copied it."""
     theirs, early, late = F.scaled_dot_product_attention, types.ModuleType("early"), types.ModuleType("late")
     monkeypatch.setitem(sys.modules, "early", early)
     early.attend = theirs
@@ -171,6 +173,88 @@ def test_a_user_s_mode_sees_the_call_and_may_pass_it_on(qkv):
     assert len(seen) == report.routed == other.routed == 1
 
 
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_a_subclass_may_ask_whether_it_is_the_function_of_that_name(bias, qkv):
+    """torch's own CausalBias does, and would otherwise be taken for a float mask without values."""
+    query, key, value = qkv[0], qkv[1][:, :, :7], qkv[2][:, :, :7]
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=bias(9, 7))
+    with fastlm.use() as report:
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, attn_mask=bias(9, 7)), expected)
+    assert report.left.total() == 1
+
+
+def test_modes_that_are_switched_off(qkv):
+    with fastlm.use() as report, torch.device("cpu"), torch._C.DisableTorchFunction():
+        F.scaled_dot_product_attention(*qkv)
+    assert report.routed == 1
+
+
+def test_modules_that_are_loaded_when_they_are_used_stay_asleep(monkeypatch):
+    class Asleep(types.ModuleType):
+        def __getattribute__(self, name):
+            raise ImportError("it was woken")
+
+    monkeypatch.setitem(sys.modules, "asleep", Asleep("asleep"))
+    with fastlm.use():
+        pass
+
+
+def test_a_module_that_takes_another_s_place_is_searched(monkeypatch, qkv):
+    for _ in range(2):
+        module = types.ModuleType("replaced")
+        module.attend = F.scaled_dot_product_attention
+        sys.modules.pop("replaced", None)
+        monkeypatch.setitem(sys.modules, "replaced", module)
+        with fastlm.use() as report:
+            module.attend(*qkv)
+        assert report.routed == 1
+
+
+def test_threads_that_share_a_block_leave_it_in_any_order(qkv):
+    block, inside, over = fastlm.use(), threading.Event(), threading.Event()
+    with fastlm.use() as outer:
+
+        def work():
+            with block:
+                inside.set()
+                over.wait(20)
+            F.scaled_dot_product_attention(*qkv)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert inside.wait(20)
+        with block:
+            over.set()
+            thread.join()
+        F.scaled_dot_product_attention(*qkv)
+    assert (outer.routed, block.routed) == (1, 0)
+
+
+def test_enabled_before_torch_imports_its_compiler():
+    """Then, too, what is compiled is traced into, and its graph holds the op of fastlm."""
+    code = """
+import torch, fastlm
+torch.manual_seed(0)
+attention, x = torch.nn.MultiheadAttention(16, 4, batch_first=True), torch.randn(2, 5, 16)
+expected = attention(x, x, x, need_weights=False)[0]
+report = fastlm.enable()
+compiled = torch.compile(attention, backend="aot_eager")
+torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], expected)
+fastlm.disable()
+torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], expected)
+print("agree")
+"""
+    assert printed(code) == "agree"
+
+
+def test_a_replaced_encoder_packs_inside_a_block(monkeypatch):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1).eval()
+    fastlm.replace(encoder)
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), fastlm.use():
+        assert not encoder(normals(2, 3, 16), src_key_padding_mask=padding)[0, 2].any()
+
+
 def test_a_subclass_is_told_torch_s_name_of_the_function():
     named = []
 
@@ -202,7 +286,7 @@ def test_scripts_graphs_and_pickles_name_torch_s_function(qkv):
     assert torch.equal(scripted(*qkv), attend(*qkv)) and torch.equal(graph(*qkv), attend(*qkv))
     assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [theirs]
     torch.testing.assert_close(scripted_module(src, src, src)[0], module(src, src, src)[0])
-    assert pickle.loads(pickled) is theirs
+    assert torch.equal(pickle.loads(pickled)(*qkv), theirs(*qkv))
 
 
 def test_other_threads_are_left_alone(qkv):

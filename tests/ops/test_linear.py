@@ -145,7 +145,7 @@ def test_explain_says_which_product_runs():
 
 
 @pytest.mark.parametrize("intel", [False, True])
-def test_small_weights_are_worth_a_call_for_many_rows_where_mkl_is_slow(intel, monkeypatch):
+def test_small_weights_are_worth_a_call_for_many_rows_where_mkl_is_slow(intel, kernel, monkeypatch):
     monkeypatch.setattr(cpu, "_IS_INTEL", intel)
     monkeypatch.setattr(cpu, "_RULE", {torch.float32: cpu._ANYWHERE})
     monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", 1 << 17)

@@ -7,11 +7,11 @@ from support.processes import printed, python
 
 from fastlm.integrations import extras
 
-LIBRARIES = ("diffusers", "pythae", "transformers")
+LIBRARIES = ("diffusers", "opacus", "pythae", "transformers")
 
 
 def test_importing_fastlm_imports_no_library():
-    code = "import sys, fastlm; print([name for name in ('diffusers', 'pythae', 'transformers') if name in sys.modules])"
+    code = f"import sys, fastlm; print([name for name in {LIBRARIES!r} if name in sys.modules])"
     assert printed(code) == "[]"
 
 

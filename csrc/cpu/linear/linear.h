@@ -43,9 +43,7 @@ constexpr int64_t kMostLeft = 480;       // many rows: left rows per block (many
 constexpr int64_t kMostRight = 256;      // right rows per block. A block (480, 256) of float takes 480 KiB
 
 // Returns up to how many rows of out count as few. Many rows read floats in place, too, and compute faster.
-FASTLM_HD int64_t most_few_rows(int dtype, bool b_is_transposed) {
-  return b_is_transposed ? 16 : dtype == kFloat32 ? 24 : 32;
-}
+FASTLM_HD int64_t most_few_rows(int dtype, bool b_is_transposed) { return b_is_transposed ? 16 : dtype == kFloat32 ? 24 : 32; }
 
 // Computes the product on at most so many of torch's threads.
 void linear(const Linear& l, int64_t threads);

@@ -19,7 +19,8 @@ What stays on transformers' own path:
   to keys that it means to hide.
 
 After `fastlm.replace`, caches of `generate` grow in place (cache.py), and encoders like BERT's drop the padding of their
-batches: padded positions of the output, which mean nothing, are zeros (packing.py).
+batches (packing.py). Their output is zeros there, where eager has numbers without a meaning, so give padding no labels (-100,
+as transformers' collators do). Models that read it, as those for question answering, compute it.
 
 A swapped model can be pickled, or sent to a worker, and used where fastlm has not been imported. One that was made with
 ``attn_implementation="fastlm"`` needs ``import fastlm.integrations.transformers`` there.
@@ -45,21 +46,13 @@ from .attention import attend  # noqa: E402
 from .mask import make_mask  # noqa: E402
 from .traits import computes_attention, traits_of, uses_interface  # noqa: E402
 
+NAME = "fastlm"
 
-class _Name(str):
-    """The implementation's name in the configs of swapped models. Unpickling it imports this module, which registers it."""
+
+class _Replaced(str):
+    """The implementation that a module had. To unpickle it imports this module, which registers the one that it has now."""
 
     __slots__ = ()
-
-    def __reduce__(self) -> tuple:
-        return _name, ()
-
-
-def _name() -> str:
-    return NAME
-
-
-NAME = _Name("fastlm")
 
 
 class AttentionSwap(Swap):
@@ -93,14 +86,14 @@ class AttentionSwap(Swap):
         parts = [part for part in module.modules() if self._takes_part(part)]
         for part in parts:
             if part.config._attn_implementation != NAME:  # else it was swapped before, by itself
-                part.fastlm_replaced = part.config._attn_implementation
+                part.fastlm_replaced = _Replaced(part.config._attn_implementation)
         for part in parts:
             _set(part, NAME)
         return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
 
     def undo(self, module: PreTrainedModel) -> str:
         for part in module.modules():  # a model comes before its attentions, which mostly share its config
-            before = vars(part).pop("fastlm_replaced", None)
+            before = str(vars(part).pop("fastlm_replaced", ""))
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
                 model = part if isinstance(part, PreTrainedModel) else module
                 # A model that was made with "fastlm" has no earlier implementation, and gets the default.
@@ -135,26 +128,34 @@ class CacheSwap(Swap):
 
 
 class PackingSwap(Swap):
-    """The swap that drops the padding of an encoder's batches, once its model runs on fastlm."""
+    """The swap that drops the padding of a model's batches before its encoder, once the model runs on fastlm."""
 
-    original = nn.Module
+    original = PreTrainedModel
     subclasses = True
 
     def concerns(self, module: nn.Module) -> bool:
-        if not packing.is_encoder(module):
+        if not super().concerns(module) or module.config._attn_implementation != NAME:
             return False
-        config = next(part.config for part in module.modules() if hasattr(part, "config"))
-        return config._attn_implementation == NAME and not getattr(config, "is_decoder", False)
+        return not getattr(module.config, "is_decoder", False) and any(map(packing.is_open, module.modules()))
+
+    def why_not(self, module: PreTrainedModel) -> str | None:
+        if not packing.reads_padding(module):
+            return None
+        for encoder in filter(packing.is_encoder, module.modules()):
+            packing.close(encoder)
+        return f"{type(module).__name__} reads the encoder's output at padding, too, so that this is computed"
 
     def is_swapped(self, module: nn.Module) -> bool:
-        return packing.is_encoder(module) and packing.is_hooked(module)
+        return isinstance(module, PreTrainedModel) and any(map(packing.is_hooked, module.modules()))
 
-    def swap(self, module: nn.Module) -> str:
-        packing.hook(module)
-        return "padding is dropped before its first layer, and comes back after the last as zeros"
+    def swap(self, module: PreTrainedModel) -> str:
+        for encoder in filter(packing.is_open, module.modules()):
+            packing.hook(encoder)
+        return "padding is dropped before its encoder's first layer, and comes back after the last as zeros"
 
-    def undo(self, module: nn.Module) -> str:
-        packing.unhook(module)
+    def undo(self, module: PreTrainedModel) -> str:
+        for encoder in filter(packing.is_encoder, module.modules()):
+            packing.unhook(encoder)
         return "padding is computed"
 
 

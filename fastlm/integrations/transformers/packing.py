@@ -92,7 +92,8 @@ def _unpack(encoder: nn.Module, args: tuple, kwargs: dict, output):
     if not is_packed(bounds):
         return None
     packed = output.last_hidden_state[0]  # (tokens, hidden)
-    padded = packed.new_zeros(bounds.batch.numel(), packed.shape[1]).index_copy(0, bounds.places, packed)
+    places = bounds.places.to(packed.device)  # The layers may be on several.
+    padded = packed.new_zeros(bounds.batch.numel(), packed.shape[1]).index_copy(0, places, packed)
     output.last_hidden_state = padded.view(*bounds.batch, -1)
     return output
 
@@ -102,23 +103,45 @@ def _may_pack(encoder: nn.Module, given: dict) -> bool:
     unused = ("encoder_hidden_states", "encoder_attention_mask", "cache")
     if any(given.get(name) is not None for name in unused) or given.get("use_cache"):
         return False
-    if getattr(getattr(encoder, "config", None), "chunk_size_feed_forward", 0):
+    if output_capturing._active_collector.get() or any(getattr(of_all_modules, name) for name in _OF_ALL_MODULES):
         return False
-    return not output_capturing._active_collector.get() and not _is_watched(encoder)
+    return all(map(_is_known, encoder.modules()))
 
 
+_LIBRARIES = ("torch.", "transformers.", "fastlm.", "peft.")
 _OWN = (output_capturing.__name__, __name__)  # Hooks of transformers' collect what an active collector asks for.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_ALL_MODULES = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
 
 
-def _is_watched(encoder: nn.Module) -> bool:
-    """Return whether a hook of somebody else's sees what goes through the encoder or its modules."""
-    if of_all_modules._global_forward_hooks or of_all_modules._global_forward_pre_hooks:
-        return True
-    for module in encoder.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
-            if any(getattr(hook, "__module__", None) not in _OWN for hook in hooks.values()):
-                return True
-    return False
+def _is_known(module: nn.Module) -> bool:
+    """Return whether a module of the encoder is one of a library's, which runs as it was written, and no hook looks in."""
+    own = vars(module)
+    if not type(module).__module__.startswith(_LIBRARIES) or "forward" in own or getattr(module, "chunk_size_feed_forward", 0):
+        return False
+    return all(getattr(hook, "__module__", None) in _OWN for name in _HOOKS for hook in own[name].values())
+
+
+# ---- which encoders have them -----------------------------------------------------------------------------------------------
+
+_CLOSED = "fastlm_computes_padding"
+
+
+def reads_padding(model: nn.Module) -> bool:
+    """Return whether a model reads the encoder's output where there is padding, without a mask."""
+    summary = getattr(model.config, "summary_type", "first")  # ELECTRA's
+    return type(model).__name__.endswith("ForQuestionAnswering") or summary not in ("first", "cls_index")
+
+
+def close(encoder: nn.Module) -> None:
+    """Keep the encoder's padded batches from being packed, also by the models that lie between it and the one that asks."""
+    unhook(encoder)
+    setattr(encoder, _CLOSED, True)
+
+
+def is_open(module: nn.Module) -> bool:
+    """Return whether a module is an encoder that `hook` may be called for."""
+    return is_encoder(module) and not is_hooked(module) and not getattr(module, _CLOSED, False)
 
 
 def hook(encoder: nn.Module) -> None:
@@ -126,9 +149,9 @@ def hook(encoder: nn.Module) -> None:
     add_hooks(encoder, _pack, _unpack)
 
 
-def is_hooked(encoder: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Return whether `hook` has been called."""
-    return has_hook(encoder, _pack)
+    return has_hook(module, _pack)
 
 
 def unhook(encoder: nn.Module) -> None:
