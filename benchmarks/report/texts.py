@@ -64,9 +64,10 @@ METHOD = [
             "warm-up, float32 only.",
             "**On a GPU** each round is one call, timed by CUDA events with a cold second-level cache. Its limit comes from "
             "the same bandwidths and from torch's products on that GPU, its peak memory from torch's allocator.",
-            "**compiled** is `torch.compile`, for each size anew. A peer that is not installed (`pip install fastlm[peers]` "
-            "has ONNX Runtime and JAX) or cannot do a call is named "
-            "below its table, with the reason.",
+            "**compiled** is `torch.compile`, for each size anew. **llama.cpp in float16** has weights and caches in float16, "
+            "whatever the row's dtype, and no Python between its layers. A peer that is not installed (`pip install "
+            "fastlm[peers]` has ONNX Runtime and JAX, `llama-cpp-python gguf` llama.cpp) or cannot do a call is named below "
+            "its table, with the reason.",
             "In half precision a run without `--full` leaves out peers far slower than the first one there: eager code; of "
             "the forward without a mask, FlexAttention and JAX; of the latent, the compiled one.",
             "Speed-ups and ratios compare within one run, on the same threads.",
