@@ -28,7 +28,8 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     torch.fx names. A user's own TorchFunctionMode sees the functions of fastlm. The block holds for the thread that entered it,
     and for the backward that this thread runs. After it, everything is as before. A recomputation by torch.utils.checkpoint
     must run inside too. Under ``torch.compile``, code that was compiled outside is compiled again inside, and the other way
-    round; compiled code is routed in all threads as long as one is in a block.
+    round; compiled code is routed in all threads as long as one is in a block, and attention of a user's own subclass of Tensor
+    cannot be compiled there.
 
     Jagged tensors (B, H, lengths, D), transposes of (B, lengths, H, D), are attended within as packed sequences.
 
@@ -104,7 +105,8 @@ def _enter(block: use | None) -> None:
 
 
 def _leave() -> None:
-    torch._C._stash_obj_in_tls(_KEY, _blocks()[1])
+    blocks = _blocks()
+    torch._C._stash_obj_in_tls(_KEY, blocks and blocks[1])  # There are none if a generator goes on in another thread.
 
 
 def _block() -> use | None:
@@ -136,12 +138,14 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
     def ours(*args, **kwargs):
         if torch.compiler.is_dynamo_compiling():  # The graph is used as long as ours is in place.
             out, reason = attend(args, kwargs)
+            if reason is SUBCLASS:
+                return _compiled_of_subclasses(theirs, args, kwargs)
             return out if reason is None else theirs(*args, **kwargs)
         block = _block()
         if block is None:
             return theirs(*args, **kwargs)
         if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
-            return handle_torch_function(ours, (), *args, **kwargs)
+            return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
         given = [a for a in (*args, *kwargs.values()) if type(a) not in PLAIN and hasattr(type(a), "__torch_function__")]
         out, reason = _attend_subclasses(attend, args, kwargs, given) if given else attend(args, kwargs)
         block._count(reason)
@@ -154,6 +158,22 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
             return theirs(*args, **kwargs)
 
     return ours
+
+
+def _compiled_of_subclasses(theirs: Callable, args: tuple, kwargs: dict):
+    """Call torch's function in a graph. Whether it is the one of torch's name, a class asks in vain there.
+
+    torch's own CausalBias does, so that its answer to that question is called.
+    """
+    for arg in (*args, *kwargs.values()):
+        kind = type(arg)
+        if isinstance(arg, Tensor) and kind.__name__ == "CausalBias":
+            return kind._dispatch(*args, **kwargs)
+        if isinstance(arg, Tensor) and not kind.__module__.startswith("torch."):
+            raise NotImplementedError(
+                f"torch.compile inside fastlm.use takes no attention of a {kind.__name__}; call it outside"
+            )
+    return theirs(*args, **kwargs)
 
 
 def _attend_subclasses(attend: Callable, args: tuple, kwargs: dict, given: list) -> tuple[Tensor | None, str | None]:

@@ -181,6 +181,11 @@ def test_a_subclass_may_ask_whether_it_is_the_function_of_that_name(bias, qkv):
     with fastlm.use() as report:
         assert torch.equal(F.scaled_dot_product_attention(query, key, value, attn_mask=bias(9, 7)), expected)
     assert report.left.total() == 1
+    mask = bias(9, 7)
+    torch.compiler.reset()
+    with fastlm.use():
+        compiled = torch.compile(lambda *t: F.scaled_dot_product_attention(*t, attn_mask=mask), backend="eager")
+        torch.testing.assert_close(compiled(query, key, value), expected)
 
 
 def test_modes_that_are_switched_off(qkv):
