@@ -1,4 +1,4 @@
-"""Make a section of the report from the table's rows of one model: the model as it is, and with fastlm in it."""
+"""Make a section of the report from the table's rows of one model: as it is, with fastlm in it, and by peers."""
 
 import contextlib
 import copy
@@ -125,8 +125,8 @@ class ModelRunner:
         enter = ways[implementation.removeprefix(FASTLM)](module)
         step = ready(module)
 
-        def with_fastlm():
+        def entered():
             with enter():
                 return step()
 
-        return with_fastlm
+        return entered

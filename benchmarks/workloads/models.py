@@ -66,8 +66,6 @@ def replaced_and_used(model: nn.Module, replace: Callable[[nn.Module], object] =
 
 
 IN_TRANSFORMERS = {"replace": partial(replaced_of, integration="transformers")}
-
-
 ZENTORCH = {"zentorch": compiled_by_zentorch}
 
 

@@ -128,10 +128,11 @@ def _no_block() -> Iterator[None]:
 # ---- the functions that stand in for torch's --------------------------------------------------------------------------------
 
 
-def _routed(theirs: Callable, attend: Callable) -> Callable:
+def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Callable:
     """Return a function that runs ``attend`` inside a block, and torch's function elsewhere.
 
-    ``attend(args, kwargs)`` returns (what the call returns, None), or (None, why it is left to torch).
+    ``attend(args, kwargs)`` returns (what the call returns, None), or (None, why it is left to torch); so does
+    ``attend_classes(args, kwargs, given)``, which runs instead if arguments ``given`` override torch's functions.
     """
 
     @functools.wraps(theirs)
@@ -147,7 +148,7 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
         if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
         given = [a for a in (*args, *kwargs.values()) if type(a) not in PLAIN and hasattr(type(a), "__torch_function__")]
-        out, reason = _attend_subclasses(attend, args, kwargs, given) if given else attend(args, kwargs)
+        out, reason = attend_classes(args, kwargs, given) if given else attend(args, kwargs)
         block._count(reason)
         if reason is None:
             return out
@@ -161,9 +162,9 @@ def _routed(theirs: Callable, attend: Callable) -> Callable:
 
 
 def _compiled_of_subclasses(theirs: Callable, args: tuple, kwargs: dict):
-    """Call torch's function in a graph. Whether it is the one of torch's name, a class asks in vain there.
+    """Call torch's function in a graph, where torch's names cannot be put back for a class that compares functions with them.
 
-    torch's own CausalBias does, so that its answer to that question is called.
+    torch's own CausalBias compares, so its method is called directly. A user's class may compare, so it is refused.
     """
     for arg in (*args, *kwargs.values()):
         kind = type(arg)
@@ -176,11 +177,16 @@ def _compiled_of_subclasses(theirs: Callable, args: tuple, kwargs: dict):
     return theirs(*args, **kwargs)
 
 
-def _attend_subclasses(attend: Callable, args: tuple, kwargs: dict, given: list) -> tuple[Tensor | None, str | None]:
-    """Run attention of jagged tensors. All other classes know better what it means."""
+def _leave_classes(args: tuple, kwargs: dict, given: list) -> tuple[None, str]:
+    """Leave a call to torch, as the classes of its arguments know better what it means."""
+    return None, SUBCLASS
+
+
+def _attend_jagged(args: tuple, kwargs: dict, given: list) -> tuple[Tensor | None, str | None]:
+    """Attend within jagged tensors, and leave all other classes to torch."""
     jagged = sys.modules.get("torch.nested._internal.nested_tensor")  # Whoever has such a tensor has imported it.
-    if attend is not _attend or jagged is None or any(type(arg) is not jagged.NestedTensor for arg in given):
-        return None, SUBCLASS
+    if jagged is None or any(type(arg) is not jagged.NestedTensor for arg in given):
+        return _leave_classes(args, kwargs, given)
     from .jagged import attend_jagged  # It imports much of torch that most programs do not need.
 
     return attend_jagged(*args, **kwargs)
@@ -243,8 +249,10 @@ def _named(name: str, ours: Callable) -> Callable:
     return ours
 
 
-routed_sdpa = _named("routed_sdpa", _routed(F.scaled_dot_product_attention, _attend))
-routed_multi_head = _named("routed_multi_head", _routed(F.multi_head_attention_forward, _attend_with_projections))
+routed_sdpa = _named("routed_sdpa", _routed(F.scaled_dot_product_attention, _attend, _attend_jagged))
+routed_multi_head = _named(
+    "routed_multi_head", _routed(F.multi_head_attention_forward, _attend_with_projections, _leave_classes)
+)
 fast_path = _named("fast_path", _off_in_blocks(torch.backends.mha.get_fastpath_enabled))
 
 _entry_points = EntryPoints(

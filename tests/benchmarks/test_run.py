@@ -189,7 +189,8 @@ def missing(model):
     raise ImportError("pip install it")
 
 
-def test_a_model_is_timed_and_checked_before_and_after():
+def a_layer(put_in, peers=None):
+    """Return a section of one small model, and its setting."""
     x = torch.randn(2, 1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     model = Model(
         name="a layer",
@@ -198,10 +199,15 @@ def test_a_model_is_timed_and_checked_before_and_after():
         items=2,
         build=Attending,
         ready=lambda m: lambda: (m(x.to(m.linear.weight.dtype)),),
-        put_in={"swap": swapped, "missing": missing, "nothing": lambda m: torch.no_grad},
+        put_in=put_in,
+        peers=peers or {},
     )
     section = ModelSection(model.name, [model])
-    setting = next(iter(section.settings(Filter())))
+    return section, next(iter(section.settings(Filter())))
+
+
+def test_a_model_is_timed_and_checked_before_and_after():
+    section, setting = a_layer({"swap": swapped, "missing": missing, "nothing": lambda m: torch.no_grad})
     assert section.implementations(setting, full=False) == ["fastlm swap", "fastlm missing", "fastlm nothing", "before"]
     runner = section.runner(setting)
     torch.testing.assert_close(runner.step("fastlm swap")()[0], runner.step("before")()[0])  # of the same first weights
@@ -215,24 +221,11 @@ def test_a_model_is_timed_and_checked_before_and_after():
 
 
 def test_peers_of_a_model_may_be_missing_or_wrong():
-    x = torch.randn(2, 1, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
     def wrong(model):
         model.linear.weight.data *= 2
         return nullcontext
 
-    model = Model(
-        name="a layer",
-        workload="B2",
-        unit="tokens/s",
-        items=2,
-        build=Attending,
-        ready=lambda m: lambda: (m(x.to(m.linear.weight.dtype)),),
-        put_in={"swap": swapped},
-        peers={"missing": missing, "wrong": wrong},
-    )
-    section = ModelSection(model.name, [model])
-    setting = next(iter(section.settings(Filter())))
+    section, setting = a_layer({"swap": swapped}, {"missing": missing, "wrong": wrong})
     assert section.implementations(setting, full=False) == ["fastlm swap", "before", "missing", "wrong"]
     runner = section.runner(setting)
     runner.step("wrong")

@@ -205,7 +205,7 @@ def test_compiled_and_traced_models_are_not_packed(packed):
 
 @pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert", "Electra", "Albert"])
 def test_models_that_read_padding_compute_it(name, packed):
-    """A question's answer is looked for at all positions, so that what eager has there counts, in the loss and the argmax."""
+    """Look for a question's answer at all positions: what eager has at padding counts, in the loss and the argmax."""
     options = {**BERT, **DISTILBERT, "embedding_size": 16, "vocab_size": 60}
     model = getattr(hf, f"{name}ForQuestionAnswering")(getattr(hf, f"{name}Config")(**options)).eval()
     swapped = copy.deepcopy(model)

@@ -375,7 +375,7 @@ def test_empty_calls():
 
 
 def test_compiled_code_follows(qkv):
-    """A function compiled outside the block is compiled again inside, and is its old self after the block."""
+    """Compile a function outside the block and again inside; after the block it is its old self."""
     graphs = []
 
     def backend(graph, inputs):
@@ -408,7 +408,7 @@ def test_a_compiled_module():
 
 
 def test_the_environment_s_backend_has_its_way(qkv, monkeypatch):
-    """The backend that FASTLM_BACKEND names runs, even the reference."""
+    """Run the backend that FASTLM_BACKEND names, even the reference."""
     monkeypatch.setattr("fastlm.backend.DEFAULT", "reference")
     monkeypatch.setattr("fastlm.ops.attention.batched.DEFAULT", "reference")
     monkeypatch.setattr("fastlm.ops.attention.cpu.DEFAULT", "reference")

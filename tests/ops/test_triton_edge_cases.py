@@ -72,7 +72,7 @@ def test_a_block_of_nothing_but_nan_in_the_mask_is_visited():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-30, 2.0**-61, 3e38, 1e-45])
 def test_scales_far_from_1(dtype, scale):
-    """The largest of these scales would be infinite after a multiplication by log2(e)."""
+    """Take scales of which the largest would be infinite after a multiplication by log2(e)."""
     call = {**qkv(dtype, 40, 40), "scale": scale, "causal": True}
     if scale > 1:
         call["query"] = call["query"] * (1e-38 if dtype != torch.float16 else 0.0)
@@ -93,7 +93,7 @@ def equal_sums(monkeypatch):
 @pytest.mark.parametrize("magnitude", [1e2, 1e4, 1e6, 1e12, 1e36])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_logits_of_any_size_share_a_row(dtype, magnitude, equal_sums):
-    """The forward's multiply-add in half precision rounds away what it can bear, and the backward's weights sum to 1."""
+    """Let the forward's multiply-add in half precision round away what it can bear; the backward's weights sum to 1."""
     one = torch.full((1, 1, 40, 16), math.sqrt(magnitude), dtype=dtype)
     call = {"query": one, "key": one, "value": seeded_normal(1, (1, 1, 40, 16), dtype), "causal": True}
     Oracle(attention, call, ("query", "key", "value"), set()).check(**TRITON)
@@ -152,7 +152,7 @@ STRIDE = 1024 * 18432  # The last of 128 rows lies past 2**31. The interpreter's
 
 
 def test_rows_that_lie_further_apart_than_32_bits_count(sparse):
-    """A projection with the sequence first, (L, B, 3 H D), seen as (B, H, L, D), has such rows."""
+    """Attend over such rows, as a projection with the sequence first, (L, B, 3 H D), has them, seen as (B, H, L, D)."""
     rows, stride = (128, STRIDE) if ON_GPU else (32, STRIDE * 8)
     far = [sparse(i, rows, 16, stride) for i in range(3)]
     near = [tensor.contiguous() for tensor in far]

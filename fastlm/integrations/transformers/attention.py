@@ -61,9 +61,8 @@ def attend(
             }
             options |= {"output_attentions": output_attentions, **kwargs}
             return _attend_eagerly(module, traits.eager, reason, query, key, value, attention_mask, options)
+    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout if module.training else 0.0}
     if is_packed(attention_mask):
-        rate = dropout if module.training else 0.0
-        options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": rate}
         return attend_packed(query, key, value, attention_mask, **options), None
     causal, window = False, None
     if attention_mask is not None and attention_mask.dtype in STAND_INS:
@@ -73,18 +72,7 @@ def attend(
         attention_mask = _with_bias(attention_mask, position_bias)
     if query.shape[2] == 1:
         query = query.squeeze(2).unsqueeze(2)  # makes strides canonical: decoding costs less
-    out = attention(
-        query,
-        key,
-        value,
-        mask=attention_mask,
-        causal=causal,
-        window=window,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout if module.training else 0.0,
-    )
+    out = attention(query, key, value, mask=attention_mask, causal=causal, window=window, **options)
     return out.transpose(1, 2).contiguous(), None  # no copy where the query was a transposed (B, Lq, Hq, D)
 
 

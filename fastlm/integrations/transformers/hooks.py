@@ -13,10 +13,12 @@ def add_hooks(module: nn.Module, before: Callable, after: Callable | None = None
 
 
 def has_hook(module: nn.Module, before: Callable) -> bool:
+    """Return whether `add_hooks` has been called with that function, on the module or on the one that it was copied from."""
     return before in module._forward_pre_hooks.values()
 
 
 def remove_hooks(module: nn.Module, *functions: Callable) -> None:
+    """Remove the hooks that run these functions."""
     for hooks, with_kwargs in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),

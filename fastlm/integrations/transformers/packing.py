@@ -7,7 +7,7 @@ attention by `fastlm.varlen_attention`, and a forward hook puts the tokens back.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as of_all_modules
+from torch.nn.modules import module as hooks_of_all
 from transformers.utils import output_capturing
 
 from ...ops.attention import varlen_attention
@@ -38,7 +38,7 @@ def is_encoder(module: nn.Module) -> bool:
     return package.startswith("transformers.models.") and (kind, type(module).__name__) in ENCODERS
 
 
-_TOKENS = "fastlm_tokens"
+_TOKENS = "fastlm_tokens"  # the attribute of a mask that has the tokens (B, keys) it was made of
 
 
 def padding_mask(tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -103,7 +103,7 @@ def _may_pack(encoder: nn.Module, given: dict) -> bool:
     unused = ("encoder_hidden_states", "encoder_attention_mask", "cache")
     if any(given.get(name) is not None for name in unused) or given.get("use_cache"):
         return False
-    if output_capturing._active_collector.get() or any(getattr(of_all_modules, name) for name in _OF_ALL_MODULES):
+    if output_capturing._active_collector.get() or any(getattr(hooks_of_all, name) for name in _OF_ALL_MODULES):
         return False
     return all(map(_is_known, encoder.modules()))
 
@@ -117,7 +117,7 @@ _OF_ALL_MODULES = ("_global_forward_pre_hooks", "_global_forward_hooks", "_globa
 def _is_known(module: nn.Module) -> bool:
     """Return whether a module of the encoder is one of a library's, which runs as it was written, and no hook looks in."""
     own = vars(module)
-    if not type(module).__module__.startswith(_LIBRARIES) or "forward" in own or getattr(module, "chunk_size_feed_forward", 0):
+    if not type(module).__module__.startswith(_LIBRARIES) or "forward" in own or own.get("chunk_size_feed_forward"):
         return False
     return all(getattr(hook, "__module__", None) in _OWN for name in _HOOKS for hook in own[name].values())
 
