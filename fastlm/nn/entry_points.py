@@ -1,4 +1,4 @@
-"""Put functions of ours in the place of functions of torch, under the names that loaded modules have for them, and back.
+"""Put functions of ours in the place of functions of torch, under the names that modules and classes have for them, and back.
 
 In this way no call of anything else costs more, as it would under a TorchFunctionMode, which sees them all.
 """
@@ -22,8 +22,17 @@ class EntryPoints:
     Both may be called by several threads and inside each other: the functions are in place as long as anyone wants them.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Callable, Callable]], skipped: tuple[str, ...]) -> None:
-        """Take pairs of (torch's, ours), and how the names of modules begin whose names stay as they are."""
+    def __init__(
+        self,
+        pairs: Iterable[tuple[Callable, Callable]],
+        skipped: tuple[str, ...],
+        methods: Iterable[tuple[type, str, Callable]] = (),
+    ) -> None:
+        """Take pairs of (torch's, ours), and how the names of modules begin whose names stay as they are.
+
+        ``methods`` are (a class, the name of a method that it inherits, ours).
+        """
+        self._methods = tuple(methods)
         self._pairs: dict[int, tuple[Callable, Callable]] = {}  # by the id of either
         for theirs, ours in pairs:
             ours.__prepare_scriptable__ = partial(_itself, theirs)  # torch.jit.script compiles torch's.
@@ -71,6 +80,12 @@ class EntryPoints:
             module = reference()
             if module is not None and _names_of(module).get(name) is (theirs if wanted else ours):
                 _names_of(module)[name] = ours if wanted else theirs
+        for cls, name, ours in self._methods:
+            own = vars(cls).get(name)
+            if wanted and own is None:
+                setattr(cls, name, ours)
+            elif not wanted and own is ours:
+                delattr(cls, name)
 
     def _search(self) -> None:
         """Search the modules that are new, and the program itself, which gets new names at any time."""

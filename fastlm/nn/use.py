@@ -4,8 +4,7 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from torch.overrides import handle_torch_function
 
 from ..ops.attention import has_kernel, scaled_dot_product_attention
 from ..ops.torch_op import PLAIN
+from . import blocks, handwritten
 from .entry_points import EntryPoints
 from .multi_head_call import MultiHeadCall
 from .why_not import SUBCLASS, call_why_not, mask_dtype_fits
@@ -42,7 +42,8 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
         left: for each reason, the number of calls that were left to torch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handwritten: bool = True) -> None:
+        self.handwritten = handwritten
         self.routed = 0
         self.left: Counter[str] = Counter()
 
@@ -54,11 +55,11 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
 
     def __enter__(self) -> "use":
         _entry_points.put_in()
-        _enter(self)
+        blocks.enter(self)
         return self
 
     def __exit__(self, *_) -> None:
-        _leave()
+        blocks.leave()
         _entry_points.take_out()
 
     def _count(self, reason: str | None) -> None:
@@ -68,61 +69,26 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
             self.left[reason] += 1
 
 
-# ---- which block a call is in -----------------------------------------------------------------------------------------------
+# ---- the whole process ------------------------------------------------------------------------------------------------------
 
-# The blocks of a thread are one of torch's thread-local objects, which its autograd threads get from the thread that calls
-# backward: (the innermost, the blocks around it), or None. In place of a block stands None where not even enable() holds.
-_KEY = "fastlm.use"
-_everywhere: use | None = None
 _enabling = threading.Lock()
 
 
-def enable() -> use:
+def enable(handwritten: bool = True) -> use:
     """Do what `use` does, in the whole process and all its threads, until `disable`. Return the report, which counts all."""
-    global _everywhere
     with _enabling:
-        if _everywhere is None:
+        if blocks.everywhere is None:
             _entry_points.put_in()
-            _everywhere = use()
-        return _everywhere
+            blocks.everywhere = use(handwritten)
+        return blocks.everywhere
 
 
 def disable() -> None:
     """Undo `enable`. Blocks of `use` go on."""
-    global _everywhere
     with _enabling:
-        if _everywhere is not None:
-            _everywhere = None
+        if blocks.everywhere is not None:
+            blocks.everywhere = None
             _entry_points.take_out()
-
-
-def _blocks() -> tuple[use | None, tuple | None] | None:
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
-
-
-def _enter(block: use | None) -> None:
-    torch._C._stash_obj_in_tls(_KEY, (block, _blocks()))
-
-
-def _leave() -> None:
-    blocks = _blocks()
-    torch._C._stash_obj_in_tls(_KEY, blocks and blocks[1])  # There are none if a generator goes on in another thread.
-
-
-def _block() -> use | None:
-    """Return the block that a call of this thread is in."""
-    blocks = _blocks()
-    return _everywhere if blocks is None else blocks[0]
-
-
-@contextmanager
-def _no_block() -> Iterator[None]:
-    """Leave to torch what its own function calls, which is not counted again."""
-    _enter(None)
-    try:
-        yield
-    finally:
-        _leave()
 
 
 # ---- the functions that stand in for torch's --------------------------------------------------------------------------------
@@ -142,7 +108,7 @@ def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Cal
             if reason is SUBCLASS:
                 return _compiled_of_subclasses(theirs, args, kwargs)
             return out if reason is None else theirs(*args, **kwargs)
-        block = _block()
+        block = blocks.current()
         if block is None:
             return theirs(*args, **kwargs)
         if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
@@ -152,7 +118,7 @@ def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Cal
         block._count(reason)
         if reason is None:
             return out
-        with _no_block():
+        with blocks.none():
             if given:  # Their classes may ask whether it is the function of that name.
                 with _entry_points.suspended():
                     return theirs(*args, **kwargs)
@@ -233,12 +199,40 @@ def _why_not(
     return None
 
 
+def _deferring(theirs: Callable) -> Callable:
+    """Return a function that inside a block defers torch's product of queries and keys, and is torch's else."""
+
+    @functools.wraps(theirs)
+    def ours(*args, **kwargs):
+        if torch.compiler.is_dynamo_compiling():
+            return theirs(*args, **kwargs)
+        if not handwritten.may_be_scores(args):
+            given = [arg for arg in args if isinstance(arg, Tensor) and type(arg) not in _TAKEN]
+            if any(type(arg).__torch_function__ is not torch._C._disabled_torch_function_impl for arg in given):
+                with _entry_points.suspended():
+                    return theirs(*args, **kwargs)
+            return theirs(*args, **kwargs)
+        block = blocks.current()
+        if block is None or not block.handwritten:
+            return theirs(*args, **kwargs)
+        if torch._C._is_torch_function_mode_enabled():
+            return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
+        scores = handwritten.begin(theirs, args, kwargs, block._count)
+        return theirs(*args, **kwargs) if scores is None else scores
+
+    handwritten.stands_in_for(ours, theirs)
+    return ours
+
+
+_TAKEN = PLAIN | {handwritten.Deferred}
+
+
 def _off_in_blocks(theirs: Callable[[], bool]) -> Callable[[], bool]:
     """Return a switch that keeps torch's modules, in a block, from fused code that calls none of the functions above."""
 
     @functools.wraps(theirs)
     def ours() -> bool:
-        return not torch.compiler.is_dynamo_compiling() and _block() is None and theirs()
+        return not torch.compiler.is_dynamo_compiling() and blocks.current() is None and theirs()
 
     return ours
 
@@ -255,12 +249,32 @@ routed_multi_head = _named(
 )
 fast_path = _named("fast_path", _off_in_blocks(torch.backends.mha.get_fastpath_enabled))
 
+deferred_matmul = _named("deferred_matmul", _deferring(torch.matmul))
+deferred_bmm = _named("deferred_bmm", _deferring(torch.bmm))
+deferred_baddbmm = _named("deferred_baddbmm", _deferring(torch.baddbmm))
+deferred_einsum = _named("deferred_einsum", _deferring(torch.einsum))
+deferred_matmul_method = _named("deferred_matmul_method", _deferring(Tensor.matmul))
+deferred_bmm_method = _named("deferred_bmm_method", _deferring(Tensor.bmm))
+deferred_baddbmm_method = _named("deferred_baddbmm_method", _deferring(Tensor.baddbmm))
+
 _entry_points = EntryPoints(
     (
         (F.scaled_dot_product_attention, routed_sdpa),
         (F.multi_head_attention_forward, routed_multi_head),
         (torch.backends.mha.get_fastpath_enabled, fast_path),
+        (torch.matmul, deferred_matmul),
+        (torch.bmm, deferred_bmm),
+        (torch.baddbmm, deferred_baddbmm),
+        (torch.einsum, deferred_einsum),
     ),
     skipped=(__name__, "torch._C"),  # torch itself looks up in its C++ module what its functions are
+    methods=(
+        (Tensor, "matmul", deferred_matmul_method),
+        (Tensor, "__matmul__", deferred_matmul_method),
+        (Tensor, "bmm", deferred_bmm_method),
+        (Tensor, "baddbmm", deferred_baddbmm_method),
+    ),
 )
-torch.jit._builtins._register_builtin(routed_sdpa, "aten::scaled_dot_product_attention")
+for _ours, _name in ((routed_sdpa, "scaled_dot_product_attention"), (deferred_matmul, "matmul"), (deferred_bmm, "bmm"),
+                     (deferred_baddbmm, "baddbmm"), (deferred_einsum, "einsum")):  # fmt: skip
+    torch.jit._builtins._register_builtin(_ours, f"aten::{_name}")

@@ -92,6 +92,11 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_ordinary(tensor: Tensor) -> bool:
+    """Tell whether nothing listens to what is done with a tensor, by its dispatch keys."""
+    return _tensor_keys(tensor) in _PLAIN_TENSOR
+
+
 # torch.compile and torch.export show any tensor as one of the last two. Every other class may give ops another meaning, as
 # DTensor does, or keep its values elsewhere. NoneType is the class of an optional tensor that was not given.
 PLAIN = frozenset((type(None), Tensor, Parameter, FakeTensor, FunctionalTensor))

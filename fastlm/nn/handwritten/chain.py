@@ -1,0 +1,158 @@
+"""What the steps of hand-written attention amount to, and the one call of attention that does the same."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...ops.attention import attention, has_kernel
+from .fold import Fold, Placed, Shape
+from .masks import Bias, Hidden, merged_mask
+
+MAX_HEAD_DIM = 256  # A product of longer vectors is hardly one of queries and keys.
+_LEAST_FILL = -1e3  # A fill above it may be a score like any other.
+
+
+class Chain(NamedTuple):
+    """Scores ``scale * factors * (query @ key.mT) + biases``, the hidden ones replaced by ``fill``; or their softmax.
+
+    Each method returns the chain after one more step, or None if that step is none of attention's.
+    """
+
+    query: Tensor  # (*lead, Lq, D)
+    key: Tensor  # (*lead, Lk, D); the leading dimensions of the two broadcast
+    shape: Shape  # (*lead, Lq, Lk), where views may have split or merged the leading dimensions
+    dtype: torch.dtype
+    scale: float = 1.0
+    factors: tuple[Placed, ...] = ()  # each the same for all queries and keys of a head
+    biases: tuple[Bias, ...] = ()
+    hidden: tuple[Hidden, ...] = ()
+    fill: float = -math.inf
+    is_softmax: bool = False
+    hidden_weights_are_zero: bool = False  # also in rows that are hidden whole
+    dropout_p: float = 0.0
+    is_averaged: bool = False  # over heads, for somebody who looks at the weights
+
+    def times(self, factor: float | Tensor) -> "Chain | None":
+        """Multiply the scores by a number, or by a tensor (*lead, 1, 1), such as a learned temperature of each head."""
+        if self.is_softmax:
+            return None
+        if isinstance(factor, Tensor):
+            exact = self.dtype == factor.dtype == torch.float32 and not self.biases and not self.hidden
+            if not exact or not _broadcasts(factor.shape, (*self.shape[:-2], 1, 1)):
+                return None
+            return self._replace(factors=(*self.factors, Placed(factor, self.shape[:-2])))
+        if not 1e-30 < abs(factor) < 1e30 or (self.hidden and factor < 0.0):
+            return None
+        biases = tuple(bias._replace(factor=bias.factor * factor) for bias in self.biases)
+        return self._replace(scale=self.scale * factor, biases=biases, fill=self.fill * factor)
+
+    def plus(self, bias: Tensor, factor: float = 1.0) -> "Chain | None":
+        """Add ``factor * bias`` to the scores."""
+        fills_finitely = self.hidden and self.fill != -math.inf
+        if self.is_softmax or fills_finitely or not bias.is_floating_point() or not _broadcasts(bias.shape, self.shape):
+            return None
+        dtype = torch.promote_types(self.dtype, bias.dtype) if bias.dim() else self.dtype
+        return self._replace(biases=(*self.biases, Bias(Placed(bias, self.shape[:-2]), factor)), dtype=dtype)
+
+    def hide(self, condition: Tensor, where: bool, fill: float) -> "Chain | None":
+        """Replace the scores where ``condition`` is ``where``; or write zeros once more over the weights of hidden scores."""
+        if condition.dtype != torch.bool or not _broadcasts(condition.shape, self.shape):
+            return None
+        hidden = Hidden(Placed(condition, self.shape[:-2]), where)
+        if self.is_softmax:
+            once_more = fill == 0.0 and not self.dropout_p and len(self.hidden) == 1 and self.hidden[0].is_same(hidden)
+            return self._replace(hidden_weights_are_zero=True) if once_more else None
+        fits = fill == -math.inf or torch.finfo(self.dtype).min <= fill <= _LEAST_FILL
+        if not fits or (self.hidden and fill != self.fill):
+            return None
+        return self._replace(hidden=(*self.hidden, hidden), fill=fill)
+
+    def softmax(self, dim: int, dtype: torch.dtype) -> "Chain | None":
+        """Turn the scores into weights of that dtype."""
+        over_keys = dim in (-1, len(self.shape) - 1)
+        return self._replace(is_softmax=True, dtype=dtype) if over_keys and not self.is_softmax else None
+
+    def dropout(self, p: float) -> "Chain | None":
+        """Drop weights."""
+        fits = self.is_softmax and not self.dropout_p and 0.0 < p <= 1.0
+        return self._replace(dropout_p=p) if fits else None
+
+    def cast(self, dtype: torch.dtype) -> "Chain | None":
+        """Convert scores or weights to another dtype."""
+        return self._replace(dtype=dtype) if dtype.is_floating_point else None
+
+    def view(self, shape: Shape) -> "Chain | None":
+        """See the leading dimensions, or averaged weights, in another shape of as many elements."""
+        keeps_scores = len(shape) > 2 and shape[-2:] == self.shape[-2:]
+        return self._replace(shape=shape) if keeps_scores or self.is_averaged else None
+
+    def average(self, dim: int) -> "Chain | None":
+        """Average the weights (batch, heads, Lq, Lk) over heads."""
+        if not self.is_softmax or len(self.shape) != 4 or dim not in (1, -3):
+            return None
+        return self._replace(shape=(self.shape[0], *self.shape[2:]), is_averaged=True)
+
+    # ---- the call -----------------------------------------------------------------------------------------------------------
+
+    def why_not(self, value: Tensor) -> str | None:
+        """Return why the product of the weights and ``value`` (*lead, Lk, Dv) is no call of attention, or None."""
+        if not self.is_softmax or self.is_averaged:
+            return "hand-written scores met a value before their softmax"
+        if value.shape[-2] != self.shape[-1] or not _broadcasts(value.shape[:-2], self.shape[:-2]):
+            return "the values do not fit hand-written weights"
+        if value.dtype != self.dtype and not torch.is_autocast_enabled(value.device.type):
+            return "the values have another dtype than hand-written weights"
+        if value.shape[-1] > MAX_HEAD_DIM or not has_kernel(self.query, value):
+            return f"no kernel takes values of {value.dtype} and {value.shape[-1]} elements on {value.device}"
+        return None
+
+    def attend(self, value: Tensor, seed: Tensor | None) -> Tensor | None:
+        """Return the product with ``value``, (*lead, Lq, Dv), contiguous; or None if it cannot be computed exactly in this way."""
+        lead = self.shape[:-2]
+        of_product = tuple(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2]))
+        masks = *(bias.placed for bias in self.biases), *(hidden.placed for hidden in self.hidden)
+        fold = Fold.of((of_product, lead, *(placed.lead for placed in (*self.factors, *masks))), masks)
+        if fold is None:
+            return None
+        query = fold.spread(Placed(self.query, of_product))
+        for factor in self.factors:
+            query = query * fold.spread(factor)
+        query = fold.fold_query(query)
+        key, value = fold.fold_keys(fold.spread(Placed(self.key, of_product)), fold.spread(Placed(value, lead)))
+        out_dtype = value.dtype
+        if query.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
+            wider = torch.promote_types(query.dtype, value.dtype)
+            query, key, value = query.to(wider), key.to(wider), value.to(wider)
+        mask, causal = merged_mask(fold, self.biases, self.hidden, self.shape[-2:])
+        options = {"mask": mask, "causal": causal, "scale": self.scale, "dropout_p": self.dropout_p, "seed": seed}
+        if not self.hidden or self.fill == -math.inf or self.hidden_weights_are_zero:
+            out = attention(query, key, value, **options)
+        else:
+            out = self._attend_with_finite_fill(query, key, value, options)
+        if out is None:
+            return None
+        if not torch.is_autocast_enabled(value.device.type):
+            out = out.to(out_dtype)
+        return out.contiguous().view(*lead, *out.shape[-2:])
+
+    def _attend_with_finite_fill(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor | None:
+        """Give rows that are hidden whole the mean of all values, as they get it in torch: their scores are all the fill.
+
+        Return None if in another row hidden scores may count beside the others. e^-104 is 0 in float32.
+        """
+        out, lse = attention(query, key, value, **options, return_lse=True)
+        least = self.fill + 104.0 + math.log(key.shape[2])
+        if bool((lse > least).all()):
+            return out
+        whole = lse == -math.inf
+        if self.dropout_p or not bool((whole | (lse > least)).all()):
+            return None
+        mean = value.mean(-2, keepdim=True).repeat_interleave(out.shape[1] // value.shape[1], dim=1)  # (B, Hq, 1, Dv)
+        return torch.where(whole.unsqueeze(-1), mean.to(out.dtype), out)
+
+
+def _broadcasts(shape: Shape, to: Shape) -> bool:
+    """Tell whether ``shape`` broadcasts to exactly ``to``."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to)))

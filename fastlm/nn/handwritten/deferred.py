@@ -1,0 +1,311 @@
+"""A tensor that is computed when somebody needs it: scores and weights of hand-written attention.
+
+A product of queries and transposed keys gives a `Deferred`, and so do the steps of attention that follow. Where weights meet
+their values, both are one call of attention, and the scores are never stored. Whatever else touches a deferred tensor gets what
+torch's own calls give, in their order.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_map
+
+from .. import blocks
+from .products import READERS, is_eager, read, scores_of
+from .record import Context, Origin, Record
+from .steps import SAME, STEPS, Step, is_plain
+
+_LONGEST = 64  # records that depend on each other; attention takes about ten
+_as_torch_does = torch._C.DisableTorchFunctionSubclass  # Within it, a deferred tensor is one like any other.
+
+
+class Deferred(Tensor):
+    """Scores or weights with the shape, strides, dtype and device that torch gives them, and no memory."""
+
+    _record: Record
+    _node: object  # The function of autograd that returned it, or None. Whoever makes it another's has changed the tensor.
+    _views: list[weakref.ref]  # the deferred tensors that would share its memory, itself included
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return _call(_theirs.get(func, func), args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Compute with the values. This is how C++ code and functions of autograd see the tensor."""
+
+        def value(arg):
+            if not isinstance(arg, Deferred):
+                return arg
+            with enable_reentrant_dispatch():
+                return _computed(arg, str(func)).detach()
+
+        values = tree_map(value, args)
+        out = func(*values, **tree_map(value, kwargs or {}))
+        written = args and isinstance(args[0], Deferred) and out is values[0]
+        return args[0] if written else out
+
+
+_theirs: dict[Callable, Callable] = {}  # functions that stand in for torch's, and torch's
+
+
+def stands_in_for(ours: Callable, theirs: Callable) -> None:
+    """Tell that ``ours`` may be passed on as the function of torch that is called."""
+    _theirs[ours] = theirs
+
+
+# ---- making one -------------------------------------------------------------------------------------------------------------
+
+
+class _Scores(torch.autograd.Function):
+    """Give a deferred tensor its place in the graph, for code that torch's Python functions do not show it to."""
+
+    @staticmethod
+    def forward(ctx, record: Record, *sources: Tensor) -> Deferred:
+        ctx.record = record
+        return _without_memory(record)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        sources = ctx.record.sources
+        with torch.enable_grad():
+            leaves = [source.view_as(source) for source in sources]
+            out = ctx.record.recompute({id(source): leaf for source, leaf in zip(sources, leaves)})
+        return None, *torch.autograd.grad(out, leaves, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
+
+
+_apply = super(torch.autograd.Function, _Scores).apply  # without the questions about torch.func, which has no part in this
+
+
+def _without_memory(record: Record) -> Deferred:
+    chain = record.chain
+    strides, step = [], 1
+    for size in reversed(chain.shape):
+        strides.append(step)
+        step *= size
+    return Tensor._make_wrapper_subclass(
+        Deferred, chain.shape, strides=strides[::-1], dtype=chain.dtype, device=chain.query.device
+    )
+
+
+def _new(record: Record) -> Deferred:
+    deferred = _apply(record, *record.sources) if record.sources else _without_memory(record)
+    deferred._record, deferred._views = record, []
+    deferred._node = _node(deferred) if record.sources else None
+    return deferred
+
+
+def _node(deferred: Deferred) -> object:
+    with _as_torch_does():
+        return deferred.grad_fn
+
+
+def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | None], None]) -> Deferred | None:
+    """Return the deferred product of queries and transposed keys if this call is one; ``count`` learns what comes of it."""
+    operands = read(function, args, kwargs)
+    chain = None if operands is None else scores_of(operands)
+    if chain is None:
+        return None
+    if torch.is_inference_mode_enabled():  # No version tells of changes there, so that copies are kept.
+        args, kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
+        chain = scores_of(read(function, args, kwargs))
+    device = chain.query.device.type
+    return _new(Record(Origin(count, Context.current(device), device), None, function, args, kwargs, chain))
+
+
+def _copy(arg: object) -> object:
+    """Copy a tensor of inference mode, with its strides, on which the rounding of a product may depend."""
+    if not isinstance(arg, Tensor) or not arg.is_inference():
+        return arg
+    overlaps = any(stride == 0 and size > 1 for stride, size in zip(arg.stride(), arg.shape))
+    return arg.clone() if overlaps else torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(arg)
+
+
+# ---- calls ------------------------------------------------------------------------------------------------------------------
+
+
+def _call(function: Callable, args: tuple, kwargs: dict) -> object:
+    """Run a function of torch on arguments of which some are deferred."""
+    if function in _ABOUT and not args[0]._record.is_computed():
+        with _as_torch_does():
+            return function(*args, **kwargs)
+    if function in _LIKE and len(args) > 1 and type(args[-1]) is Deferred:  # to(other), type_as(other)
+        function, args = Tensor.to, (*args[:-1], args[-1].device, args[-1].dtype)
+        if type(args[0]) is not Deferred:
+            return function(*args, **kwargs)
+    if function in _NEW and not args[0]._record.is_computed():
+        return function(torch.empty((), dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
+    places = [at for at, arg in enumerate(args) if type(arg) is Deferred]
+    if len(places) == 1 and _can_go_on(args[places[0]]):
+        step = STEPS.get(function)
+        if step is not None:
+            out = _recorded(step, args, kwargs, places[0])
+        else:
+            out = _attended(function, args, kwargs, places[0]) if function in READERS else None
+        if out is not None:
+            return out
+    return _by_torch(function, args, kwargs)
+
+
+def _can_go_on(deferred: Deferred) -> bool:
+    """Tell whether a step may be recorded, and will then mean what it means now."""
+    record = deferred._record
+    if record.is_computed() or record.length >= _LONGEST or not is_eager():
+        return False
+    return _is_ours(deferred) and Context.current(record.origin.device) == record.origin.context
+
+
+def _is_ours(deferred: Deferred) -> bool:
+    """Tell whether no function of autograd has written into the tensor, which has then become that function's."""
+    return deferred._node is None or _node(deferred) is deferred._node
+
+
+def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None:
+    """Return the tensor after one more step, or None if it must be computed."""
+    deferred, rest = args[at], (*args[:at], *args[at + 1 :])
+    writes = step.out_of_place is not None
+    if writes and any(other() is not None and other() is not deferred for other in deferred._views):
+        return None
+    if torch.is_inference_mode_enabled():
+        rest, kwargs = tree_map(_copy, rest), tree_map(_copy, kwargs)
+    chain = deferred._record.chain
+    others = [arg for arg in (*rest, *kwargs.values()) if isinstance(arg, Tensor)]
+    if not all(is_plain(other) and (other.device == chain.query.device or other.dim() == 0) for other in others):
+        return None
+    try:
+        after = step.describe(chain, at, *rest, **kwargs)
+    except TypeError:  # arguments that none of ours has
+        return None
+    if after is SAME:
+        return deferred
+    if after is None or (writes and after.dtype != chain.dtype):
+        return None
+    before = deferred._record
+    # What was recorded of the tensor as it was before must not see what is written.
+    function = step.out_of_place if writes and before.is_needed else step.function
+    record = Record(before.origin, before, function, rest, kwargs, after, at, step.is_view)
+    if writes:
+        return _rewritten(deferred, record)
+    out = _new(record)
+    if step.is_view:
+        out._views = deferred._views = deferred._views or [weakref.ref(deferred)]
+        out._views.append(weakref.ref(out))
+    return out
+
+
+def _rewritten(deferred: Deferred, record: Record) -> Deferred | None:
+    """Make the tensor that of another record, or return None if C++ code holds it, for which that would be too late."""
+    if record.sources and not _exchange(deferred, _new(record)):
+        return None
+    deferred._record = record
+    return deferred
+
+
+def _exchange(deferred: Deferred, other: Deferred) -> bool:
+    """Exchange what autograd knows of two tensors, or return False if C++ code holds one of them."""
+    try:
+        torch._C._swap_tensor_impl(deferred, other)
+    except RuntimeError:
+        return False
+    deferred._node = _node(deferred)
+    return True
+
+
+def _attended(function: Callable, args: tuple, kwargs: dict, at: int) -> Tensor | None:
+    """Return the product of weights and values, or None if it must be computed by torch."""
+    if function is torch.einsum and at == 2 and len(args) == 3:  # the values before the weights
+        left, comma, rest = str(args[0]).partition(",")
+        right, arrow, out = rest.partition("->")
+        args, at = (f"{right}{comma}{left}{arrow}{out}", args[2], args[1]), 1
+    deferred = args[at]
+    with _as_torch_does():
+        operands = read(function, args, kwargs)
+    if operands is None or operands.left is not deferred or operands.added is not None or not is_plain(operands.right):
+        return None
+    record = deferred._record
+    if operands.right.device != record.chain.query.device:
+        return None
+    with blocks.none():
+        out, reason = record.attend(operands.right)
+    record.origin.settle(reason)
+    return out if operands.dims is None or out is None else out.permute(operands.dims)
+
+
+# ---- everything else --------------------------------------------------------------------------------------------------------
+
+
+class _Value(torch.autograd.Function):
+    """Give a deferred tensor the place in the graph that its result has."""
+
+    @staticmethod
+    def forward(ctx, result: Tensor, record: Record) -> Deferred:
+        return _without_memory(record)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _by_torch(function: Callable, args: tuple, kwargs: dict) -> object:
+    """Run a function of torch on the results of deferred tensors."""
+    results: list[tuple[Deferred, Tensor, object]] = []
+    others = False
+
+    def result(arg):
+        nonlocal others
+        if type(arg) is not Deferred:
+            return arg
+        if not _is_ours(arg):
+            others = True
+            return arg
+        value = _computed(arg, function)
+        results.append((arg, value, value.grad_fn))
+        return value
+
+    args, kwargs = tree_map(result, args), tree_map(result, kwargs)
+    if others:
+        with _as_torch_does():
+            out = function(*args, **kwargs)
+    else:
+        out = function(*args, **kwargs)
+    for deferred, value, grad_fn in results:
+        _follow(deferred, value, grad_fn)
+        if out is value:  # It was written in place.
+            out = deferred
+    return out
+
+
+def _computed(deferred: Deferred, function: object) -> Tensor:
+    """Return what torch's calls give, because ``function`` needs it."""
+    record = deferred._record
+    record.origin.settle(f"hand-written scores or weights were read by {getattr(function, '__name__', function)}")
+    return record.result()
+
+
+def _follow(deferred: Deferred, value: Tensor, grad_fn: object) -> None:
+    """Give a deferred tensor the place in the graph that its result has since autograd saw something written into that."""
+    with _as_torch_does():
+        unchanged = value.grad_fn is grad_fn and value.requires_grad == deferred.requires_grad
+    if not unchanged and not _exchange(deferred, _Value.apply(value, deferred._record)):
+        raise RuntimeError(
+            "hand-written scores that a function of autograd has saved were changed in place; "
+            "fastlm.use(handwritten=False) leaves such code to torch"
+        )
+
+
+def _about() -> set[Callable]:
+    """Return the functions that ask about a tensor, and need none of its values."""
+    attributes = ("device", "dtype", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_nested", "is_quantized", "is_sparse")
+    attributes += ("itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape")
+    methods = ("__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point")
+    methods += ("is_signed", "ndimension", "nelement", "numel", "size", "storage_offset", "stride")
+    functions = {torch.is_complex, torch.is_floating_point, torch.numel}
+    return functions | {getattr(Tensor, a).__get__ for a in attributes} | {getattr(Tensor, m) for m in methods}
+
+
+_ABOUT = _about()
+_LIKE = {Tensor.to, Tensor.type_as}
+_NEW = {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}

@@ -1,0 +1,79 @@
+"""Merge what was added to scores, and what hid them, into the mask that attention takes."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fold import Fold, Placed
+
+
+class Bias(NamedTuple):
+    """A floating tensor that was added to scores, ``factor`` times."""
+
+    placed: Placed
+    factor: float
+
+
+class Hidden(NamedTuple):
+    """A condition, and whether scores are hidden where it is True or where it is False."""
+
+    placed: Placed
+    where: bool
+
+    def is_same(self, other: "Hidden") -> bool:
+        """Tell whether both are the same tensor in the same place."""
+        return self.placed.tensor is other.placed.tensor and self.placed.lead == other.placed.lead and self.where == other.where
+
+
+def merged_mask(
+    fold: Fold, biases: tuple[Bias, ...], hidden: tuple[Hidden, ...], size: tuple[int, int]
+) -> tuple[Tensor | None, bool]:
+    """Return (a mask that broadcasts to (batch, heads, Lq, Lk), or None; whether attention is causal on top of it)."""
+    causal = False
+    added, attended = None, None
+    for bias in biases:
+        if bias.factor == 1.0 and _is_causal(bias.placed.tensor, size, -math.inf):
+            causal = True
+            continue
+        term = fold.fold_mask(fold.spread(bias.placed))
+        term = term if bias.factor == 1.0 else term * bias.factor
+        added = term if added is None else added + term
+    for condition in hidden:
+        if _is_causal(condition.placed.tensor, size, condition.where):
+            causal = True
+            continue
+        term = fold.fold_mask(fold.spread(condition.placed))
+        term = term.logical_not() if condition.where else term
+        attended = term if attended is None else attended & term
+    if added is None or attended is None:
+        return (attended if added is None else added), causal
+    return added.masked_fill(attended.logical_not(), -math.inf), causal
+
+
+# ---- causal masks: attention skips what they hide, where it would read a mask -----------------------------------------------
+
+
+def _is_causal(mask: Tensor, size: tuple[int, int], hides: bool | float) -> bool:
+    """Tell whether a mask hides, by the value ``hides``, exactly the keys behind each query, aligned at the last of both.
+
+    On a GPU the comparison would make the CPU wait for it, and so nothing is compared there.
+    """
+    rows, keys = size
+    if not mask.is_cpu or mask.shape[-2:] != size or mask.numel() != rows * keys or mask.requires_grad or not 1 < rows <= keys:
+        return False
+    mask = mask.reshape(size)
+    if mask[0, -1] != hides or mask[-1, 0] == hides:  # Most others differ in a corner.
+        return False
+    behind = (_behind if keys <= 4096 else _behind.__wrapped__)(keys)[keys - rows :]
+    if mask.dtype != torch.bool:
+        return torch.equal(mask == hides, behind) and int(mask.count_nonzero()) == int(behind.count_nonzero())
+    return torch.equal(mask, behind if hides else behind.logical_not())
+
+
+@functools.lru_cache(maxsize=2)
+def _behind(keys: int) -> Tensor:
+    """Return which keys lie behind each of as many queries."""
+    return torch.ones(keys, keys, dtype=torch.bool, device="cpu").triu(1)

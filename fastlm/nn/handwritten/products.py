@@ -1,0 +1,165 @@
+"""Read a product of torch as one of queries with keys, or as one of weights with values."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ...ops.attention import has_kernel
+from .chain import MAX_HEAD_DIM, Chain
+from .masks import Bias
+from .fold import Placed
+from .steps import is_plain
+
+LEAST_SCORES = 1 << 14  # With fewer, torch's own calls are as fast as recording them and one call of attention.
+
+
+class Operands(NamedTuple):
+    """Two tensors (*lead, rows, inner) and (*lead, inner, columns) as they are multiplied, and how their product is used."""
+
+    left: Tensor
+    right: Tensor
+    added: Tensor | None = None
+    beta: float = 1.0  # times what is added
+    alpha: float = 1.0  # times the product
+    dims: tuple[int, ...] | None = None  # the product's dimensions in the order in which torch returns them
+
+
+def _matmul(input: object, other: object) -> Operands | None:
+    fits = _are_tensors(input, other) and 3 <= input.dim() <= 5 and input.dim() == other.dim()
+    return Operands(input, other) if fits else None
+
+
+def _bmm(input: object, mat2: object) -> Operands | None:
+    fits = _are_tensors(input, mat2) and input.dim() == mat2.dim() == 3 and input.shape[0] == mat2.shape[0]
+    return Operands(input, mat2) if fits else None
+
+
+def _baddbmm(input: object, batch1: object, batch2: object, *, beta: float = 1, alpha: float = 1) -> Operands | None:
+    operands = _bmm(batch1, batch2)
+    numbers = isinstance(beta, (int, float)) and isinstance(alpha, (int, float))
+    if operands is None or not numbers or not is_plain(input):
+        return None
+    return operands._replace(added=input, beta=float(beta), alpha=float(alpha))
+
+
+def _einsum(equation: object, *operands) -> Operands | None:
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = operands[0]
+    if not isinstance(equation, str) or len(operands) != 2 or not _are_tensors(*operands):
+        return None
+    terms = _terms(equation, operands[0].dim(), operands[1].dim())
+    if terms is None:
+        return None
+    left, right, out = terms
+    batch = [letter for letter in out if letter in left and letter in right]
+    rows, columns = [[letter for letter in term if letter not in batch and letter in out] for term in (left, right)]
+    inner = [letter for letter in left if letter not in out]
+    each_once = sorted(left) == sorted(batch + rows + inner) and sorted(right) == sorted(batch + inner + columns)
+    if not each_once or not len(rows) == len(inner) == len(columns) == 1 or not 1 <= len(batch) <= 3:
+        return None
+    sizes = [dict(zip(term, operand.shape)) for term, operand in zip(terms, operands)]
+    if any(sizes[0][letter] != sizes[1][letter] for letter in (*batch, *inner)):
+        return None
+    first = _permuted(operands[0], left, (*batch, *rows, *inner))
+    second = _permuted(operands[1], right, (*batch, *inner, *columns))
+    if first is None or second is None:
+        return None
+    return Operands(first, second, dims=tuple((*batch, *rows, *columns).index(letter) for letter in out))
+
+
+def _permuted(tensor: Tensor, letters: str, order: tuple[str, ...]) -> Tensor | None:
+    """Return a tensor with its dimensions in that order, or None if that needs a view of a tensor that is not plain."""
+    if tuple(letters) == order:
+        return tensor
+    return tensor.permute([letters.index(letter) for letter in order]) if is_plain(tensor) else None
+
+
+def _terms(equation: str, left_dims: int, right_dims: int) -> tuple[str, str, str] | None:
+    """Return an equation's three terms, "..." as digits, or None if it has others or letters twice."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    left, comma, right = inputs.partition(",")
+    if not arrow or not comma or "," in right:
+        return None
+    if "..." in left and "..." in right and "..." in out:
+        outer = left_dims - len(left) + 3
+        if outer != right_dims - len(right) + 3 or not 0 <= outer <= 3:
+            return None
+        left, right, out = (term.replace("...", "012"[:outer], 1) for term in (left, right, out))
+    terms = left, right, out
+    fits = len(left) == left_dims and len(right) == right_dims
+    return terms if fits and all(term.isalnum() and len(set(term)) == len(term) for term in terms) else None
+
+
+def _are_tensors(left: object, right: object) -> bool:
+    return isinstance(left, Tensor) and isinstance(right, Tensor)
+
+
+READERS: dict[Callable, Callable[..., Operands | None]] = {
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
+    torch.einsum: _einsum,
+}
+
+
+def may_be_scores(args: tuple) -> bool:
+    """Tell whether these may be arguments of a product of queries and keys, as fast as can be."""
+    if len(args) < 2 or type(args[-1]) not in _ORDINARY:
+        return isinstance(args[-1], (tuple, list)) if args else False  # of torch.einsum
+    query = args[-2]
+    return type(query) in _ORDINARY and query.dim() > 2
+
+
+_ORDINARY = (Tensor, nn.Parameter)
+
+
+def read(function: Callable, args: tuple, kwargs: dict) -> Operands | None:
+    """Return the operands of a call of one of READERS, or None if it is none of hand-written attention."""
+    try:
+        return READERS[function](*args, **kwargs)
+    except TypeError:  # Arguments that none of ours has.
+        return None
+
+
+def is_eager() -> bool:
+    """Tell whether torch runs what is called, and nothing traces, transforms or replaces it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
+        return False
+    return not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
+
+
+def scores_of(operands: Operands) -> Chain | None:
+    """Return the chain that begins with this product if it is one of queries with transposed keys, or None."""
+    query, transposed, added = operands[:3]
+    if not is_plain(query) or not is_plain(transposed) or not query.is_floating_point() or query.dtype != transposed.dtype:
+        return None
+    *outer, rows, inner = query.shape
+    *key_outer, key_inner, keys = transposed.shape
+    is_transposed = transposed.stride(-2) == 1 and transposed.stride(-1) >= inner
+    if not is_transposed or inner != key_inner or not 1 < inner <= MAX_HEAD_DIM or query.device != transposed.device:
+        return None
+    lead = tuple(outer)
+    if key_outer != outer:
+        if any(a != b and 1 not in (a, b) for a, b in zip(outer, key_outer)):
+            return None
+        lead = tuple(map(max, outer, key_outer))
+    dims = operands.dims
+    if math.prod(lead) * rows * keys < LEAST_SCORES or (dims is not None and dims != tuple(range(len(dims)))):
+        return None
+    if not is_eager() or not has_kernel(query, query):
+        return None
+    autocast = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+    chain = Chain(query, transposed.transpose(-2, -1), (*lead, rows, keys), dtype, scale=operands.alpha)
+    if added is None or operands.beta == 0.0:
+        return chain
+    if added.device != query.device or added.dtype != dtype:
+        return None
+    return chain.plus(added, operands.beta)
