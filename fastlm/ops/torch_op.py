@@ -92,6 +92,13 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_eager() -> bool:
+    """Tell whether torch runs what is called: nothing traces, transforms, replaces or forward-differentiates its ops."""
+    if _is_compiling() or forward_ad._current_level >= 0 or _tracing_state() is not None:
+        return False
+    return not _dispatch_modes() and not _transforms_active()
+
+
 def is_ordinary(tensor: Tensor) -> bool:
     """Tell whether nothing listens to what is done with a tensor, by its dispatch keys."""
     return _tensor_keys(tensor) in _PLAIN_TENSOR

@@ -22,7 +22,8 @@ class Chain(NamedTuple):
 
     query: Tensor  # (*lead, Lq, D)
     key: Tensor  # (*lead, Lk, D); the leading dimensions of the two broadcast
-    shape: Shape  # (*lead, Lq, Lk), where views may have split or merged the leading dimensions
+    lead: Shape  # the leading dimensions of their product
+    shape: Shape  # (*lead, Lq, Lk), where views may since have split or merged the leading dimensions
     dtype: torch.dtype
     scale: float = 1.0
     factors: tuple[Placed, ...] = ()  # each the same for all queries and keys of a head
@@ -111,16 +112,15 @@ class Chain(NamedTuple):
     def attend(self, value: Tensor, seed: Tensor | None) -> Tensor | None:
         """Return the product with ``value``, (*lead, Lq, Dv), contiguous; or None if it cannot be computed exactly in this way."""
         lead = self.shape[:-2]
-        of_product = tuple(torch.broadcast_shapes(self.query.shape[:-2], self.key.shape[:-2]))
         masks = *(bias.placed for bias in self.biases), *(hidden.placed for hidden in self.hidden)
-        fold = Fold.of((of_product, lead, *(placed.lead for placed in (*self.factors, *masks))), masks)
+        fold = Fold.of({self.lead, lead, *(placed.lead for placed in (*self.factors, *masks))}, masks)
         if fold is None:
             return None
-        query = fold.spread(Placed(self.query, of_product))
+        query = fold.spread(Placed(self.query, self.lead))
         for factor in self.factors:
             query = query * fold.spread(factor)
         query = fold.fold_query(query)
-        key, value = fold.fold_keys(fold.spread(Placed(self.key, of_product)), fold.spread(Placed(value, lead)))
+        key, value = fold.fold_keys(fold.spread(Placed(self.key, self.lead)), fold.spread(Placed(value, lead)))
         out_dtype = value.dtype
         if query.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
             wider = torch.promote_types(query.dtype, value.dtype)
@@ -133,7 +133,7 @@ class Chain(NamedTuple):
             out = self._attend_with_finite_fill(query, key, value, options)
         if out is None:
             return None
-        if not torch.is_autocast_enabled(value.device.type):
+        if out.dtype != out_dtype and not torch.is_autocast_enabled(value.device.type):
             out = out.to(out_dtype)
         return out.contiguous().view(*lead, *out.shape[-2:])
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map
 
+from ...ops.torch_op import is_eager
 from .. import blocks
-from .products import READERS, is_eager, read, scores_of
+from .products import READERS, read, scores_of
 from .record import Context, Origin, Record
 from .steps import SAME, STEPS, Step, is_plain
 
@@ -112,8 +113,9 @@ def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | 
     if torch.is_inference_mode_enabled():  # No version tells of changes there, so that copies are kept.
         args, kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
         chain = scores_of(read(function, args, kwargs))
-    device = chain.query.device.type
-    return _new(Record(Origin(count, Context.current(device), device), None, function, args, kwargs, chain))
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)] or list(args[1])  # of a list in einsum
+    origin = Origin(count, Context.current(chain.query.device.type))
+    return _new(Record(origin, None, function, args, kwargs, tensors, chain))
 
 
 def _copy(arg: object) -> object:
@@ -138,24 +140,33 @@ def _call(function: Callable, args: tuple, kwargs: dict) -> object:
             return function(*args, **kwargs)
     if function in _NEW and not args[0]._record.is_computed():
         return function(torch.empty((), dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
-    places = [at for at, arg in enumerate(args) if type(arg) is Deferred]
-    if len(places) == 1 and _can_go_on(args[places[0]]):
-        step = STEPS.get(function)
-        if step is not None:
-            out = _recorded(step, args, kwargs, places[0])
-        else:
-            out = _attended(function, args, kwargs, places[0]) if function in READERS else None
-        if out is not None:
-            return out
+    step = STEPS.get(function)
+    if step is not None or function in READERS:
+        at = _place(args)
+        if at is not None and _can_go_on(args[at]):
+            out = _attended(function, args, kwargs, at) if step is None else _recorded(step, args, kwargs, at)
+            if out is not None:
+                return out
     return _by_torch(function, args, kwargs)
+
+
+def _place(args: tuple) -> int | None:
+    """Return the position of the only deferred argument, or None if there are others or none."""
+    place = None
+    for at, arg in enumerate(args):
+        if type(arg) is Deferred:
+            if place is not None:
+                return None
+            place = at
+    return place
 
 
 def _can_go_on(deferred: Deferred) -> bool:
     """Tell whether a step may be recorded, and will then mean what it means now."""
     record = deferred._record
-    if record.is_computed() or record.length >= _LONGEST or not is_eager():
+    if record.is_computed() or record.length >= _LONGEST or not record.origin.context.holds():
         return False
-    return _is_ours(deferred) and Context.current(record.origin.device) == record.origin.context
+    return is_eager() and _is_ours(deferred)
 
 
 def _is_ours(deferred: Deferred) -> bool:
@@ -169,12 +180,14 @@ def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None
     writes = step.out_of_place is not None
     if writes and any(other() is not None and other() is not deferred for other in deferred._views):
         return None
-    if torch.is_inference_mode_enabled():
+    before = deferred._record
+    chain = before.chain
+    if before.origin.context.inference:
         rest, kwargs = tree_map(_copy, rest), tree_map(_copy, kwargs)
-    chain = deferred._record.chain
     others = [arg for arg in (*rest, *kwargs.values()) if isinstance(arg, Tensor)]
-    if not all(is_plain(other) and (other.device == chain.query.device or other.dim() == 0) for other in others):
-        return None
+    for other in others:
+        if not is_plain(other) or (other.device != chain.query.device and other.dim()):
+            return None
     try:
         after = step.describe(chain, at, *rest, **kwargs)
     except TypeError:  # arguments that none of ours has
@@ -183,10 +196,9 @@ def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None
         return deferred
     if after is None or (writes and after.dtype != chain.dtype):
         return None
-    before = deferred._record
     # What was recorded of the tensor as it was before must not see what is written.
     function = step.out_of_place if writes and before.is_needed else step.function
-    record = Record(before.origin, before, function, rest, kwargs, after, at, step.is_view)
+    record = Record(before.origin, before, function, rest, kwargs, others, after, at, step.is_view)
     if writes:
         return _rewritten(deferred, record)
     out = _new(record)

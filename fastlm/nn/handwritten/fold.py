@@ -28,9 +28,9 @@ class Fold(NamedTuple):
     split: int  # dims[:split] are the batch, dims[split:] the heads
 
     @classmethod
-    def of(cls, leads: Iterable[Shape], masks: tuple[Placed, ...]) -> "Fold | None":
+    def of(cls, leads: set[Shape], masks: tuple[Placed, ...]) -> "Fold | None":
         """Return the fold that copies the least of ``masks``, or None if some of the shapes are no views of each other."""
-        dims = _common_refinement(leads)
+        dims = next(iter(leads)) if len(leads) == 1 else _common_refinement(leads)
         if dims is None:
             return None
         folds = [cls(dims, split) for split in range(len(dims) - 1, -1, -1)]
@@ -40,6 +40,8 @@ class Fold(NamedTuple):
 
     def spread(self, placed: Placed) -> Tensor:
         """Return a view (one size for each of ``dims``, rows, columns)."""
+        if placed.lead == self.dims and placed.tensor.dim() == len(placed.lead) + 2:
+            return placed.tensor
         *outer, rows, columns = (1,) * (len(placed.lead) + 2 - placed.tensor.dim()) + tuple(placed.tensor.shape)
         sizes: list[int] = []
         for size, full in zip(reversed(outer), reversed(placed.lead)):
@@ -79,6 +81,8 @@ class Fold(NamedTuple):
 
     def _reshape(self, spread: Tensor, sizes: Shape) -> Tensor:
         inner = spread.shape[-2:]
+        if len(sizes) == 2 and self.split == 1 and spread.shape[:-2] == sizes:
+            return spread
         return spread.expand(*sizes, *inner).reshape(math.prod(sizes[: self.split]), math.prod(sizes[self.split :]), *inner)
 
 

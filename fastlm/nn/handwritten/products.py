@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ...ops.attention import has_kernel
+from ...ops.torch_op import is_eager
 from .chain import MAX_HEAD_DIM, Chain
 from .masks import Bias
 from .fold import Placed
@@ -128,22 +128,13 @@ def read(function: Callable, args: tuple, kwargs: dict) -> Operands | None:
         return None
 
 
-def is_eager() -> bool:
-    """Tell whether torch runs what is called, and nothing traces, transforms or replaces it."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
-        return False
-    return not torch._C._len_torch_dispatch_stack() and not torch._C._are_functorch_transforms_active()
-
-
 def scores_of(operands: Operands) -> Chain | None:
     """Return the chain that begins with this product if it is one of queries with transposed keys, or None."""
     query, transposed, added = operands[:3]
-    if not is_plain(query) or not is_plain(transposed) or not query.is_floating_point() or query.dtype != transposed.dtype:
-        return None
     *outer, rows, inner = query.shape
     *key_outer, key_inner, keys = transposed.shape
-    is_transposed = transposed.stride(-2) == 1 and transposed.stride(-1) >= inner
-    if not is_transposed or inner != key_inner or not 1 < inner <= MAX_HEAD_DIM or query.device != transposed.device:
+    step, next_key = transposed.stride()[-2:]
+    if step != 1 or next_key < inner or inner != key_inner or not 1 < inner <= MAX_HEAD_DIM:
         return None
     lead = tuple(outer)
     if key_outer != outer:
@@ -153,13 +144,16 @@ def scores_of(operands: Operands) -> Chain | None:
     dims = operands.dims
     if math.prod(lead) * rows * keys < LEAST_SCORES or (dims is not None and dims != tuple(range(len(dims)))):
         return None
+    device = query.device
+    if query.dtype != transposed.dtype or device != transposed.device or not is_plain(query) or not is_plain(transposed):
+        return None
     if not is_eager() or not has_kernel(query, query):
         return None
-    autocast = torch.is_autocast_enabled(query.device.type)
-    dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
-    chain = Chain(query, transposed.transpose(-2, -1), (*lead, rows, keys), dtype, scale=operands.alpha)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype
+    chain = Chain(query, transposed.transpose(-2, -1), lead, (*lead, rows, keys), dtype, scale=operands.alpha)
     if added is None or operands.beta == 0.0:
         return chain
-    if added.device != query.device or added.dtype != dtype:
+    if added.device != device or added.dtype != dtype:
         return None
     return chain.plus(added, operands.beta)

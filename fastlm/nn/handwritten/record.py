@@ -14,34 +14,43 @@ from .chain import Chain
 
 
 class Context(NamedTuple):
-    """The modes of torch that decide what a call does."""
+    """The modes of torch that decide what a call on tensors of a device does."""
 
+    device: str
     grad: bool
     inference: bool
     autocast: torch.dtype | None  # None: off
 
     @classmethod
     def current(cls, device: str) -> "Context":
-        """Return the modes that hold now for tensors on such a device."""
+        """Return the modes that hold now."""
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+        return cls(device, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+    def holds(self) -> bool:
+        """Tell whether the modes are the same now."""
+        if torch.is_grad_enabled() is not self.grad or torch.is_inference_mode_enabled() is not self.inference:
+            return False
+        if not torch.is_autocast_enabled(self.device):
+            return self.autocast is None
+        return torch.get_autocast_dtype(self.device) is self.autocast
 
     @contextmanager
-    def again(self, device: str) -> Iterator[None]:
+    def again(self) -> Iterator[None]:
         """Bring the modes back, and let no function of Python see torch's calls."""
         with ExitStack() as stack:
             stack.enter_context(torch._C.DisableTorchFunction())
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
-            stack.enter_context(torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=False))
+            stack.enter_context(torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False))
             yield
 
 
 class Origin:
     """The product that records begin with, and what came of it for the report of a block."""
 
-    def __init__(self, count: Callable[[str | None], None], context: Context, device: str) -> None:
-        self.context, self.device = context, device
+    def __init__(self, count: Callable[[str | None], None], context: Context) -> None:
+        self.context = context
         self._count: Callable[[str | None], None] | None = count
 
     def settle(self, reason: str | None) -> None:
@@ -61,24 +70,29 @@ class Record:
         function: Callable,
         args: tuple,
         kwargs: dict,
+        tensors: list[Tensor],
         chain: Chain,
         at: int = 0,
         is_view: bool = False,
     ) -> None:
-        """Record ``function(*args, **kwargs)``, where the parent's result belongs before position ``at`` of ``args``."""
+        """Record ``function(*args, **kwargs)``, where the parent's result belongs before position ``at`` of ``args``.
+
+        ``tensors`` are those among the arguments, and ``chain`` is what all calls up to this one amount to.
+        """
         self.origin, self.chain = origin, chain
-        self.length = 1 if parent is None else parent.length + 1
-        self.is_needed = False  # by another record
-        if parent is not None:
-            parent.is_needed = True
         self._parent, self._function, self._args, self._kwargs, self._at = parent, function, args, kwargs, at
         self._is_view = is_view
-        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        self.sources: tuple[Tensor, ...] = () if parent is None else parent.sources  # the tensors that get a gradient
+        self.is_needed = False  # by another record
+        self.length = 1
+        self.sources: tuple[Tensor, ...] = ()  # the tensors that get a gradient
+        if parent is not None:
+            parent.is_needed = True
+            self.length, self.sources = parent.length + 1, parent.sources
         if origin.context.grad:
-            needed = (tensor for tensor in tensors if tensor.requires_grad)
-            self.sources += tuple(tensor for tensor in needed if not any(tensor is known for known in self.sources))
+            for tensor in tensors:
+                if tensor.requires_grad and not any(tensor is known for known in self.sources):
+                    self.sources += (tensor,)
         self._seed: Tensor | None = None  # of the dropout, if this is one and a call of attention has drawn it
         self._result: tuple[Tensor, int | None] | None = None  # with its version, which tensors of inference mode lack
 
@@ -92,13 +106,13 @@ class Record:
         """Return what torch's own calls give, in their order."""
         if self._result is None:
             self._check()
-            with self.origin.context.again(self.origin.device):
+            with self.origin.context.again():
                 self._compute()
         return self._result[0]
 
     def recompute(self, leaves: dict[int, Tensor]) -> Tensor:
         """Compute the result again, with other tensors in the place of those with these ids."""
-        with self.origin.context.again(self.origin.device):
+        with self.origin.context.again():
             return self._call_again(leaves)
 
     def _compute(self) -> Tensor:
