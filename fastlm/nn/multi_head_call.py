@@ -1,5 +1,6 @@
 """torch.nn.functional.multi_head_attention_forward on fastlm's kernels."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..ops.attention import attention, has_kernel
 from ..ops.linear import linear
+from . import handwritten
 from .why_not import call_why_not, mask_dtype_fits
 
 
@@ -53,8 +55,8 @@ class MultiHeadCall:
         """Return why torch's own function must run this call, or None."""
         if reason := call_why_not(self._tensors):
             return reason
-        if self.need_weights:
-            return "need_weights asks for the weights, which a fused kernel never holds"
+        if self.need_weights and (self.add_zero_attn or not weights_can_wait(self.query, self.key, self.num_heads, self.batch_first)):
+            return "need_weights asks for weights, which are few, or cannot wait until they are read"
         if self.static_k is not None or self.static_v is not None:
             return "static_k and static_v are not fused"
         if any(t.is_nested for t in (self.query, self.key, self.value)):
@@ -138,23 +140,43 @@ class MultiHeadCall:
 
     # ---- the fused call -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> tuple[Tensor, None]:
-        """Run the call, for which `why_not` must be None; return (output in query's shape, None)."""
+    def run(self) -> tuple[Tensor, Tensor | None]:
+        """Run the call, for which `why_not` must be None; return (output in query's shape, weights or None).
+
+        The weights are a deferred tensor, computed if somebody reads them.
+        """
         query, key, value = self._projected()
         if self.bias_k is not None:
             key, value = (torch.cat([t, self._bias_row(bias)], dim=2) for t, bias in ((key, self.bias_k), (value, self.bias_v)))
-        # A key and a value of zeros add a score of 0 and no value, as a sink of 0 does.
-        sinks = query.new_zeros(self.num_heads) if self.add_zero_attn else None
         causal = self.is_causal and self.key_padding_mask is None  # torch ignores the hint where there is padding
-        mask = None if causal else self._mask()
-        out = attention(query, key, value, mask=mask, causal=causal, dropout_p=self._dropout, sinks=sinks)
+        weights = None
+        if self.need_weights:
+            weights = self._deferred_weights(query, key)
+            out = weights @ value
+            weights = weights.mean(dim=1) if self.average_attn_weights else weights
+            weights = weights if self._batched else weights.squeeze(0)
+        else:
+            # A key and a value of zeros add a score of 0 and no value, as a sink of 0 does.
+            sinks = query.new_zeros(self.num_heads) if self.add_zero_attn else None
+            mask = None if causal else self._mask()
+            out = attention(query, key, value, mask=mask, causal=causal, dropout_p=self._dropout, sinks=sinks)
         if not self._batched:
             out = out[0].transpose(0, 1)  # (L, H, D)
         elif self.batch_first:
             out = out.transpose(1, 2)  # (N, L, H, D)
         else:
             out = out.permute(2, 0, 1, 3)  # (L, N, H, D)
-        return linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), None
+        return linear(out.flatten(-2), self.out_proj_weight, self.out_proj_bias), weights
+
+    def _deferred_weights(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return the weights (N, H, L, S), after dropout as torch's are, as a deferred tensor if possible."""
+        operands = query, key.transpose(-2, -1)
+        scores = handwritten.begin(torch.matmul, operands, {}, handwritten.uncounted)
+        scores = torch.matmul(*operands) if scores is None else scores
+        scores, mask = scores * query.shape[-1] ** -0.5, self._mask()
+        if mask is not None:
+            scores = torch.where(mask, scores, -math.inf) if mask.dtype == torch.bool else scores + mask
+        return F.dropout(scores.softmax(-1), self._dropout)
 
     def _projected(self) -> tuple[Tensor, ...]:
         """Project to queries, keys and values, (N, H, L or S, D), with one product for all that come from the same tensor."""
@@ -199,6 +221,14 @@ class MultiHeadCall:
         if self.bias_k is not None:
             merged = F.pad(merged, (0, 1))  # the added key is never hidden
         return ~merged if merged.dtype == torch.bool else merged
+
+
+def weights_can_wait(query: Tensor, key: Tensor, heads: int, batch_first: bool) -> bool:
+    """Tell whether it pays to compute the weights of a call only if they are read."""
+    if torch.compiler.is_compiling() or query.is_nested or key.is_nested or query.dim() not in (2, 3) or key.dim() < 2:
+        return False
+    keys = key.shape[-2] if batch_first or key.dim() == 2 else key.shape[0]
+    return query.numel() // max(query.shape[-1], 1) * heads * keys >= handwritten.products.LEAST_SCORES
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

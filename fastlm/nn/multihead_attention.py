@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..ops.attention import varlen_attention
 from ..ops.linear import linear
-from .multi_head_call import MultiHeadCall
+from .multi_head_call import MultiHeadCall, weights_can_wait
 from .replace import ClassSwap, register
 from .tracing import call_of_leaf, forward_for_script
 
@@ -13,9 +13,10 @@ from .tracing import call_of_leaf, forward_for_script
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """A drop-in for ``torch.nn.MultiheadAttention`` with the same constructor, forward, state_dict and results.
 
-    With ``need_weights=False`` the call is fused: it reads queries, keys and values where the projection leaves them, and never
-    stores the scores or a mask of their size. A query that sees no key gets zeros. torch's own code runs in these cases: calls
-    that ask for the weights, nested tensors, subclasses of Tensor (such as DTensor), calls inside
+    A call is fused: it reads queries, keys and values where the projection leaves them, and never stores the scores or a mask of
+    their size. A query that sees no key gets zeros. With ``need_weights``, torch's default, the weights that are returned are a
+    tensor that is computed when somebody reads it. torch's own code runs in these cases: calls that ask for few weights, or for
+    weights with ``add_zero_attn`` or under torch.compile, nested tensors, subclasses of Tensor (such as DTensor), calls inside
     ``sdpa_kernel(SDPBackend.MATH)``, torch.jit.trace, torch.jit.script, dtypes and devices that no kernel takes, and bad input,
     for which torch raises its own errors. torch.fx.symbolic_trace makes one node of the module, as it does of torch's.
     """
@@ -47,8 +48,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         leaf = call_of_leaf(self, *given)
         if leaf is not None:
             return leaf
-        if need_weights:  # the most frequent reason to leave a call to torch, which needs no record of the call
-            return super().forward(*given)
+        if need_weights and not weights_can_wait(query, key, self.num_heads, self.batch_first):
+            return super().forward(*given)  # without a record of the call, which small ones would feel
         # A look-up of a parameter takes Module.__getattr__ longer than anything else here.
         out_proj, in_proj_weight = self.out_proj, self.in_proj_weight
         separate = (None,) * 3 if in_proj_weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

@@ -106,6 +106,7 @@ def _node(deferred: Deferred) -> object:
 
 def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | None], None]) -> Deferred | None:
     """Return the deferred product of queries and transposed keys if this call is one; ``count`` learns what comes of it."""
+    function = _theirs.get(function, function)
     operands = read(function, args, kwargs)
     chain = None if operands is None else scores_of(operands)
     if chain is None:
@@ -116,6 +117,10 @@ def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | 
     tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)] or list(args[1])  # of a list in einsum
     origin = Origin(count, Context.current(chain.query.device.type))
     return _new(Record(origin, None, function, args, kwargs, tensors, chain))
+
+
+def uncounted(reason: str | None) -> None:
+    """Count nothing, for a product that no report asks about."""
 
 
 def _copy(arg: object) -> object:

@@ -14,7 +14,7 @@ from .masks import Bias
 from .fold import Placed
 from .steps import is_plain
 
-LEAST_SCORES = 1 << 14  # With fewer, torch's own calls are as fast as recording them and one call of attention.
+LEAST_SCORES = 1 << 17  # With fewer, recording torch's calls takes as long as one call of attention saves.
 
 
 class Operands(NamedTuple):

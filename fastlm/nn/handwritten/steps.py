@@ -165,6 +165,10 @@ def _contiguous(chain: Chain, at: int) -> Description:
     return SAME  # as all chains are
 
 
+def _clone(chain: Chain, at: int) -> Description:
+    return chain
+
+
 class Step(NamedTuple):
     """A function that may follow, and how it is described."""
 
@@ -208,6 +212,7 @@ def _table() -> dict[Callable, Step]:
     enter(_squeeze, Tensor.squeeze, torch.squeeze, is_view=True)
     enter(_mean, Tensor.mean, torch.mean)
     enter(_contiguous, Tensor.contiguous)
+    enter(_clone, Tensor.clone, torch.clone)
     return steps
 
 
