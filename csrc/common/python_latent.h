@@ -106,8 +106,8 @@ inline int64_t events_of(const TensorView& mu, int event_dims) {
   return n;
 }
 
-inline LatentForward latent_forward_of(const py::tuple& inputs, const py::object& z, const py::object& kl,
-                                       const py::object& seed, int event_dims, int64_t samples, const LatentNumbers& numbers) {
+inline LatentForward latent_forward_of(const py::tuple& inputs, py::handle z, py::handle kl, py::handle seed, int event_dims,
+                                       int64_t samples, const LatentNumbers& numbers) {
   LatentForward a;
   const TensorView mu(inputs[0]), seeds(seed);
   fill(a, mu, inputs, seeds, samples, numbers);
@@ -120,8 +120,8 @@ inline LatentForward latent_forward_of(const py::tuple& inputs, const py::object
   return a;
 }
 
-inline LatentBackward latent_backward_of(const py::tuple& inputs, const py::object& grad_z, const py::object& grad_kl,
-                                         const py::tuple& outputs, const py::object& seed, int event_dims, int64_t samples,
+inline LatentBackward latent_backward_of(const py::tuple& inputs, py::handle grad_z, py::handle grad_kl,
+                                         const py::tuple& outputs, py::handle seed, int event_dims, int64_t samples,
                                          const LatentNumbers& numbers) {
   LatentBackward a;
   const TensorView mu(inputs[0]), seeds(seed), of_z(grad_z), of_kl(grad_kl);

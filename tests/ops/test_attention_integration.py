@@ -314,7 +314,8 @@ for backend in ("cpu", "reference"):
     out = fastlm.attention(query.mT.contiguous().mT, key, value, **options)
     results.append([out, *torch.autograd.grad(out.float().sum(), (query, key, value))])
     results[-1].append(fastlm.kvcache_attention(query[:, :, :1], key, value, lengths, backend=backend))
-    results[-1] += fastlm.reparameterize_with_kl(query[0, 0], key[0, 0], seed=3, backend=backend)
+    z, kl = fastlm.reparameterize_with_kl(query[0, 0], key[0, 0], seed=3, backend=backend)
+    results[-1] += [z, kl, *torch.autograd.grad(z.float().sum() + kl.sum(), (query, key))]
 for a, b in zip(*results):
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 """

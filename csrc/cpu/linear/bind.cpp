@@ -58,18 +58,10 @@ bool run(PyObject* const* args) {
 }
 
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  try {
+  return with_python_errors([&] {
     if (count != 5) throw py::type_error("linear takes input, weight, bias, out and threads");
-    if (run(args)) Py_RETURN_TRUE;
-    Py_RETURN_FALSE;
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+    return PyBool_FromLong(run(args));
+  });
 }
 
 PyMethodDef method = fast_method("linear", &call);
