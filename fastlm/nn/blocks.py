@@ -1,8 +1,5 @@
 """Which block of `use` a call is in."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 # The blocks of a thread are one of torch's thread-local objects, which its autograd threads get from the thread that calls
@@ -32,11 +29,13 @@ def current() -> object | None:
     return everywhere if blocks is None else blocks[0]
 
 
-@contextmanager
-def none() -> Iterator[None]:
-    """Leave to torch what is called within."""
-    enter(None)
-    try:
-        yield
-    finally:
+class Outside:
+    """Leave to torch what is called within ``with Outside():``."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        enter(None)
+
+    def __exit__(self, *_) -> None:
         leave()

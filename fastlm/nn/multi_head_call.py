@@ -55,7 +55,9 @@ class MultiHeadCall:
         """Return why torch's own function must run this call, or None."""
         if reason := call_why_not(self._tensors):
             return reason
-        if self.need_weights and (self.add_zero_attn or not weights_can_wait(self.query, self.key, self.num_heads, self.batch_first)):
+        if self.need_weights and (
+            self.add_zero_attn or not weights_can_wait(self.query, self.key, self.num_heads, self.batch_first)
+        ):
             return "need_weights asks for weights, which are few, or cannot wait until they are read"
         if self.static_k is not None or self.static_v is not None:
             return "static_k and static_v are not fused"
@@ -228,7 +230,7 @@ def weights_can_wait(query: Tensor, key: Tensor, heads: int, batch_first: bool) 
     if torch.compiler.is_compiling() or query.is_nested or key.is_nested or query.dim() not in (2, 3) or key.dim() < 2:
         return False
     keys = key.shape[-2] if batch_first or key.dim() == 2 else key.shape[0]
-    return query.numel() // max(query.shape[-1], 1) * heads * keys >= handwritten.products.LEAST_SCORES
+    return query.numel() // max(query.shape[-1], 1) * heads * keys >= handwritten.least_scores(query, key)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

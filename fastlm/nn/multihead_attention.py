@@ -73,6 +73,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask,
             in_proj_weight is None,
             *separate,
+            average_attn_weights=average_attn_weights,
             is_causal=is_causal,
             batch_first=self.batch_first,
         )

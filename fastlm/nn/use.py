@@ -118,7 +118,7 @@ def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Cal
         block._count(reason)
         if reason is None:
             return out
-        with blocks.none():
+        with blocks.Outside():
             if given:  # Their classes may ask whether it is the function of that name.
                 with _entry_points.suspended():
                     return theirs(*args, **kwargs)
@@ -206,19 +206,18 @@ def _deferring(theirs: Callable) -> Callable:
     def ours(*args, **kwargs):
         if torch.compiler.is_dynamo_compiling():
             return theirs(*args, **kwargs)
-        if not handwritten.may_be_scores(args):
-            given = [arg for arg in args if isinstance(arg, Tensor) and type(arg) not in _TAKEN]
-            if any(type(arg).__torch_function__ is not torch._C._disabled_torch_function_impl for arg in given):
-                with _entry_points.suspended():
-                    return theirs(*args, **kwargs)
-            return theirs(*args, **kwargs)
         block = blocks.current()
         if block is None or not block.handwritten:
             return theirs(*args, **kwargs)
-        if torch._C._is_torch_function_mode_enabled():
+        if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
-        scores = handwritten.begin(theirs, args, kwargs, block._count)
-        return theirs(*args, **kwargs) if scores is None else scores
+        if handwritten.may_be_scores(args):
+            scores = handwritten.begin(theirs, args, kwargs, block._count)
+            return theirs(*args, **kwargs) if scores is None else scores
+        if all(type(arg) in _TAKEN or not hasattr(type(arg), "__torch_function__") for arg in args):
+            return theirs(*args, **kwargs)
+        with _entry_points.suspended():  # Their classes may ask whether it is the function of that name.
+            return theirs(*args, **kwargs)
 
     handwritten.stands_in_for(ours, theirs)
     return ours

@@ -15,7 +15,7 @@ import pytest
 def any_size():
     """Let products of any size be found."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("fastlm.nn.handwritten.products.LEAST_SCORES", 1)
+    patch.setattr("fastlm.nn.handwritten.products.LEAST_SCORES", (1, 1))
     yield
     patch.undo()
 

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from fastlm.testing import seeded_normal
 
-LETTERS = {3: ("zqd,zkd->zqk", "zqk,zkd->zqd"), 4: ("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"), 5: ("awhid,awhjd->awhij", "awhij,awhjd->awhid")}
+LETTERS = {
+    3: ("zqd,zkd->zqk", "zqk,zkd->zqd"),
+    4: ("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
+    5: ("awhid,awhjd->awhij", "awhij,awhjd->awhid"),
+}
 DOTS = "... i d, ... j d -> ... i j", "... i j, ... j d -> ... i d"
 LEAD = {3: (6,), 4: (2, 3), 5: (2, 2, 3)}
 

@@ -105,27 +105,30 @@ class Chain(NamedTuple):
             return "the values do not fit hand-written weights"
         if value.dtype != self.dtype and not torch.is_autocast_enabled(value.device.type):
             return "the values have another dtype than hand-written weights"
-        if value.shape[-1] > MAX_HEAD_DIM or not has_kernel(self.query, value):
+        if value.shape[-1] > MAX_HEAD_DIM or (value.dtype is not self.query.dtype and not has_kernel(value, value)):
             return f"no kernel takes values of {value.dtype} and {value.shape[-1]} elements on {value.device}"
         return None
 
     def attend(self, value: Tensor, seed: Tensor | None) -> Tensor | None:
         """Return the product with ``value``, (*lead, Lq, Dv), contiguous; or None if it cannot be computed exactly in this way."""
         lead = self.shape[:-2]
-        masks = *(bias.placed for bias in self.biases), *(hidden.placed for hidden in self.hidden)
-        fold = Fold.of({self.lead, lead, *(placed.lead for placed in (*self.factors, *masks))}, masks)
-        if fold is None:
-            return None
-        query = fold.spread(Placed(self.query, self.lead))
-        for factor in self.factors:
-            query = query * fold.spread(factor)
-        query = fold.fold_query(query)
-        key, value = fold.fold_keys(fold.spread(Placed(self.key, self.lead)), fold.spread(Placed(value, lead)))
+        if not self.factors and not self.biases and not self.hidden and len(lead) == 2 and self._fits(value):
+            query, key, mask, causal = self.query, self.key, None, False
+        else:
+            masks = *(bias.placed for bias in self.biases), *(hidden.placed for hidden in self.hidden)
+            fold = Fold.of({self.lead, lead, *(placed.lead for placed in (*self.factors, *masks))}, masks)
+            if fold is None:
+                return None
+            query = fold.spread(Placed(self.query, self.lead))
+            for factor in self.factors:
+                query = query * fold.spread(factor)
+            query = fold.fold_query(query)
+            key, value = fold.fold_keys(fold.spread(Placed(self.key, self.lead)), fold.spread(Placed(value, lead)))
+            mask, causal = merged_mask(fold, self.biases, self.hidden, self.shape[-2:])
         out_dtype = value.dtype
-        if query.dtype != value.dtype and not torch.is_autocast_enabled(value.device.type):
+        if query.dtype is not value.dtype and not torch.is_autocast_enabled(value.device.type):
             wider = torch.promote_types(query.dtype, value.dtype)
             query, key, value = query.to(wider), key.to(wider), value.to(wider)
-        mask, causal = merged_mask(fold, self.biases, self.hidden, self.shape[-2:])
         options = {"mask": mask, "causal": causal, "scale": self.scale, "dropout_p": self.dropout_p, "seed": seed}
         if not self.hidden or self.fill == -math.inf or self.hidden_weights_are_zero:
             out = attention(query, key, value, **options)
@@ -135,7 +138,12 @@ class Chain(NamedTuple):
             return None
         if out.dtype != out_dtype and not torch.is_autocast_enabled(value.device.type):
             out = out.to(out_dtype)
-        return out.contiguous().view(*lead, *out.shape[-2:])
+        out = out.contiguous()
+        return out if len(lead) == 2 and out.shape[:2] == lead else out.view(*lead, *out.shape[-2:])
+
+    def _fits(self, value: Tensor) -> bool:
+        """Tell whether query, key and value are (batch, heads, ...) as they are."""
+        return self.query.shape[:-2] == self.key.shape[:-2] == value.shape[:-2] == self.lead == self.shape[:-2]
 
     def _attend_with_finite_fill(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor | None:
         """Give rows that are hidden whole the mean of all values, as they get it in torch: their scores are all the fill.

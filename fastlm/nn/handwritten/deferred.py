@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map
 
-from ...ops.torch_op import is_eager
+from ...ops.torch_op import direct_apply, is_eager
 from .. import blocks
 from .products import READERS, read, scores_of
 from .record import Context, Origin, Record
@@ -78,7 +78,7 @@ class _Scores(torch.autograd.Function):
         return None, *torch.autograd.grad(out, leaves, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
 
 
-_apply = super(torch.autograd.Function, _Scores).apply  # without the questions about torch.func, which has no part in this
+_apply = direct_apply(_Scores)
 
 
 def _without_memory(record: Record) -> Deferred:
@@ -87,9 +87,11 @@ def _without_memory(record: Record) -> Deferred:
     for size in reversed(chain.shape):
         strides.append(step)
         step *= size
-    return Tensor._make_wrapper_subclass(
+    deferred = Tensor._make_wrapper_subclass(
         Deferred, chain.shape, strides=strides[::-1], dtype=chain.dtype, device=chain.query.device
     )
+    torch._C._set_throw_on_mutable_data_ptr(deferred)  # for C++ code that reads memory without asking torch's dispatcher
+    return deferred
 
 
 def _new(record: Record) -> Deferred:
@@ -128,7 +130,9 @@ def _copy(arg: object) -> object:
     if not isinstance(arg, Tensor) or not arg.is_inference():
         return arg
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(arg.stride(), arg.shape))
-    return arg.clone() if overlaps else torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(arg)
+    return (
+        arg.clone() if overlaps else torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(arg)
+    )
 
 
 # ---- calls ------------------------------------------------------------------------------------------------------------------
@@ -245,7 +249,7 @@ def _attended(function: Callable, args: tuple, kwargs: dict, at: int) -> Tensor 
     record = deferred._record
     if operands.right.device != record.chain.query.device:
         return None
-    with blocks.none():
+    with blocks.Outside():
         out, reason = record.attend(operands.right)
     record.origin.settle(reason)
     return out if operands.dims is None or out is None else out.permute(operands.dims)
@@ -298,7 +302,8 @@ def _by_torch(function: Callable, args: tuple, kwargs: dict) -> object:
 def _computed(deferred: Deferred, function: object) -> Tensor:
     """Return what torch's calls give, because ``function`` needs it."""
     record = deferred._record
-    record.origin.settle(f"hand-written scores or weights were read by {getattr(function, '__name__', function)}")
+    named = getattr(function, "__self__", function) if getattr(function, "__name__", "") == "__get__" else function
+    record.origin.settle(f"hand-written scores or weights were read by {getattr(named, '__name__', named)}")
     return record.result()
 
 

@@ -14,7 +14,8 @@ from .masks import Bias
 from .fold import Placed
 from .steps import is_plain
 
-LEAST_SCORES = 1 << 17  # With fewer, recording torch's calls takes as long as one call of attention saves.
+# With fewer scores, to record torch's calls takes as long as one call of attention saves. Measured with two threads of a Zen 3.
+LEAST_SCORES = 1 << 18, 1 << 16  # without gradients, with gradients
 
 
 class Operands(NamedTuple):
@@ -128,8 +129,15 @@ def read(function: Callable, args: tuple, kwargs: dict) -> Operands | None:
         return None
 
 
+def least_scores(query: Tensor, key: Tensor) -> int:
+    """Return how many scores a product of these must have to be deferred."""
+    return LEAST_SCORES[torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)]
+
+
 def scores_of(operands: Operands) -> Chain | None:
     """Return the chain that begins with this product if it is one of queries with transposed keys, or None."""
+    if not is_eager():
+        return None
     query, transposed, added = operands[:3]
     *outer, rows, inner = query.shape
     *key_outer, key_inner, keys = transposed.shape
@@ -142,12 +150,14 @@ def scores_of(operands: Operands) -> Chain | None:
             return None
         lead = tuple(map(max, outer, key_outer))
     dims = operands.dims
-    if math.prod(lead) * rows * keys < LEAST_SCORES or (dims is not None and dims != tuple(range(len(dims)))):
+    if math.prod(lead) * rows * keys < least_scores(query, transposed) or (
+        dims is not None and dims != tuple(range(len(dims)))
+    ):
         return None
     device = query.device
     if query.dtype != transposed.dtype or device != transposed.device or not is_plain(query) or not is_plain(transposed):
         return None
-    if not is_eager() or not has_kernel(query, query):
+    if not has_kernel(query, query):
         return None
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype

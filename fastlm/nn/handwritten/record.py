@@ -42,7 +42,9 @@ class Context(NamedTuple):
             stack.enter_context(torch._C.DisableTorchFunction())
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
-            stack.enter_context(torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False))
+            stack.enter_context(
+                torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False)
+            )
             yield
 
 

@@ -67,7 +67,9 @@ def _where(chain: Chain, at: int, condition: object, other: object) -> Descripti
     return chain.hide(condition, at == 2, number) if number is not None and is_plain(condition) else None
 
 
-def _softmax(chain: Chain, at: int, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Description:
+def _softmax(
+    chain: Chain, at: int, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Description:
     return chain.softmax(dim, dtype or _softmax_dtype(chain)) if isinstance(dim, int) else None
 
 
@@ -145,6 +147,20 @@ def _reshape_of_torch(chain: Chain, at: int, shape: object) -> Description:
     return _view(chain, at, *shape) if isinstance(shape, (tuple, list)) else None
 
 
+def _flatten(chain: Chain, at: int, start_dim: int = 0, end_dim: int = -1) -> Description:
+    dims = len(chain.shape)
+    start, end = start_dim % dims, end_dim % dims
+    if not -dims <= min(start_dim, end_dim) or not max(start_dim, end_dim) < dims or not start < end:
+        return None
+    return chain.view((*chain.shape[:start], math.prod(chain.shape[start : end + 1]), *chain.shape[end + 1 :]))
+
+
+def _unflatten(chain: Chain, at: int, dim: int, sizes: object) -> Description:
+    if dim != 0 or not isinstance(sizes, (tuple, list)):
+        return None
+    return _view(chain, at, *sizes, *chain.shape[1:])
+
+
 def _unsqueeze(chain: Chain, at: int, dim: int) -> Description:
     place = dim if dim >= 0 else dim + len(chain.shape) + 1
     return chain.view((*chain.shape[:place], 1, *chain.shape[place:])) if 0 <= place <= len(chain.shape) else None
@@ -193,7 +209,15 @@ def _table() -> dict[Callable, Step]:
     enter(_divide, Tensor.div, torch.div, Tensor.divide, torch.divide, Tensor.true_divide, torch.true_divide, Tensor.__truediv__,
           writing=(Tensor.div_, Tensor.__itruediv__, Tensor.divide_, Tensor.true_divide_))  # fmt: skip
     enter(_add, Tensor.add, torch.add, Tensor.__radd__, Tensor.__add__, writing=(Tensor.add_, Tensor.__iadd__))
-    enter(_subtract, Tensor.sub, torch.sub, Tensor.subtract, torch.subtract, Tensor.__sub__, writing=(Tensor.sub_, Tensor.__isub__))
+    enter(
+        _subtract,
+        Tensor.sub,
+        torch.sub,
+        Tensor.subtract,
+        torch.subtract,
+        Tensor.__sub__,
+        writing=(Tensor.sub_, Tensor.__isub__),
+    )
     enter(_fill, Tensor.masked_fill, torch.masked_fill, writing=(Tensor.masked_fill_,))
     enter(_where, torch.where, Tensor.where)
     enter(_softmax, F.softmax)
@@ -208,6 +232,8 @@ def _table() -> dict[Callable, Step]:
     enter(_type_as, Tensor.type_as)
     enter(_view, Tensor.view, Tensor.reshape, is_view=True)
     enter(_reshape_of_torch, torch.reshape, is_view=True)
+    enter(_flatten, Tensor.flatten, torch.flatten, is_view=True)
+    enter(_unflatten, Tensor.unflatten, torch.unflatten, is_view=True)
     enter(_unsqueeze, Tensor.unsqueeze, torch.unsqueeze, is_view=True)
     enter(_squeeze, Tensor.squeeze, torch.squeeze, is_view=True)
     enter(_mean, Tensor.mean, torch.mean)
