@@ -13,12 +13,12 @@ from .tracing import call_of_leaf, forward_for_script
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """A drop-in for ``torch.nn.MultiheadAttention`` with the same constructor, forward, state_dict and results.
 
-    A call is fused: it reads queries, keys and values where the projection leaves them, and never stores the scores or a mask of
-    their size. A query that sees no key gets zeros. With ``need_weights``, torch's default, the weights that are returned are a
-    tensor that is computed when somebody reads it. torch's own code runs in these cases: calls that ask for few weights, or for
-    weights with ``add_zero_attn`` or under torch.compile, nested tensors, subclasses of Tensor (such as DTensor), calls inside
-    ``sdpa_kernel(SDPBackend.MATH)``, torch.jit.trace, torch.jit.script, dtypes and devices that no kernel takes, and bad input,
-    for which torch raises its own errors. torch.fx.symbolic_trace makes one node of the module, as it does of torch's.
+    A call is fused: it reads queries, keys and values where the projection leaves them, and never stores the scores or a mask
+    of their size. A query that sees no key gets zeros. With ``need_weights``, torch's default, the weights that are returned
+    are a tensor that is computed when somebody reads it. torch's own code runs in these cases: calls that ask for few weights,
+    or for weights with ``add_zero_attn`` or under torch.compile, nested tensors, subclasses of Tensor (such as DTensor), calls
+    inside ``sdpa_kernel(SDPBackend.MATH)``, torch.jit.trace, torch.jit.script, dtypes and devices that no kernel takes, and bad
+    input, for which torch raises its own errors. torch.fx.symbolic_trace makes one node of the module, as it does of torch's.
     """
 
     _scripted_forward = forward_for_script(torch.nn.MultiheadAttention)
@@ -88,4 +88,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
 
 
-register(ClassSwap(torch.nn.MultiheadAttention, MultiheadAttention))
+class _AttentionSwap(ClassSwap):
+    """The swap of a module whose calls may ask for weights."""
+
+    def swap(self, module: torch.nn.MultiheadAttention) -> str:
+        weights = "calls for weights are left because of add_zero_attn" if module.add_zero_attn else "weights wait for a reader"
+        return f"{super().swap(module)} (calls are fused; {weights})"
+
+
+register(_AttentionSwap(torch.nn.MultiheadAttention, MultiheadAttention))

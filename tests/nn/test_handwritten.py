@@ -1,5 +1,6 @@
-"""Test that attention that is spelled out, in any way, becomes one call inside ``with fastlm.use():``, or else stays torch's."""
+"""Test that attention spelled out in any way becomes one call inside ``with fastlm.use():``, or else stays torch's."""
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from support.spelled_attention import Spelling, spellings
@@ -7,8 +8,6 @@ from torch import Tensor
 
 import fastlm
 from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, assert_within, seeded_normal, ulp_of_largest, worst_error
-
-import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,4 +1,4 @@
-"""Attention as people spell it out, in any of thousands of ways that a generator draws."""
+"""Attention as people spell it out: once, and in any of thousands of ways that a generator draws."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,24 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastlm.testing import seeded_normal
+
+
+def scores_of(query: Tensor, key: Tensor, *_) -> Tensor:
+    """Return the scaled scores."""
+    return query @ key.transpose(-2, -1) * 0.3
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return softmax(scores) @ value."""
+    return scores_of(query, key).softmax(-1) @ value
+
+
+def gradients(out: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of ``tensors`` for fixed normals as that of ``out``."""
+    return torch.autograd.grad(out, tensors, seeded_normal(9, out.shape, out.dtype), allow_unused=True)
+
+
+# ---- the generator ----------------------------------------------------------------------------------------------------------
 
 LETTERS = {
     3: ("zqd,zkd->zqk", "zqk,zkd->zqd"),

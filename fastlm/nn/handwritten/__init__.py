@@ -1,4 +1,8 @@
 """Attention that is spelled out, ``softmax(q @ k.mT * scale + bias) @ v``, found while it runs and computed by one call."""
 
-from .deferred import Deferred, begin, stands_in_for, uncounted
-from .products import least_scores, may_be_scores
+from .deferred import Deferred as Deferred
+from .deferred import begin as begin
+from .deferred import stands_in_for as stands_in_for
+from .deferred import uncounted as uncounted
+from .products import least_scores as least_scores
+from .products import may_be_scores as may_be_scores

@@ -110,7 +110,7 @@ class Chain(NamedTuple):
         return None
 
     def attend(self, value: Tensor, seed: Tensor | None) -> Tensor | None:
-        """Return the product with ``value``, (*lead, Lq, Dv), contiguous; or None if it cannot be computed exactly in this way."""
+        """Return the product with ``value``, (*lead, Lq, Dv), contiguous; or None if this is no way to compute it exactly."""
         lead = self.shape[:-2]
         if not self.factors and not self.biases and not self.hidden and len(lead) == 2 and self._fits(value):
             query, key, mask, causal = self.query, self.key, None, False

@@ -58,7 +58,7 @@ class Fold(NamedTuple):
         return self._reshape(spread, self.dims)
 
     def fold_keys(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return key and value, (batch, key heads, Lk, D or Dv), which queries share where both are the same along dimensions."""
+        """Return key and value, (batch, key heads, Lk, D or Dv). Queries share heads of them where both are the same."""
         key, value = _unexpanded(key), _unexpanded(value)
         own = 0  # how many of the dimensions of heads, the first ones, tell key heads apart
         heads = len(self.dims) - self.split

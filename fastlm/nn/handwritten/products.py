@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from ...ops.attention import has_kernel
 from ...ops.torch_op import is_eager
 from .chain import MAX_HEAD_DIM, Chain
-from .masks import Bias
-from .fold import Placed
 from .steps import is_plain
 
 # With fewer scores, to record torch's calls takes as long as one call of attention saves. Measured with two threads of a Zen 3.

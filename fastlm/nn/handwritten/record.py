@@ -155,8 +155,8 @@ class Record:
             changed += [result] if version is not None and result._version != version else []
         if changed:
             raise RuntimeError(
-                f"a tensor {tuple(changed[0].shape)} of hand-written attention was changed in place before its scores were used, "
-                "which fastlm computes only then; fastlm.use(handwritten=False) leaves such code to torch"
+                f"a tensor {tuple(changed[0].shape)} of hand-written attention was changed in place before its scores were "
+                "used, which fastlm computes only then; fastlm.use(handwritten=False) leaves such code to torch"
             )
 
     def _line(self) -> "list[Record]":

@@ -204,20 +204,14 @@ def _table() -> dict[Callable, Step]:
         for function in writing:
             steps[function] = Step(describe, function, out_of_place=functions[0])
 
-    enter(_multiply, Tensor.mul, torch.mul, Tensor.multiply, torch.multiply, Tensor.__rmul__, Tensor.__mul__,
-          writing=(Tensor.mul_, Tensor.__imul__, Tensor.multiply_))  # fmt: skip
-    enter(_divide, Tensor.div, torch.div, Tensor.divide, torch.divide, Tensor.true_divide, torch.true_divide, Tensor.__truediv__,
-          writing=(Tensor.div_, Tensor.__itruediv__, Tensor.divide_, Tensor.true_divide_))  # fmt: skip
-    enter(_add, Tensor.add, torch.add, Tensor.__radd__, Tensor.__add__, writing=(Tensor.add_, Tensor.__iadd__))
-    enter(
-        _subtract,
-        Tensor.sub,
-        torch.sub,
-        Tensor.subtract,
-        torch.subtract,
-        Tensor.__sub__,
-        writing=(Tensor.sub_, Tensor.__isub__),
-    )
+    enter(_multiply, Tensor.mul, torch.mul, Tensor.multiply, torch.multiply, writing=(Tensor.mul_, Tensor.multiply_))
+    enter(_multiply, Tensor.__mul__, Tensor.__rmul__, writing=(Tensor.__imul__,))
+    enter(_divide, Tensor.div, torch.div, Tensor.divide, torch.divide, writing=(Tensor.div_, Tensor.divide_))
+    enter(_divide, Tensor.true_divide, torch.true_divide, writing=(Tensor.true_divide_,))
+    enter(_divide, Tensor.__truediv__, writing=(Tensor.__itruediv__,))
+    enter(_add, Tensor.add, torch.add, Tensor.__add__, Tensor.__radd__, writing=(Tensor.add_, Tensor.__iadd__))
+    enter(_subtract, Tensor.sub, torch.sub, Tensor.subtract, torch.subtract, writing=(Tensor.sub_, Tensor.subtract_))
+    enter(_subtract, Tensor.__sub__, writing=(Tensor.__isub__,))
     enter(_fill, Tensor.masked_fill, torch.masked_fill, writing=(Tensor.masked_fill_,))
     enter(_where, torch.where, Tensor.where)
     enter(_softmax, F.softmax)
