@@ -15,6 +15,7 @@ from suite.rows import Step
 from torch import Tensor, nn
 
 import fastlm
+from workloads import spelled_out
 from workloads.model_peers import compiled_by_zentorch, read_by_llama_cpp
 from workloads.text_vae import noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
 from workloads.timm_alone import import_timm
@@ -39,6 +40,7 @@ class Model:
     checked: Callable[[nn.Module], Step] | None = None  # as ``ready``, but small, without noise and with fixed weights
     memory: bool = False  # whether attention or the latent weighs in its peak memory, which takes two processes to measure
     quick: tuple[str, ...] = DTYPES[:1]  # the dtypes of `make bench`; the long run has all
+    deferred: bool = False  # whether attention is found only where no mode of torch watches
 
 
 # ---- how fastlm gets in -----------------------------------------------------------------------------------------------------
@@ -302,6 +304,37 @@ def _decoding(name: str, build: Callable[[], nn.Module], batch: int, length: int
 _GPT2, _QWEN2 = ("GPT-2, small, generation", gpt2), ("Qwen2-0.5B, 6 of 24 layers, generation", qwen2)
 _FLOAT32 = DTYPES[:1]
 
+
+def _spelled_out_gpt(length: int, quick: tuple[str, ...] = _FLOAT32, memory: bool = False) -> Model:
+    return Model(
+        name="GPT with attention spelled out, training",
+        workload=f"B1 S{length}, dropout 0.1",
+        unit="tokens/s",
+        items=length,
+        build=spelled_out.gpt,
+        ready=lambda model: spelled_out.gpt_gradients(model, length),
+        put_in={"use": spelled_out.used},
+        checked=lambda model: spelled_out.gpt_gradients(model, 128, dropout=False),
+        memory=memory,
+        quick=quick,
+        deferred=True,
+    )
+
+
+def _spelled_out_in_timm(title: str, name: str, batch: int) -> Model:
+    return Model(
+        name=f"{title}, attention spelled out, inference",
+        workload=f"B{batch} 224 x 224",
+        unit="images/s",
+        items=batch,
+        build=lambda: spelled_out.timm_model(name),
+        ready=lambda model: forward_of(model, batch, 3, 224, 224),
+        put_in={"use": spelled_out.used},
+        checked=lambda model: forward_of(model, 2, 3, 224, 224),
+        deferred=True,
+    )
+
+
 MODELS = (
     Model(
         name="TransformerEncoder of BERT-base's size, inference",
@@ -434,5 +467,21 @@ MODELS = (
         put_in={"replace, use": replaced_and_used},
         peers=ZENTORCH,
         checked=lambda model: forward_of(model, 1, 3, 224, 224),
+    ),
+    _spelled_out_gpt(512),
+    _spelled_out_gpt(1024, memory=True),
+    _spelled_out_gpt(2048, quick=(), memory=True),
+    _spelled_out_in_timm("Vision transformer, small", "vit_small_patch16_224", 8),
+    _spelled_out_in_timm("Swin, tiny", "swin_tiny_patch4_window7_224", 2),
+    Model(
+        name="MultiheadAttention, weights thrown away, inference",
+        workload="B1 S1024 E512",
+        unit="tokens/s",
+        items=1024,
+        build=lambda: nn.MultiheadAttention(512, 8, batch_first=True).eval(),
+        ready=lambda model: spelled_out.with_weights(model, 1, 1024),
+        put_in={"replace": replaced, "use": spelled_out.used},
+        checked=lambda model: spelled_out.with_weights(model, 1, 1024),
+        deferred=True,
     ),
 )

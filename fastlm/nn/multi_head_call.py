@@ -230,7 +230,7 @@ def weights_can_wait(query: Tensor, key: Tensor, heads: int, batch_first: bool) 
     if torch.compiler.is_compiling() or query.is_nested or key.is_nested or query.dim() not in (2, 3) or key.dim() < 2:
         return False
     keys = key.shape[-2] if batch_first or key.dim() == 2 else key.shape[0]
-    return query.numel() // max(query.shape[-1], 1) * heads * keys >= handwritten.least_scores(query, key)
+    return handwritten.pays(query.numel() // max(query.shape[-1], 1) * heads * keys, keys, query, key)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

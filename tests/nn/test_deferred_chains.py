@@ -18,7 +18,7 @@ from fastlm.testing import seeded_normal
 @pytest.fixture(autouse=True)
 def any_size(widest_isa, monkeypatch):
     """Let products of any size be found."""
-    monkeypatch.setattr("fastlm.nn.handwritten.products.LEAST_SCORES", (1, 1))
+    monkeypatch.setattr("fastlm.nn.handwritten.products.LEAST", ((1, 1), (1, 1)))
 
 
 @pytest.fixture

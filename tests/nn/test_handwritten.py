@@ -14,7 +14,7 @@ from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, assert_within, seeded_
 def any_size():
     """Let products of any size be found."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("fastlm.nn.handwritten.products.LEAST_SCORES", (1, 1))
+    patch.setattr("fastlm.nn.handwritten.products.LEAST", ((1, 1), (1, 1)))
     yield
     patch.undo()
 

@@ -116,10 +116,11 @@ class Chain(NamedTuple):
             query, key, mask, causal = self.query, self.key, None, False
         else:
             masks = *(bias.placed for bias in self.biases), *(hidden.placed for hidden in self.hidden)
-            fold = Fold.of({self.lead, lead, *(placed.lead for placed in (*self.factors, *masks))}, masks)
+            query = Placed(self.query, self.lead)
+            fold = Fold.of({self.lead, lead, *(placed.lead for placed in (*self.factors, *masks))}, query, masks)
             if fold is None:
                 return None
-            query = fold.spread(Placed(self.query, self.lead))
+            query = fold.spread(query)
             for factor in self.factors:
                 query = query * fold.spread(factor)
             query = fold.fold_query(query)

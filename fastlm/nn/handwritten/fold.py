@@ -28,15 +28,19 @@ class Fold(NamedTuple):
     split: int  # dims[:split] are the batch, dims[split:] the heads
 
     @classmethod
-    def of(cls, leads: set[Shape], masks: tuple[Placed, ...]) -> "Fold | None":
-        """Return the fold that copies the least of ``masks``, or None if some of the shapes are no views of each other."""
+    def of(cls, leads: set[Shape], query: Placed, masks: tuple[Placed, ...]) -> "Fold | None":
+        """Return the fold that copies the least, or None if some of the shapes ``leads`` are no views of each other."""
         dims = next(iter(leads)) if len(leads) == 1 else _common_refinement(leads)
         if dims is None:
             return None
         folds = [cls(dims, split) for split in range(len(dims) - 1, -1, -1)]
-        if len(folds) < 3:
-            return folds[0]
-        return min(folds, key=lambda fold: sum(math.prod(fold._mask_sizes(fold.spread(mask))) for mask in masks))
+        return folds[0] if len(folds) < 3 else min(folds, key=lambda fold: fold._copied(query, masks))
+
+    def _copied(self, query: Placed, masks: tuple[Placed, ...]) -> int:
+        """Estimate how many elements are copied: of the masks, and of query, key, value and output if heads are not apart."""
+        heads_stay = query.tensor.is_contiguous() or math.prod(self.dims[self.split :]) == query.lead[-1]
+        of_masks = sum(math.prod(self._mask_sizes(self.spread(mask))) for mask in masks)
+        return of_masks + (0 if heads_stay else 4 * query.tensor.numel())
 
     def spread(self, placed: Placed) -> Tensor:
         """Return a view (one size for each of ``dims``, rows, columns)."""

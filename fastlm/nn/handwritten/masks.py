@@ -33,24 +33,26 @@ def merged_mask(
 ) -> tuple[Tensor | None, bool]:
     """Return (a mask that broadcasts to (batch, heads, Lq, Lk), or None; whether attention is causal on top of it)."""
     causal = False
-    added, attended = None, None
+    added, attended = None, None  # (one size for each of fold.dims, Lq or 1, Lk or 1), so that all broadcast
     for bias in biases:
         if bias.factor == 1.0 and _is_causal(bias.placed.tensor, size, -math.inf):
             causal = True
             continue
-        term = fold.fold_mask(fold.spread(bias.placed))
+        term = fold.spread(bias.placed)
         term = term if bias.factor == 1.0 else term * bias.factor
         added = term if added is None else added + term
     for condition in hidden:
         if _is_causal(condition.placed.tensor, size, condition.where):
             causal = True
             continue
-        term = fold.fold_mask(fold.spread(condition.placed))
+        term = fold.spread(condition.placed)
         term = term.logical_not() if condition.where else term
         attended = term if attended is None else attended & term
-    if added is None or attended is None:
-        return (attended if added is None else added), causal
-    return added.masked_fill(attended.logical_not(), -math.inf), causal
+    if added is not None and attended is not None:
+        mask = torch.where(attended, added, -math.inf)
+    else:
+        mask = attended if added is None else added
+    return (None if mask is None else fold.fold_mask(mask)), causal
 
 
 # ---- causal masks: attention skips what they hide, where it would read a mask -----------------------------------------------

@@ -12,8 +12,9 @@ from ...ops.torch_op import is_eager
 from .chain import MAX_HEAD_DIM, Chain
 from .steps import is_plain
 
-# With fewer scores, to record torch's calls takes as long as one call of attention saves. Measured with two threads of a Zen 3.
-LEAST_SCORES = 1 << 18, 1 << 16  # without gradients, with gradients
+# A product of fewer scores, or over fewer keys, takes torch's calls no longer than recording them and one call of attention.
+# (least scores, least keys) without and with gradients; measured with two threads of a Zen 3, windows of images included.
+LEAST = (1 << 18, 96), (1 << 16, 1)
 
 
 class Operands(NamedTuple):
@@ -127,9 +128,10 @@ def read(function: Callable, args: tuple, kwargs: dict) -> Operands | None:
         return None
 
 
-def least_scores(query: Tensor, key: Tensor) -> int:
-    """Return how many scores a product of these must have to be deferred."""
-    return LEAST_SCORES[torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)]
+def pays(scores: int, keys: int, query: Tensor, key: Tensor) -> bool:
+    """Tell whether to defer a product of that size."""
+    least_scores, least_keys = LEAST[torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)]
+    return scores >= least_scores and keys >= least_keys
 
 
 def scores_of(operands: Operands) -> Chain | None:
