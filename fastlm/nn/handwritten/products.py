@@ -150,9 +150,8 @@ def scores_of(operands: Operands) -> Chain | None:
             return None
         lead = tuple(map(max, outer, key_outer))
     dims = operands.dims
-    if math.prod(lead) * rows * keys < least_scores(query, transposed) or (
-        dims is not None and dims != tuple(range(len(dims)))
-    ):
+    in_order = dims is None or dims == tuple(range(len(dims)))
+    if not in_order or not pays(math.prod(lead) * rows * keys, keys, query, transposed):
         return None
     device = query.device
     if query.dtype != transposed.dtype or device != transposed.device or not is_plain(query) or not is_plain(transposed):
