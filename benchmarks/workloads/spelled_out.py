@@ -67,9 +67,9 @@ def gpt_gradients(model: nn.Module, length: int, dropout: bool = True) -> Step:
     return step
 
 
-def timm_model(name: str) -> nn.Module:
+def timm_model(name: str, **options) -> nn.Module:
     """Build a model of timm's that does not call torch's fused attention, as timm's own switch has it."""
-    model = import_timm().create_model(name, pretrained=False).eval()
+    model = import_timm().create_model(name, pretrained=False, **options).eval()
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

@@ -43,15 +43,24 @@ def _stand_ins() -> Iterator[None]:
             del sys.modules[name]
 
 
+def import_alone(name: str) -> ModuleType:
+    """Return a module whose package asks for torchvision.
+
+    Raises:
+        ImportError: it, or something else that it asks for, is not installed.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    with _stand_ins():
+        return importlib.import_module(name)
+
+
 def import_timm() -> ModuleType:
     """Return the module timm.
 
     Raises:
         ImportError: it is not installed.
     """
-    if "timm" in sys.modules:
-        return sys.modules["timm"]
     if importlib.util.find_spec("timm") is None:
         raise ImportError("timm is not installed: pip install --no-deps 'timm>=1.0'")
-    with _stand_ins():
-        return importlib.import_module("timm")
+    return import_alone("timm")

@@ -20,22 +20,33 @@ from .why_not import SUBCLASS, call_why_not, mask_dtype_fits
 
 
 class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
-    """Run ``F.scaled_dot_product_attention`` on fastlm's kernels inside ``with fastlm.use() as report:``.
+    """Run attention on fastlm's kernels inside ``with fastlm.use() as report:``, whoever calls it and however it is written.
 
-    The block also routes ``F.multi_head_attention_forward``, and so every torch.nn.MultiheadAttention and the layers of
-    torch.nn.Transformer. Functions of fastlm stand in for these, under the names that loaded modules have for them, so that
-    nothing else takes longer; a copy that an object or a closure holds is not found, nor is the function that a graph of
-    torch.fx names. A user's own TorchFunctionMode sees the functions of fastlm. The block holds for the thread that entered it,
-    and for the backward that this thread runs. After it, everything is as before. A recomputation by torch.utils.checkpoint
-    must run inside too. Under ``torch.compile``, code that was compiled outside is compiled again inside, and the other way
-    round; compiled code is routed in all threads as long as one is in a block, and attention of a user's own subclass of Tensor
-    cannot be compiled there.
+    The block routes ``F.scaled_dot_product_attention`` and ``F.multi_head_attention_forward``, and so every
+    torch.nn.MultiheadAttention and the layers of torch.nn.Transformer. Functions of fastlm stand in for these, under the names
+    that loaded modules have for them, so that nothing else takes longer; a copy that an object or a closure holds is not found,
+    nor is the function that a graph of torch.fx names. A user's own TorchFunctionMode sees the functions of fastlm. The block
+    holds for the thread that entered it, and for the backward that this thread runs. After it, everything is as before. A
+    recomputation by torch.utils.checkpoint must run inside too. Under ``torch.compile``, code that was compiled outside is
+    compiled again inside, and the other way round; compiled code is routed in all threads as long as one is in a block, and
+    attention of a user's own subclass of Tensor cannot be compiled there.
+
+    With ``handwritten``, attention that is spelled out, such as ``softmax(q @ k.mT * scale + bias, -1) @ v``, is found while it
+    runs: a product of queries and transposed keys (by ``@``, matmul, bmm, baddbmm or einsum, 3 to 5 dimensions) and what
+    follows are recorded, and become one call where the weights meet the values. The tensors in between have the shape, strides
+    and dtype that torch gives them, and are computed by torch's own calls, to the bit, if anything else needs them. Dropout
+    draws fastlm's noise from a seed of torch's generator. Rows whose keys are all hidden by -inf give zeros, where torch gives
+    NaN. Code that changes a query, key or mask in place before the weights meet the values gets an error. Small products, and
+    those of compiled or transformed code, are torch's.
 
     Jagged tensors (B, H, lengths, D), transposes of (B, lengths, H, D), are attended within as packed sequences.
 
     torch's own function runs what kernels cannot do: other dtypes and devices, other nested tensors and subclasses of Tensor
-    (such as DTensor), calls for attention weights, calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad
-    input, for which torch raises its own errors.
+    (such as DTensor), calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad input, for which torch raises
+    its own errors.
+
+    Args:
+        handwritten: whether to look for attention that is spelled out.
 
     Attributes, in which compiled code does not count:
         routed: the number of calls that ran on fastlm.
@@ -75,7 +86,10 @@ _enabling = threading.Lock()
 
 
 def enable(handwritten: bool = True) -> use:
-    """Do what `use` does, in the whole process and all its threads, until `disable`. Return the report, which counts all."""
+    """Do what `use` does, in the whole process and all its threads, until `disable`. Return the report, which counts all.
+
+    A second call returns the first one's report, and changes nothing.
+    """
     with _enabling:
         if blocks.everywhere is None:
             _entry_points.put_in()
@@ -211,7 +225,7 @@ def _deferring(theirs: Callable) -> Callable:
             return theirs(*args, **kwargs)
         if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
-        if handwritten.may_be_scores(args):
+        if handwritten.may_be_scores(args, kwargs):
             scores = handwritten.begin(theirs, args, kwargs, block._count)
             return theirs(*args, **kwargs) if scores is None else scores
         if all(type(arg) in _TAKEN or not hasattr(type(arg), "__torch_function__") for arg in args):

@@ -109,10 +109,12 @@ READERS: dict[Callable, Callable[..., Operands | None]] = {
 }
 
 
-def may_be_scores(args: tuple) -> bool:
+def may_be_scores(args: tuple, kwargs: dict) -> bool:
     """Tell whether these may be arguments of a product of queries and keys, as fast as can be."""
-    if len(args) < 2 or type(args[-1]) not in _ORDINARY:
-        return isinstance(args[-1], (tuple, list)) if args else False  # of torch.einsum
+    if kwargs or len(args) < 2:
+        return len(kwargs) > 0
+    if type(args[-1]) not in _ORDINARY:
+        return isinstance(args[-1], (tuple, list))  # of torch.einsum
     query = args[-2]
     return type(query) in _ORDINARY and query.dim() > 2
 
