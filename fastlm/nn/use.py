@@ -36,8 +36,9 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     follows are recorded, and become one call where the weights meet the values. The tensors in between have the shape, strides
     and dtype that torch gives them, and are computed by torch's own calls, to the bit, if anything else needs them. Dropout
     draws fastlm's noise from a seed of torch's generator. Rows whose keys are all hidden by -inf give zeros, where torch gives
-    NaN. Code that changes a query, key or mask in place before the weights meet the values gets an error. Small products, and
-    those of compiled or transformed code, are torch's.
+    NaN. Code that changes a query, key or mask in place before the weights meet the values gets an error, if the change shows
+    in the tensor's version (as one through ``.data`` or numpy does not). Small products, and those of compiled or transformed
+    code, are torch's.
 
     Jagged tensors (B, H, lengths, D), transposes of (B, lengths, H, D), are attended within as packed sequences.
 

@@ -153,7 +153,10 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError('fastlm\'s kernels have first derivatives alone; backend="reference" has the second ones')
+        raise RuntimeError(
+            'fastlm\'s kernels have first derivatives alone; backend="reference" has the second ones, and so has torch, '
+            "outside of fastlm.use or with its handwritten=False"
+        )
 
 
 def differentiable_once(backward):

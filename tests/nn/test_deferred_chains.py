@@ -79,6 +79,17 @@ def test_a_tensor_that_changes_before_the_scores_are_used_is_an_error(changed, u
             scores.softmax(-1) @ tensors["value"] if use_of == "values" else scores.sum()
 
 
+@pytest.mark.parametrize("required", [True, False])
+def test_a_gradient_that_is_required_too_late_or_no_longer_is_an_error(required, qkv):
+    query, key, value = qkv
+    query = query.detach().requires_grad_(not required)
+    with fastlm.use():
+        weights = scores_of(query, key).softmax(-1)
+        query.requires_grad_(required)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            weights @ value
+
+
 def test_a_tensor_of_inference_mode_may_change(qkv):
     query, key, value = (t.detach() for t in qkv)
     expected = attend(query, key, value)
@@ -360,6 +371,21 @@ def test_scores_as_low_as_the_fill_count_beside_it(qkv):
     with fastlm.use() as report:
         out = far(query, key, value)
     assert report.routed == 0 and torch.equal(out, far(query, key, value))
+
+
+def test_a_row_that_is_hidden_in_two_ways_is_torch_s(qkv):
+    """By -inf and by a finite fill: the mean is that of the values that the fill hides."""
+    hidden = torch.zeros(7, 7, dtype=torch.bool)
+    hidden[2, 3:] = True
+    bias = torch.zeros(7, 7)
+    bias[2, :3] = -math.inf
+
+    def hidden_twice(query, key, value):
+        return (scores_of(query, key) + bias).masked_fill(hidden, -1e9).softmax(-1) @ value
+
+    with fastlm.use() as report:
+        out = hidden_twice(*qkv)
+    assert report.routed == 0 and torch.equal(out, hidden_twice(*qkv))
 
 
 ERRORS = {

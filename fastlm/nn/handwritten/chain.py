@@ -1,5 +1,6 @@
 """What the steps of hand-written attention amount to, and the one call of attention that does the same."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ...ops.attention import attention, has_kernel
 from .fold import Fold, Placed, Shape
-from .masks import Bias, Hidden, merged_mask
+from .masks import Bias, Hidden, Mask, merged_mask
 
 MAX_HEAD_DIM = 256  # A product of longer vectors is hardly one of queries and keys.
 _LEAST_FILL = -1e3  # A fill above it may be a score like any other.
@@ -113,7 +114,7 @@ class Chain(NamedTuple):
         """Return the product with ``value``, (*lead, Lq, Dv), contiguous; or None if this is no way to compute it exactly."""
         lead = self.shape[:-2]
         if not self.factors and not self.biases and not self.hidden and len(lead) == 2 and self._fits(value):
-            query, key, mask, causal = self.query, self.key, None, False
+            query, key, mask = self.query, self.key, Mask(None, False, None)
         else:
             masks = *(bias.placed for bias in self.biases), *(hidden.placed for hidden in self.hidden)
             query = Placed(self.query, self.lead)
@@ -125,39 +126,48 @@ class Chain(NamedTuple):
                 query = query * fold.spread(factor)
             query = fold.fold_query(query)
             key, value = fold.fold_keys(fold.spread(Placed(self.key, self.lead)), fold.spread(Placed(value, lead)))
-            mask, causal = merged_mask(fold, self.biases, self.hidden, self.shape[-2:])
-        out_dtype = value.dtype
-        if query.dtype is not value.dtype and not torch.is_autocast_enabled(value.device.type):
-            wider = torch.promote_types(query.dtype, value.dtype)
-            query, key, value = query.to(wider), key.to(wider), value.to(wider)
-        options = {"mask": mask, "causal": causal, "scale": self.scale, "dropout_p": self.dropout_p, "seed": seed}
-        if not self.hidden or self.fill == -math.inf or self.hidden_weights_are_zero:
-            out = attention(query, key, value, **options)
-        else:
-            out = self._attend_with_finite_fill(query, key, value, options)
+            mask = merged_mask(fold, self.biases, self.hidden, self.shape[-2:])
+        device = value.device.type
+        autocast = torch.is_autocast_enabled(device)  # It casts the operands of products. Masks keep their precision.
+        dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(query.dtype, value.dtype)
+        out_dtype = dtype if autocast else value.dtype
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        options = {"mask": mask.mask, "causal": mask.causal, "scale": self.scale, "dropout_p": self.dropout_p, "seed": seed}
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            if not self.hidden or self.fill == -math.inf:
+                out = attention(query, key, value, **options)
+            else:
+                out = self._attend_with_finite_fill(query, key, value, mask.attended, options)
         if out is None:
             return None
-        if out.dtype != out_dtype and not torch.is_autocast_enabled(value.device.type):
-            out = out.to(out_dtype)
-        out = out.contiguous()
+        out = out.to(out_dtype).contiguous()
         return out if len(lead) == 2 and out.shape[:2] == lead else out.view(*lead, *out.shape[-2:])
 
     def _fits(self, value: Tensor) -> bool:
         """Tell whether query, key and value are (batch, heads, ...) as they are."""
         return self.query.shape[:-2] == self.key.shape[:-2] == value.shape[:-2] == self.lead == self.shape[:-2]
 
-    def _attend_with_finite_fill(self, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor | None:
+    def _attend_with_finite_fill(
+        self, query: Tensor, key: Tensor, value: Tensor, attended: Tensor | None, options: dict
+    ) -> Tensor | None:
         """Give rows that are hidden whole the mean of all values, as they get it in torch: their scores are all the fill.
 
-        Return None if in another row hidden scores may count beside the others. e^-104 is 0 in float32.
+        Return None if in another row hidden scores may count beside the others. e^-104 is 0 in float32. To know it, the CPU
+        waits for a GPU, which it must not do while a graph is captured.
         """
-        out, lse = attention(query, key, value, **options, return_lse=True)
-        least = self.fill + 104.0 + math.log(key.shape[2])
-        if bool((lse > least).all()):
-            return out
-        whole = lse == -math.inf
-        if self.dropout_p or not bool((whole | (lse > least)).all()):
+        if value.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
+        out, lse = attention(query, key, value, **options, return_lse=True)
+        alone = lse > self.fill + 104.0 + math.log(key.shape[2])
+        if bool(alone.all()):
+            return out
+        if attended is None or (self.dropout_p and not self.hidden_weights_are_zero):
+            return None
+        whole = attended.any(-1).logical_not()  # (B or 1, Hq or 1, Lq or 1)
+        if not bool((alone | whole).all()):
+            return None
+        if self.hidden_weights_are_zero:
+            return out
         mean = value.mean(-2, keepdim=True).repeat_interleave(out.shape[1] // value.shape[1], dim=1)  # (B, Hq, 1, Dv)
         return torch.where(whole.unsqueeze(-1), mean.to(out.dtype), out)
 

@@ -7,6 +7,7 @@ torch's own calls give, in their order.
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_map
 from ...ops.torch_op import direct_apply, is_eager
 from .. import blocks
 from .products import READERS, read, scores_of
-from .record import Context, Origin, Record
+from .record import ADVICE, Context, Origin, Record, in_graph
 from .steps import SAME, STEPS, Step, is_plain
 
 _LONGEST = 64  # records that depend on each other; attention takes about ten
@@ -42,7 +43,10 @@ class Deferred(Tensor):
             if not isinstance(arg, Deferred):
                 return arg
             with enable_reentrant_dispatch():
-                return _computed(arg, str(func)).detach()
+                if func._schema.is_mutable:
+                    arg._record.compute_dependents()
+                arg._record.origin.settle(f"hand-written scores or weights were read by {func}")
+                return arg._record.value()
 
         values = tree_map(value, args)
         out = func(*values, **tree_map(value, kwargs or {}))
@@ -61,26 +65,6 @@ def stands_in_for(ours: Callable, theirs: Callable) -> None:
 # ---- making one -------------------------------------------------------------------------------------------------------------
 
 
-class _Scores(torch.autograd.Function):
-    """Give a deferred tensor its place in the graph, for code that torch's Python functions do not show it to."""
-
-    @staticmethod
-    def forward(ctx, record: Record, *sources: Tensor) -> Deferred:
-        ctx.record = record
-        return _without_memory(record)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple:
-        sources = ctx.record.sources
-        with torch.enable_grad():
-            leaves = [source.view_as(source) for source in sources]
-            out = ctx.record.recompute({id(source): leaf for source, leaf in zip(sources, leaves)})
-        return None, *torch.autograd.grad(out, leaves, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
-
-
-_apply = direct_apply(_Scores)
-
-
 def _without_memory(record: Record) -> Deferred:
     chain = record.chain
     strides, step = [], 1
@@ -95,9 +79,11 @@ def _without_memory(record: Record) -> Deferred:
 
 
 def _new(record: Record) -> Deferred:
-    deferred = _apply(record, *record.sources) if record.sources else _without_memory(record)
-    deferred._record, deferred._views = record, []
-    deferred._node = _node(deferred) if record.sources else None
+    if record.sources:
+        deferred = in_graph(record, partial(_without_memory, record), *record.sources)
+    else:
+        deferred = _without_memory(record)
+    deferred._record, deferred._views, deferred._node = record, [], _node(deferred) if record.sources else None
     return deferred
 
 
@@ -113,10 +99,12 @@ def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | 
     chain = None if operands is None else scores_of(operands)
     if chain is None:
         return None
-    if torch.is_inference_mode_enabled():  # No version tells of changes there, so that copies are kept.
-        args, kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
+    args, kwargs = _kept(args), {name: _kept(arg) for name, arg in kwargs.items()}
+    if len(args) == 2 and isinstance(args[1], tuple):  # of torch.einsum, which takes its operands one by one, too
+        args = (args[0], *args[1])
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+    if any(tensor.is_inference() for tensor in tensors):  # The chain must be one of their copies.
         chain = scores_of(read(function, args, kwargs))
-    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)] or list(args[1])  # of a list in einsum
     origin = Origin(count, Context.current(chain.query.device.type))
     return _new(Record(origin, None, function, args, kwargs, tensors, chain))
 
@@ -125,8 +113,13 @@ def uncounted(reason: str | None) -> None:
     """Count nothing, for a product that no report asks about."""
 
 
-def _copy(arg: object) -> object:
-    """Copy a tensor of inference mode, with its strides, on which the rounding of a product may depend."""
+def _kept(arg: object) -> object:
+    """Return what an argument is now: a copy of whatever may change without telling.
+
+    That are lists, and tensors of inference mode, which have no version. A copy has the strides, on which rounding may depend.
+    """
+    if isinstance(arg, (tuple, list)):
+        return tuple(map(_kept, arg))
     if not isinstance(arg, Tensor) or not arg.is_inference():
         return arg
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(arg.stride(), arg.shape))
@@ -140,14 +133,14 @@ def _copy(arg: object) -> object:
 
 def _call(function: Callable, args: tuple, kwargs: dict) -> object:
     """Run a function of torch on arguments of which some are deferred."""
-    if function in _ABOUT and not args[0]._record.is_computed():
+    if function in _ABOUT and args and not (args[0]._record.is_computed() and _is_ours(args[0])):
         with _as_torch_does():
             return function(*args, **kwargs)
     if function in _LIKE and len(args) > 1 and type(args[-1]) is Deferred:  # to(other), type_as(other)
         function, args = Tensor.to, (*args[:-1], args[-1].device, args[-1].dtype)
         if type(args[0]) is not Deferred:
             return function(*args, **kwargs)
-    if function in _NEW and not args[0]._record.is_computed():
+    if function in _NEW and type(args[0]) is Deferred and not args[0]._record.is_computed():
         return function(torch.empty((), dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
     step = STEPS.get(function)
     if step is not None or function in READERS:
@@ -180,19 +173,18 @@ def _can_go_on(deferred: Deferred) -> bool:
 
 def _is_ours(deferred: Deferred) -> bool:
     """Tell whether no function of autograd has written into the tensor, which has then become that function's."""
-    return deferred._node is None or _node(deferred) is deferred._node
+    return _node(deferred) is deferred._node
 
 
 def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None:
     """Return the tensor after one more step, or None if it must be computed."""
-    deferred, rest = args[at], (*args[:at], *args[at + 1 :])
-    writes = step.out_of_place is not None
-    if writes and any(other() is not None and other() is not deferred for other in deferred._views):
-        return None
+    deferred, rest = args[at], _kept((*args[:at], *args[at + 1 :]))
+    kwargs = {name: _kept(arg) for name, arg in kwargs.items()}
     before = deferred._record
     chain = before.chain
-    if before.origin.context.inference:
-        rest, kwargs = tree_map(_copy, rest), tree_map(_copy, kwargs)
+    writes = step.out_of_place is not None
+    if writes and (at > 0 or any(other() is not None and other() is not deferred for other in deferred._views)):
+        return None
     others = [arg for arg in (*rest, *kwargs.values()) if isinstance(arg, Tensor)]
     for other in others:
         if not is_plain(other) or (other.device != chain.query.device and other.dim()):
@@ -206,7 +198,7 @@ def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None
     if after is None or (writes and after.dtype != chain.dtype):
         return None
     # What was recorded of the tensor as it was before must not see what is written.
-    function = step.out_of_place if writes and before.is_needed else step.function
+    function = step.out_of_place if writes and before.has_dependents() else step.function
     record = Record(before.origin, before, function, rest, kwargs, others, after, at, step.is_view)
     if writes:
         return _rewritten(deferred, record)
@@ -270,15 +262,21 @@ class _Value(torch.autograd.Function):
         return grad, None
 
 
+_at_value = direct_apply(_Value)
+
+
 def _by_torch(function: Callable, args: tuple, kwargs: dict) -> object:
     """Run a function of torch on the results of deferred tensors."""
     results: list[tuple[Deferred, Tensor, object]] = []
     others = False
+    writes = _writes(function, kwargs)
 
     def result(arg):
         nonlocal others
         if type(arg) is not Deferred:
             return arg
+        if writes:
+            arg._record.compute_dependents()
         if not _is_ours(arg):
             others = True
             return arg
@@ -299,35 +297,49 @@ def _by_torch(function: Callable, args: tuple, kwargs: dict) -> object:
     return out
 
 
+def _follow(deferred: Deferred, value: Tensor, grad_fn: object) -> None:
+    """Give a deferred tensor its value's place in the graph, if that is another one since something was written in place."""
+    with _as_torch_does():
+        moved = value.grad_fn is not grad_fn or value.requires_grad != deferred.requires_grad
+    if not moved or not torch.is_grad_enabled() or not is_eager():
+        return
+    if not _exchange(deferred, _at_value(value, deferred._record)):
+        raise RuntimeError(f"hand-written scores were changed in place after C++ code had saved them; {ADVICE}")
+
+
+def _writes(function: Callable, kwargs: dict) -> bool:
+    """Tell whether a function may write into its arguments."""
+    name = getattr(function, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__set__", "__setitem__") or name.startswith("__i") or "out" in kwargs
+
+
 def _computed(deferred: Deferred, function: object) -> Tensor:
     """Return what torch's calls give, because ``function`` needs it."""
     record = deferred._record
-    named = getattr(function, "__self__", function) if getattr(function, "__name__", "") == "__get__" else function
-    record.origin.settle(f"hand-written scores or weights were read by {getattr(named, '__name__', named)}")
+    if function in _OBSERVERS and record.met_values:
+        raise RuntimeError(f"gradients of hand-written weights that have met their values are unknown to {function}; {ADVICE}")
+    if not record.is_computed():
+        named = getattr(function, "__self__", function) if getattr(function, "__name__", "") == "__get__" else function
+        record.origin.settle(f"hand-written scores or weights were read by {getattr(named, '__name__', named)}")
+        if record.sources and not torch.is_grad_enabled():  # perhaps in a function of autograd, which differentiates it later
+            record.private()
+        elif record.sources and is_eager():  # Code below Python, too, gets this very result from now on.
+            _exchange(deferred, _at_value(record.result(), record))
     return record.result()
-
-
-def _follow(deferred: Deferred, value: Tensor, grad_fn: object) -> None:
-    """Give a deferred tensor the place in the graph that its result has since autograd saw something written into that."""
-    with _as_torch_does():
-        unchanged = value.grad_fn is grad_fn and value.requires_grad == deferred.requires_grad
-    if not unchanged and not _exchange(deferred, _Value.apply(value, deferred._record)):
-        raise RuntimeError(
-            "hand-written scores that a function of autograd has saved were changed in place; "
-            "fastlm.use(handwritten=False) leaves such code to torch"
-        )
 
 
 def _about() -> set[Callable]:
     """Return the functions that ask about a tensor, and need none of its values."""
     attributes = ("device", "dtype", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_nested", "is_quantized", "is_sparse")
     attributes += ("itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape")
-    methods = ("__hash__", "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point")
+    methods = ("__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point")
     methods += ("is_signed", "ndimension", "nelement", "numel", "size", "storage_offset", "stride")
     functions = {torch.is_complex, torch.is_floating_point, torch.numel}
     return functions | {getattr(Tensor, a).__get__ for a in attributes} | {getattr(Tensor, m) for m in methods}
 
 
 _ABOUT = _about()
+_OBSERVERS = {Tensor.register_hook, Tensor.retain_grad}
 _LIKE = {Tensor.to, Tensor.type_as}
 _NEW = {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}

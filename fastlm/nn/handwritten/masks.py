@@ -28,10 +28,16 @@ class Hidden(NamedTuple):
         return self.placed.tensor is other.placed.tensor and self.placed.lead == other.placed.lead and self.where == other.where
 
 
-def merged_mask(
-    fold: Fold, biases: tuple[Bias, ...], hidden: tuple[Hidden, ...], size: tuple[int, int]
-) -> tuple[Tensor | None, bool]:
-    """Return (a mask that broadcasts to (batch, heads, Lq, Lk), or None; whether attention is causal on top of it)."""
+class Mask(NamedTuple):
+    """What attention takes for all biases and conditions."""
+
+    mask: Tensor | None  # bool (True: attend) or floating, broadcastable to (batch, heads, Lq, Lk)
+    causal: bool  # on top of the mask
+    attended: Tensor | None  # which keys no condition hides; bool, of such a shape
+
+
+def merged_mask(fold: Fold, biases: tuple[Bias, ...], hidden: tuple[Hidden, ...], size: tuple[int, int]) -> Mask:
+    """Merge everything into one mask for scores of ``size`` (Lq, Lk)."""
     causal = False
     added, attended = None, None  # (one size for each of fold.dims, Lq or 1, Lk or 1), so that all broadcast
     for bias in biases:
@@ -48,11 +54,9 @@ def merged_mask(
         term = fold.spread(condition.placed)
         term = term.logical_not() if condition.where else term
         attended = term if attended is None else attended & term
-    if added is not None and attended is not None:
-        mask = torch.where(attended, added, -math.inf)
-    else:
-        mask = attended if added is None else added
-    return (None if mask is None else fold.fold_mask(mask)), causal
+    both = attended if added is None else added if attended is None else torch.where(attended, added, -math.inf)
+    mask, attended = (None if spread is None else fold.fold_mask(spread) for spread in (both, attended))
+    return Mask(mask, causal, attended)
 
 
 # ---- causal masks: attention skips what they hide, where it would read a mask -----------------------------------------------

@@ -1,5 +1,6 @@
 """Read a product of torch as one of queries with keys, or as one of weights with values."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,7 +52,27 @@ def _einsum(equation: object, *operands) -> Operands | None:
         operands = operands[0]
     if not isinstance(equation, str) or len(operands) != 2 or not _are_tensors(*operands):
         return None
-    terms = _terms(equation, operands[0].dim(), operands[1].dim())
+    plan = _plan(equation, operands[0].dim(), operands[1].dim())
+    if plan is None:
+        return None
+    first, second = _permuted(operands[0], plan.left), _permuted(operands[1], plan.right)
+    if first is None or second is None or first.shape[:-2] != second.shape[:-2] or first.shape[-1] != second.shape[-2]:
+        return None
+    return Operands(first, second, dims=plan.out)
+
+
+class _Plan(NamedTuple):
+    """The orders of dimensions that make a product of an equation: see `Operands`."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    out: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(equation: str, left_dims: int, right_dims: int) -> _Plan | None:
+    """Return how an equation of torch.einsum is a product of rows and columns, or None."""
+    terms = _terms(equation, left_dims, right_dims)
     if terms is None:
         return None
     left, right, out = terms
@@ -61,21 +82,18 @@ def _einsum(equation: object, *operands) -> Operands | None:
     each_once = sorted(left) == sorted(batch + rows + inner) and sorted(right) == sorted(batch + inner + columns)
     if not each_once or not len(rows) == len(inner) == len(columns) == 1 or not 1 <= len(batch) <= 3:
         return None
-    sizes = [dict(zip(term, operand.shape)) for term, operand in zip(terms, operands)]
-    if any(sizes[0][letter] != sizes[1][letter] for letter in (*batch, *inner)):
-        return None
-    first = _permuted(operands[0], left, (*batch, *rows, *inner))
-    second = _permuted(operands[1], right, (*batch, *inner, *columns))
-    if first is None or second is None:
-        return None
-    return Operands(first, second, dims=tuple((*batch, *rows, *columns).index(letter) for letter in out))
+    return _Plan(
+        tuple(left.index(letter) for letter in (*batch, *rows, *inner)),
+        tuple(right.index(letter) for letter in (*batch, *inner, *columns)),
+        tuple((*batch, *rows, *columns).index(letter) for letter in out),
+    )
 
 
-def _permuted(tensor: Tensor, letters: str, order: tuple[str, ...]) -> Tensor | None:
+def _permuted(tensor: Tensor, order: tuple[int, ...]) -> Tensor | None:
     """Return a tensor with its dimensions in that order, or None if that needs a view of a tensor that is not plain."""
-    if tuple(letters) == order:
+    if order == tuple(range(len(order))):
         return tensor
-    return tensor.permute([letters.index(letter) for letter in order]) if is_plain(tensor) else None
+    return tensor.permute(order) if is_plain(tensor) else None
 
 
 def _terms(equation: str, left_dims: int, right_dims: int) -> tuple[str, str, str] | None:
@@ -95,7 +113,8 @@ def _terms(equation: str, left_dims: int, right_dims: int) -> tuple[str, str, st
 
 
 def _are_tensors(left: object, right: object) -> bool:
-    return isinstance(left, Tensor) and isinstance(right, Tensor)
+    both = isinstance(left, Tensor) and isinstance(right, Tensor)
+    return both and not left.is_nested and not right.is_nested
 
 
 READERS: dict[Callable, Callable[..., Operands | None]] = {

@@ -1,14 +1,17 @@
 """What is known of a deferred tensor: the calls of torch that it stands for, and their result once somebody needs it."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...ops.noise import seed_tensor
+from ...ops.torch_op import direct_apply
 from ...reference.attention import keep_mask, keep_scale
 from .chain import Chain
 
@@ -37,15 +40,19 @@ class Context(NamedTuple):
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Bring the modes back, and let no function of Python see torch's calls."""
+        """Bring the modes back, and let nobody else see torch's calls."""
         with ExitStack() as stack:
             stack.enter_context(torch._C.DisableTorchFunction())
+            stack.enter_context(_disable_current_modes())
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))
             stack.enter_context(
                 torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False)
             )
             yield
+
+
+ADVICE = "fastlm.use(handwritten=False) leaves such code to torch"
 
 
 class Origin:
@@ -84,25 +91,30 @@ class Record:
         self.origin, self.chain = origin, chain
         self._parent, self._function, self._args, self._kwargs, self._at = parent, function, args, kwargs, at
         self._is_view = is_view
-        self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        self.is_needed = False  # by another record
+        self._states = [(tensor, tensor._version, tensor.requires_grad) for tensor in tensors if not tensor.is_inference()]
+        self._children: list[weakref.ref[Record]] = []
         self.length = 1
         self.sources: tuple[Tensor, ...] = ()  # the tensors that get a gradient
         if parent is not None:
-            parent.is_needed = True
+            parent._children.append(weakref.ref(self))
             self.length, self.sources = parent.length + 1, parent.sources
         if origin.context.grad:
             for tensor in tensors:
                 if tensor.requires_grad and not any(tensor is known for known in self.sources):
                     self.sources += (tensor,)
+        self.met_values = False
         self._seed: Tensor | None = None  # of the dropout, if this is one and a call of attention has drawn it
         self._result: tuple[Tensor, int | None] | None = None  # with its version, which tensors of inference mode lack
+        self._private: tuple[list[Tensor], Tensor] | None = None
 
     # ---- torch's own calls --------------------------------------------------------------------------------------------------
 
     def is_computed(self) -> bool:
-        """Tell whether the result is known."""
-        return self._result is not None
+        """Tell whether the result is known, or that of a tensor whose memory it shares."""
+        record = self
+        while record._is_view and record._result is None and record._parent is not None:
+            record = record._parent
+        return record._result is not None or record._private is not None
 
     def result(self) -> Tensor:
         """Return what torch's own calls give, in their order."""
@@ -112,20 +124,39 @@ class Record:
                 self._compute()
         return self._result[0]
 
-    def recompute(self, leaves: dict[int, Tensor]) -> Tensor:
-        """Compute the result again, with other tensors in the place of those with these ids."""
-        with self.origin.context.again():
-            return self._call_again(leaves)
+    def private(self) -> tuple[list[Tensor], Tensor]:
+        """Return (a stand-in for each of the sources, the result computed of them).
+
+        No other graph has a part of this one, so that a function of autograd can differentiate it within its backward.
+        """
+        if self._private is None:
+            self._check()
+            with self.origin.context.again():
+                leaves = [source.view_as(source) for source in self.sources]
+                result = self._call_again({id(source): leaf for source, leaf in zip(self.sources, leaves)})
+            self._private = leaves, result
+        return self._private
+
+    def value(self) -> Tensor:
+        """Return the result without a place in a graph, for code below Python and code without gradients."""
+        result = self.private()[1] if self.sources and self._result is None else self.result()
+        return result.detach() if result.requires_grad else result
 
     def _compute(self) -> Tensor:
         if self._result is None:
-            result = self._call(self._parent and self._parent._compute(), self._args, self._kwargs)
+            if self._private is not None:
+                result = in_graph(self, self.value, *self.sources)
+            else:
+                result = self._call(self._parent and self._parent._compute(), self._args, self._kwargs)
             self._result = result, None if result.is_inference() else result._version
             if not self.sources:  # Nothing can make it necessary to compute this again.
-                self._parent, self._args, self._kwargs, self._versions = None, (), {}, []
+                self._parent = self._parent if self._is_view else None
+                self._args, self._kwargs, self._states = (), {}, []
         return self._result[0]
 
     def _call_again(self, leaves: dict[int, Tensor]) -> Tensor:
+        if self._drops() and self._seed is None and (self._result or self._private):
+            raise RuntimeError(f"weights were dropped before a function of autograd got them; {ADVICE}")
         args = tuple(leaves.get(id(arg), arg) for arg in self._args)
         kwargs = {name: leaves.get(id(arg), arg) for name, arg in self._kwargs.items()}
         return self._call(self._parent and self._parent._call_again(leaves), args, kwargs)
@@ -145,18 +176,49 @@ class Record:
         kept = keep_mask(self._seed, p, 1, math.prod(lead), rows, keys, device=weights.device).view(weights.shape)
         return weights.masked_fill(kept.logical_not(), 0.0) * keep_scale(p)
 
+    # ---- changes in place ---------------------------------------------------------------------------------------------------
+
+    def has_dependents(self) -> bool:
+        """Tell whether something was recorded of this tensor, or of one that shares its memory, as it is now."""
+        return self._base()._has_children()
+
+    def compute_dependents(self) -> None:
+        """Compute what was recorded of this tensor, and of all that share its memory, before somebody writes into it."""
+        self._base()._compute_children()
+
+    def _base(self) -> "Record":
+        record = self
+        while record._is_view and record._parent is not None:
+            record = record._parent
+        return record
+
+    def _alive(self) -> "list[Record]":
+        children = (child() for child in self._children)
+        return [child for child in children if child is not None]
+
+    def _has_children(self) -> bool:
+        return any(not child._is_view or child._has_children() for child in self._alive())
+
+    def _compute_children(self) -> None:
+        for child in self._alive():
+            if child._is_view:
+                child._compute_children()
+            elif not child.is_computed():
+                child.result()
+
     def _check(self) -> None:
-        """Raise an error if a tensor has changed since it was recorded, because what torch would have computed is lost then."""
+        """Raise an error if what torch would have computed is lost, because a tensor has changed since it was recorded."""
         line = self._line()
-        changed = [tensor for record in line for tensor, version in record._versions if tensor._version != version]
+        states = [state for record in line for state in record._states]
+        changed = [tensor for tensor, version, grad in states if tensor._version != version or tensor.requires_grad != grad]
         known = line[-1]._parent
-        if known is not None and not all(record._is_view for record in line):
+        if known is not None and known._result is not None and not all(record._is_view for record in line):
             result, version = known._result
             changed += [result] if version is not None and result._version != version else []
         if changed:
             raise RuntimeError(
                 f"a tensor {tuple(changed[0].shape)} of hand-written attention was changed in place before its scores were "
-                "used, which fastlm computes only then; fastlm.use(handwritten=False) leaves such code to torch"
+                f"used, which fastlm computes only then; {ADVICE}"
             )
 
     def _line(self) -> "list[Record]":
@@ -186,4 +248,24 @@ class Record:
             return None, "hidden scores count beside the others in the softmax, or views of the scores do not fit each other"
         if dropout is not None:
             dropout._seed = seed  # Whoever reads the weights gets those that were used.
+        for record in line:
+            record.met_values = True
         return out, None
+
+
+class _InGraph(torch.autograd.Function):
+    """Give a tensor the place in the graph that a record's result has."""
+
+    @staticmethod
+    def forward(ctx, record: Record, make: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+        ctx.record = record
+        return make()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        leaves, result = ctx.record.private()
+        options = {"create_graph": torch.is_grad_enabled(), "retain_graph": True, "allow_unused": True}
+        return None, None, *torch.autograd.grad(result, leaves, grad, **options)
+
+
+in_graph = direct_apply(_InGraph)

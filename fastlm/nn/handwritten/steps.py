@@ -52,8 +52,11 @@ def _subtract(chain: Chain, at: int, other: object) -> Description:
 
 
 def _keeps_order(at: int, other: Tensor) -> bool:
-    """Tell whether torch lays out the sum as it would the scores: torch follows the first term."""
-    return at == 0 or other.dim() < 2 or other.is_contiguous()
+    """Tell whether torch lays out the result as it would the scores: torch follows the first tensor."""
+    if at == 0 or other.dim() < 2:
+        return True
+    strides = [stride for stride, size in zip(other.stride(), other.shape) if size > 1 and stride > 0]
+    return all(first >= second for first, second in zip(strides, strides[1:]))
 
 
 def _fill(chain: Chain, at: int, mask: object, value: object) -> Description:
@@ -62,9 +65,16 @@ def _fill(chain: Chain, at: int, mask: object, value: object) -> Description:
 
 
 def _where(chain: Chain, at: int, condition: object, other: object) -> Description:
-    """Describe torch.where(condition, scores, fill), torch.where(condition, fill, scores) or scores.where(condition, fill)."""
+    """Describe torch.where(condition, scores, fill) and torch.where(condition, fill, scores)."""
     number = _number(other)
-    return chain.hide(condition, at == 2, number) if number is not None and is_plain(condition) else None
+    if at == 0 or number is None or not is_plain(condition) or not _keeps_order(at, condition):
+        return None
+    return chain.hide(condition, at == 2, number)
+
+
+def _where_of_scores(chain: Chain, at: int, condition: object, other: object) -> Description:
+    """Describe scores.where(condition, fill)."""
+    return _where(chain, 1, condition, other) if at == 0 else None
 
 
 def _softmax(
@@ -84,6 +94,7 @@ def _softmax_dtype(chain: Chain) -> torch.dtype:
 
 @functools.cache
 def _dtype_under_autocast(device: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a softmax under autocast, which leaves it alone or computes it in float32, whatever its own dtype."""
     return torch.softmax(torch.zeros(1, dtype=dtype, device=device), 0).dtype
 
 
@@ -213,7 +224,8 @@ def _table() -> dict[Callable, Step]:
     enter(_subtract, Tensor.sub, torch.sub, Tensor.subtract, torch.subtract, writing=(Tensor.sub_, Tensor.subtract_))
     enter(_subtract, Tensor.__sub__, writing=(Tensor.__isub__,))
     enter(_fill, Tensor.masked_fill, torch.masked_fill, writing=(Tensor.masked_fill_,))
-    enter(_where, torch.where, Tensor.where)
+    enter(_where, torch.where)
+    enter(_where_of_scores, Tensor.where)
     enter(_softmax, F.softmax)
     enter(_softmax_of_torch, Tensor.softmax, torch.softmax)
     enter(_dropout, F.dropout)
