@@ -27,16 +27,18 @@ class EntryPoints:
         pairs: Iterable[tuple[Callable, Callable]],
         skipped: tuple[str, ...],
         methods: Iterable[tuple[type, str, Callable]] = (),
+        later: Iterable[tuple[str, str, Callable[[Callable], Callable]]] = (),
     ) -> None:
         """Take pairs of (torch's, ours), and how the names of modules begin whose names stay as they are.
 
-        ``methods`` are (a class, the name of a method that it inherits, ours).
+        ``methods`` are (a class, the name of a method that it inherits, ours). ``later`` are (a module that few programs load,
+        the name of its function, what makes ours of it).
         """
+        self._later = list(later)
         self._methods = tuple(methods)
         self._pairs: dict[int, tuple[Callable, Callable]] = {}  # by the id of either
-        for theirs, ours in pairs:
-            ours.__prepare_scriptable__ = partial(_itself, theirs)  # torch.jit.script compiles torch's.
-            self._pairs[id(theirs)] = self._pairs[id(ours)] = theirs, ours
+        for pair in pairs:
+            self._add(*pair)
         self._skipped = skipped
         self._lock = threading.RLock()
         self._wanted = self._suspended = 0
@@ -44,6 +46,10 @@ class EntryPoints:
         self._places: list[tuple[weakref.ref, str, Callable, Callable]] = []
         self._searched: weakref.WeakSet[ModuleType] = weakref.WeakSet()
         self._last: tuple[int, object] | None = None  # how many modules there were at the last search, and the newest
+
+    def _add(self, theirs: Callable, ours: Callable) -> None:
+        ours.__prepare_scriptable__ = partial(_itself, theirs)  # torch.jit.script compiles torch's.
+        self._pairs[id(theirs)] = self._pairs[id(ours)] = theirs, ours
 
     def put_in(self) -> None:
         """Put ours in place."""
@@ -93,6 +99,7 @@ class EntryPoints:
         newest = len(sys.modules), sys.modules.get(next(reversed(sys.modules)))
         if newest == self._last:
             return
+        self._add_what_is_loaded()
         complete = True
         for name, module in list(sys.modules.items()):
             if not isinstance(module, ModuleType) or module in self._searched or name.startswith(self._skipped):
@@ -103,6 +110,15 @@ class EntryPoints:
             else:
                 self._searched.add(module)
         self._last = newest if complete else None
+
+    def _add_what_is_loaded(self) -> None:
+        for late in list(self._later):
+            module_name, name, make = late
+            theirs = getattr(sys.modules.get(module_name), name, None)
+            if theirs is not None:
+                self._add(theirs, make(theirs))
+                self._later.remove(late)
+                self._searched.clear()  # Any module may have a copy.
 
     def _search_module(self, module: ModuleType | None) -> None:
         if not isinstance(module, ModuleType):

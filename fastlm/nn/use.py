@@ -251,6 +251,19 @@ def _off_in_blocks(theirs: Callable[[], bool]) -> Callable[[], bool]:
     return ours
 
 
+def _counting(theirs: Callable) -> Callable:
+    """Return torch's FlexAttention that a block counts as left to torch."""
+
+    @functools.wraps(theirs)
+    def ours(*args, **kwargs):
+        block = None if torch.compiler.is_dynamo_compiling() else blocks.current()
+        if block is not None:
+            block._count("FlexAttention is a compiler of its own")
+        return theirs(*args, **kwargs)
+
+    return _named("counted_flex_attention", ours)
+
+
 def _named(name: str, ours: Callable) -> Callable:
     """Name the function as this module does, so that pickles and torch.compile's caches never take it for torch's."""
     ours.__module__, ours.__name__, ours.__qualname__ = __name__, name, name
@@ -288,6 +301,7 @@ _entry_points = EntryPoints(
         (Tensor, "bmm", deferred_bmm_method),
         (Tensor, "baddbmm", deferred_baddbmm_method),
     ),
+    later=(("torch.nn.attention.flex_attention", "flex_attention", _counting),),
 )
 for _ours, _name in ((routed_sdpa, "scaled_dot_product_attention"), (deferred_matmul, "matmul"), (deferred_bmm, "bmm"),
                      (deferred_baddbmm, "baddbmm"), (deferred_einsum, "einsum")):  # fmt: skip

@@ -363,6 +363,15 @@ def test_bad_calls_raise_what_torch_raises(qkv, options):
     assert str(ours.value) == str(theirs.value)
 
 
+def test_flex_attention_is_counted_as_left(qkv):
+    from torch.nn.attention import flex_attention as module  # which few programs load
+
+    theirs = module.flex_attention
+    with fastlm.use() as report:
+        module.flex_attention(*qkv)
+    assert report.routed == 0 and "FlexAttention" in str(report) and module.flex_attention is theirs
+
+
 def test_empty_calls():
     for queries, keys, head_dim in ((0, 5, 8), (3, 0, 8), (0, 0, 8), (3, 5, 0)):
         query, key = torch.ones(2, 4, queries, head_dim), torch.ones(2, 4, keys, head_dim)
