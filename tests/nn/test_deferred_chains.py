@@ -301,7 +301,15 @@ def test_grouped_heads_are_found_in_views(qkv):
         key, value = (t[:, :, None].expand(-1, -1, 2, -1, -1) for t in (key, value))
         return ((query.unflatten(1, (3, 2)) @ key.transpose(-1, -2)).softmax(-1) @ value).flatten(1, 2)
 
-    for function in (grouped, expanded):
+    def by_einsum(query, key, value):
+        weights = torch.einsum("bhgid,bhjd->bhgij", query.unflatten(1, (3, 2)), key).softmax(-1)
+        return torch.einsum("bhgij,bhjd->bhgid", weights, value).flatten(1, 2)
+
+    def of_one_head(query, key, value):
+        weights = torch.einsum("b h i d, b j d -> b h i j", query, key[:, 0]).softmax(-1)
+        return torch.einsum("b h i j, b j d -> b h i d", weights, value[:, 0])
+
+    for function in (grouped, expanded, by_einsum, of_one_head):
         with fastlm.use() as report:
             out = function(query, key, value)
         assert report.routed == 1
@@ -358,6 +366,41 @@ def test_zeros_written_over_hidden_weights(qkv):
         out = attend_and_zero(*qkv)
     assert report.routed == 1
     torch.testing.assert_close(out, attend_and_zero(*qkv))
+
+
+def test_hidden_keys_that_another_view_or_shape_of_the_mask_hides(qkv):
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, 4:] = True
+
+    def zeroed(query, key, value):  # as SpeechBrain does it
+        weights = scores_of(query, key).masked_fill(padding.view(2, 1, 1, 7), -65000.0).softmax(-1)
+        return weights.masked_fill(padding.view(2, 1, 1, 7), 0.0) @ value
+
+    def expanded(query, key, value):  # as XLM does it
+        scores = scores_of(query, key)
+        scores.masked_fill_(padding.view(2, 1, 1, 7).expand_as(scores), torch.finfo(scores.dtype).min)
+        return scores.softmax(-1) @ value
+
+    def added(query, key, value):  # as GPT-Neo does it
+        hidden, mask = torch.ones(7, 7).triu(1).bool(), torch.linspace(-3, 3, 7)
+        return (torch.where(~hidden, scores_of(query, key), -1e9) + mask).softmax(-1) @ value
+
+    for function in (zeroed, expanded, added):
+        with fastlm.use() as report:
+            out = function(*qkv)
+        assert report.routed == 1, function.__name__
+        torch.testing.assert_close(out, function(*qkv))
+
+
+def test_a_bias_that_lifts_hidden_scores_is_torch_s(qkv):
+    hidden, lift = torch.ones(7, 7).triu(1).bool(), torch.zeros(7).index_fill(0, torch.tensor(6), 1e4)
+
+    def lifted(query, key, value):
+        return (scores_of(query, key).masked_fill(hidden, -1e4) + lift).softmax(-1) @ value
+
+    with fastlm.use() as report:
+        out = lifted(*qkv)
+    assert report.routed == 0 and torch.equal(out, lifted(*qkv))
 
 
 def test_scores_as_low_as_the_fill_count_beside_it(qkv):

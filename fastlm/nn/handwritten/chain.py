@@ -31,6 +31,7 @@ class Chain(NamedTuple):
     biases: tuple[Bias, ...] = ()
     hidden: tuple[Hidden, ...] = ()
     fill: float = -math.inf
+    fill_is_even: bool = True  # whether nothing has been added to it
     is_softmax: bool = False
     hidden_weights_are_zero: bool = False  # also in rows that are hidden whole
     dropout_p: float = 0.0
@@ -51,12 +52,12 @@ class Chain(NamedTuple):
         return self._replace(scale=self.scale * factor, biases=biases, fill=self.fill * factor)
 
     def plus(self, bias: Tensor, factor: float = 1.0) -> "Chain | None":
-        """Add ``factor * bias`` to the scores."""
-        fills_finitely = self.hidden and self.fill != -math.inf
-        if self.is_softmax or fills_finitely or not bias.is_floating_point() or not _broadcasts(bias.shape, self.shape):
+        """Add ``factor * bias`` to the scores, and to what has been filled into them."""
+        if self.is_softmax or not bias.is_floating_point() or not _broadcasts(bias.shape, self.shape):
             return None
         dtype = torch.promote_types(self.dtype, bias.dtype) if bias.dim() else self.dtype
-        return self._replace(biases=(*self.biases, Bias(Placed(bias, self.shape[:-2]), factor)), dtype=dtype)
+        biases = (*self.biases, Bias(Placed(bias, self.shape[:-2]), factor))
+        return self._replace(biases=biases, dtype=dtype, fill_is_even=self.fill_is_even and not self.hidden)
 
     def hide(self, condition: Tensor, where: bool, fill: float) -> "Chain | None":
         """Replace the scores where ``condition`` is ``where``; or write zeros once more over the weights of hidden scores."""
@@ -67,7 +68,7 @@ class Chain(NamedTuple):
             once_more = fill == 0.0 and not self.dropout_p and len(self.hidden) == 1 and self.hidden[0].is_same(hidden)
             return self._replace(hidden_weights_are_zero=True) if once_more else None
         fits = fill == -math.inf or torch.finfo(self.dtype).min <= fill <= _LEAST_FILL
-        if not fits or (self.hidden and fill != self.fill):
+        if not fits or (self.hidden and (fill != self.fill or not self.fill_is_even)):
             return None
         return self._replace(hidden=(*self.hidden, hidden), fill=fill)
 
@@ -158,10 +159,11 @@ class Chain(NamedTuple):
         if value.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         out, lse = attention(query, key, value, **options, return_lse=True)
-        alone = lse > self.fill + 104.0 + math.log(key.shape[2])
+        raised = sum(max(0.0, float((bias.placed.tensor.detach() * bias.factor).max())) for bias in self.biases)
+        alone = lse > self.fill + raised + 104.0 + math.log(key.shape[2])
         if bool(alone.all()):
             return out
-        if attended is None or (self.dropout_p and not self.hidden_weights_are_zero):
+        if attended is None or not self.fill_is_even or (self.dropout_p and not self.hidden_weights_are_zero):
             return None
         whole = attended.any(-1).logical_not()  # (B or 1, Hq or 1, Lq or 1)
         if not bool((alone | whole).all()):

@@ -142,14 +142,23 @@ def _call(function: Callable, args: tuple, kwargs: dict) -> object:
             return function(*args, **kwargs)
     if function in _NEW and type(args[0]) is Deferred and not args[0]._record.is_computed():
         return function(torch.empty((), dtype=args[0].dtype, device=args[0].device), *args[1:], **kwargs)
+    if function in _SHAPED and type(args[-1]) is Deferred:  # expand_as(other), of which only the shape counts
+        return function(*args[:-1], torch.empty(args[-1].shape, device="meta"), **kwargs)
     step = STEPS.get(function)
     if step is not None or function in READERS:
+        args = (*args[:1], *map(_if_computed, args[1:]))
         at = _place(args)
         if at is not None and _can_go_on(args[at]):
             out = _attended(function, args, kwargs, at) if step is None else _recorded(step, args, kwargs, at)
             if out is not None:
                 return out
     return _by_torch(function, args, kwargs)
+
+
+def _if_computed(arg: object) -> object:
+    """Return the result of a deferred tensor that is computed already, and any other argument as it is."""
+    known = type(arg) is Deferred and arg._record.is_computed() and torch.is_grad_enabled() and _is_ours(arg)
+    return arg._record.result() if known else arg
 
 
 def _place(args: tuple) -> int | None:
@@ -195,10 +204,15 @@ def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None
         return None
     if after is SAME:
         return deferred
-    if after is None or (writes and after.dtype != chain.dtype):
+    if after is None:
         return None
-    # What was recorded of the tensor as it was before must not see what is written.
-    function = step.out_of_place if writes and before.has_dependents() else step.function
+    function = step.function
+    if writes:
+        if before.has_dependents():  # What was recorded of the tensor as it was must not see what is written.
+            if after.dtype != chain.dtype:
+                return None
+            function = step.out_of_place
+        after = after._replace(dtype=chain.dtype)
     record = Record(before.origin, before, function, rest, kwargs, others, after, at, step.is_view)
     if writes:
         return _rewritten(deferred, record)
@@ -342,4 +356,5 @@ def _about() -> set[Callable]:
 _ABOUT = _about()
 _OBSERVERS = {Tensor.register_hook, Tensor.retain_grad}
 _LIKE = {Tensor.to, Tensor.type_as}
+_SHAPED = {Tensor.expand_as, Tensor.reshape_as, Tensor.view_as}
 _NEW = {Tensor.new_empty, Tensor.new_full, Tensor.new_ones, Tensor.new_tensor, Tensor.new_zeros}

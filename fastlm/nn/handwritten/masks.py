@@ -24,8 +24,10 @@ class Hidden(NamedTuple):
     where: bool
 
     def is_same(self, other: "Hidden") -> bool:
-        """Tell whether both are the same tensor in the same place."""
-        return self.placed.tensor is other.placed.tensor and self.placed.lead == other.placed.lead and self.where == other.where
+        """Tell whether both are the same memory, seen in the same way, in the same place."""
+        mine, others = self.placed.tensor, other.placed.tensor
+        same = mine.data_ptr() == others.data_ptr() and mine.shape == others.shape and mine.stride() == others.stride()
+        return same and self.placed.lead == other.placed.lead and self.where == other.where
 
 
 class Mask(NamedTuple):

@@ -56,7 +56,12 @@ def _einsum(equation: object, *operands) -> Operands | None:
     if plan is None:
         return None
     first, second = _permuted(operands[0], plan.left), _permuted(operands[1], plan.right)
-    if first is None or second is None or first.shape[:-2] != second.shape[:-2] or first.shape[-1] != second.shape[-2]:
+    if first is None or second is None:
+        return None
+    for dim in plan.shared:
+        second = second.unsqueeze(dim)
+    batch = [1 if dim in plan.shared else size for dim, size in enumerate(first.shape[:-2])]
+    if batch != list(second.shape[:-2]) or first.shape[-1] != second.shape[-2]:
         return None
     return Operands(first, second, dims=plan.out)
 
@@ -66,6 +71,7 @@ class _Plan(NamedTuple):
 
     left: tuple[int, ...]
     right: tuple[int, ...]
+    shared: tuple[int, ...]  # dimensions of the product's batch that the right tensor lacks, as heads that share keys
     out: tuple[int, ...]
 
 
@@ -76,15 +82,20 @@ def _plan(equation: str, left_dims: int, right_dims: int) -> _Plan | None:
     if terms is None:
         return None
     left, right, out = terms
-    batch = [letter for letter in out if letter in left and letter in right]
-    rows, columns = [[letter for letter in term if letter not in batch and letter in out] for term in (left, right)]
+    rows = [letter for letter in out if letter in left and letter not in right][-1:]
+    columns = [letter for letter in out if letter in right and letter not in left]
+    batch = [letter for letter in out if letter not in (*rows, *columns)]
     inner = [letter for letter in left if letter not in out]
-    each_once = sorted(left) == sorted(batch + rows + inner) and sorted(right) == sorted(batch + inner + columns)
+    kept = [letter for letter in batch if letter in right]
+    each_once = sorted(left) == sorted(batch + rows + inner) and sorted(right) == sorted(kept + inner + columns)
     if not each_once or not len(rows) == len(inner) == len(columns) == 1 or not 1 <= len(batch) <= 3:
+        return None
+    if batch[: len(kept)] != kept:  # Then torch lays out the product in another order.
         return None
     return _Plan(
         tuple(left.index(letter) for letter in (*batch, *rows, *inner)),
-        tuple(right.index(letter) for letter in (*batch, *inner, *columns)),
+        tuple(right.index(letter) for letter in (*kept, *inner, *columns)),
+        tuple(at for at, letter in enumerate(batch) if letter not in right),
         tuple((*batch, *rows, *columns).index(letter) for letter in out),
     )
 
@@ -184,6 +195,7 @@ def scores_of(operands: Operands) -> Chain | None:
     chain = Chain(query, transposed.transpose(-2, -1), lead, (*lead, rows, keys), dtype, scale=operands.alpha)
     if added is None or operands.beta == 0.0:
         return chain
-    if added.device != device or added.dtype != dtype:
+    if added.device != device or (added.dtype != dtype and not autocast):
         return None
-    return chain.plus(added, operands.beta)
+    chain = chain.plus(added, operands.beta)
+    return None if chain is None else chain._replace(dtype=dtype)

@@ -1,6 +1,5 @@
 """What is known of a deferred tensor: the calls of torch that it stands for, and their result once somebody needs it."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...ops.attention.dropout import drop
 from ...ops.noise import seed_tensor
 from ...ops.torch_op import direct_apply
-from ...reference.attention import keep_mask, keep_scale
 from .chain import Chain
 
 
@@ -164,17 +163,10 @@ class Record:
     def _call(self, of_parent: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
         if of_parent is not None:
             args = (*args[: self._at], of_parent, *args[self._at :])
-        return self._function(*args, **kwargs) if self._seed is None else self._drop(args[0])
+        return self._function(*args, **kwargs) if self._seed is None else drop(args[0], self._seed, self.chain.dropout_p)
 
     def _drops(self) -> bool:
         return self.chain.dropout_p > 0.0 and self._parent.chain.dropout_p == 0.0
-
-    def _drop(self, weights: Tensor) -> Tensor:
-        """Drop the weights that a call of attention has dropped."""
-        *lead, rows, keys = weights.shape
-        p = self.chain.dropout_p
-        kept = keep_mask(self._seed, p, 1, math.prod(lead), rows, keys, device=weights.device).view(weights.shape)
-        return weights.masked_fill(kept.logical_not(), 0.0) * keep_scale(p)
 
     # ---- changes in place ---------------------------------------------------------------------------------------------------
 
