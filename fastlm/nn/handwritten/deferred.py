@@ -96,7 +96,7 @@ def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | 
     """Return the deferred product of queries and transposed keys if this call is one; ``count`` learns what comes of it."""
     function = _theirs.get(function, function)
     operands = read(function, args, kwargs)
-    chain = None if operands is None else scores_of(operands)
+    chain = None if operands is None else scores_of(operands, count)
     if chain is None:
         return None
     args, kwargs = _kept(args), {name: _kept(arg) for name, arg in kwargs.items()}
@@ -104,7 +104,7 @@ def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | 
         args = (args[0], *args[1])
     tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
     if any(tensor.is_inference() for tensor in tensors):  # The chain must be one of their copies.
-        chain = scores_of(read(function, args, kwargs))
+        chain = scores_of(read(function, args, kwargs), count)
     origin = Origin(count, Context.current(chain.query.device.type))
     return _new(Record(origin, None, function, args, kwargs, tensors, chain))
 

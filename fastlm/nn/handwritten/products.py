@@ -166,8 +166,14 @@ def pays(scores: int, keys: int, query: Tensor, key: Tensor) -> bool:
     return scores >= least_scores and keys >= least_keys
 
 
-def scores_of(operands: Operands) -> Chain | None:
-    """Return the chain that begins with this product if it is one of queries with transposed keys, or None."""
+TOO_SMALL = "hand-written scores too few to gain by one call"
+
+
+def scores_of(operands: Operands, count: Callable[[str], None]) -> Chain | None:
+    """Return the chain that begins with this product if it is one of queries with transposed keys, or None.
+
+    A product that is, but too small, is counted.
+    """
     if not is_eager():
         return None
     query, transposed, added = operands[:3]
@@ -182,8 +188,10 @@ def scores_of(operands: Operands) -> Chain | None:
             return None
         lead = tuple(map(max, outer, key_outer))
     dims = operands.dims
-    in_order = dims is None or dims == tuple(range(len(dims)))
-    if not in_order or not pays(math.prod(lead) * rows * keys, keys, query, transposed):
+    if dims is not None and dims != tuple(range(len(dims))):
+        return None
+    if not pays(math.prod(lead) * rows * keys, keys, query, transposed):
+        count(TOO_SMALL)
         return None
     device = query.device
     if query.dtype != transposed.dtype or device != transposed.device or not is_plain(query) or not is_plain(transposed):
