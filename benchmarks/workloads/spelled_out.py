@@ -51,11 +51,11 @@ def gpt() -> nn.Module:
     return nn.Sequential(*(Layer(256, 0.1) for _ in range(2)))
 
 
-def gpt_gradients(model: nn.Module, length: int, dropout: bool = True) -> Step:
-    """Run forward and backward on x (1, length, 256). Return the output and the first weights' gradient."""
-    model.train(dropout)
+def gradients_of(model: nn.Module, *shape: int, training: bool = False) -> Step:
+    """Run forward and backward on normals of that shape. Return the output and the first weights' gradient."""
+    model.train(training)
     parameter = next(model.parameters())
-    x = torch.randn(1, length, 256, generator=torch.Generator().manual_seed(1)).to(parameter.dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(parameter.dtype)
 
     def step() -> tuple[Tensor, ...]:
         out = model(x)

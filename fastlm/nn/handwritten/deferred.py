@@ -116,16 +116,15 @@ def uncounted(reason: str | None) -> None:
 def _kept(arg: object) -> object:
     """Return what an argument is now: a copy of whatever may change without telling.
 
-    That are lists, and tensors of inference mode, which have no version. A copy has the strides, on which rounding may depend.
+    These are lists, and tensors of inference mode, which have no version. Rounding may depend on strides, which are copied too.
     """
     if isinstance(arg, (tuple, list)):
         return tuple(map(_kept, arg))
     if not isinstance(arg, Tensor) or not arg.is_inference():
         return arg
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(arg.stride(), arg.shape))
-    return (
-        arg.clone() if overlaps else torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device).copy_(arg)
-    )
+    copy = torch.empty_like(arg) if overlaps else arg.new_empty_strided(arg.shape, arg.stride())
+    return copy.copy_(arg)
 
 
 # ---- calls ------------------------------------------------------------------------------------------------------------------

@@ -202,7 +202,9 @@ class Record:
         """Raise an error if what torch would have computed is lost, because a tensor has changed since it was recorded."""
         line = self._line()
         states = [state for record in line for state in record._states]
-        changed = [tensor for tensor, version, grad in states if tensor._version != version or tensor.requires_grad != grad]
+        changed = [tensor for tensor, version, _ in states if tensor._version != version]
+        if self.origin.context.grad:
+            changed += [tensor for tensor, _, required in states if tensor.requires_grad != required]
         known = line[-1]._parent
         if known is not None and known._result is not None and not all(record._is_view for record in line):
             result, version = known._result
