@@ -130,7 +130,8 @@ def worst(errors: dict[str, dict[str, float]]) -> dict[str, float]:
 def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
     """Return a latent's first rows, or the last sequence of a cache.
 
-    Of attention, return the last queries, or the last head where keys and values get gradients.
+    Of attention, return the last queries, or the last head where keys and values get gradients, or with dropout the first,
+    whose noise is the same without the others.
     """
     if "mu" in arguments:
         rows, columns = arguments["mu"].shape
@@ -141,6 +142,8 @@ def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
     if "query" not in arguments:
         return None
     query, key = arguments["query"], arguments["key"]
+    if "dropout_p" in arguments:
+        return Part(("query", "key", "value"), 1, query.shape[1], 0, 1) if len(query) == 1 else None
     if query.dim() == 4 and not benchmark.differentiable:
         # The last queries see the same keys without the others, causal or not.
         queries = min(SOME_QUERIES, query.shape[2])
