@@ -81,11 +81,12 @@ class ModelRunner:
     def step(self, implementation: str) -> Step:
         """Return the step after its first run."""
         ops, counter = _Ops(), FlopCounterMode(display=False, custom_mapping=COUNTED)
+        # Modes would be in the way of a peer's compiler, and of what is deferred.
+        shows_ops = implementation.startswith(FASTLM) and not self.model.deferred
         try:
             step = self._step(implementation, self.dtype, self.model.ready)
             with contextlib.ExitStack() as modes:
-                if implementation == BEFORE or (implementation.startswith(FASTLM) and not self.model.deferred):
-                    # Modes would be in the way of a peer's compiler, and of what is deferred.
+                if implementation == BEFORE or shows_ops:
                     modes.enter_context(ops)
                     modes.enter_context(counter)
                 start = time.perf_counter()
@@ -95,7 +96,7 @@ class ModelRunner:
             if implementation.startswith(FASTLM) and not isinstance(error, (ImportError, NotImplementedError)):
                 raise  # It is a bug of ours, and nothing is missing.
             raise Unavailable(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:240]) from error
-        if ops.ours != (implementation.startswith(FASTLM) and not self.model.deferred):
+        if ops.ours != shows_ops:
             raise AssertionError(f"{implementation}: {'no op' if not ops.ours else 'an op'} of fastlm ran in {self.model.name}")
         if implementation == BEFORE:
             self.flops = counter.get_total_flops() or None

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 
+from torch.jit import _builtins
+
 
 def _itself(function: Callable) -> Callable:
     return function
@@ -49,6 +51,9 @@ class EntryPoints:
 
     def _add(self, theirs: Callable, ours: Callable) -> None:
         ours.__prepare_scriptable__ = partial(_itself, theirs)  # torch.jit.script compiles torch's.
+        builtin = _builtins._find_builtin(theirs)
+        if builtin is not None:
+            _builtins._register_builtin(ours, builtin)
         self._pairs[id(theirs)] = self._pairs[id(ours)] = theirs, ours
 
     def put_in(self) -> None:

@@ -24,7 +24,8 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
 
     The block routes ``F.scaled_dot_product_attention`` and ``F.multi_head_attention_forward``, and so every
     torch.nn.MultiheadAttention and the layers of torch.nn.Transformer. Functions of fastlm stand in for these, under the names
-    that loaded modules have for them, so that nothing else takes longer; a copy that an object or a closure holds is not found,
+    that loaded modules have for them, so that nothing else takes longer (products some
+    microseconds, while ``handwritten`` attention is looked for); a copy that an object or a closure holds is not found,
     nor is the function that a graph of torch.fx names. A user's own TorchFunctionMode sees the functions of fastlm. The block
     holds for the thread that entered it, and for the backward that this thread runs. After it, everything is as before. A
     recomputation by torch.utils.checkpoint must run inside too. Under ``torch.compile``, code that was compiled outside is
@@ -128,7 +129,7 @@ def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Cal
             return theirs(*args, **kwargs)
         if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
-        given = [a for a in (*args, *kwargs.values()) if type(a) not in PLAIN and hasattr(type(a), "__torch_function__")]
+        given = _overriding((*args, *kwargs.values()), PLAIN)
         out, reason = attend_classes(args, kwargs, given) if given else attend(args, kwargs)
         block._count(reason)
         if reason is None:
@@ -140,6 +141,11 @@ def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Cal
             return theirs(*args, **kwargs)
 
     return ours
+
+
+def _overriding(args: tuple, known: frozenset[type]) -> list:
+    """Return the arguments that override torch's functions, without those of ``known`` classes."""
+    return [arg for arg in args if type(arg) not in known and hasattr(type(arg), "__torch_function__")]
 
 
 def _compiled_of_subclasses(theirs: Callable, args: tuple, kwargs: dict):
@@ -229,7 +235,7 @@ def _deferring(theirs: Callable) -> Callable:
         if handwritten.may_be_scores(args, kwargs):
             scores = handwritten.begin(theirs, args, kwargs, block._count)
             return theirs(*args, **kwargs) if scores is None else scores
-        if all(type(arg) in _TAKEN or not hasattr(type(arg), "__torch_function__") for arg in args):
+        if not _overriding(args, _TAKEN):
             return theirs(*args, **kwargs)
         with _entry_points.suspended():  # Their classes may ask whether it is the function of that name.
             return theirs(*args, **kwargs)
@@ -303,6 +309,3 @@ _entry_points = EntryPoints(
     ),
     later=(("torch.nn.attention.flex_attention", "flex_attention", _counting),),
 )
-for _ours, _name in ((routed_sdpa, "scaled_dot_product_attention"), (deferred_matmul, "matmul"), (deferred_bmm, "bmm"),
-                     (deferred_baddbmm, "baddbmm"), (deferred_einsum, "einsum")):  # fmt: skip
-    torch.jit._builtins._register_builtin(_ours, f"aten::{_name}")

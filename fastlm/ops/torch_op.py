@@ -72,6 +72,19 @@ _tracing_state = torch._C._get_tracing_state
 _tensor_keys = torch._C._dispatch_keys
 
 
+def is_eager() -> bool:
+    """Tell whether torch runs what is called: nothing traces, transforms, replaces or forward-differentiates its ops."""
+    if _is_compiling() or forward_ad._current_level >= 0 or _tracing_state() is not None:
+        return False
+    return not _dispatch_modes() and not _transforms_active()
+
+
+def is_ordinary(value: object) -> bool:
+    """Tell whether this is a dense tensor that nothing listens to, by its exact type and dispatch keys."""
+    kind = type(value)
+    return (kind is Tensor or kind is Parameter) and _tensor_keys(value) in _PLAIN_TENSOR
+
+
 def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     """Tell whether a call may save torch's dispatcher (8 us): nothing watches, replaces or forward-differentiates its ops.
 
@@ -80,28 +93,14 @@ def may_bypass_dispatcher(*tensors: Tensor | None) -> bool:
     forward-mode level, profiler, mode, transform or tracer is on. (One comparison of the thread's own dispatch keys would say
     the last three, and takes twice the time.)
     """
-    if _is_compiling() or forward_ad._current_level >= 0 or _profiler_enabled() or _function_modes():
-        return False
-    if _dispatch_modes() or _transforms_active() or _tracing_state() is not None:
+    if not is_eager() or _profiler_enabled() or _function_modes():
         return False
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None:  # `is_ordinary`, without the time of a call
             kind = type(tensor)
             if (kind is not Tensor and kind is not Parameter) or _tensor_keys(tensor) not in _PLAIN_TENSOR:
                 return False
     return True
-
-
-def is_eager() -> bool:
-    """Tell whether torch runs what is called: nothing traces, transforms, replaces or forward-differentiates its ops."""
-    if _is_compiling() or forward_ad._current_level >= 0 or _tracing_state() is not None:
-        return False
-    return not _dispatch_modes() and not _transforms_active()
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Tell whether nothing listens to what is done with a tensor, by its dispatch keys."""
-    return _tensor_keys(tensor) in _PLAIN_TENSOR
 
 
 # torch.compile and torch.export show any tensor as one of the last two. Every other class may give ops another meaning, as

@@ -10,11 +10,7 @@ from workloads.timm_alone import import_alone
 import fastlm
 from fastlm.testing import seeded_normal
 
-
-@pytest.fixture(autouse=True)
-def any_size(widest_isa, monkeypatch):
-    """Let products of any size be found."""
-    monkeypatch.setattr("fastlm.nn.handwritten.products.LEAST", ((1, 1), (1, 1)))
+pytestmark = pytest.mark.usefixtures("any_size")
 
 
 def assert_found(model: nn.Module, calls: int, x: torch.Tensor) -> None:

@@ -12,18 +12,8 @@ from support.spelled_attention import gradients, scores_of
 from torch import Tensor
 
 import fastlm
-from fastlm.testing import seeded_normal
 
-
-@pytest.fixture(autouse=True)
-def any_size(widest_isa, monkeypatch):
-    """Let products of any size be found."""
-    monkeypatch.setattr("fastlm.nn.handwritten.products.LEAST", ((1, 1), (1, 1)))
-
-
-@pytest.fixture
-def qkv():
-    return [seeded_normal(i, (2, 3, 7, 8), torch.float32).requires_grad_() for i in range(3)]
+pytestmark = pytest.mark.usefixtures("any_size")
 
 
 def assert_same_bits(function, tensors: list[Tensor]) -> None:

@@ -14,16 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlm
 from fastlm.testing import seeded_normal
 
-
-@pytest.fixture(autouse=True)
-def any_size(widest_isa, monkeypatch):
-    """Let products of any size be found."""
-    monkeypatch.setattr("fastlm.nn.handwritten.products.LEAST", ((1, 1), (1, 1)))
-
-
-@pytest.fixture
-def qkv():
-    return [seeded_normal(i, (2, 3, 7, 8), torch.float32).requires_grad_() for i in range(3)]
+pytestmark = pytest.mark.usefixtures("any_size")
 
 
 # ---- weights that are returned -----------------------------------------------------------------------------------------------
@@ -320,7 +311,7 @@ def test_grouped_heads_are_found_in_views(qkv):
 
 
 def test_windows_with_a_bias_for_each_head_and_a_mask_for_each_place():
-    """As Swin writes it: a view splits the batch for the mask, and another merges it again."""
+    """Split the batch by a view for the mask, and merge it again by another, as Swin does."""
     query, key, value = (seeded_normal(i, (8, 3, 9, 4), torch.float32).requires_grad_() for i in range(3))
     bias, mask = seeded_normal(3, (3, 9, 9), torch.float32).requires_grad_(), torch.zeros(4, 9, 9)
     mask[1:, :5, 5:] = mask[1:, 5:, :5] = -100.0

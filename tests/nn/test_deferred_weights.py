@@ -9,11 +9,7 @@ from torch import nn
 import fastlm
 from fastlm.testing import seeded_normal
 
-
-@pytest.fixture(autouse=True)
-def any_size(widest_isa, monkeypatch):
-    """Let calls of any size keep their weights for later."""
-    monkeypatch.setattr("fastlm.nn.handwritten.products.LEAST", ((1, 1), (1, 1)))
+pytestmark = pytest.mark.usefixtures("any_size")
 
 
 PADDING = torch.arange(7)[None] >= torch.tensor([[7], [4], [5]])

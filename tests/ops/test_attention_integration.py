@@ -181,7 +181,7 @@ def test_autocast_runs_it_in_half_precision_and_gives_gradients_in_full():
 
 
 def test_modes_that_watch_ops_see_small_calls_too():
-    """A small call bypasses torch's dispatcher, unless somebody listens."""
+    """Show a small call, which otherwise bypasses torch's dispatcher, to whoever listens."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = []

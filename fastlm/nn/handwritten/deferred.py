@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map
 
-from ...ops.torch_op import direct_apply, is_eager
+from ...ops.torch_op import direct_apply, is_eager, is_ordinary
 from .. import blocks
 from .products import READERS, read, scores_of
 from .record import ADVICE, Context, Origin, Record, in_graph
-from .steps import SAME, STEPS, Step, is_plain
+from .steps import SAME, STEPS, Step
 
 _LONGEST = 64  # records that depend on each other; attention takes about ten
 _as_torch_does = torch._C.DisableTorchFunctionSubclass  # Within it, a deferred tensor is one like any other.
@@ -195,7 +195,7 @@ def _recorded(step: Step, args: tuple, kwargs: dict, at: int) -> Deferred | None
         return None
     others = [arg for arg in (*rest, *kwargs.values()) if isinstance(arg, Tensor)]
     for other in others:
-        if not is_plain(other) or (other.device != chain.query.device and other.dim()):
+        if not is_ordinary(other) or (other.device != chain.query.device and other.dim()):
             return None
     try:
         after = step.describe(chain, at, *rest, **kwargs)
@@ -249,7 +249,7 @@ def _attended(function: Callable, args: tuple, kwargs: dict, at: int) -> Tensor 
     deferred = args[at]
     with _as_torch_does():
         operands = read(function, args, kwargs)
-    if operands is None or operands.left is not deferred or operands.added is not None or not is_plain(operands.right):
+    if operands is None or operands.left is not deferred or operands.added is not None or not is_ordinary(operands.right):
         return None
     record = deferred._record
     if operands.right.device != record.chain.query.device:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.attention import has_kernel
-from ...ops.torch_op import is_eager
+from ...ops.torch_op import is_eager, is_ordinary
 from .chain import MAX_HEAD_DIM, Chain
-from .steps import is_plain
 
 # A product of fewer scores, or over fewer keys, takes torch's calls no longer than recording them and one call of attention.
 # (least scores, least keys) without and with gradients; measured with two threads of a Zen 3, windows of images included.
@@ -42,7 +41,7 @@ def _bmm(input: object, mat2: object) -> Operands | None:
 def _baddbmm(input: object, batch1: object, batch2: object, *, beta: float = 1, alpha: float = 1) -> Operands | None:
     operands = _bmm(batch1, batch2)
     numbers = isinstance(beta, (int, float)) and isinstance(alpha, (int, float))
-    if operands is None or not numbers or not is_plain(input):
+    if operands is None or not numbers or not is_ordinary(input):
         return None
     return operands._replace(added=input, beta=float(beta), alpha=float(alpha))
 
@@ -104,7 +103,7 @@ def _permuted(tensor: Tensor, order: tuple[int, ...]) -> Tensor | None:
     """Return a tensor with its dimensions in that order, or None if that needs a view of a tensor that is not plain."""
     if order == tuple(range(len(order))):
         return tensor
-    return tensor.permute(order) if is_plain(tensor) else None
+    return tensor.permute(order) if is_ordinary(tensor) else None
 
 
 def _terms(equation: str, left_dims: int, right_dims: int) -> tuple[str, str, str] | None:
@@ -194,7 +193,7 @@ def scores_of(operands: Operands, count: Callable[[str], None]) -> Chain | None:
         count(TOO_SMALL)
         return None
     device = query.device
-    if query.dtype != transposed.dtype or device != transposed.device or not is_plain(query) or not is_plain(transposed):
+    if query.dtype != transposed.dtype or device != transposed.device or not is_ordinary(query) or not is_ordinary(transposed):
         return None
     if not has_kernel(query, query):
         return None

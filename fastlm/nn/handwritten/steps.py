@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ops.torch_op import is_ordinary
 from .chain import Chain
@@ -18,16 +18,11 @@ SAME = object()
 Description = Chain | object | None
 
 
-def is_plain(tensor: object) -> bool:
-    """Tell whether this is an ordinary dense tensor, which nothing listens to."""
-    return type(tensor) in (Tensor, nn.Parameter) and is_ordinary(tensor)
-
-
 def _number(x: object) -> float | None:
     """Return a number, also that of a constant tensor on the CPU, or None."""
     if isinstance(x, (int, float)):
         return float(x)
-    is_constant = is_plain(x) and x.dim() == 0 and x.is_cpu and not x.requires_grad and not x.is_complex()
+    is_constant = is_ordinary(x) and x.dim() == 0 and x.is_cpu and not x.requires_grad and not x.is_complex()
     return float(x) if is_constant else None
 
 
@@ -35,7 +30,7 @@ def _multiply(chain: Chain, at: int, other: object) -> Description:
     number = _number(other)
     if number is not None:
         return chain.times(number)
-    return chain.times(other) if is_plain(other) else None
+    return chain.times(other) if is_ordinary(other) else None
 
 
 def _divide(chain: Chain, at: int, other: object) -> Description:
@@ -44,11 +39,11 @@ def _divide(chain: Chain, at: int, other: object) -> Description:
 
 
 def _add(chain: Chain, at: int, other: object) -> Description:
-    return chain.plus(other) if is_plain(other) and _keeps_order(at, other) else None
+    return chain.plus(other) if is_ordinary(other) and _keeps_order(at, other) else None
 
 
 def _subtract(chain: Chain, at: int, other: object) -> Description:
-    return chain.plus(other, -1.0) if at == 0 and is_plain(other) else None
+    return chain.plus(other, -1.0) if at == 0 and is_ordinary(other) else None
 
 
 def _keeps_order(at: int, other: Tensor) -> bool:
@@ -61,13 +56,13 @@ def _keeps_order(at: int, other: Tensor) -> bool:
 
 def _fill(chain: Chain, at: int, mask: object, value: object) -> Description:
     number = _number(value)
-    return chain.hide(mask, True, number) if number is not None and is_plain(mask) and at == 0 else None
+    return chain.hide(mask, True, number) if number is not None and is_ordinary(mask) and at == 0 else None
 
 
 def _where(chain: Chain, at: int, condition: object, other: object) -> Description:
     """Describe torch.where(condition, scores, fill) and torch.where(condition, fill, scores)."""
     number = _number(other)
-    if at == 0 or number is None or not is_plain(condition) or not _keeps_order(at, condition):
+    if at == 0 or number is None or not is_ordinary(condition) or not _keeps_order(at, condition):
         return None
     return chain.hide(condition, at == 2, number)
 
@@ -119,15 +114,13 @@ def _cast_to(chain: Chain, at: int, *args, dtype: torch.dtype | None = None, dev
     for arg in args:
         if isinstance(arg, torch.dtype):
             dtype = arg
-        elif is_plain(arg):
+        elif is_ordinary(arg):
             device, dtype = arg.device, arg.dtype
         elif isinstance(arg, (str, torch.device, int)) and not isinstance(arg, bool):
             device = arg
         else:
             return None
-    if device is not None and torch.device(device) not in (chain.query.device, torch.device(chain.query.device.type)):
-        return None
-    if device is not None and torch.device(device).index is None and chain.query.device.index is not None:
+    if device is not None and torch.device(device) != chain.query.device:
         return None
     return _cast(chain, chain.dtype if dtype is None else dtype)
 
@@ -141,7 +134,7 @@ def _type(chain: Chain, at: int, dtype: object) -> Description:
 
 
 def _type_as(chain: Chain, at: int, other: object) -> Description:
-    return _cast(chain, other.dtype) if at == 0 and is_plain(other) and other.device == chain.query.device else None
+    return _cast(chain, other.dtype) if at == 0 and is_ordinary(other) and other.device == chain.query.device else None
 
 
 def _view(chain: Chain, at: int, *sizes) -> Description:
