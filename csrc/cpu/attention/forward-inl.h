@@ -250,6 +250,9 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
   __builtin_memset(t.sums, 0, count * kLanes * sizeof(float));
   for (int64_t r = 0; r < count; ++r) t.maximum[r] = -kInfinity;
   const bool gemv = s.q_len * a.group <= kGemvRows;  // not `count`, which depends on the number of threads
+  if constexpr (kValuesPerElem<Elem> == 1) {
+    if (gemv) split_queries(a.key.dtype, t.query, t.query_row, count, a.head_dim);
+  }
   const KeyRange range = key_range(t.rows, count);
   const int64_t begin = (range.any_low > task.key_begin ? range.any_low : task.key_begin) / kBlockKeys * kBlockKeys;
   const int64_t end = range.any_high < task.key_end ? range.any_high : task.key_end;
@@ -272,6 +275,7 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
       forward_tile(a, s, t, row, rows, key, seen_keys, covered);
     }
   }
+  if (gemv) merge_outputs(a.value.dtype, t.out, t.out_row, count, a.value_dim);
   for (int64_t r = 0; r < count; ++r) {
     const float total = sum(F32::load(t.sums + r * kLanes)), *out = t.out + r * t.out_row;
     if (task.partial) {

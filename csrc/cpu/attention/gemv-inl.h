@@ -15,6 +15,12 @@
 //     11 - 21  prefetch into the first-level cache, which waits for few lines at a time, from 2 to 16 KiB ahead
 //     17 - 24  prefetch into the second-level cache, 2 KiB ahead
 //     22 - 26  the same, 8 KiB ahead
+// With 4 queries the arithmetic limits it next. Old and new, in one run, on a Zen 5 whose two cores read 72 with AVX2 and 44
+// with AVX512-BF16 (from the cache, on one core), float32 and bfloat16, 128 columns:
+//     40, 25 (42, 21) -> 43, 31 (42, 21)   with AVX2
+//     30, 31 (59, 39) -> 31, 31 (70, 51)   with AVX512-BF16, where the memory is the limit
+// What did it: each line is prefetched once, values are read once for all 4 rows, the sums of a vector's worth of scores are
+// added up together (sum_each), and bfloat16 is widened by halves (RowHalves).
 #pragma once
 
 #include "attention.h"
@@ -41,24 +47,39 @@ static GemvRows gemv_rows(const Attention& a, const Sequence& s, const Rows& t, 
 
 // ---- keys ------------------------------------------------------------------------------------------------------------------
 
-// Computes scores (M, keys) = query (M, dim) key^T (dim, keys). The query rows are padded with zeros to whole vectors.
+// Computes scores (M, keys) = query (M, dim) key^T (dim, keys). The query rows are padded with zeros to whole vectors. As many
+// keys are computed together as fill a vector with sums; behind the last key, the scores are that key's.
 template <class Keys, int M>
 static void gemv_scores(const typename Keys::Elem* query, int64_t query_row, const GemvRows& rows, int64_t keys, int64_t dim,
                         float* scores, int64_t scores_row) {
-  constexpr int K = 2;  // keys computed together
+  constexpr int K = kGemvColumns, R = M == 3 ? 4 : M;  // keys of a step; rows of its sums
+  constexpr int kSteps = Float::lanes > R * K ? Float::lanes / (R * K) : 1, kSums = kSteps * R * K;
   const int64_t vectors = dim / Keys::values, whole = vectors * Keys::step, left = dim % Keys::values;
-  for (int64_t k = 0; k < keys; k += K) {
-    const int64_t last = k + 1 < keys ? k + 1 : k;
-    const char *const key[K] = {rows.at[k], rows.at[last]}, *const ahead[K] = {rows.ahead[k], rows.ahead[last]};
-    Float sums[M][K];
+  for (int64_t first = 0; first < keys; first += kSteps * K) {
+    Float sums[kSteps][R][K];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Float(0.0f);
-    add_dots<Keys>(query, query_row, key, ahead, 0, whole, sums);
-    if (left) add_last_dots<Keys>(query + vectors * Keys::V::lanes, query_row, key, whole, left, sums);
+    for (int step = 0; step < kSteps; ++step) {
+      const char *key[K], *ahead[K];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      scores[m * scores_row + k] = sum(sums[m][0]);
-      scores[m * scores_row + last] = sum(sums[m][1]);
+      for (int n = 0; n < K; ++n) {
+        const int64_t k = first + step * K + n < keys ? first + step * K + n : keys - 1;
+        key[n] = rows.at[k];
+        ahead[n] = rows.ahead[k];
+#pragma GCC unroll 8
+        for (int m = 0; m < R; ++m) sums[step][m][n] = Float(0.0f);
+      }
+      add_dots<Keys, M>(query, query_row, key, ahead, 0, whole, sums[step]);
+      if (left) add_last_dots<Keys, M>(query + vectors * Keys::V::lanes, query_row, key, whole, left, sums[step]);
+    }
+    float summed[kSums];  // (kSteps, R, K)
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; i += Float::lanes) sum_each(&sums[0][0][0] + i).store(summed + i);
+#pragma GCC unroll 8
+    for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        __builtin_memcpy(scores + m * scores_row + first + step * K, summed + (step * R + m) * K, K * sizeof(float));
+      }
     }
   }
 }
@@ -76,20 +97,20 @@ static void gemv_scores(int dtype, const Elem* query, int64_t query_row, int64_t
   if constexpr (kValuesPerElem<Elem> == 2) {
     call(RowPairs());
   } else {
-    with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA { call(RowVector<decltype(type)>()); });
+    with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA { call(typename FloatRow<decltype(type)>::type()); });
   }
 }
 
 // ---- values ----------------------------------------------------------------------------------------------------------------
 
 // Adds the values from `first` on to all output rows, K values at a time, as long as K are left; returns the first one that it
-// did not add. It reads values along the row, in the order that memory is fastest, and handles two output rows at a time; the
-// few outputs stay in the first-level cache.
-template <class T, int K>
+// did not add. It reads values along the row, in the order that memory is fastest; the few outputs stay in the first-level
+// cache.
+template <class Row, int K>
 static int64_t add_values(const float* weights, int64_t weights_row, int64_t count, const GemvRows& rows, int64_t first,
                           int64_t keys, int64_t dim, float* out, int64_t out_row) {
   for (; first + K <= keys; first += K) {
-    add_values_to_rows<T, K>(weights + first, weights_row, count, rows.at + first, rows.ahead + first, dim, out, out_row);
+    add_values_to_rows<Row, K>(weights + first, weights_row, count, rows.at + first, rows.ahead + first, dim, out, out_row);
   }
   return first;
 }
@@ -98,9 +119,26 @@ static int64_t add_values(const float* weights, int64_t weights_row, int64_t cou
 static void gemv_values(int dtype, const float* weights, int64_t weights_row, int64_t count, const GemvRows& rows, int64_t keys,
                         int64_t dim, float* out, int64_t out_row) {
   with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
-    using T = decltype(type);
-    const int64_t done = add_values<T, 4>(weights, weights_row, count, rows, 0, keys, dim, out, out_row);
-    add_values<T, 1>(weights, weights_row, count, rows, done, keys, dim, out, out_row);
+    using Row = typename FloatRow<decltype(type)>::type;
+    // Reading the values once for all rows is worth more than loading and storing the outputs once for more values.
+    constexpr int kFew = kGemvWeights / kGemvRowsAtOnce;
+    const int64_t done = count > 2 ? add_values<Row, kFew>(weights, weights_row, count, rows, 0, keys, dim, out, out_row)
+                                   : add_values<Row, 4>(weights, weights_row, count, rows, 0, keys, dim, out, out_row);
+    add_values<Row, 1>(weights, weights_row, count, rows, done, keys, dim, out, out_row);
+  });
+}
+
+// Brings the queries into the order in which keys of the given dtype are read.
+static void split_queries(int dtype, float* query, int64_t query_row, int64_t count, int64_t dim) {
+  with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
+    for (int64_t r = 0; r < count; ++r) split<typename FloatRow<decltype(type)>::type>(query + r * query_row, dim);
+  });
+}
+
+// Brings the outputs back from the order in which values of the given dtype are read.
+static void merge_outputs(int dtype, float* out, int64_t out_row, int64_t count, int64_t dim) {
+  with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
+    for (int64_t r = 0; r < count; ++r) merge<typename FloatRow<decltype(type)>::type>(out + r * out_row, dim);
   });
 }
 

@@ -53,10 +53,15 @@ static void query_rows(const Attention& a, const Sequence& s, const Rows& t, int
            [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA { rows[r] = t.at(s.batch, head, s.q_first + query); });
 }
 
-// Fills `rows` with the addresses of keys [first, first + count) in a tensor of keys or values.
+// Fills `rows` with the addresses of keys [first, first + count) in a tensor of keys or values. The rows of a page, or of a
+// sequence without pages, lie t.row apart.
 static void key_rows(const Attention& a, const Sequence& s, const Rows& t, int64_t kv_head, int64_t first, int64_t count,
                      char** rows) {
-  for (int64_t k = 0; k < count; ++k) rows[k] = key_row(a, s, t, kv_head, first + k);
+  for (int64_t k = 0; k < count;) {
+    const int64_t in_page = a.block_table ? a.page - (first + k) % a.page : count;
+    const int64_t end = k + in_page < count ? k + in_page : count;
+    for (char* at = key_row(a, s, t, kv_head, first + k); k < end; ++k, at += t.row) rows[k] = at;
+  }
 }
 
 // ---- which tiles need work -------------------------------------------------------------------------------------------------

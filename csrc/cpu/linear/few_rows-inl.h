@@ -27,7 +27,7 @@ FASTLM_SIMD int64_t prepared_row(const Linear& l) {
 // How dot products read rows of T: as pairs of bfloat16, where those have an instruction.
 template <class T, bool kPairs = kBFloat16Pairs>
 struct DotRow {
-  using type = RowVector<T>;
+  using type = typename FloatRow<T>::type;
 };
 template <>
 struct DotRow<BFloat16, true> {
@@ -55,9 +55,9 @@ static void dot_tile(const typename Row::Elem* a, int64_t a_row, const char* b_a
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[m][n] = Float(0.0f);
   }
-  add_dots<Row>(a, a_row, row, ahead, 0, near * Row::step, sums);
-  add_dots<Row>(a + near * Row::V::lanes, a_row, row, next, near * Row::step, whole, sums);
-  if (left) add_last_dots<Row>(a + vectors * Row::V::lanes, a_row, row, whole, left, sums);
+  add_dots<Row, M>(a, a_row, row, ahead, 0, near * Row::step, sums);
+  add_dots<Row, M>(a + near * Row::parts * Row::V::lanes, a_row, row, next, near * Row::step, whole, sums);
+  if (left) add_last_dots<Row, M>(a + vectors * Row::parts * Row::V::lanes, a_row, row, whole, left, sums);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
@@ -102,7 +102,7 @@ static int64_t add_strip(const Linear& l, const float* a, int64_t column, int64_
       rows[k] = l.b.data + column * int64_t(sizeof(T)) + (first + k) * l.b.depth;
       ahead[k] = rows[k] + (first + k + kStripAhead < l.depth ? kStripAhead * l.b.depth : 0);
     }
-    add_values_to_rows<T, K>(a + first, a_row, l.a.rows, rows, ahead, count, tile, kStripColumns);
+    add_values_to_rows<typename FloatRow<T>::type, K>(a + first, a_row, l.a.rows, rows, ahead, count, tile, kStripColumns);
   }
   return first;
 }
@@ -130,20 +130,21 @@ FASTLM_SIMD void write_row(const Linear& l, const float* from, int64_t row, int6
 
 // ---- kernels ---------------------------------------------------------------------------------------------------------------
 
-template <class Elem>
-static void prepare(const Linear& l, Elem* to) {
+template <class Row>
+static void prepare(const Linear& l, char* shared) {
+  using Elem = typename Row::Elem;
   const int64_t to_row = prepared_row<Elem>(l);
   for (int64_t r = 0; r < l.a.rows; ++r) {
     const char* row = l.a.data + r * l.a.row;
-    load_a(l.dtype, &row, 1, l.depth, to + r * to_row, to_row);
+    Elem* to = reinterpret_cast<Elem*>(shared) + r * to_row;
+    load_a(l.dtype, &row, 1, l.depth, to, to_row);
+    if constexpr (Row::parts == 2) split<Row>(to, l.depth);
   }
 }
 
 void linear_prepare(const Linear& l, char* shared) {
-  if (is_transposed(l.b, l.dtype)) return prepare(l, reinterpret_cast<float*>(shared));
-  with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA {
-    prepare(l, reinterpret_cast<typename DotRow<decltype(type)>::type::Elem*>(shared));
-  });
+  if (is_transposed(l.b, l.dtype)) return prepare<RowVector<float>>(l, shared);
+  with_float_dtype(l.dtype, [&](auto type) FASTLM_LAMBDA { prepare<typename DotRow<decltype(type)>::type>(l, shared); });
 }
 
 int64_t linear_shared(const Linear& l) { return l.a.rows * prepared_row<float>(l) * int64_t(sizeof(float)); }
@@ -181,7 +182,10 @@ void linear_few_rows(const Linear& l, const LinearBlock& block, const char* shar
     for (int64_t column = block.column_begin; column < block.column_end; column += step) {
       const int64_t left = block.column_end - column, count = left < step ? left : step;
       fill_tile<T>(l, shared, column, count, tile);
-      for (int64_t row = 0; row < l.a.rows; ++row) write_row<T>(l, tile + row * step, row, column, count);
+      for (int64_t row = 0; row < l.a.rows; ++row) {
+        if (is_transposed(l.b, l.dtype)) merge<typename FloatRow<T>::type>(tile + row * step, count);
+        write_row<T>(l, tile + row * step, row, column, count);
+      }
     }
   });
 }

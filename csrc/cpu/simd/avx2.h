@@ -9,6 +9,8 @@ namespace fastlm::FASTLM_ISA {
 constexpr int kGemmRows = 6, kGemmVectors = 1;
 // Dot products of 4 rows with 2 others take 8 registers.
 constexpr int kGemvColumns = 2;
+// Sums of rows keep so many weights in registers.
+constexpr int kGemvWeights = 8;
 constexpr bool kBFloat16Pairs = false;
 
 struct Word {
@@ -83,6 +85,12 @@ FASTLM_SIMD float sum(Float a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// Returns the sum of each of 8 vectors in a lane of its own.
+FASTLM_SIMD Float sum_each(const Float* a) {
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4].v, a[5].v), _mm256_hadd_ps(a[6].v, a[7].v));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 FASTLM_SIMD Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
 FASTLM_SIMD bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0; }

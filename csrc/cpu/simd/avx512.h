@@ -11,6 +11,8 @@ namespace fastlm::FASTLM_ISA {
 constexpr int kGemmRows = 6, kGemmVectors = 4;
 // Dot products of 4 rows with 4 others take 16 registers.
 constexpr int kGemvColumns = 4;
+// Sums of rows keep so many weights in registers.
+constexpr int kGemvWeights = 16;
 
 struct Word {
   using Scalar = uint32_t;
@@ -84,6 +86,26 @@ FASTLM_SIMD Float min(Float a, Float b) { return _mm512_min_ps(a.v, b.v); }
 FASTLM_SIMD Float max(Float a, Float b) { return _mm512_max_ps(a.v, b.v); }
 FASTLM_SIMD float largest(Float a) { return _mm512_reduce_max_ps(a.v); }
 FASTLM_SIMD float sum(Float a) { return _mm512_reduce_add_ps(a.v); }
+// Returns the sum of each of 16 vectors in a lane of its own, by halves: 45 instructions, where 16 single sums take 128.
+FASTLM_SIMD Float sum_each(const Float* a) {
+  __m512 quarters[4];  // in its 128-bit lane l, what is left of a[4 i + l]
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Float* of = a + 4 * i;
+    const __m512 halves01 =
+        _mm512_add_ps(_mm512_shuffle_f32x4(of[0].v, of[1].v, 0x44), _mm512_shuffle_f32x4(of[0].v, of[1].v, 0xee));
+    const __m512 halves23 =
+        _mm512_add_ps(_mm512_shuffle_f32x4(of[2].v, of[3].v, 0x44), _mm512_shuffle_f32x4(of[2].v, of[3].v, 0xee));
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves01, halves23, 0x88), _mm512_shuffle_f32x4(halves01, halves23, 0xdd));
+  }
+  const __m512 pairs01 =
+      _mm512_add_ps(_mm512_unpacklo_ps(quarters[0], quarters[1]), _mm512_unpackhi_ps(quarters[0], quarters[1]));
+  const __m512 pairs23 =
+      _mm512_add_ps(_mm512_unpacklo_ps(quarters[2], quarters[3]), _mm512_unpackhi_ps(quarters[2], quarters[3]));
+  // In its 128-bit lane l, the sums of a[l], a[4 + l], a[8 + l] and a[12 + l].
+  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pairs01, pairs23, 0x44), _mm512_shuffle_ps(pairs01, pairs23, 0xee));
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
+}
 FASTLM_SIMD Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
 FASTLM_SIMD Float scale2(Float a, Float n) { return _mm512_scalef_ps(a.v, n.v); }
 FASTLM_SIMD bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
