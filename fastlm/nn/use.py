@@ -1,10 +1,11 @@
 """Routing attention calls to fastlm in code that one cannot edit."""
 
 import functools
+import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from ..ops.attention import has_kernel, scaled_dot_product_attention
-from ..ops.torch_op import PLAIN
+from ..ops.checks import DTYPES
+from ..ops.latent import standard_normal
+from ..ops.torch_op import PLAIN, is_eager
 from . import blocks, handwritten
 from .entry_points import EntryPoints
 from .multi_head_call import MultiHeadCall
@@ -43,6 +46,9 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
 
     Jagged tensors (B, H, lengths, D), transposes of (B, lengths, H, D), are attended within as packed sequences.
 
+    Large samples of torch.distributions (rsample of Normal and of all that is made of its noise, on a CPU) draw fastlm's noise
+    from a seed of torch's generator, too: torch.manual_seed repeats them, but they are not torch's.
+
     torch's own function runs what kernels cannot do: other dtypes and devices, other nested tensors and subclasses of Tensor
     (such as DTensor), calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad input, for which torch raises
     its own errors.
@@ -53,16 +59,18 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     Attributes, in which compiled code does not count:
         routed: the number of calls that ran on fastlm.
         left: for each reason, the number of calls that were left to torch.
+        drawn: the number of samples of torch.distributions whose noise fastlm drew.
     """
 
     def __init__(self, handwritten: bool = True) -> None:
         self.handwritten = handwritten
-        self.routed = 0
+        self.routed = self.drawn = 0
         self.left: Counter[str] = Counter()
 
     def __str__(self) -> str:
         lines = [f"{self.routed} calls of attention ran on fastlm, {self.left.total()} were left to torch"]
-        return "\n".join(lines + [f"  {count} times: {reason}" for reason, count in self.left.items()])
+        lines += [f"  {count} times: {reason}" for reason, count in self.left.items()]
+        return "\n".join(lines + [f"{self.drawn} samples drew fastlm's noise"] * (self.drawn > 0))
 
     __repr__ = __str__
 
@@ -270,6 +278,24 @@ def _counting(theirs: Callable) -> Callable:
     return _named("counted_flex_attention", ours)
 
 
+LEAST_NOISE = 1 << 15  # Below so many normals, torch's single thread draws them as fast.
+
+
+def _drawing(theirs: Callable) -> Callable:
+    """Return the noise of torch.distributions that a block draws by fastlm's kernel, where that is faster."""
+
+    @functools.wraps(theirs)
+    def ours(shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+        block = blocks.current() if is_eager() else None
+        taken = dtype in DTYPES and device is not None and torch.device(device).type == "cpu"
+        if block is None or not taken or math.prod(shape) < LEAST_NOISE:
+            return theirs(shape, dtype, device)
+        block.drawn += 1
+        return standard_normal(tuple(shape), dtype, torch.randint(2**63 - 1, (), device="cpu"))
+
+    return _named("drawn_normal", ours)
+
+
 def _named(name: str, ours: Callable) -> Callable:
     """Name the function as this module does, so that pickles and torch.compile's caches never take it for torch's."""
     ours.__module__, ours.__name__, ours.__qualname__ = __name__, name, name
@@ -307,5 +333,8 @@ _entry_points = EntryPoints(
         (Tensor, "bmm", deferred_bmm_method),
         (Tensor, "baddbmm", deferred_baddbmm_method),
     ),
-    later=(("torch.nn.attention.flex_attention", "flex_attention", _counting),),
+    later=(
+        ("torch.nn.attention.flex_attention", "flex_attention", _counting),
+        ("torch.distributions.utils", "_standard_normal", _drawing),
+    ),
 )

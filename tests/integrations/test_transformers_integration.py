@@ -109,6 +109,38 @@ def test_attention_beside_the_interface_is_left(monkeypatch):
     assert calls() == 0
 
 
+class SwitchedAttention(torch.nn.Module):
+    """An attention as models bring it that were written before transformers' interface."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused_attn = config.use_flash_attn
+
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x) if self.fused_attn else torch.softmax(x @ x.mT, -1) @ x
+
+
+class SwitchedModel(hf.PreTrainedModel):
+    config_class = hf.PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.attention = SwitchedAttention(config)
+
+
+def test_a_model_s_own_switch_is_told_of():
+    config = hf.PreTrainedConfig(use_flash_attn=False, attn_config={"attn_impl": "torch", "attn_pdrop": 0.1}, flash_layers=[1])
+    reason = fastlm.replace(SwitchedModel(config)).left[""]
+    assert reason.startswith("SwitchedAttention does not go through transformers' AttentionInterface; ")
+    for switch in (
+        "config.use_flash_attn=False",
+        "config.attn_config['attn_impl']='torch'",
+        "SwitchedAttention.fused_attn=False",
+    ):
+        assert switch in reason
+    assert "attn_pdrop" not in reason and "flash_layers" not in reason
+
+
 def test_a_model_of_both_kinds(monkeypatch):
     """GIT's text attention computes its scores itself and is left; its vision attention has the interface and is swapped."""
     config = hf.GitConfig(**TOKENS, **BERT, vision_config=VISION)
@@ -397,10 +429,21 @@ def test_output_is_contiguous_without_a_copy(monkeypatch):
     assert len(outs) == 2 and all(out.transpose(1, 2).is_contiguous() for out in outs)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda model, file: file.write_bytes(pickle.dumps(model))])
-def test_a_swapped_model_runs_where_fastlm_was_not_imported(save, tmp_path):
-    model = hf.GPT2Model(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1)).eval()
+def made_with_fastlm(config):
+    config._attn_implementation = "fastlm"
+    return hf.GPT2Model(config)
+
+
+def swapped(config):
+    model = hf.GPT2Model(config)
     fastlm.replace(model)
+    return model
+
+
+@pytest.mark.parametrize("build", [swapped, made_with_fastlm])
+@pytest.mark.parametrize("save", [torch.save, lambda model, file: file.write_bytes(pickle.dumps(model))])
+def test_a_model_runs_where_fastlm_was_not_imported(build, save, tmp_path):
+    model = build(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1)).eval()
     save(model, tmp_path / "model")
     load = "torch.load(file, weights_only=False)" if save is torch.save else "pickle.load(open(file, 'rb'))"
     code = f"import pickle, torch; file = {str(tmp_path / 'model')!r}; model = {load}; ids = torch.ones(1, 4, dtype=torch.long)"

@@ -69,7 +69,7 @@ static void gemv_scores(const typename Keys::Elem* query, int64_t query_row, con
         for (int m = 0; m < R; ++m) sums[step][m][n] = Float(0.0f);
       }
       add_dots<Keys, M>(query, query_row, key, ahead, 0, whole, sums[step]);
-      if (left) add_last_dots<Keys, M>(query + vectors * Keys::V::lanes, query_row, key, whole, left, sums[step]);
+      if (left) add_last_dots<Keys, M>(query + vectors * Keys::elems, query_row, key, whole, left, sums[step]);
     }
     float summed[kSums];  // (kSteps, R, K)
 #pragma GCC unroll 8

@@ -22,7 +22,7 @@ template <class T>
 struct RowVector {
   using V = Float;
   using Elem = float;
-  static constexpr int parts = 1;
+  static constexpr int parts = 1, elems = V::lanes;                       // elems: of all parts
   static constexpr int64_t values = V::lanes, step = values * sizeof(T);  // of all parts; the step is in bytes
   static FASTLM_MEMBER void load(const char* from, V (&to)[parts]) { to[0] = V::load(reinterpret_cast<const T*>(from)); }
   static FASTLM_MEMBER void load(const char* from, int64_t left, V (&to)[parts]) {
@@ -34,7 +34,7 @@ struct RowVector {
 struct RowPairs {
   using V = Word;
   using Elem = uint32_t;
-  static constexpr int parts = 1;
+  static constexpr int parts = 1, elems = V::lanes;  // elems: of all parts
   static constexpr int64_t values = 2 * V::lanes, step = values * sizeof(BFloat16);
   static FASTLM_MEMBER void load(const char* from, V (&to)[parts]) { to[0] = V::load(from); }
   static FASTLM_MEMBER void load(const char* from, int64_t left, V (&to)[parts]) {
@@ -50,7 +50,7 @@ struct RowPairs {
 struct RowHalves {
   using V = Float;
   using Elem = float;
-  static constexpr int parts = 2;
+  static constexpr int parts = 2, elems = 2 * V::lanes;
   static constexpr int64_t values = RowPairs::values, step = RowPairs::step;
   static FASTLM_MEMBER void load(const char* from, V (&to)[parts]) { halves(Word::load(from), to); }
   static FASTLM_MEMBER void load(const char* from, int64_t left, V (&to)[parts]) {
@@ -141,7 +141,7 @@ FASTLM_SIMD void add_dots(const typename Row::Elem* a, int64_t a_row, const char
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) Row::load(row[n] + at, b[n]);
     add_step_of_dots<Row, M>(a, a_row, b, sums);
-    a += Row::parts * V::lanes;
+    a += Row::elems;
   };
   const auto prefetch = [&](int64_t at) FASTLM_LAMBDA {
 #pragma GCC unroll 8

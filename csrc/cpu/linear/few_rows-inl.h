@@ -56,8 +56,8 @@ static void dot_tile(const typename Row::Elem* a, int64_t a_row, const char* b_a
     for (int m = 0; m < M; ++m) sums[m][n] = Float(0.0f);
   }
   add_dots<Row, M>(a, a_row, row, ahead, 0, near * Row::step, sums);
-  add_dots<Row, M>(a + near * Row::parts * Row::V::lanes, a_row, row, next, near * Row::step, whole, sums);
-  if (left) add_last_dots<Row, M>(a + vectors * Row::parts * Row::V::lanes, a_row, row, whole, left, sums);
+  add_dots<Row, M>(a + near * Row::elems, a_row, row, next, near * Row::step, whole, sums);
+  if (left) add_last_dots<Row, M>(a + vectors * Row::elems, a_row, row, whole, left, sums);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8

@@ -22,8 +22,8 @@ After `fastlm.replace`, caches of `generate` grow in place (cache.py), and encod
 batches (packing.py). Their output is zeros there, where eager has numbers without a meaning, so give padding no labels (-100,
 as transformers' collators do). Models that read it, as those for question answering, compute it.
 
-A swapped model can be pickled, or sent to a worker, and used where fastlm has not been imported. One that was made with
-``attn_implementation="fastlm"`` needs ``import fastlm.integrations.transformers`` there.
+A model on fastlm can be pickled, or sent to a worker, and used where fastlm has not been imported: its pickle imports it. (For
+this the class of transformers' configs gets a ``__getstate__``.)
 
 A query that sees no key gets zeros, where eager gives it the mean of all values. In transformers' masks only padded positions
 see no key, and no other position sees them, so the outputs of all other positions are the same.
@@ -44,15 +44,23 @@ from . import cache, packing  # noqa: E402
 from . import conv1d as conv1d  # noqa: E402  (registers its swap)
 from .attention import attend  # noqa: E402
 from .mask import make_mask  # noqa: E402
-from .traits import computes_attention, traits_of, uses_interface  # noqa: E402
+from .traits import computes_attention, own_switches, traits_of, uses_interface  # noqa: E402
 
 NAME = "fastlm"
 
 
-class _Replaced(str):
-    """The implementation that a module had. To unpickle it imports this module, which registers the one that it has now."""
+class _Imported(str):
+    """The name of an implementation. To unpickle it imports this module, which registers the name with transformers."""
 
     __slots__ = ()
+
+
+def _state(config: PreTrainedConfig) -> dict:
+    """Return what a pickle of a config keeps."""
+    state = dict(vars(config))
+    if state.get("_attn_implementation_internal") == NAME:
+        state["_attn_implementation_internal"] = _Imported(NAME)
+    return state
 
 
 class AttentionSwap(Swap):
@@ -68,7 +76,7 @@ class AttentionSwap(Swap):
         parts = list(map(type, module.modules()))
         if not any(map(uses_interface, parts)):
             own = _names(filter(computes_attention, parts))
-            return f"{own} does not go through transformers' AttentionInterface" if own else "it has no attention to exchange"
+            return _without_interface(module, own) if own else "it has no attention to exchange"
         for cls in filter(uses_interface, parts):
             if reason := traits_of(cls).for_others:
                 return f"{cls.__name__} {reason}"
@@ -86,14 +94,14 @@ class AttentionSwap(Swap):
         parts = [part for part in module.modules() if self._takes_part(part)]
         for part in parts:
             if part.config._attn_implementation != NAME:  # else it was swapped before, by itself
-                part.fastlm_replaced = _Replaced(part.config._attn_implementation)
+                part.fastlm_replaced = part.config._attn_implementation
         for part in parts:
             _set(part, NAME)
         return f"attn_implementation {before!r} -> {NAME!r}{_exceptions(module)}"
 
     def undo(self, module: PreTrainedModel) -> str:
         for part in module.modules():  # a model comes before its attentions, which mostly share its config
-            before = str(vars(part).pop("fastlm_replaced", ""))
+            before = vars(part).pop("fastlm_replaced", "")
             if getattr(getattr(part, "config", None), "_attn_implementation", None) == NAME:
                 model = part if isinstance(part, PreTrainedModel) else module
                 # A model that was made with "fastlm" has no earlier implementation, and gets the default.
@@ -170,8 +178,15 @@ def _exceptions(model: PreTrainedModel) -> str:
     unknown = {cls.__name__: ", ".join(traits_of(cls).unknown) for cls in filter(uses_interface, parts)}
     reasons = [f"{name} runs eager where it is given {given}" for name, given in unknown.items() if given]
     if own := _names(filter(computes_attention, parts)):
-        reasons.append(f"{own} does not go through transformers' AttentionInterface")
+        reasons.append(_without_interface(model, own))
     return "".join(f"; {what}" for what in sorted(reasons))
+
+
+def _without_interface(model: PreTrainedModel, attentions: str) -> str:
+    """Return why the attentions of a model stay as they are, and how else they may reach fastlm."""
+    switches = ", ".join(own_switches(model))
+    other = f"; it has a switch of its own ({switches}), and fastlm.use() takes what it calls" if switches else ""
+    return f"{attentions} does not go through transformers' AttentionInterface{other}"
 
 
 def _names(classes: Iterable[type]) -> str:
@@ -180,6 +195,7 @@ def _names(classes: Iterable[type]) -> str:
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
+PreTrainedConfig.__getstate__ = _state
 register(AttentionSwap())
 register(CacheSwap())
 register(PackingSwap())

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Arguments that an eager function may have: fastlm's attention implements them, or ignores them as eager functions do.
 KNOWN = {"dropout", "scaling", "softcap", "s_aux", "position_bias", "output_attentions", "is_causal", "sliding_window"}
@@ -69,6 +69,20 @@ def computes_attention(cls: type[nn.Module]) -> bool:
     named = re.search("Attention|Attn", cls.__name__)
     own = {"softmax", "Softmax", "scaled_dot_product_attention"}
     return bool(named) and not uses_interface(cls) and any(own & set(f.__code__.co_names) for f in _functions(cls))
+
+
+_SWITCH = re.compile("flash|sdpa|fused_attn|memory_efficient|xformers|attn_impl|attention_impl")
+
+
+def own_switches(model: PreTrainedModel) -> list[str]:
+    """Return the settings by which a model chooses its attention without the interface: ``config.use_flash_attn=False``."""
+    config = vars(model.config)
+    settings = [(f"config.{name}", value) for name, value in config.items() if not name.startswith("_")]
+    for name, inner in config.items():
+        settings += [(f"config.{name}[{key!r}]", value) for key, value in inner.items()] if isinstance(inner, dict) else []
+    for cls, module in {type(module): module for module in model.modules() if computes_attention(type(module))}.items():
+        settings += [(f"{cls.__name__}.{name}", value) for name, value in vars(module).items() if not name.startswith("_")]
+    return [f"{name}={value!r}" for name, value in settings if _SWITCH.search(name) and isinstance(value, bool | str)]
 
 
 @cache
