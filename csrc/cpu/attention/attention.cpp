@@ -3,6 +3,8 @@
 #if defined(FASTLM_ISA)
 #include "backward-inl.h"
 #include "forward-inl.h"
+#include "jvp-inl.h"
+#include "jvp_backward-inl.h"
 #else
 
 #include <algorithm>
@@ -23,6 +25,10 @@ FASTLM_ISA_TABLE(AttentionPartialRow, attention_partial_row)
 FASTLM_ISA_TABLE(AttentionDeltaKernel, attention_delta)
 FASTLM_ISA_TABLE(AttentionBackwardKernel, attention_backward)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_backward_workspace)
+FASTLM_ISA_TABLE(AttentionJvpKernel, attention_jvp)
+FASTLM_ISA_TABLE(AttentionWorkspace, attention_jvp_workspace)
+FASTLM_ISA_TABLE(AttentionJvpBackwardKernel, attention_jvp_backward)
+FASTLM_ISA_TABLE(AttentionWorkspace, attention_jvp_backward_workspace)
 
 // Runs the tasks, the costliest first.
 template <class Run>
@@ -171,13 +177,19 @@ static void for_each_sharing_task(const AttentionBackward& a, AttentionTask task
   }
 }
 
-void attention_backward(const AttentionBackward& a, int64_t threads) {
-  const int isa = current_isa();
-  const int64_t rows = max_rows(a);
+// Writes the rows' deltas.
+static void compute_delta(const AttentionBackward& a) {
   std::vector<AttentionTask> tasks;
   add_row_tasks(a, kBlockRows, tasks);
+  const int isa = current_isa();
   run_sorted(tasks, 0, [&](const AttentionTask& task, char*) { attention_delta_kernels[isa](a, task); });
-  tasks.clear();
+}
+
+// Runs the tasks of a backward, of which there are two kinds.
+template <class Call, class Kernel>
+static void run_backward(const Call& a, int64_t threads, Kernel* kernel, AttentionWorkspace* workspace) {
+  const int64_t rows = max_rows(a);
+  std::vector<AttentionTask> tasks;
   int64_t step = std::max<int64_t>(rows, 1);
   if (whole_groups(a, threads)) {
     add_key_tasks(a, std::max<int64_t>(a.k_len, 1), true, tasks);
@@ -191,13 +203,40 @@ void attention_backward(const AttentionBackward& a, int64_t threads) {
     }
     add_key_tasks(a, kBlockKeys, false, tasks);
   }
-  run_sorted(tasks, attention_backward_workspace_kernels[isa](a, step), [&](const AttentionTask& task, char* memory) {
+  run_sorted(tasks, workspace(a, step), [&](const AttentionTask& task, char* memory) {
     if (a.grad_mask.data && task.computes_dq) {
-      for_each_sharing_task(a, task, [&](const AttentionTask& each) { attention_backward_kernels[isa](a, each, memory); });
+      for_each_sharing_task(a, task, [&](const AttentionTask& each) { kernel(a, each, memory); });
     } else {
-      attention_backward_kernels[isa](a, task, memory);
+      kernel(a, task, memory);
     }
   });
+}
+
+void attention_backward(const AttentionBackward& a, int64_t threads) {
+  const int isa = current_isa();
+  compute_delta(a);
+  run_backward(a, threads, attention_backward_kernels[isa], attention_backward_workspace_kernels[isa]);
+}
+
+void attention_jvp(const AttentionJvp& a, int64_t threads) {
+  const int isa = current_isa();
+  const int64_t rows = max_rows(a);
+  const int64_t step = std::min(rows_per_task(a, rows, a.batch * a.kv_heads, threads), std::max<int64_t>(rows, 1));
+  std::vector<AttentionTask> tasks;
+  add_row_tasks(a, step, tasks);
+  run_sorted(tasks, attention_jvp_workspace_kernels[isa](a, step),
+             [&](const AttentionTask& task, char* memory) { attention_jvp_kernels[isa](a, task, memory); });
+}
+
+void attention_jvp_backward(const AttentionJvpBackward& a, int64_t threads) {
+  const int isa = current_isa();
+  compute_delta(a);
+  AttentionBackward tangent = a;
+  tangent.out = a.out_tangent;
+  tangent.grad_lse = {};
+  tangent.delta = a.tangent_delta;
+  compute_delta(tangent);
+  run_backward(a, threads, attention_jvp_backward_kernels[isa], attention_jvp_backward_workspace_kernels[isa]);
 }
 
 }  // namespace fastlm

@@ -109,8 +109,32 @@ struct AttentionBackward : Attention {
   bool grad_mask_by_block;  // The mask is broadcast over queries: row i of grad_mask sums up kBlockRows queries.
 };
 
+// The tangents of the inputs, laid out as these are; each may be absent.
+struct Tangents {
+  Rows query, key, value;
+  Rows mask;             // floats, broadcast by strides of 0
+  int64_t mask_key = 0;  // stride over keys: 0, or 1 element
+  const float* sinks = nullptr;
+};
+
+// Forward-mode: also the tangents of out and lse.
+struct AttentionJvp : AttentionForward {
+  Tangents tangent;
+  Rows out_tangent;
+  Statistic lse_tangent;
+};
+
+// The gradients of <grad_out, out_tangent> + <grad_lse, lse_tangent>, where these are functions of the inputs.
+struct AttentionJvpBackward : AttentionBackward {
+  Tangents tangent;
+  Rows out_tangent;
+  Statistic lse_tangent, tangent_delta;  // tangent_delta_i = out_tangent_i . grad_out_i
+};
+
 using AttentionForwardKernel = void(const AttentionForward&, const AttentionTask&, char* workspace);
 using AttentionBackwardKernel = void(const AttentionBackward&, const AttentionTask&, char* workspace);
+using AttentionJvpKernel = void(const AttentionJvp&, const AttentionTask&, char* workspace);
+using AttentionJvpBackwardKernel = void(const AttentionJvpBackward&, const AttentionTask&, char* workspace);
 using AttentionDeltaKernel = void(const AttentionBackward&, const AttentionTask&);
 using AttentionCombineKernel = void(const AttentionForward&, const AttentionTask&);
 using AttentionPartialRow = int64_t(const Attention&);               // returns the floats per row of a partial result
@@ -121,5 +145,7 @@ void append_to_cache(const Attention&, const Rows& key, const Rows& value, int64
 
 void attention_forward(const AttentionForward&, int64_t threads);
 void attention_backward(const AttentionBackward&, int64_t threads);
+void attention_jvp(const AttentionJvp&, int64_t threads);
+void attention_jvp_backward(const AttentionJvpBackward&, int64_t threads);
 
 }  // namespace fastlm

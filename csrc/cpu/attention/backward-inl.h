@@ -88,46 +88,60 @@ struct BackwardArrays {
         grad_scores(grads, true, w) {}
 };
 
+// Calls f(p, k) for the weights p of keys k ... k + kLanes of a row of scores, recomputed from the saved statistics. Returns
+// false, and calls nothing, if the row sees no key.
+template <class F>
+FASTLM_SIMD bool weigh_row(const AttentionBackward& a, const Sequence& s, const ScoreRow& row, const float* scores,
+                           int64_t keys, const F& f) {
+  const float* statistics = a.statistics.at(s.batch, row.head, 2 * (s.q_first + row.query));
+  const float maximum = statistics[0], log_total = statistics[1], factor = exponent_factor(a);
+  if (maximum == -kInfinity) return false;
+  const F32 scale(factor), zero(0.0f);
+  if (is_far(maximum, factor)) {
+    // min: a weight is at most 1, but the score, summed in another order than in the forward, may be a rounding step higher.
+    const F32 most(maximum), shift(-log_total);
+    for (int64_t k = 0; k < padded(keys); k += kLanes) {
+      f(exp2_nonpositive(min(zero, mul_add(F32::load(scores + k) - most, scale, shift))), k);
+    }
+  } else {
+    const F32 shift(-(maximum * factor + log_total));
+    for (int64_t k = 0; k < padded(keys); k += kLanes) f(exp2_nonpositive(mul_add(F32::load(scores + k), scale, shift)), k);
+  }
+  return true;
+}
+
+// Adds a row of dS (keys,) to the mask's gradient, if it is wanted.
+FASTLM_SIMD void add_to_mask_gradient(const AttentionBackward& a, const Sequence& s, const ScoreRow& row, const float* grads,
+                                      int64_t first_key, int64_t keys) {
+  if (!a.grad_mask.data) return;
+  const int64_t block = a.grad_mask_by_block ? row.query / kBlockRows : row.query;
+  float* to = reinterpret_cast<float*>(a.grad_mask.at(s.b, row.head, block));
+  for (int64_t k = 0; k < keys; ++k) to[first_key + k] += grads[k];
+}
+
 // Turns a tile's scores into P, and its dP into dS, in place. Adds dS to the mask's gradient.
 template <class Elem>
 static void score_gradients(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
                             int64_t count, int64_t first_key, int64_t keys) {
-  const float factor = exponent_factor(a);
-  const F32 scale(factor), zero(0.0f);
   for (int64_t r = 0; r < count; ++r) {
     const ScoreRow& row = t.rows[r];
-    const float* statistics = a.statistics.at(s.batch, row.head, 2 * (s.q_first + row.query));
-    const float maximum = statistics[0], log_total = statistics[1];
     const F32 delta(*a.delta.at(s.batch, row.head, s.q_first + row.query));
     float *p_row = t.scores + r * kTileRow, *g_row = t.grads + r * kTileRow;
-    if (maximum == -kInfinity) {  // the row sees no key
+    if (a.seeds) draw_keep(a, s, row, first_key, t.keep);
+    const bool seen = weigh_row(a, s, row, p_row, keys, [&](F32 p, int64_t k) FASTLM_LAMBDA {
+      F32 g = F32::load(g_row + k);
+      if (a.seeds) g = g * F32::load(t.keep + k);
+      g = p * (g - delta);
+      if (a.seeds) p = p * F32::load(t.keep + k);
+      p.store(p_row + k);
+      g.store(g_row + k);
+    });
+    if (!seen) {
       __builtin_memset(p_row, 0, padded(keys) * sizeof(float));
       __builtin_memset(g_row, 0, padded(keys) * sizeof(float));
       continue;
     }
-    if (a.seeds) draw_keep(a, s, row, first_key, t.keep);
-    const auto weigh = [&](const auto& exponent) FASTLM_LAMBDA {
-      for (int64_t k = 0; k < padded(keys); k += kLanes) {
-        F32 p = exp2_nonpositive(exponent(F32::load(p_row + k))), g = F32::load(g_row + k);
-        if (a.seeds) g = g * F32::load(t.keep + k);
-        g = p * (g - delta);
-        if (a.seeds) p = p * F32::load(t.keep + k);
-        p.store(p_row + k);
-        g.store(g_row + k);
-      }
-    };
-    if (is_far(maximum, factor)) {
-      // min: a weight is at most 1, but the score, summed in another order than in the forward, may be a rounding step higher.
-      weigh([&](F32 x) FASTLM_LAMBDA { return min(zero, mul_add(x - F32(maximum), scale, F32(-log_total))); });
-    } else {
-      const F32 shift(-(maximum * factor + log_total));
-      weigh([&](F32 x) FASTLM_LAMBDA { return mul_add(x, scale, shift); });
-    }
-    if (a.grad_mask.data && task.computes_dq) {
-      float* to =
-          reinterpret_cast<float*>(a.grad_mask.at(s.b, row.head, a.grad_mask_by_block ? row.query / kBlockRows : row.query));
-      for (int64_t k = 0; k < keys; ++k) to[first_key + k] += g_row[k];
-    }
+    if (task.computes_dq) add_to_mask_gradient(a, s, row, g_row, first_key, keys);
     if (t.softcap_grad) {
       for (int64_t k = 0; k < padded(keys); k += kLanes) {
         (F32::load(g_row + k) * F32::load(t.softcap_grad + r * kTileRow + k)).store(g_row + k);
@@ -195,10 +209,22 @@ static void write_rows(const Rows& to, char* const* rows, int64_t count, int64_t
   });
 }
 
-// Goes over the task's rows for one block of keys, and writes dK and dV of the block.
+// Loads keys and values [first_key, first_key + keys) into the tiles.
 template <class Elem>
-static void backward_keys(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
-                          int64_t first_key, int64_t keys) {
+static void load_keys(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
+                      int64_t first_key, int64_t keys) {
+  key_rows(a, s, a.key, task.kv_head, first_key, keys, t.pointers);
+  load_b_transposed(a.key.dtype, t.pointers, keys, a.head_dim, t.key_transposed, t.key_row);
+  if (task.computes_dq) load_b(a.key.dtype, t.pointers, keys, a.head_dim, t.key.b, t.key.b_row);
+  key_rows(a, s, a.value, task.kv_head, first_key, keys, t.pointers);
+  load_b_transposed(a.value.dtype, t.pointers, keys, a.value_dim, t.value_transposed, t.key_row);
+}
+
+// Goes over the task's rows for one block of keys, and writes dK and dV of the block. The Call decides what a tile adds to
+// them.
+template <class Call, class Arrays>
+static void backward_keys(const Call& a, const Sequence& s, Arrays& t, const AttentionTask& task, int64_t first_key,
+                          int64_t keys) {
   if (task.computes_dkv) {
     __builtin_memset(t.grad_key, 0, keys * t.head_row * sizeof(float));
     __builtin_memset(t.grad_value, 0, keys * t.value_row * sizeof(float));
@@ -209,14 +235,8 @@ static void backward_keys(const AttentionBackward& a, const Sequence& s, Backwar
     fill_score_rows(a, s, task.kv_head, row, rows, t.rows);
     const Coverage covered = coverage(a, t.rows, rows, key_range(t.rows, rows), first_key, keys);
     if (covered == Coverage::kEmpty) continue;
-    if (!loaded) {
-      key_rows(a, s, a.key, task.kv_head, first_key, keys, t.pointers);
-      load_b_transposed(a.key.dtype, t.pointers, keys, a.head_dim, t.key_transposed, t.key_row);
-      if (task.computes_dq) load_b(a.key.dtype, t.pointers, keys, a.head_dim, t.key.b, t.key.b_row);
-      key_rows(a, s, a.value, task.kv_head, first_key, keys, t.pointers);
-      load_b_transposed(a.value.dtype, t.pointers, keys, a.value_dim, t.value_transposed, t.key_row);
-      loaded = true;
-    }
+    if (!loaded) load_keys(a, s, t, task, first_key, keys);
+    loaded = true;
     backward_tile(a, s, t, task, row, rows, first_key, keys, covered);
   }
   if (task.computes_dkv) {
@@ -227,11 +247,11 @@ static void backward_keys(const AttentionBackward& a, const Sequence& s, Backwar
   }
 }
 
-template <class Elem>
-static void backward_task(const AttentionBackward& a, const AttentionTask& task, char* memory) {
+template <class Arrays, class Call>
+static void backward_task(const Call& a, const AttentionTask& task, char* memory) {
   Workspace workspace(memory);
   const int64_t count = task.row_end - task.row_begin;
-  BackwardArrays<Elem> t(a, task.computes_dq ? count : 0, workspace);
+  Arrays t(a, task.computes_dq ? count : 0, workspace);
   const Sequence s = sequence(a, task.b);
   if (task.computes_dq) __builtin_memset(t.grad_query, 0, count * t.head_row * sizeof(float));
   for (int64_t key = task.key_begin; key < task.key_end; key += kBlockKeys) {
@@ -247,9 +267,9 @@ static void backward_task(const AttentionBackward& a, const AttentionTask& task,
 
 void attention_backward(const AttentionBackward& a, const AttentionTask& task, char* memory) {
   if constexpr (kBFloat16Pairs) {
-    if (in_pairs(a)) return backward_task<uint32_t>(a, task, memory);
+    if (in_pairs(a)) return backward_task<BackwardArrays<uint32_t>>(a, task, memory);
   }
-  backward_task<float>(a, task, memory);
+  backward_task<BackwardArrays<float>>(a, task, memory);
 }
 
 int64_t attention_backward_workspace(const Attention& a, int64_t rows) {

@@ -297,14 +297,47 @@ void kvcache_forward(const py::tuple& inputs, const py::tuple& options, const py
   attention_forward(a, threads);
 }
 
-// saved: out, grad_out, statistics, grad_lse or None, and delta.
-// outputs: grad_query, grad_key, grad_value, and grad_mask or None.
-void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple& saved, const py::tuple& outputs,
-              bool grad_mask_by_block, int64_t threads) {
-  AttentionBackward a{};
+// Sets the tangents of query, key, value, mask and sinks; each may be None.
+void fill_tangents(Tangents& t, const Attention& a, const py::tuple& tangents) {
+  const int dtype = a.query.dtype;
+  const int64_t batch = tensor_batch(a);
+  const auto rows = [&](int i, const char* name, std::initializer_list<int64_t> shape) {
+    return tangents[i].is_none() ? Rows() : rows_of(name, tangents[i], dtype, shape);
+  };
+  t.query = rows(0, "query's tangent", {batch, a.heads, a.q_len, a.head_dim});
+  t.key = rows(1, "key's tangent", {batch, a.kv_heads, a.k_len, a.head_dim});
+  t.value = rows(2, "value's tangent", {batch, a.kv_heads, a.k_len, a.value_dim});
+  const TensorView mask(tangents[3]), sinks(tangents[4]);
+  if (mask.given) {
+    Attention described = a;
+    fill_mask(described, mask);
+    expect(!described.mask_is_bool, "mask's tangent", mask, "a float");
+    t.mask = described.mask;
+    t.mask_key = described.mask_key;
+  }
+  t.sinks = array_of<float>("sinks' tangent", sinks, kFloat32, a.heads);
+}
+
+// results: out, lse, statistics, out's tangent and lse's tangent.
+void jvp(const py::tuple& inputs, const py::tuple& options, const py::tuple& tangents, const py::tuple& results,
+         int64_t threads) {
+  AttentionJvp a{};
   Indices own;
   fill_inputs(a, own, inputs);
   fill_options(a, options);
+  fill_tangents(a.tangent, a, tangents);
+  const int64_t batch = tensor_batch(a);
+  fill_outputs(a, batch, results[0], results[1], results[2]);
+  a.out_tangent = rows_of("out's tangent", results[3], a.query.dtype, {batch, a.heads, a.q_len, a.value_dim});
+  a.lse_tangent = statistic_of("lse's tangent", results[4], {batch, a.heads, a.q_len});
+  py::gil_scoped_release nogil;
+  attention_jvp(a, threads);
+}
+
+// Sets what the passes back read and write.
+// saved: out, grad_out, statistics, grad_lse or None, and delta.
+// outputs: grad_query, grad_key, grad_value, and grad_mask or None.
+void fill_backward(AttentionBackward& a, const py::tuple& saved, const py::tuple& outputs, bool grad_mask_by_block) {
   const int64_t batch = tensor_batch(a);
   const int dtype = a.query.dtype;
   a.out = rows_of("out", saved[0], dtype, {batch, a.heads, a.q_len, a.value_dim});
@@ -322,8 +355,34 @@ void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple
     a.grad_mask = rows_of("grad_mask", grad_mask, kFloat32);
     a.grad_mask_by_block = grad_mask_by_block;
   }
+}
+
+void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple& saved, const py::tuple& outputs,
+              bool grad_mask_by_block, int64_t threads) {
+  AttentionBackward a{};
+  Indices own;
+  fill_inputs(a, own, inputs);
+  fill_options(a, options);
+  fill_backward(a, saved, outputs, grad_mask_by_block);
   py::gil_scoped_release nogil;
   attention_backward(a, threads);
+}
+
+// of_tangents: out's tangent, lse's tangent, and the delta of out's tangent, which is written.
+void jvp_backward(const py::tuple& inputs, const py::tuple& options, const py::tuple& tangents, const py::tuple& saved,
+                  const py::tuple& of_tangents, const py::tuple& outputs, bool grad_mask_by_block, int64_t threads) {
+  AttentionJvpBackward a{};
+  Indices own;
+  fill_inputs(a, own, inputs);
+  fill_options(a, options);
+  fill_tangents(a.tangent, a, tangents);
+  fill_backward(a, saved, outputs, grad_mask_by_block);
+  const int64_t batch = tensor_batch(a);
+  a.out_tangent = rows_of("out's tangent", of_tangents[0], a.query.dtype, {batch, a.heads, a.q_len, a.value_dim});
+  a.lse_tangent = statistic_of("lse's tangent", of_tangents[1], {batch, a.heads, a.q_len});
+  a.tangent_delta = statistic_of("tangent_delta", of_tangents[2], {batch, a.heads, a.q_len});
+  py::gil_scoped_release nogil;
+  attention_jvp_backward(a, threads);
 }
 
 }  // namespace
@@ -333,6 +392,8 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward);
   add_method(m, plain_method);
   m.def("attention_backward", &backward);
+  m.def("attention_jvp", &jvp);
+  m.def("attention_jvp_backward", &jvp_backward);
   m.def("kvcache_attention_forward", &kvcache_forward);
 }
 

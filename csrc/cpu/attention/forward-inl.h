@@ -57,6 +57,8 @@ FASTLM_SIMD void store_weights(F32 p, uint32_t* to, int64_t k) { store_flushed(p
 // floats represent as precisely as 1, and a row is hardly ever rescaled after its first tiles.
 constexpr float kHeadroom = 8.0f;
 
+constexpr double kLog2EDouble = 1.4426950408889634;
+
 // Returns the exponent of the factor that converts weights relative to maximum `from` into weights relative to the larger
 // maximum `to`. It rounds as the weights are rounded, so that the rounding errors cancel.
 FASTLM_SIMD float rescale_exponent(float from, float to, float factor) {
@@ -73,20 +75,32 @@ static void raise_maximum(ForwardArrays<Elem>& t, int64_t row, float to, float f
   t.maximum[row] = to;
 }
 
+// Raises the maximum of a row if one of its scores (keys,) exceeds it by more than the headroom.
+template <class Arrays>
+FASTLM_SIMD void raise_if_exceeded(Arrays& t, int64_t row, const float* scores, int64_t keys, float factor) {
+  const float headroom = kHeadroom < factor * -kLowest ? kHeadroom / factor : -kLowest;  // finite: -inf + inf would be NaN
+  F32 most = F32::load(scores);
+  for (int64_t k = kLanes; k < padded(keys); k += kLanes) most = max(most, F32::load(scores + k));
+  if (any_less(F32(t.maximum[row] + headroom), most)) raise_maximum(t, row, largest(most), factor);
+}
+
+// Returns the maximum of a row, or 0 if the row has not seen a key.
+template <class Elem>
+FASTLM_SIMD float finite_maximum(const ForwardArrays<Elem>& t, int64_t row) {
+  return t.maximum[row] == -kInfinity ? 0.0f : t.maximum[row];
+}
+
 // Turns the tile's scores into weights (count, keys), and updates the running maxima, sums and outputs of the rows.
 template <bool kDropout, class Elem, class Weight>
 static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
                          int64_t first_key, int64_t keys, Weight* weights) {
   const float factor = exponent_factor(a);
-  const float headroom = kHeadroom < factor * -kLowest ? kHeadroom / factor : -kLowest;  // finite: -inf + inf would be NaN
   const F32 scale(factor);
   for (int64_t r = 0; r < count; ++r, weights += elems<Weight>(kTileRow)) {
     const int64_t row = first_row + r;
     const float* scores = t.scores + r * kTileRow;
-    F32 most = F32::load(scores);
-    for (int64_t k = kLanes; k < padded(keys); k += kLanes) most = max(most, F32::load(scores + k));
-    if (any_less(F32(t.maximum[row] + headroom), most)) raise_maximum(t, row, largest(most), factor);
-    const float maximum = t.maximum[row] == -kInfinity ? 0.0f : t.maximum[row];  // 0 for a row that has not seen a key
+    raise_if_exceeded(t, row, scores, keys, factor);
+    const float maximum = finite_maximum(t, row);
     if (kDropout) draw_keep(a, s, t.rows[row], first_key, t.keep);
     F32 sum = F32::load(t.sums + row * kLanes);
     const auto weigh = [&](const auto& exponent) FASTLM_LAMBDA {
@@ -116,9 +130,9 @@ static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<El
 // Turns products into scores, unless they are the same.
 template <class Elem>
 static void finish_scores(const Attention& a, ForwardArrays<Elem>& t, int64_t first_row, int64_t count, int64_t first_key,
-                          int64_t keys, Coverage covered) {
+                          int64_t keys, Coverage covered, float* softcap_grad = nullptr) {
   if (covered == Coverage::kWhole && scores_are_products(a)) return;
-  score_tile(a, t.rows + first_row, count, first_key, keys, t.scores);
+  score_tile(a, t.rows + first_row, count, first_key, keys, t.scores, softcap_grad);
 }
 
 // Adds the tile's keys to the outputs of rows [first_row, first_row + count): scores = q k^T, softmax, out += weights v.
@@ -163,13 +177,15 @@ FASTLM_SIMD double log2_of_sum(double a, double b) {
   return low == -double(kInfinity) ? high : high + __builtin_log2(1.0 + __builtin_exp2(low - high));
 }
 
-// Adds the sink to the sum, divides the row by the sum, and writes the row, its statistics and its log-sum-exp.
-static void finish_row(const AttentionForward& a, const Sequence& s, int64_t query, int64_t head, float maximum, float total,
-                       const float* out) {
-  constexpr double kLog2EDouble = 1.4426950408889634;
+// The total of a row's weights and its sink.
+struct RowTotal {
+  double base, log_total;  // Weights are relative to 2^base; log_total is log2 of their sum.
+  float share;             // 1 / sum
+};
+
+static RowTotal row_total(const AttentionForward& a, int64_t head, float maximum, float total) {
   const float factor = exponent_factor(a);
   const bool empty = total == 0.0f;  // The row sees no key: otherwise its largest weight is near 1 or above.
-  // Weights are relative to 2^base.
   const double base = empty ? 0.0 : is_far(maximum, factor) ? double(maximum) * factor : double(maximum * factor);
   // A logarithm takes as long as the output of a short row, so it is computed only when something reads it.
   const bool needs_log = a.sinks || a.lse.data || a.statistics.data;
@@ -181,16 +197,30 @@ static void finish_row(const AttentionForward& a, const Sequence& s, int64_t que
     if (!empty) share = float(__builtin_exp2(-log_total));
     if (sink != sink) share = float(sink);
   }
-  with_float_dtype(a.out.dtype, [&](auto type) FASTLM_LAMBDA {
-    auto* to = reinterpret_cast<decltype(type)*>(a.out.at(s.batch, head, s.q_first + query));
-    narrow_row(out, share, a.value_dim, to);
+  return {base, log_total, share};
+}
+
+// Multiplies a row by the factor, and writes it in the tensor's dtype.
+static void write_row(const Rows& to, const Sequence& s, int64_t query, int64_t head, const float* from, float factor,
+                      int64_t dim) {
+  with_float_dtype(to.dtype, [&](auto type) FASTLM_LAMBDA {
+    narrow_row(from, factor, dim, reinterpret_cast<decltype(type)*>(to.at(s.batch, head, s.q_first + query)));
   });
-  if (a.lse.data) *a.lse.at(s.batch, head, s.q_first + query) = float((base + log_total) / kLog2EDouble);
+}
+
+// Adds the sink to the sum, divides the row by the sum, and writes the row, its statistics and its log-sum-exp. Returns the
+// sum.
+static RowTotal finish_row(const AttentionForward& a, const Sequence& s, int64_t query, int64_t head, float maximum,
+                           float total, const float* out) {
+  const RowTotal row = row_total(a, head, maximum, total);
+  write_row(a.out, s, query, head, out, row.share, a.value_dim);
+  if (a.lse.data) *a.lse.at(s.batch, head, s.q_first + query) = float((row.base + row.log_total) / kLog2EDouble);
   if (a.statistics.data) {
     float* to = a.statistics.at(s.batch, head, 2 * (s.q_first + query));
     to[0] = maximum;
-    to[1] = float(log_total);
+    to[1] = float(row.log_total);
   }
+  return row;
 }
 
 // A partial row is the result of one split of the keys: the row's maximum and sum in the first vector, then its output, not yet
@@ -233,25 +263,27 @@ void attention_combine(const AttentionForward& a, const AttentionTask& task) {
   });
 }
 
+// Loads a task's queries and clears its sums.
 template <class Elem>
-static void forward_task(const AttentionForward& a, const AttentionTask& task, char* memory) {
-  Workspace workspace(memory);
+static void begin_rows(const Attention& a, const Sequence& s, const AttentionTask& task, ForwardArrays<Elem>& t) {
   const int64_t count = task.row_end - task.row_begin;
-  ForwardArrays<Elem> t(a, count, workspace);
-  const Sequence s = sequence(a, task.b);
   fill_score_rows(a, s, task.kv_head, task.row_begin, count, t.rows);
-  const auto rows_from = [&](int64_t row) FASTLM_LAMBDA { return count - row < kBlockRows ? count - row : kBlockRows; };
-  for (int64_t row = 0; row < count; row += kBlockRows) {
-    t.ranges[row / kBlockRows] = key_range(t.rows + row, rows_from(row));
-  }
   query_rows(a, s, a.query, task.kv_head, task.row_begin, count, t.pointers);
   load_a(a.query.dtype, t.pointers, count, a.head_dim, t.query, t.query_row);
   __builtin_memset(t.out, 0, count * t.out_row * sizeof(float));
   __builtin_memset(t.sums, 0, count * kLanes * sizeof(float));
   for (int64_t r = 0; r < count; ++r) t.maximum[r] = -kInfinity;
-  const bool gemv = s.q_len * a.group <= kGemvRows;  // not `count`, which depends on the number of threads
-  if constexpr (kValuesPerElem<Elem> == 1) {
-    if (gemv) split_queries(a.key.dtype, t.query, t.query_row, count, a.head_dim);
+}
+
+// Calls tile(first_row, rows, first_key, keys, end, covered) for every tile of a task that some row sees, after load(first_key,
+// keys) for its block of keys. `end` is the end of the task's keys. Rows count from the task's first.
+template <class Elem, class Load, class Tile>
+FASTLM_SIMD void for_tiles(const Attention& a, const AttentionTask& task, ForwardArrays<Elem>& t, const Load& load,
+                           const Tile& tile) {
+  const int64_t count = task.row_end - task.row_begin;
+  const auto rows_from = [&](int64_t row) FASTLM_LAMBDA { return count - row < kBlockRows ? count - row : kBlockRows; };
+  for (int64_t row = 0; row < count; row += kBlockRows) {
+    t.ranges[row / kBlockRows] = key_range(t.rows + row, rows_from(row));
   }
   const KeyRange range = key_range(t.rows, count);
   const int64_t begin = (range.any_low > task.key_begin ? range.any_low : task.key_begin) / kBlockKeys * kBlockKeys;
@@ -260,21 +292,42 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
     const int64_t keys = end - key < kBlockKeys ? end - key : kBlockKeys;
     bool loaded = false;
     for (int64_t row = 0; row < count; row += kBlockRows) {
-      const int64_t rows = rows_from(row);
       const KeyRange& seen = t.ranges[row / kBlockRows];
-      const Coverage covered = coverage(a, t.rows + row, rows, seen, key, keys);
+      const Coverage covered = coverage(a, t.rows + row, rows_from(row), seen, key, keys);
       if (covered == Coverage::kEmpty) continue;
-      if (gemv) {
-        gemv_tile(a, s, t, task.kv_head, count, key, keys, end, covered);
-        continue;
-      }
-      if (!loaded) load_keys(a, s, task.kv_head, t, key, keys);
+      if (!loaded) load(key, keys);
       loaded = true;
-      const int64_t seen_keys =
-          seen.any_high - key < keys ? seen.any_high - key : keys;  // a causal limit may end the block early
-      forward_tile(a, s, t, row, rows, key, seen_keys, covered);
+      tile(row, rows_from(row), key, keys, end, covered);
     }
   }
+}
+
+// Returns how many of a block's keys some row of a tile sees: a causal limit may end the block early.
+template <class Elem>
+FASTLM_SIMD int64_t seen_keys(const ForwardArrays<Elem>& t, int64_t first_row, int64_t first_key, int64_t keys) {
+  const int64_t seen = t.ranges[first_row / kBlockRows].any_high - first_key;
+  return seen < keys ? seen : keys;
+}
+
+template <class Elem>
+static void forward_task(const AttentionForward& a, const AttentionTask& task, char* memory) {
+  Workspace workspace(memory);
+  const int64_t count = task.row_end - task.row_begin;
+  ForwardArrays<Elem> t(a, count, workspace);
+  const Sequence s = sequence(a, task.b);
+  begin_rows(a, s, task, t);
+  const bool gemv = s.q_len * a.group <= kGemvRows;  // not `count`, which depends on the number of threads
+  if constexpr (kValuesPerElem<Elem> == 1) {
+    if (gemv) split_queries(a.key.dtype, t.query, t.query_row, count, a.head_dim);
+  }
+  const auto load = [&](int64_t key, int64_t keys) FASTLM_LAMBDA {
+    if (!gemv) load_keys(a, s, task.kv_head, t, key, keys);
+  };
+  for_tiles(a, task, t, load,
+            [&](int64_t row, int64_t rows, int64_t key, int64_t keys, int64_t end, Coverage covered) FASTLM_LAMBDA {
+              if (gemv) return gemv_tile(a, s, t, task.kv_head, count, key, keys, end, covered);
+              forward_tile(a, s, t, row, rows, key, seen_keys(t, row, key, keys), covered);
+            });
   if (gemv) merge_outputs(a.value.dtype, t.out, t.out_row, count, a.value_dim);
   for (int64_t r = 0; r < count; ++r) {
     const float total = sum(F32::load(t.sums + r * kLanes)), *out = t.out + r * t.out_row;

@@ -157,20 +157,27 @@ struct Lanes {
 };
 alignas(64) constexpr Lanes kKeyOfLane;
 
+// Loads a row of a float mask, whose keys are `stride` elements apart, into bias (keys,), padded to whole vectors.
+static void load_floats(int dtype, const char* row, int64_t stride, int64_t first_key, int64_t keys, float* bias) {
+  with_float_dtype(dtype, [&](auto type) FASTLM_LAMBDA {
+    widen_row(reinterpret_cast<const decltype(type)*>(row) + stride * first_key, stride ? keys : 1, bias);
+  });
+  for (int64_t k = 1; !stride && k < padded(keys); ++k) bias[k] = bias[0];
+}
+
 // Loads what the mask adds to the scores of a row, -inf where it hides a key, into bias (keys,), padded to whole vectors.
 static void load_bias(const Attention& a, const char* mask, int64_t first_key, int64_t keys, float* bias) {
+  if (!a.mask_is_bool) return load_floats(a.mask.dtype, mask, a.mask_key, first_key, keys, bias);
   const int64_t n = a.mask_key ? keys : 1;
-  if (a.mask_is_bool) {
-    widen_row(reinterpret_cast<const uint8_t*>(mask) + (a.mask_key ? first_key : 0), n, bias);
-    for (int64_t k = 0; k < padded(n); ++k) bias[k] = bias[k] != 0.0f ? 0.0f : -kInfinity;
-  } else {
-    with_float_dtype(a.mask.dtype, [&](auto type) FASTLM_LAMBDA {
-      widen_row(reinterpret_cast<const decltype(type)*>(mask) + (a.mask_key ? first_key : 0), n, bias);
-    });
-  }
-  if (!a.mask_key) {
-    for (int64_t k = 1; k < padded(keys); ++k) bias[k] = bias[0];
-  }
+  widen_row(reinterpret_cast<const uint8_t*>(mask) + a.mask_key * first_key, n, bias);
+  for (int64_t k = 0; k < padded(n); ++k) bias[k] = bias[k] != 0.0f ? 0.0f : -kInfinity;
+  for (int64_t k = 1; !a.mask_key && k < padded(keys); ++k) bias[k] = bias[0];
+}
+
+// Returns the factor of products in the softcap's tanh, limited to finite values, so that a product of 0 stays 0.
+static float softcap_factor(const Attention& a) {
+  const float factor = a.scale / a.softcap;
+  return factor > -kLowest ? -kLowest : factor < kLowest ? kLowest : factor;
 }
 
 // Turns a tile of products (count, keys) into scores, -inf where a row does not see a key. If softcap_grad is given, it gets
@@ -178,9 +185,7 @@ static void load_bias(const Attention& a, const char* mask, int64_t first_key, i
 template <bool kCap, bool kSlope, bool kMask>
 static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, int64_t first_key, int64_t keys, float* scores,
                        float* softcap_grad) {
-  const float inner = a.scale / a.softcap;  // limited to finite values below, so that a product of 0 stays 0
-  const float outer = scores_are_products(a) ? 1.0f : a.scale;
-  const F32 factor(kCap ? (inner > -kLowest ? -kLowest : inner < kLowest ? kLowest : inner) : outer);
+  const F32 factor(kCap ? softcap_factor(a) : scores_are_products(a) ? 1.0f : a.scale);
   const F32 cap(a.softcap), hidden(-kInfinity), one(1.0f);
   alignas(64) float bias[kBlockKeys];
   const char* loaded = nullptr;
@@ -224,6 +229,40 @@ static void score_tile(const Attention& a, const ScoreRow* rows, int64_t count, 
   const auto tile = a.softcap > 0.0f ? (a.slopes ? score_tile<true, true> : score_tile<true, false>)
                                      : (a.slopes ? score_tile<false, true> : score_tile<false, false>);
   tile(a, rows, count, first_key, keys, scores, softcap_grad);
+}
+
+// ---- tangents ---------------------------------------------------------------------------------------------------------------
+
+// Computes the tangents of products, dq k^T + q dk^T, of rows and keys in tiles.
+template <class Elem>
+static void product_tangents(const Tangents& t, int64_t count, int64_t columns, int64_t depth, A<Elem> query,
+                             A<Elem> query_tangent, B<Elem> key, B<Elem> key_tangent, float* to) {
+  if (t.query.data) {
+    gemm<false>(count, columns, depth, query_tangent, key, to, kTileRow);
+  } else {
+    __builtin_memset(to, 0, count * kTileRow * sizeof(float));
+  }
+  if (t.key.data) gemm<true>(count, columns, depth, query, key_tangent, to, kTileRow);
+}
+
+// Turns a tile of the products' tangents (count, keys) into the tangents of the natural scores, 0 where a row does not see a
+// key. `scores` is the tile of scores, and softcap_grad the softcap's derivative, or null.
+static void score_tangent_tile(const Attention& a, const Sequence& s, const Tangents& t, const ScoreRow* rows, int64_t count,
+                               int64_t first_key, int64_t keys, const float* scores, const float* softcap_grad, float* tile) {
+  const F32 scale(a.scale), lowest(kLowest), zero(0.0f);
+  alignas(64) float bias[kBlockKeys] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t at = r * kTileRow;
+    if (t.mask.data) {
+      load_floats(t.mask.dtype, t.mask.at(s.b, rows[r].head, rows[r].query), t.mask_key, first_key, keys, bias);
+    }
+    for (int64_t k = 0; k < padded(keys); k += kLanes) {
+      F32 x = scale * F32::load(tile + at + k);
+      if (softcap_grad) x = x * F32::load(softcap_grad + at + k);
+      x = x + F32::load(bias + k);
+      select_less(F32::load(scores + at + k), lowest, zero, x).store(tile + at + k);
+    }
+  }
 }
 
 // ---- dropout ---------------------------------------------------------------------------------------------------------------
