@@ -67,7 +67,7 @@ _is_compiling = torch.compiler.is_compiling
 _profiler_enabled = torch.autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _tensor_keys = torch._C._dispatch_keys
 
@@ -76,7 +76,7 @@ def is_eager() -> bool:
     """Tell whether torch runs what is called: nothing traces, transforms, replaces or forward-differentiates its ops."""
     if _is_compiling() or forward_ad._current_level >= 0 or _tracing_state() is not None:
         return False
-    return not _dispatch_modes() and not _transforms_active()
+    return not _dispatch_modes() and not transforms_active()
 
 
 def is_ordinary(value: object) -> bool:
@@ -122,19 +122,45 @@ def _exports_to_onnx() -> bool:
     return onnx is not None and onnx.is_in_onnx_export()
 
 
-def reference_only(*tensors: Tensor | None) -> str | None:
-    """Return why only the reference, which consists of torch's own ops, can run a call with these tensors, or None."""
+NO_TANGENTS = "the kernels have no forward-mode derivatives"
+
+
+def export_only() -> str | None:
+    """Return why only the reference, which consists of torch's own ops, can run a call that is exported, or None."""
+    builds_graph = _is_compiling() or _tracing_state() is not None
+    return EXPORTS if builds_graph and _exports_to_onnx() else None
+
+
+def may_have_tangents(*tensors: Tensor | None) -> bool:
+    """Tell whether one of the tensors has a tangent, or may have one inside the wrapper of a transform of torch.func."""
     if forward_ad._current_level < 0:
-        builds_graph = _is_compiling() or _tracing_state() is not None
-        return EXPORTS if builds_graph and _exports_to_onnx() else None
-    # Under a transform of torch.func the tangent may hide inside a wrapper; the reference is right with and without one.
-    transformed = _transforms_active()
-    if transformed or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        return "the kernels have no forward-mode derivatives"
-    return None
+        return False
+    return transforms_active() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def reference_only(*tensors: Tensor | None) -> str | None:
+    """Return why only the reference can run a call with these tensors, if the kernels have no forward mode, or None."""
+    return export_only() if forward_ad._current_level < 0 else NO_TANGENTS if may_have_tangents(*tensors) else None
 
 
 # ---- gradients --------------------------------------------------------------------------------------------------------------
+
+
+NO_MORE = (
+    'fastlm\'s kernels have no derivatives of this order; backend="reference" has them, and so has torch, outside of fastlm.use '
+    "or with its handwritten=False"
+)
+
+
+def unknown_tangents(outputs: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the tangents of outputs whose derivatives there are not: torch.func asks for them, so that they raise.
+
+    A dual level of forward_ad computes tangents of all that happens inside, as of a gradient that itself is of second order;
+    nobody need read them, so that they are NaN.
+    """
+    if transforms_active():
+        raise RuntimeError(NO_MORE)
+    return tuple(None if output is None else torch.full_like(output, torch.nan) for output in outputs)
 
 
 class _Final(torch.autograd.Function):
@@ -148,14 +174,15 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, args, outputs):
-        pass
+        ctx.save_for_forward(*outputs)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            'fastlm\'s kernels have first derivatives alone; backend="reference" has the second ones, and so has torch, '
-            "outside of fastlm.use or with its handwritten=False"
-        )
+        raise RuntimeError(NO_MORE)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return unknown_tangents(ctx.saved_tensors)
 
 
 def differentiable_once(backward):
@@ -167,14 +194,15 @@ def differentiable_once(backward):
 
     @functools.wraps(backward)
     def once(ctx, *grad_outputs):
-        if not torch.is_grad_enabled() or _is_compiling():
+        if _is_compiling() or not (torch.is_grad_enabled() or forward_ad._current_level >= 0):
             return backward(ctx, *grad_outputs)
         with torch.no_grad():
             grads = backward(ctx, *grad_outputs)
         given = [grad for grad in grads if grad is not None]
-        causes = [t for t in (*grad_outputs, *ctx.saved_tensors) if t is not None and t.requires_grad]
-        final = iter(_Final.apply(len(given), *given, *causes))
-        return tuple(None if grad is None else next(final) for grad in grads)
+        forward_mode = forward_ad._current_level >= 0
+        tensors = [t for t in (*grad_outputs, *ctx.saved_tensors) if t is not None]
+        marked = iter(_Final.apply(len(given), *given, *(t for t in tensors if forward_mode or t.requires_grad)))
+        return tuple(None if grad is None else next(marked) for grad in grads)
 
     return once
 
@@ -189,11 +217,17 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable:
 
 
 def with_gradient(
-    kernel: Callable, op: Callable, save: Callable, backward: Callable, once: bool = True
+    kernel: Callable,
+    op: Callable,
+    save: Callable,
+    backward: Callable,
+    once: bool = True,
+    forward_mode: tuple[Callable, Callable] | None = None,
 ) -> tuple[Callable, Callable]:
     """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
 
-    ``once`` says that the backward cannot be differentiated itself.
+    ``once`` says that the backward cannot be differentiated itself. ``forward_mode`` are another ``save``, which keeps what the
+    tangents need too, and ``jvp(ctx, *tangents)``, which returns those of the outputs.
 
     Return two functions of the same arguments. The first runs the ``kernel`` and bypasses the dispatcher. The second runs the
     ``op``, which torch.func's transforms and all other listeners have to see.
@@ -219,6 +253,8 @@ def with_gradient(
             return op(*args)
 
     Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward) if once else backward)
+    if forward_mode is not None:
+        Dispatched.setup_context, Dispatched.jvp = map(staticmethod, forward_mode)
     return direct_apply(Direct), Dispatched.apply
 
 

@@ -10,11 +10,11 @@ calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "Flas
 
 from torch import Tensor
 
-from ...backend import DEFAULT, Implementation, select
+from ...backend import DEFAULT, Implementation, barred, select
 from ...reference import attention as reference
 from ..checks import autocast
 from ..noise import check_seed, seed_tensor
-from ..torch_op import reference_only
+from ..torch_op import NO_TANGENTS, export_only, may_have_tangents
 from . import cpu, triton
 from .call import TENSORS, AttentionCall
 from .checks import (
@@ -106,7 +106,8 @@ def run(op: str, call: AttentionCall, seed: int | Tensor | None, backend: str | 
 
     The seed is drawn after the choice, so that explain() leaves torch's generator alone.
     """
-    attend = select(op, IMPLEMENTATIONS, (call.query, call.value), backend, reference_only(*call[:TENSORS]))
+    implementations = WITH_TANGENTS if may_have_tangents(*call[:TENSORS]) else IMPLEMENTATIONS
+    attend = select(op, implementations, (call.query, call.value), backend, export_only())
     if call.dropout_p:
         call = call._replace(seed=seed_tensor(seed, call.query))
     return attend(call)
@@ -117,6 +118,7 @@ IMPLEMENTATIONS = (
     Implementation("triton", triton.attend, triton.why_not),
     Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
 )
+WITH_TANGENTS = tuple(barred(i, NO_TANGENTS) if i.backend == "triton" else i for i in IMPLEMENTATIONS)
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

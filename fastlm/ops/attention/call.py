@@ -43,6 +43,19 @@ TENSORS = 9  # The first 9 fields are the tensors.
 DIFFERENTIABLE = 5  # The first 5 of them have gradients.
 
 
+class Tangents(NamedTuple):
+    """Hold the tangents of a call's differentiable tensors, of their shapes and dtypes. None counts as zeros."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    mask: Tensor | None
+    sinks: Tensor | None
+
+
+TANGENTS = ", ".join(f"Tensor? {name}_tangent" for name in Tangents._fields)
+
+
 class KVCacheCall(NamedTuple):
     """Hold a checked call of attention to caches (B, Hkv, Lmax, D), or (pages, page, Hkv, D) with a block_table."""
 

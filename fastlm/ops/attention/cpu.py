@@ -7,9 +7,10 @@ from ...backend import DEFAULT
 from ...backend import cpu as native
 from ...backend.cpu import empty, view
 from ..torch_op import may_bypass_dispatcher, sum_to
-from .call import AttentionCall, KVCacheCall, kernel_options
+from .call import AttentionCall, KVCacheCall, Tangents, kernel_options
 from .checks import no_columns
 from .op import (
+    Passes,
     attention_op,
     check_cache_strides,
     empty_like,
@@ -19,6 +20,7 @@ from .op import (
     output_gradients,
     rows_of,
     sink_gradient,
+    sink_weights,
 )
 
 
@@ -122,11 +124,76 @@ def backward(
     grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
     grad_sinks = query.new_empty(0)
     if need_sinks:
-        grad_sinks = sink_gradient(sinks, statistics, _score_unit(call), lse, delta)
+        grad_sinks = sink_gradient(sinks, sink_weights(sinks, statistics, _score_unit(call), lse), -delta)
     return *grads, grad_mask, grad_sinks
 
 
-attend = attention_op("attention", forward, backward, ("CPU",), infer)
+# ---- forward mode, and its backward -----------------------------------------------------------------------------------------
+
+
+def _tangent_args(call: AttentionCall, tangents: Tangents) -> tuple:
+    """Return the tangents as the C++ code reads them."""
+    *rows, mask, sinks = tangents
+    return (
+        *(None if tangent is None else view(rows_of(tangent)) for tangent in rows),
+        None if mask is None else view(_mask_rows(mask, call.query, call.key)),
+        None if sinks is None else view(sinks.float().contiguous()),
+    )
+
+
+def jvp(call: AttentionCall, tangents: Tangents) -> tuple[Tensor, ...]:
+    """Return (out, lse, statistics, out's tangent, lse's tangent)."""
+    out, lse = empty_results(call.query, call.value, empty)
+    out_tangent, lse_tangent = empty_results(call.query, call.value, empty)
+    results = out, lse, empty_statistics(call.query, empty), out_tangent, lse_tangent
+    native.C.attention_jvp(
+        tensor_args(call), kernel_options(call), _tangent_args(call, tangents), tuple(map(view, results)), torch.get_num_threads()
+    )
+    return results
+
+
+def jvp_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    out_tangent: Tensor,
+    lse_tangent: Tensor,
+    need_mask: bool,
+    need_sinks: bool,
+    call: AttentionCall,
+    tangents: Tangents,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key, value, mask and sinks, from those of the tangents of out and lse."""
+    query, key, value, mask, sinks = call[:5]
+    grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
+    grad_mask = _mask_gradient_buffer(mask, query, key) if need_mask else None
+    expanded = None
+    if need_mask:
+        expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
+    grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
+    delta, tangent_delta, lse_tangent = empty(lse, lse.shape), empty(lse, lse.shape), lse_tangent.contiguous()
+    native.C.attention_jvp_backward(
+        tensor_args(call),
+        kernel_options(call),
+        _tangent_args(call, tangents),
+        tuple(map(view, (rows_of(out), grad_out, statistics.contiguous(), grad_lse, delta))),
+        tuple(map(view, (rows_of(out_tangent), lse_tangent, tangent_delta))),
+        (*map(view, grads), view(expanded)),
+        need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
+        torch.get_num_threads(),
+    )
+    grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
+    grad_sinks = query.new_empty(0)
+    if need_sinks:
+        own = 0.0 if tangents.sinks is None else tangents.sinks.float()[:, None]
+        by_weight = (lse_tangent - own) * delta - tangent_delta
+        grad_sinks = sink_gradient(sinks, sink_weights(sinks, statistics, _score_unit(call), lse), by_weight)
+    return *grads, grad_mask, grad_sinks
+
+
+attend = attention_op("attention", Passes(forward, backward, jvp, jvp_backward), ("CPU",), infer)
 
 
 # ---- a cache of keys and values ---------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Make the torch ops of attention for each backend: schema, fake tensors, vmap and autograd around the backend's functions.
 
 fastlm::attention returns (out, lse, statistics). fastlm::attention_backward returns the gradients of query, key, value, mask
-and sinks; an unwanted gradient is an empty tensor, because an op cannot return None. fastlm::kvcache_attention returns
-(out, lse). cpu.py and triton.py hold the functions.
+and sinks; an unwanted gradient is an empty tensor, because an op cannot return None. fastlm::attention_jvp, forward mode, returns
+what the forward does and the tangents of out and lse; fastlm::attention_jvp_backward returns the gradients of a function of these
+two tangents. derivatives.py makes of the four what autograd calls. fastlm::kvcache_attention returns (out, lse). cpu.py and
+triton.py hold the functions.
 
 A backend's own backward recomputes the weights from ``statistics`` (B, Hq, Lq, 2). They hold the maximum that was subtracted
 from a row's scores, in the backend's unit, and log2 of the sum of the row's weights. The log-sum-exp, which adds the two, would
@@ -11,12 +13,26 @@ not do: beside scores near -1e9, float32 has no room for the logarithm of the nu
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to, with_gradient
-from .call import DIFFERENTIABLE, INPUTS, KVCACHE_INPUTS, KVCACHE_TENSORS, TENSORS, AttentionCall, KVCacheCall
+from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to
+from .call import (
+    DIFFERENTIABLE,
+    INPUTS,
+    KVCACHE_INPUTS,
+    KVCACHE_TENSORS,
+    TANGENTS,
+    TENSORS,
+    AttentionCall,
+    KVCacheCall,
+    Tangents,
+)
+from .derivatives import Ops, differentiable
 
 # ---- layout: results lie in memory as the tensors that they belong to -------------------------------------------------------
 
@@ -62,23 +78,32 @@ def output_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | No
     return grad_out, None if grad_lse is None else grad_lse.contiguous()
 
 
-def sink_gradient(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return the gradient of the sinks (Hq,), which have no value: the sum of p (0 - delta), with p the sink's weight in a row.
+def sink_weights(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor) -> Tensor:
+    """Return the weights (B, Hq, Lq) of the sinks (Hq,).
 
-    lse and delta are (B, Hq, Lq); ``unit`` times a row's maximum is a natural score. Beside a huge maximum, the LSE has no room
-    for the sum of the weights; far from the maximum, a sink has all of its row's weight, or none.
+    ``unit`` times a row's maximum is a natural score. Beside a huge maximum, the LSE has no room for the sum of the weights; far
+    from the maximum, a sink has all of its row's weight, or none.
     """
     logits, maximum = sinks.float()[:, None], statistics[..., 0] * unit
     by_lse = logits - lse.masked_fill(lse == -math.inf, math.inf)
     by_total = logits - maximum - statistics[..., 1] * math.log(2.0)
-    share = torch.exp(torch.where((logits - maximum).abs() < 64.0, by_total, by_lse))
-    return sum_to(-share * delta, sinks[:, None]).reshape(sinks.shape)
+    return torch.exp(torch.where((logits - maximum).abs() < 64.0, by_total, by_lse))
+
+
+def sink_gradient(sinks: Tensor, weights: Tensor, by_weight: Tensor) -> Tensor:
+    """Return the gradient of the sinks (Hq,): the sum of their weights times ``by_weight``, both (B, Hq, Lq).
+
+    In a backward that is -delta, because a sink has no value.
+    """
+    return sum_to(weights * by_weight, sinks[:, None]).reshape(sinks.shape)
 
 
 # ---- vmap: if the op can batch them, entries become one batch; otherwise each is a call of its own --------------------------
 
-# A backward takes these arguments before the call's: grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks.
-_SAVED = 7
+# What a backward takes before the call: grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks; and the backward of the
+# tangents: two more tensors, out_tangent and lse_tangent, before the last two.
+_SAVED, _SAVED_TANGENTS = 7, 9
+_CALL = len(AttentionCall._fields)
 
 
 def _is_one_batch(in_dims: tuple, call: AttentionCall) -> bool:
@@ -100,45 +125,62 @@ def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
     return tuple(map(torch.stack, zip(*calls)))
 
 
-def _forward_vmap(op, info, in_dims, *args):
-    size = info.batch_size
-    if not _is_one_batch(in_dims, AttentionCall._make(args)):
-        return _one_by_one(op, size, in_dims, args), (0, 0, 0)
-    folded = (_folded(t, d, size) for t, d in zip(args[:3], in_dims))
-    results = op(*folded, *args[3:])
-    return tuple(result.unflatten(0, (size, -1)) for result in results), (0, 0, 0)
+def _vmap(first: int, results: int, gradients: bool, op, info, in_dims, *args) -> tuple[tuple, tuple]:
+    """Run an op with ``results`` results on vmapped arguments, of which a call begins at place ``first``.
 
-
-def _backward_vmap(op, info, in_dims, *args):
-    size, (need_mask, need_sinks) = info.batch_size, args[_SAVED - 2 : _SAVED]
-    if need_mask or need_sinks or not _is_one_batch(in_dims[_SAVED:], AttentionCall._make(args[_SAVED:])):
-        return _one_by_one(op, size, in_dims, args), (0,) * DIFFERENTIABLE
-    folded = [_folded(a, d, size) if isinstance(a, Tensor) else a for a, d in zip(args[: _SAVED + 3], in_dims)]
-    *grads, grad_mask, grad_sinks = op(*folded, *args[_SAVED + 3 :])
-    return (*(grad.unflatten(0, (size, -1)) for grad in grads), grad_mask, grad_sinks), (0, 0, 0, None, None)
+    What comes before the call has a batch like the query, and so have the first three of the tangents behind it. ``gradients``
+    says that the results are those of query, key, value, mask and sinks, and the arguments before the call end with flags that
+    ask for the last two.
+    """
+    size, call, behind = info.batch_size, AttentionCall._make(args[first : first + _CALL]), first + _CALL
+    one_batch = _is_one_batch(in_dims[first:behind], call) and in_dims[behind + 3 :] in ((), (None, None))
+    if not one_batch or (gradients and any(args[first - 2 : first])):
+        return _one_by_one(op, size, in_dims, args), (0,) * results
+    with_batch = {*range(first + 3), *range(behind, min(behind + 3, len(args)))}
+    folded = [
+        _folded(a, d, size) if i in with_batch and isinstance(a, Tensor) else a for i, (a, d) in enumerate(zip(args, in_dims))
+    ]
+    outputs = op(*folded)
+    count = 3 if gradients else results  # unwanted gradients are empty
+    batched = tuple(output.unflatten(0, (size, -1)) for output in outputs[:count])
+    return (*batched, *outputs[count:]), (0,) * count + (None,) * (results - count)
 
 
 # ---- a backend's ops --------------------------------------------------------------------------------------------------------
 
 
-def attention_op(
-    name: str, forward: Callable, backward: Callable, devices: tuple[str, ...], infer: Callable | None = None
-) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
-    """Make a backend's ``attend(call)``, which returns (out, lse) by its torch op, with the required gradients.
+class Passes(NamedTuple):
+    """Hold a backend's functions of an AttentionCall. The last two may be missing.
 
-    Args:
+    Attributes:
         forward: ``forward(call)`` returns (out, lse, statistics).
         backward: ``backward(grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks, call)`` returns the gradients of
             query, key, value, mask and sinks.
-        infer: ``infer(call)`` returns (out, lse) of a call without gradients, for a backend that can omit the statistics.
+        jvp: ``jvp(call, tangents)`` returns (out, lse, statistics, out_tangent, lse_tangent).
+        jvp_backward: ``jvp_backward(grad_out, grad_lse, out, lse, statistics, out_tangent, lse_tangent, need_mask, need_sinks,
+            call, tangents)`` returns the gradients that <grad_out, out_tangent> + <grad_lse, lse_tangent> has for the inputs.
     """
-    infer = infer or forward
+
+    forward: Callable
+    backward: Callable
+    jvp: Callable | None = None
+    jvp_backward: Callable | None = None
+
+
+def attention_op(
+    name: str, passes: Passes, devices: tuple[str, ...], infer: Callable | None = None
+) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
+    """Make a backend's ``attend(call)``, which returns (out, lse) by its torch ops, with their derivatives.
+
+    ``infer(call)`` returns (out, lse) of a call without gradients, for a backend that can omit the statistics.
+    """
+    infer = infer or passes.forward
 
     def run_forward(*args):
-        return forward(AttentionCall._make(args))
+        return passes.forward(AttentionCall._make(args))
 
     def run_backward(*args):
-        return backward(*args[:_SAVED], AttentionCall._make(args[_SAVED:]))
+        return passes.backward(*args[:_SAVED], AttentionCall._make(args[_SAVED:]))
 
     def fake_forward(query, key, value, *_):
         return *empty_results(query, value), empty_statistics(query)
@@ -152,42 +194,71 @@ def attention_op(
         run_forward,
         fake_forward,
         devices,
-        _forward_vmap,
+        partial(_vmap, 0, 3, False),
     )
     backward_op = define_op(
         f"{name}_backward",
         "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor statistics, bool need_mask, bool need_sinks, "
-        f"{INPUTS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)",
+        f"{INPUTS}) -> {_GRADIENTS}",
         run_backward,
         fake_backward,
         devices,
-        _backward_vmap,
+        partial(_vmap, _SAVED, DIFFERENTIABLE, True),
     )
-
-    def save(ctx, args, outputs) -> None:
-        ctx.save_for_backward(*args[:TENSORS], *outputs)
-        ctx.options = args[TENSORS:]
-        ctx.mark_non_differentiable(outputs[2])
-        ctx.set_materialize_grads(False)
-
-    def gradients(ctx, grad_out, grad_lse, _) -> tuple:
-        *tensors, out, lse, statistics = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:DIFFERENTIABLE]
-        direct = may_bypass_dispatcher(grad_out, grad_lse, out, lse, statistics, *tensors)
-        run = run_backward if direct else backward_op
-        grads = run(grad_out, grad_lse, out, lse, statistics, *needed[3:], *tensors, *ctx.options)
-        unused = (None,) * (TENSORS - DIFFERENTIABLE + len(ctx.options))
-        return *(grad if need else None for grad, need in zip(grads, needed)), *unused
-
-    run_direct, run_dispatched = with_gradient(run_forward, forward_op, save, gradients)
+    of_tangents = (None, None) if passes.jvp is None else _tangent_ops(name, passes, devices)
+    run_direct, run_dispatched, run_dual = differentiable(Ops(run_forward, run_backward, forward_op, backward_op, *of_tangents))
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if forward_ad._current_level >= 0:
+            duals = run_dual(call)
+            if duals is not None:
+                return duals
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
             return (run_direct if direct else run_dispatched)(*call)[:2]
         return infer(call)[:2] if direct else forward_op(*call)[:2]
 
     return attend
+
+
+_GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)"
+
+
+def _tangent_ops(name: str, passes: Passes, devices: tuple[str, ...]) -> tuple[Callable, Callable]:
+    """Define a backend's ops of forward mode and of its backward."""
+
+    def run_jvp(*args):
+        return passes.jvp(AttentionCall._make(args[:_CALL]), Tangents._make(args[_CALL:]))
+
+    def run_backward(*args):
+        saved, (call, tangents) = args[:_SAVED_TANGENTS], (args[_SAVED_TANGENTS:][:_CALL], args[_SAVED_TANGENTS + _CALL :])
+        return passes.jvp_backward(*saved, AttentionCall._make(call), Tangents._make(tangents))
+
+    def fake_jvp(query, key, value, *_):
+        return *empty_results(query, value), empty_statistics(query), *empty_results(query, value)
+
+    def fake_backward(*args):
+        call = AttentionCall._make(args[_SAVED_TANGENTS:][:_CALL])
+        return empty_gradients(call, *args[_SAVED_TANGENTS - 2 : _SAVED_TANGENTS])
+
+    jvp_op = define_op(
+        f"{name}_jvp",
+        f"({INPUTS}, {TANGENTS}) -> (Tensor out, Tensor lse, Tensor statistics, Tensor out_tangent, Tensor lse_tangent)",
+        run_jvp,
+        fake_jvp,
+        devices,
+        partial(_vmap, 0, 5, False),
+    )
+    backward_op = define_op(
+        f"{name}_jvp_backward",
+        "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor statistics, Tensor out_tangent, Tensor lse_tangent, "
+        f"bool need_mask, bool need_sinks, {INPUTS}, {TANGENTS}) -> {_GRADIENTS}",
+        run_backward,
+        fake_backward,
+        devices,
+        partial(_vmap, _SAVED_TANGENTS, DIFFERENTIABLE, True),
+    )
+    return jvp_op, backward_op
 
 
 def kvcache_op(name: str, forward: Callable, devices: tuple[str, ...]) -> Callable[[KVCacheCall], tuple[Tensor, Tensor]]:

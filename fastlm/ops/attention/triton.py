@@ -7,6 +7,7 @@ from ...backend import triton as triton_kernels
 from .call import TENSORS, AttentionCall, KVCacheCall, kernel_options
 from .checks import no_columns
 from .op import (
+    Passes,
     attention_op,
     check_cache_strides,
     empty_gradients,
@@ -16,6 +17,7 @@ from .op import (
     output_gradients,
     rows_of,
     sink_gradient,
+    sink_weights,
 )
 
 _MAX_HEAD_DIM = 256
@@ -73,7 +75,7 @@ def backward(
         kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
         unit = call.scale if kernels.is_scale_only(kernel_call) else 1.0
-        grad_sinks = sink_gradient(call.sinks, statistics, unit, lse, delta)
+        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, unit, lse), -delta)
     return *grads, grad_mask, grad_sinks
 
 
@@ -88,5 +90,5 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-attend = attention_op("triton_attention", forward, backward, ("CPU", "CUDA"))
+attend = attention_op("triton_attention", Passes(forward, backward), ("CPU", "CUDA"))
 kvcache_attend = kvcache_op("triton_kvcache_attention", kvcache_forward, ("CPU", "CUDA"))
