@@ -133,6 +133,8 @@ def _part_of(benchmark: Benchmark, arguments: dict) -> Part | None:
     Of attention, return the last queries, or the last head where keys and values get gradients, or with dropout the first,
     whose noise is the same without the others.
     """
+    if benchmark.checked_whole:
+        return None
     if "mu" in arguments:
         rows, columns = arguments["mu"].shape
         return Part(("mu", "logvar"), 0, rows, 0, min(rows, max(1, MOST_NUMBERS // columns)))

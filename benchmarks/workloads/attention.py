@@ -1,19 +1,23 @@
 """List what to time of attention, and against what: torch's own attention, FlexAttention, eager code and other libraries."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from fastlm import attention, kvcache_attention, varlen_attention
 from fastlm.testing import seeded_normal
-from workloads.peers import ATTENTION as PEERS  # noqa: F401  (what the sections name as their peers)
+from workloads import derivatives, peers
 from workloads.workload import ON_GPU, Benchmark, Workload
 
 FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _HALF = (FP32, BF16, FP16)
+PEERS = peers.ATTENTION | derivatives.PEERS  # what the sections name as their peers
 WINDOW = 256
 BACKWARD = 3.5  # A forward and backward has seven products, over the forward's two.
+JVP = 3.0  # A forward with tangents has six.
+PENALTY = 11.5  # Forward, backward, and its backward, which has six products of tangents and ten of gradients.
 LONGEST_EAGER = 8192  # Beyond this length, the scores of eager code fill a machine's memory.
 
 
@@ -98,6 +102,17 @@ def _ragged(sequences: int, longest: int, quick=(FP32, BF16)) -> Workload:
     return Workload(f"{sequences} of up to {longest}", make, size=longest, work=work, numbers=numbers, quick=quick)
 
 
+def _with(passes: float, extra: tuple[str, ...], *sizes: int, **more) -> Workload:
+    """Return a square workload with more tensors of the query's shape."""
+    square = _square(*sizes, passes=passes, **more)
+
+    def make(dtype) -> dict:
+        call = square.make(dtype)
+        return call | {name: seeded_normal(5 + i, tuple(call["query"].shape), dtype) for i, name in enumerate(extra)}
+
+    return replace(square, make=make)
+
+
 def _on_threads(threads: int) -> Workload:
     return _square(1, 4, 2048, name=f"{threads} threads", size=threads, threads=threads)
 
@@ -117,6 +132,8 @@ _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
 _both = partial(_square, passes=BACKWARD)
 _causal = partial(_square, options=_CAUSAL)
+_with_tangents = partial(_with, JVP, ("query_tangent", "key_tangent", "value_tangent"))
+_penalized = partial(_with, PENALTY, ("grad_out",))
 _dropping = partial(_both, options={"dropout_p": 0.1, "seed": 0})
 
 
@@ -190,6 +207,23 @@ BENCHMARKS = (
         sized=_dropping,
         differentiable=_QKV,
         own_noise=True,
+    ),
+    _section(
+        "attention, forward mode (jvp)",
+        (_with_tangents(1, 8, 512, quick=(FP32, BF16)), _with_tangents(1, 2, 2048, memory=True)),
+        ("SDPA math", "eager", "JAX"),
+        sized=_with_tangents,
+        function=derivatives.attention_jvp,
+        slow_in_half=("eager", "JAX"),
+        checked_whole=True,
+    ),
+    _section(
+        "attention, gradient penalty (double backward)",
+        (_penalized(1, 8, 512, quick=(FP32, BF16)), _penalized(1, 2, 2048, memory=True)),
+        ("SDPA math", "eager"),
+        sized=_penalized,
+        function=derivatives.attention_gradient_penalty,
+        checked_whole=True,
     ),
     _section("attention, a tiny call", (_square(1, 1, 16, 16),), ("SDPA",)),
     _section(

@@ -45,4 +45,5 @@ class Benchmark:
     device: str = "cpu"  # torch's name of the device that it runs on
     own_noise: bool = False  # whether peers draw noise of their own, so that their errors are unknown
     by_rule: bool = False  # whether fastlm is called without a backend's name, because it may leave a call to torch
+    checked_whole: bool = False  # whether an answer depends on so much that no part of it can be checked alone
     growth: bool = False  # whether only the size differs between workloads, so that growth exponents mean something

@@ -138,6 +138,13 @@ def may_have_tangents(*tensors: Tensor | None) -> bool:
     return transforms_active() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Tell whether a tensor has a tangent that can be seen: under vmap, one outside of it cannot."""
+    if forward_ad._current_level < 0 or not innermost_is_jvp():
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def reference_only(*tensors: Tensor | None) -> str | None:
     """Return why only the reference can run a call with these tensors, if the kernels have no forward mode, or None."""
     return export_only() if forward_ad._current_level < 0 else NO_TANGENTS if may_have_tangents(*tensors) else None
@@ -147,12 +154,12 @@ def reference_only(*tensors: Tensor | None) -> str | None:
 
 
 NO_MORE = (
-    'fastlm\'s kernels have no derivatives of this order; backend="reference" has them, and so has torch, outside of fastlm.use '
-    "or with its handwritten=False"
+    'fastlm\'s kernels have no derivatives of this order; backend="reference" has them, and so has torch, outside of '
+    "fastlm.use or with its handwritten=False"
 )
 
 
-def unknown_tangents(outputs: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+def unknown_tangents(outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
     """Return the tangents of outputs whose derivatives there are not: torch.func asks for them, so that they raise.
 
     A dual level of forward_ad computes tangents of all that happens inside, as of a gradient that itself is of second order;
@@ -160,7 +167,7 @@ def unknown_tangents(outputs: Iterable[Tensor | None]) -> tuple[Tensor | None, .
     """
     if transforms_active():
         raise RuntimeError(NO_MORE)
-    return tuple(None if output is None else torch.full_like(output, torch.nan) for output in outputs)
+    return tuple(torch.full_like(output, torch.nan) for output in outputs)
 
 
 class _Final(torch.autograd.Function):
@@ -207,6 +214,41 @@ def differentiable_once(backward):
     return once
 
 
+def seen_by_outer_levels(jvp):
+    """Decorate an autograd.Function's ``jvp(ctx, saved, *tangents)``, so that torch.func's outer levels see what it calls.
+
+    torch switches forward mode off in there, and in forward mode over forward mode the outer tangents would silently be zeros.
+    ``saved`` are the saved tensors, in that case without the tangents of this level.
+    """
+
+    @functools.wraps(jvp)
+    def seen(ctx, *tangents):
+        saved = ctx.saved_tensors
+        if _jvp_levels() < 2:
+            return jvp(ctx, saved, *tangents)
+        if not innermost_is_jvp():
+            raise RuntimeError("fastlm has no forward mode over forward mode of a vmap")
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+            return jvp(ctx, saved, *tangents)
+
+    return seen
+
+
+_JVP = torch._C._functorch.TransformType.Jvp
+
+
+def _jvp_levels() -> int:
+    """Return how many transforms of torch.func that surround a call are jvps."""
+    return sum(level.key() == _JVP for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def innermost_is_jvp() -> bool:
+    """Tell whether the innermost transform of torch.func, if there are any, is a jvp, which shows tangents."""
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost is None or innermost.key() == _JVP
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     """Return the ``apply`` of a function for calls that bypass the dispatcher.
 
@@ -217,17 +259,11 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable:
 
 
 def with_gradient(
-    kernel: Callable,
-    op: Callable,
-    save: Callable,
-    backward: Callable,
-    once: bool = True,
-    forward_mode: tuple[Callable, Callable] | None = None,
+    kernel: Callable, op: Callable, save: Callable, backward: Callable, once: bool = True
 ) -> tuple[Callable, Callable]:
     """Give a forward its gradient: ``save(ctx, args, outputs)`` keeps what ``backward(ctx, *grad_outputs)`` needs.
 
-    ``once`` says that the backward cannot be differentiated itself. ``forward_mode`` are another ``save``, which keeps what the
-    tangents need too, and ``jvp(ctx, *tangents)``, which returns those of the outputs.
+    ``once`` says that the backward cannot be differentiated itself.
 
     Return two functions of the same arguments. The first runs the ``kernel`` and bypasses the dispatcher. The second runs the
     ``op``, which torch.func's transforms and all other listeners have to see.
@@ -242,20 +278,39 @@ def with_gradient(
             save(ctx, args, outputs)
             return outputs
 
-    class Dispatched(torch.autograd.Function):
-        """Run the op. torch.func requires forward and setup_context apart."""
+    Direct.backward = staticmethod(differentiable_once(backward) if once else backward)
+    return direct_apply(Direct), _dispatched(op, save, Direct.backward).apply
 
+
+def with_tangents(op: Callable, save: Callable, backward: Callable, jvp: Callable) -> Callable:
+    """Return an op with its gradient and its tangents: ``jvp(ctx, saved, *tangents)`` returns those of the outputs.
+
+    ``save`` keeps tensors by `save_for_both`. torch.compile takes no Function that has a jvp.
+    """
+    dual = _dispatched(op, save, backward)
+    dual.jvp = staticmethod(seen_by_outer_levels(jvp))
+    return dual.apply
+
+
+def _dispatched(op: Callable, save: Callable, differentiate: Callable) -> type[torch.autograd.Function]:
+    """Make a Function that runs an op. torch.func requires forward and setup_context apart."""
+
+    class Dispatched(torch.autograd.Function):
         generate_vmap_rule = True
         setup_context = staticmethod(save)
+        backward = staticmethod(differentiate)
 
         @staticmethod
         def forward(*args):
             return op(*args)
 
-    Direct.backward = Dispatched.backward = staticmethod(differentiable_once(backward) if once else backward)
-    if forward_mode is not None:
-        Dispatched.setup_context, Dispatched.jvp = map(staticmethod, forward_mode)
-    return direct_apply(Direct), Dispatched.apply
+    return Dispatched
+
+
+def save_for_both(ctx, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward and for the jvp. Under vmap both have to have the same."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
 # ---- sums for the gradients of broadcast tensors -----------------------------------------------------------------------------

@@ -68,6 +68,24 @@ def test_the_backward_op_passes_opcheck(call):
     torch.library.opcheck(torch.ops.fastlm.attention_backward.default, (*gradients, *saved, *options))
 
 
+def tangents_of(inputs):
+    """Return tangents of the five differentiable inputs, one of them missing."""
+    given = [None if t is None else normals(*t.shape, seed=20 + i).to(t.dtype) for i, t in enumerate(inputs[:5])]
+    return (*given[:2], None, *given[3:])
+
+
+@pytest.mark.parametrize("call", OP_CALLS)
+def test_the_ops_of_forward_mode_pass_opcheck(call):
+    inputs, options = OP_CALLS[call]
+    tangents = tangents_of(inputs)
+    torch.library.opcheck(torch.ops.fastlm.attention_jvp.default, (*inputs, *options, *tangents))
+    results = torch.ops.fastlm.attention_jvp(*inputs, *options, *tangents)
+    needed = tuple(tensor is not None for tensor in inputs[3:5])
+    gradients = torch.ones_like(results[0]), torch.ones_like(results[1])
+    arguments = (*gradients, *results, *needed, *inputs, *options, *tangents)
+    torch.library.opcheck(torch.ops.fastlm.attention_jvp_backward.default, arguments)
+
+
 @pytest.mark.parametrize("table", [None, torch.tensor([[1, 0], [2, 3]], dtype=torch.int32)], ids=["contiguous", "paged"])
 def test_the_decoding_op_passes_opcheck(table):
     cache = normals(2, 2, 8, 8) if table is None else normals(4, 4, 2, 8)

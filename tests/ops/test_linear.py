@@ -106,11 +106,41 @@ def test_derivatives_of_every_order(kernel):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_forward_mode_runs_on_torch(kernel):
-    primals, tangents = (n(1, 3, 6), n(2, 5, 6)), (n(3, 3, 6), n(4, 5, 6))
-    out, tangent = torch.func.jvp(fastlm.linear, primals, tangents)
-    expected = torch.func.jvp(F.linear, primals, tangents)
-    torch.testing.assert_close((out, tangent), expected)
+PRIMALS = n(1, 2, 3, 6), n(2, 5, 6), n(3, 5)
+TANGENTS = n(4, 2, 3, 6), n(5, 5, 6), n(6, 5)
+
+
+@pytest.mark.parametrize("moved", [(0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_forward_mode(moved, kernel):
+    def jvp(linear):
+        def of_moved(*tensors):
+            return linear(*(dict(zip(moved, tensors)).get(i, t) for i, t in enumerate(PRIMALS)))
+
+        return torch.func.jvp(of_moved, tuple(PRIMALS[i] for i in moved), tuple(TANGENTS[i] for i in moved))
+
+    torch.testing.assert_close(jvp(lambda *t: fastlm.linear(*t, backend="cpu")), jvp(F.linear))
+
+
+def test_mixtures_with_forward_mode(kernel):
+    def results(linear):
+        def loss(*tensors):
+            return linear(*tensors).pow(3).sum()
+
+        grad = torch.func.grad(loss, argnums=(0, 1, 2))
+        second = torch.func.grad(lambda *t: torch.func.jvp(loss, t, TANGENTS)[1], argnums=(0, 1, 2))(*PRIMALS)
+        forward_over_forward = torch.func.jvp(lambda *t: torch.func.jvp(linear, t, TANGENTS)[1], PRIMALS, TANGENTS)
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(t, tangent) for t, tangent in zip(PRIMALS, TANGENTS)]
+            dual = torch.autograd.forward_ad.unpack_dual(linear(*duals))
+        return (
+            torch.func.jvp(grad, PRIMALS, TANGENTS),
+            second,
+            forward_over_forward,
+            tuple(dual),
+            torch.func.jacfwd(linear)(*PRIMALS),
+        )
+
+    torch.testing.assert_close(results(lambda *t: fastlm.linear(*t, backend="cpu")), results(F.linear), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("in_dims", [(0, None, None), (1, None, None), (None, 0, 0), (0, 0, None), (None, None, 0)])

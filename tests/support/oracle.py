@@ -94,8 +94,8 @@ class Oracle:
 
         def gradients(outputs, dtype):
             same = [g.to(out.dtype) for g, out in zip(self.gradients(outputs, gradient_dtype), outputs)]
-            if nudge and "query" in arguments and len(outputs) == 2:
-                same[1] = same[1] + rounding_of_delta(torch.finfo(self.dtype).eps, outputs[0].detach(), same[0], draw)
+            if nudge and "query" in arguments:
+                same = with_rounded_deltas(torch.finfo(self.dtype).eps, [out.detach() for out in outputs], same, draw)
             return [_off_by(nudge, g, draw) for g in same] if nudge else same
 
         return run(self.function, arguments, self.differentiable, gradients, backend="reference")
@@ -163,6 +163,26 @@ def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int)
     sizes = (out * gradient).abs().sum(dim=-1)
     sizes = sizes if out.dim() == 4 else sizes.T  # Packed: (total, heads); the log-sum-exp is (heads, total).
     return relative * sizes * seeded_normal(400 + draw, sizes.shape, torch.float64).sign()
+
+
+def with_rounded_deltas(relative: float, outputs: list[Tensor], gradients: list[Tensor], draw: int) -> list[Tensor]:
+    """Return the gradients of (out, lse), or of these and their tangents, with the effect of the deltas' rounding. Others stay.
+
+    The backward of the tangents computes two more deltas, of the gradient of out's tangent with out and with its tangent. They
+    act as gradients of the tangent of the log-sum-exp and of the log-sum-exp.
+    """
+
+    def rounding(out: int, gradient: int, number: int) -> Tensor:
+        return rounding_of_delta(relative, outputs[out], gradients[gradient], draw + number)
+
+    rank = outputs[0].dim()
+    ranks = tuple(out.dim() for out in outputs)
+    if ranks == (rank, rank - 1):
+        return [gradients[0], gradients[1] + rounding(0, 0, 0)]
+    if ranks != (rank, rank - 1) * 2:
+        return gradients
+    of_lse = gradients[1] + rounding(0, 0, 0) + rounding(2, 2, 50)
+    return [gradients[0], of_lse, gradients[2], gradients[3] + rounding(0, 2, 60)]
 
 
 def noisy_results(name: str) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import as_integer, check_number, check_tensor, is_integer
+from ..torch_op import has_tangent
 
 BATCHED = "batch, heads, rows, head_dim"
 VARLEN = "total, heads, head_dim"
@@ -93,8 +94,8 @@ def check_per_head(slopes: Tensor | None, sinks: Tensor | None, batch: int, quer
 
 
 def check_no_gradient(slopes: Tensor | None) -> None:
-    """Refuse slopes that require a gradient, which would silently be missing."""
-    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+    """Refuse slopes that require a gradient or have a tangent, which would silently be missing."""
+    if slopes is not None and ((slopes.requires_grad and torch.is_grad_enabled()) or has_tangent(slopes)):
         raise ValueError("alibi_slopes get no gradient: pass alibi_slopes.detach(), or a float mask, which gets one")
 
 

@@ -147,7 +147,11 @@ def jvp(call: AttentionCall, tangents: Tangents) -> tuple[Tensor, ...]:
     out_tangent, lse_tangent = empty_results(call.query, call.value, empty)
     results = out, lse, empty_statistics(call.query, empty), out_tangent, lse_tangent
     native.C.attention_jvp(
-        tensor_args(call), kernel_options(call), _tangent_args(call, tangents), tuple(map(view, results)), torch.get_num_threads()
+        tensor_args(call),
+        kernel_options(call),
+        _tangent_args(call, tangents),
+        tuple(map(view, results)),
+        torch.get_num_threads(),
     )
     return results
 

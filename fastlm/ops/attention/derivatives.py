@@ -2,7 +2,8 @@
 
 With A(x) = (out, lse) for the inputs x, a cotangent g and a tangent t, the passes are
 
-    forward A(x),   backward B(x, g) = grad_x <g, A(x)>,   jvp J(x, t) = dA(x) t,   jvp_backward H(x, t, g) = grad_x <g, J(x, t)>.
+    forward   A(x),             backward      B(x, g) = grad_x <g, A(x)>,
+    jvp       J(x, t) = dA(x) t,  jvp_backward  H(x, t, g) = grad_x <g, J(x, t)>.
 
 As second derivatives commute, the four are closed up to the second order:
 
@@ -22,7 +23,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ..torch_op import NO_MORE, may_bypass_dispatcher, transforms_active, unknown_tangents, with_gradient
+from ..torch_op import (
+    NO_MORE,
+    innermost_is_jvp,
+    may_bypass_dispatcher,
+    save_for_both,
+    seen_by_outer_levels,
+    transforms_active,
+    unknown_tangents,
+    with_gradient,
+    with_tangents,
+)
 from .call import DIFFERENTIABLE, TENSORS, AttentionCall
 
 Tensors = Sequence[Tensor | None]
@@ -51,12 +62,12 @@ class Differentiable(NamedTuple):
     Attributes:
         run_direct: returns (out, lse, statistics) of a call's fields, and bypasses the dispatcher.
         run_dispatched: the same by the torch op, which torch.func's transforms and all other listeners have to see.
-        run_dual: returns (out, lse), with tangents, of a call whose tensors have some; None for any other call.
+        run_dual: returns (out, lse), with their tangents, of a call in forward mode; None without forward mode.
     """
 
     run_direct: Callable
     run_dispatched: Callable
-    run_dual: Callable
+    run_dual: Callable | None
 
 
 def differentiable(ops: Ops) -> Differentiable:
@@ -81,29 +92,32 @@ def differentiable(ops: Ops) -> Differentiable:
         grads = run(grad_out, grad_lse, out, lse, statistics, *needed[3:], *tensors, *ctx.options)
         return *_where(needed, grads), *(None,) * (_FIELDS - DIFFERENTIABLE)
 
-    def save_for_forward(ctx, args: tuple, outputs: tuple) -> None:
-        save(ctx, args, outputs)
-        ctx.save_for_forward(*args[:TENSORS])
+    def save_with_tangents(ctx, args: tuple, outputs: tuple) -> None:
+        # The statistics are not marked as not differentiable: of such an output jvp must return None, which vmap does not take.
+        save_for_both(ctx, *args[:TENSORS], *outputs)
+        ctx.options = args[TENSORS:]
+        ctx.set_materialize_grads(False)
 
-    def tangents(ctx, *given: Tensor | None) -> tuple:
-        *_, out_tangent, lse_tangent = passes.jvp(*ctx.saved_tensors, *ctx.options, *given[:DIFFERENTIABLE])
-        return out_tangent, lse_tangent, None
+    def tangents(ctx, saved: Tensors, *given: Tensor | None) -> tuple:
+        *_, out_tangent, lse_tangent = passes.jvp(*saved[:TENSORS], *ctx.options, *given[:DIFFERENTIABLE])
+        return out_tangent, lse_tangent, torch.zeros_like(saved[-1])
 
-    def run_dual(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
-        # Forward mode over a backward needs the dual tensors to be saved, as `run_dispatched` does.
-        if not second or (call.requires_grad() and not transforms_active()):
-            return None
-        pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in call[:DIFFERENTIABLE]]
-        primals, given = zip(*pairs)
-        if given == _NONE:
-            return None
-        out, lse, _, out_tangent, lse_tangent = passes.jvp(*primals, *call[DIFFERENTIABLE:], *given)
-        return forward_ad.make_dual(out, out_tangent), forward_ad.make_dual(lse, lse_tangent)
+    run_direct, run_dispatched = with_gradient(ops.run_forward, ops.forward, save, gradients, once=not second)
+    if not second:
+        return Differentiable(run_direct, run_dispatched, None)
+    run_any_dual = with_tangents(ops.forward, save_with_tangents, gradients, tangents)
 
-    forward_mode = (save_for_forward, tangents) if second else None
-    return Differentiable(
-        *with_gradient(ops.run_forward, ops.forward, save, gradients, once=not second, forward_mode=forward_mode), run_dual
-    )
+    def run_dual(call: AttentionCall) -> tuple[Tensor, Tensor]:
+        # Forward mode over a backward needs the dual tensors to be saved, and under vmap tangents are not to be seen.
+        if innermost_is_jvp() and (transforms_active() or not call.requires_grad()):
+            pairs = [(None, None) if t is None else forward_ad.unpack_dual(t) for t in call[:DIFFERENTIABLE]]
+            primals, given = zip(*pairs)
+            if given != _NONE:
+                out, lse, _, *of_both = passes.jvp(*primals, *call[DIFFERENTIABLE:], *given)
+                return tuple(map(forward_ad.make_dual, (out, lse), of_both))
+        return run_any_dual(*call)[:2]
+
+    return Differentiable(run_direct, run_dispatched, run_dual)
 
 
 def _differentiated_again() -> bool:
@@ -147,9 +161,7 @@ def _passes(ops: Ops) -> _Passes:
 
         @staticmethod
         def setup_context(ctx, args: tuple, outputs: tuple) -> None:
-            tensors = *args[: _OF_BACKWARD - 2], *args[_OF_BACKWARD : _OF_BACKWARD + TENSORS]
-            ctx.save_for_backward(*tensors)
-            ctx.save_for_forward(*tensors)
+            save_for_both(ctx, *args[: _OF_BACKWARD - 2], *args[_OF_BACKWARD : _OF_BACKWARD + TENSORS])
             ctx.wanted = True, True, True, *args[_OF_BACKWARD - 2 : _OF_BACKWARD]
             ctx.options = args[_OF_BACKWARD + TENSORS :]
             ctx.set_materialize_grads(False)
@@ -170,8 +182,9 @@ def _passes(ops: Ops) -> _Passes:
             return *of_cotangents, *(None,) * (_OF_BACKWARD - 2), *grads, *(None,) * (_FIELDS - DIFFERENTIABLE)
 
         @staticmethod
-        def jvp(ctx, *given: Tensor | None) -> tuple:
-            (grad_out, grad_lse, *results), tensors = _split(ctx.saved_tensors, _OF_BACKWARD - 2)
+        @seen_by_outer_levels
+        def jvp(ctx, saved: Tensors, *given: Tensor | None) -> tuple:
+            (grad_out, grad_lse, *results), tensors = _split(saved, _OF_BACKWARD - 2)
             call, flags, tangents = (*tensors, *ctx.options), ctx.wanted[3:], given[_OF_BACKWARD:][:DIFFERENTIABLE]
             of_results = _NONE
             if given[:2] != (None, None):
@@ -193,10 +206,8 @@ def _passes(ops: Ops) -> _Passes:
 
         @staticmethod
         def setup_context(ctx, args: tuple, outputs: tuple) -> None:
-            ctx.save_for_backward(*args[:TENSORS], *args[_FIELDS:], *outputs)
-            ctx.save_for_forward(*outputs[:2], None, *outputs[3:])
+            save_for_both(ctx, *args[:TENSORS], *args[_FIELDS:], *outputs)
             ctx.options = args[TENSORS:_FIELDS]
-            ctx.mark_non_differentiable(outputs[2])
             ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -216,7 +227,7 @@ def _passes(ops: Ops) -> _Passes:
 
         @staticmethod
         def jvp(ctx, *_):
-            return unknown_tangents(ctx.saved_tensors)
+            return unknown_tangents(ctx.saved_tensors[-5:])
 
     class JvpBackward(Function):
         """Compute H(x, t, g)."""
@@ -229,8 +240,7 @@ def _passes(ops: Ops) -> _Passes:
 
         @staticmethod
         def setup_context(ctx, args: tuple, outputs: tuple) -> None:
-            ctx.save_for_backward(*args[:5], *args[_OF_SECOND : _OF_SECOND + TENSORS])
-            ctx.save_for_forward(*outputs)
+            save_for_both(ctx, *args[:5], *args[_OF_SECOND : _OF_SECOND + TENSORS], *outputs)
             ctx.wanted = True, True, True, *args[_OF_SECOND - 2 : _OF_SECOND]
             ctx.options = args[_OF_SECOND + TENSORS : _OF_SECOND + _FIELDS]
             ctx.tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
@@ -241,7 +251,7 @@ def _passes(ops: Ops) -> _Passes:
             # The results (2 to 6) are functions of the others, whose gradients have their share.
             if any(i < 2 or _OF_SECOND <= i < _OF_SECOND + _FIELDS for i in _asked_for(ctx)):
                 raise RuntimeError(NO_MORE)
-            (grad_out, grad_lse, *results), tensors = _split(ctx.saved_tensors, 5)
+            (grad_out, grad_lse, *results), tensors = _split(ctx.saved_tensors[:-DIFFERENTIABLE], 5)
             call, directions = (*tensors, *ctx.options), _where(ctx.wanted, directions)
             needed = ctx.needs_input_grad[_OF_SECOND + _FIELDS :]
             grads = _NONE
@@ -253,7 +263,7 @@ def _passes(ops: Ops) -> _Passes:
 
         @staticmethod
         def jvp(ctx, *_):
-            return unknown_tangents(ctx.saved_tensors)
+            return unknown_tangents(ctx.saved_tensors[-DIFFERENTIABLE:])
 
     passes = _Passes(Backward.apply, Jvp.apply, lambda *args: JvpBackward.apply(*map(_above_leaf, args)))
     return passes

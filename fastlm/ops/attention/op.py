@@ -1,10 +1,10 @@
 """Make the torch ops of attention for each backend: schema, fake tensors, vmap and autograd around the backend's functions.
 
 fastlm::attention returns (out, lse, statistics). fastlm::attention_backward returns the gradients of query, key, value, mask
-and sinks; an unwanted gradient is an empty tensor, because an op cannot return None. fastlm::attention_jvp, forward mode, returns
-what the forward does and the tangents of out and lse; fastlm::attention_jvp_backward returns the gradients of a function of these
-two tangents. derivatives.py makes of the four what autograd calls. fastlm::kvcache_attention returns (out, lse). cpu.py and
-triton.py hold the functions.
+and sinks; an unwanted gradient is an empty tensor, because an op cannot return None. fastlm::attention_jvp, forward mode,
+returns what the forward does and the tangents of out and lse; fastlm::attention_jvp_backward returns the gradients of a
+function of these two tangents. derivatives.py makes of the four what autograd calls. fastlm::kvcache_attention returns
+(out, lse). cpu.py and triton.py hold the functions.
 
 A backend's own backward recomputes the weights from ``statistics`` (B, Hq, Lq, 2). They hold the maximum that was subtracted
 from a row's scores, in the backend's unit, and log2 of the sum of the row's weights. The log-sum-exp, which adds the two, would
@@ -81,8 +81,8 @@ def output_gradients(out: Tensor, grad_out: Tensor | None, grad_lse: Tensor | No
 def sink_weights(sinks: Tensor, statistics: Tensor, unit: float, lse: Tensor) -> Tensor:
     """Return the weights (B, Hq, Lq) of the sinks (Hq,).
 
-    ``unit`` times a row's maximum is a natural score. Beside a huge maximum, the LSE has no room for the sum of the weights; far
-    from the maximum, a sink has all of its row's weight, or none.
+    ``unit`` times a row's maximum is a natural score. Beside a huge maximum, the LSE has no room for the sum of the weights;
+    far from the maximum, a sink has all of its row's weight, or none.
     """
     logits, maximum = sinks.float()[:, None], statistics[..., 0] * unit
     by_lse = logits - lse.masked_fill(lse == -math.inf, math.inf)
@@ -100,8 +100,8 @@ def sink_gradient(sinks: Tensor, weights: Tensor, by_weight: Tensor) -> Tensor:
 
 # ---- vmap: if the op can batch them, entries become one batch; otherwise each is a call of its own --------------------------
 
-# What a backward takes before the call: grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks; and the backward of the
-# tangents: two more tensors, out_tangent and lse_tangent, before the last two.
+# What a backward takes before the call: grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks; and the backward of
+# the tangents: two more tensors, out_tangent and lse_tangent, before the last two.
 _SAVED, _SAVED_TANGENTS = 7, 9
 _CALL = len(AttentionCall._fields)
 
@@ -209,10 +209,8 @@ def attention_op(
     run_direct, run_dispatched, run_dual = differentiable(Ops(run_forward, run_backward, forward_op, backward_op, *of_tangents))
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if forward_ad._current_level >= 0:
-            duals = run_dual(call)
-            if duals is not None:
-                return duals
+        if run_dual and forward_ad._current_level >= 0:
+            return run_dual(call)
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
             return (run_direct if direct else run_dispatched)(*call)[:2]
@@ -251,8 +249,8 @@ def _tangent_ops(name: str, passes: Passes, devices: tuple[str, ...]) -> tuple[C
     )
     backward_op = define_op(
         f"{name}_jvp_backward",
-        "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor statistics, Tensor out_tangent, Tensor lse_tangent, "
-        f"bool need_mask, bool need_sinks, {INPUTS}, {TANGENTS}) -> {_GRADIENTS}",
+        "(Tensor? grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor statistics, Tensor out_tangent, "
+        f"Tensor lse_tangent, bool need_mask, bool need_sinks, {INPUTS}, {TANGENTS}) -> {_GRADIENTS}",
         run_backward,
         fake_backward,
         devices,

@@ -1,16 +1,17 @@
 """Make the torch op of linear for a backend: schema, fake tensors, vmap and autograd around the backend's function.
 
-The gradients are products again, which are calls of linear: so there are derivatives of every order, and each product runs on
-the backend that is fastest for its shape.
+The gradients and tangents are products again, which are calls of linear: so there are derivatives of every order, and each
+product runs on the backend that is fastest for its shape.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..checks import autocast
-from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to, with_gradient
+from ..torch_op import batch_first, define_op, may_bypass_dispatcher, save_for_both, sum_to, with_gradient, with_tangents
 from .call import INPUTS, TENSORS, LinearCall, requires_grad
 
 
@@ -72,16 +73,33 @@ def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) ->
             None,
         )
 
+    def save_with_tangents(ctx, args, output) -> None:
+        save(ctx, args, output)
+        save_for_both(ctx, *args[:2])
+
+    def tangents(ctx, saved, of_input, of_weight, of_bias, _) -> Tensor:
+        input, weight = saved
+        products = []
+        if of_input is not None:
+            products.append(product(LinearCall(of_input, weight, of_bias, ctx.backend)))
+        elif of_bias is not None:
+            products.append(of_bias.expand(*input.shape[:-1], -1))
+        if of_weight is not None:
+            products.append(product(LinearCall(input, of_weight, None, ctx.backend)))
+        return sum(products[1:], products[0])
+
+    def run_op(input, weight, bias, _):
+        return op(input, weight, bias)
+
     run_direct, run_dispatched = with_gradient(
-        lambda input, weight, bias, _: forward(input, weight, bias),
-        lambda input, weight, bias, _: op(input, weight, bias),
-        save,
-        gradients,
-        once=False,
+        lambda input, weight, bias, _: forward(input, weight, bias), run_op, save, gradients, once=False
     )
+    run_dual = with_tangents(run_op, save_with_tangents, gradients, tangents)
 
     def run(call: LinearCall) -> Tensor:
         call = LinearCall(*autocast(*call[:TENSORS]), call.backend)
+        if forward_ad._current_level >= 0:
+            return run_dual(*call)
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and requires_grad(*call[:TENSORS]):
             return (run_direct if direct else run_dispatched)(*call)
