@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.processes import printed
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -306,3 +307,31 @@ def test_a_hessian_vector_product_of_the_parameters(both, way):
         return grad(lambda p: sum((g * directions[name]).sum() for name, g in grad(loss)(p).items()))(parameters)
 
     close_in_both(both, compute)
+
+
+MEASURED = """
+import resource, torch, fastlm
+from torch.func import jvp
+q, k, v, t = (torch.randn(1, 2, {length}, 32) for _ in range(4))
+
+def grown(derive):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    derive()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+def penalty():
+    x = q.clone().requires_grad_()
+    gradient, = torch.autograd.grad(fastlm.attention(x, k, v, causal=True).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+fastlm.attention(q, k, v)
+forward_mode = grown(lambda: jvp(lambda q: fastlm.attention(q, k, v, causal=True), (q,), (t,)))
+print(forward_mode, grown(penalty))
+"""
+
+
+def test_the_memory_is_linear_in_the_length(widest_isa):
+    """The scores of two heads would take 512 MiB."""
+    length = 8192
+    for megabytes in map(int, printed(MEASURED.format(length=length)).split()):
+        assert megabytes < 64

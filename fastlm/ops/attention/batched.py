@@ -71,7 +71,8 @@ def attention(
 
     Returns:
         out (B, Hq, Lq, Dv) in query's dtype, laid out in memory like query; or (out, lse), lse float32 (B, Hq, Lq), which
-        includes the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink.
+        includes the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink. Both have all derivatives up to
+        the second order, forward and backward mode (Triton's kernels: the first, backward), in memory linear in the lengths.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
