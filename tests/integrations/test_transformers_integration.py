@@ -28,6 +28,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 import fastlm
 from fastlm.integrations.transformers import attention as transformers_attention
 from fastlm.integrations.transformers import mask as transformers_mask
+from fastlm.testing import seeded_normal
 
 BLOOM = Architecture(hf.BloomForCausalLM, {"hidden_size": 32, "n_layer": 2, "n_head": 4})
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -451,6 +452,27 @@ def test_a_model_runs_where_fastlm_was_not_imported(build, save, tmp_path):
     total, implementation = shown.splitlines()[-1].split()
     assert implementation == "fastlm"
     torch.testing.assert_close(float(total), model(torch.ones(1, 4, dtype=torch.long))[0].sum().item())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_derivatives_of_second_order_go_through_a_model(name, widest_isa):
+    """Take the tangent of a loss and the gradient of that tangent, and double backward, by the embeddings of the tokens."""
+
+    def second_order(implementation, dtype):
+        model = ARCHITECTURES[name].build(implementation).to(dtype)
+        x, direction = (seeded_normal(i, (2, 5, model.config.hidden_size), dtype) for i in (1, 2))
+
+        def loss(embeddings):
+            return model(inputs_embeds=embeddings, use_cache=False)[0].square().mean()
+
+        tangent = torch.func.jvp(loss, (x,), (direction,))[1]
+        gradient = torch.func.grad(lambda x: torch.func.jvp(loss, (x,), (direction,))[1])(x)
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        return tangent, gradient, torch.autograd.grad((first * direction).sum(), x)[0]
+
+    for result, golden in zip(second_order("fastlm", torch.float32), second_order("eager", torch.float64), strict=True):
+        torch.testing.assert_close(result.double(), golden, rtol=1e-4, atol=1e-4 * golden.abs().max().item())
 
 
 def test_fastlm_does_not_import_transformers():

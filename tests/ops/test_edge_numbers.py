@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from support.derivatives import add_tangents, and_tangents, with_tangents
 from support.oracle import Oracle
 
 import fastlm
@@ -167,6 +168,28 @@ def test_gradients_are_never_nan_where_the_answer_is_not(case, widest_isa):
     out, _ = attention(**arguments)
     assert out.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), list(leaves.values())))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_a_nan_is_in_every_derivative_that_torch_has_it_in(name, isa):
+    """A row whose scores are all NaN is no row without keys."""
+
+    def derivatives(backend):
+        call = {key: tensor.requires_grad_() for key, tensor in qkv(torch.float32).items()}
+        with torch.no_grad():
+            call[name][0, 0, ROW, 0] = torch.nan
+        leaves = tuple(call.values())
+        first = torch.autograd.grad(attention(**call, backend=backend)[0].sum(), leaves, create_graph=True)
+        return *first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    for gradient, expected in zip(derivatives("cpu"), derivatives("reference")):
+        assert torch.equal(gradient.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("case", ON_KERNELS)
+def test_tangents_at_the_edge_are_as_good_as_plain_pytorch(case, widest_isa):
+    call = add_tangents(CASES[case](torch.float32), DIFFERENTIABLE)
+    Oracle(with_tangents(attention), call, and_tangents(DIFFERENTIABLE), set()).check(backend="cpu")
 
 
 # ---- known answers ----------------------------------------------------------------------------------------------------------

@@ -95,7 +95,13 @@ FASTLM_SIMD bool weigh_row(const AttentionBackward& a, const Sequence& s, const 
                            int64_t keys, const F& f) {
   const float* statistics = a.statistics.at(s.batch, row.head, 2 * (s.q_first + row.query));
   const float maximum = statistics[0], log_total = statistics[1], factor = exponent_factor(a);
-  if (maximum == -kInfinity) return false;
+  if (maximum == -kInfinity) {
+    bool any_nan = false;  // Then all scores that the row sees are NaN.
+    for (int64_t k = 0; k < keys; ++k) any_nan |= scores[k] != scores[k];
+    if (!any_nan) return false;
+    for (int64_t k = 0; k < padded(keys); k += kLanes) f(F32(log_total), k);
+    return true;
+  }
   const F32 scale(factor), zero(0.0f);
   if (is_far(maximum, factor)) {
     // min: a weight is at most 1, but the score, summed in another order than in the forward, may be a rounding step higher.

@@ -124,7 +124,7 @@ static void finish_jvp_row(const AttentionJvp& a, const Sequence& s, JvpArrays<E
   float *out = t.out + r * t.out_row, *out_tangent = t.out_tangent + r * t.out_row;
   const RowTotal total = finish_row(a, s, query, head, t.maximum[r], sum(F32::load(t.sums + r * kLanes)), out);
   float lse_tangent = total.share * sum(F32::load(t.sums_by_ds + r * kLanes));
-  if (a.sinks && a.tangent.sinks) {
+  if (a.sinks && a.tangent.sinks && a.sinks[head] != -kInfinity) {
     const double sink = double(a.sinks[head]) * kLog2EDouble;
     lse_tangent += float(__builtin_exp2(sink - total.base - total.log_total)) * a.tangent.sinks[head];
   }

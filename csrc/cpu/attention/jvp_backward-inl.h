@@ -97,7 +97,9 @@ static void score_gradients(const AttentionJvpBackward& a, const Sequence& s, Jv
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
       const F32 f = F32::load(y_row + k), slope = F32::load(t.softcap_grad + at + k);
       const F32 bent = bend * F32::load(t.squashed + at + k) * F32::load(t.product_tangents + at + k);
-      (slope * mul_add(bent, f, F32::load(x_row + k))).store(x_row + k);
+      // Where the softcap is flat, its other derivatives are zeros too, though a factor of theirs may be infinite.
+      const F32 x = slope * mul_add(bent, f, F32::load(x_row + k));
+      select_less(slope, F32(kSmallest), F32(0.0f), x).store(x_row + k);
       (slope * f).store(y_row + k);
     }
   }

@@ -7,7 +7,7 @@
 
 namespace fastlm::FASTLM_ISA {
 
-constexpr float kInfinity = __builtin_inff(), kLowest = -0x1.fffffep+127f;
+constexpr float kInfinity = __builtin_inff(), kLowest = -0x1.fffffep+127f, kSmallest = 0x1p-126f;
 constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e43p-1f;
 constexpr int64_t kTileRow = kBlockKeys;  // stride between the rows of a tile of scores
 
