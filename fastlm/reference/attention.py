@@ -3,7 +3,8 @@
     s = scale q k^T;  s = softcap tanh(s / softcap);  s += mask - slope |p_i - j|;  masked s = -inf;  out = softmax(s) v
 
 with p_i = i + Lk - Lq, the position of query i among the keys. Scores and softmax are float32 or better; the two products are
-in the tensors' own dtype. Autograd can differentiate everything here. All Lq x Lk scores are held in memory.
+in the tensors' own dtype. All Lq x Lk scores are held in memory. Autograd and torch.func can differentiate everything here, in
+forward and reverse mode, to any order.
 Sources: Vaswani et al., "Attention Is All You Need" (2017); ALiBi: Press et al. (2021); softcap: Gemma 2 (2024); sinks: Xiao et
 al., "Efficient Streaming Language Models with Attention Sinks" (2023), as a learned logit per head in GPT-OSS (2025).
 """
@@ -42,20 +43,40 @@ def attend(
     options = (left, right, scale, softcap, dropout_p)
     if cu_seqlens_q is None:
         return _attend(query, key, value, mask, sinks, alibi_slopes, seed, *options)
+    outs, lses = [], []
+    for rows, keys, slopes, own_seed, first in sequences(query, key, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k):
+        q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+        out, lse = _attend(q, k, v, None, sinks, slopes, own_seed, *options, first=first)
+        outs.append(out)
+        lses.append(lse)
+    return in_order_of(query, torch.cat(outs, dim=2)), torch.cat(lses, dim=2)
+
+
+def sequences(
+    query: Tensor,
+    key: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> list[tuple[slice, slice, Tensor | None, Tensor | None, int]]:
+    """Return each sequence's rows of query, rows of key, slopes, seed, and index in dropout's counters.
+
+    Without cu_seqlens, the whole batch is one entry.
+    """
+    if cu_seqlens_q is None:
+        return [(slice(None), slice(None), alibi_slopes, seed, 0)]
     q_offsets = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[2])
     k_offsets = _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[2])
     if len(q_offsets) == 1:  # No sequence is computed as one empty sequence.
-        return _attend(query, key, value, None, sinks, None, None, *options)
-    outs, lses = [], []
+        return [(slice(None), slice(None), None, None, 0)]
+    found = []
     for b in range(len(q_offsets) - 1):
-        q = query[:, :, q_offsets[b] : q_offsets[b + 1]]
-        k, v = (t[:, :, k_offsets[b] : k_offsets[b + 1]] for t in (key, value))
+        rows, keys = slice(q_offsets[b], q_offsets[b + 1]), slice(k_offsets[b], k_offsets[b + 1])
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         own_seed = seed if seed is None or seed.dim() == 0 else seed[b : b + 1]
-        out, lse = _attend(q, k, v, None, sinks, slopes, own_seed, *options, first=b)
-        outs.append(out)
-        lses.append(lse)
-    return _in_order_of(query, torch.cat(outs, dim=2)), torch.cat(lses, dim=2)
+        found.append((rows, keys, slopes, own_seed, b))
+    return found
 
 
 def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
@@ -72,19 +93,23 @@ def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
 
 def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first=0):
     """Return (out, lse) of one batch of sequences of one length. ``first`` is the first one's index in dropout's counters."""
+    p, lse = softmax_weights(query, key, mask, sinks, alibi_slopes, left, right, scale, softcap)
+    p = p[..., : key.shape[2]]
+    if seed is not None:
+        keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
+        p = torch.where(keep, p * keep_scale(dropout_p), 0.0)
+    return in_order_of(query, grouped_matmul(p.to(value.dtype), value)), lse
+
+
+def softmax_weights(query, key, mask, sinks, alibi_slopes, left, right, scale, softcap) -> tuple[Tensor, Tensor]:
+    """Return (weights, lse) before dropout: (B, Hq, Lq, Lk), or (B, Hq, Lq, Lk + 1) with sinks, and (B, Hq, Lq)."""
     s = _scores(query, key, mask, alibi_slopes, left, right, scale, softcap)
-    keys = s.shape[3]
     if sinks is not None:  # A sink is one more key, with no value.
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
     alive = (s != -math.inf).any(dim=3, keepdim=True)
     s = torch.where(alive, s, 0.0)  # A row that sees no key stays finite, so that its gradients are zeros.
     p, lse = _softmax(s)
-    p = torch.where(alive, p, 0.0)[..., :keys]
-    if seed is not None:
-        keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
-        p = torch.where(keep, p * keep_scale(dropout_p), 0.0)
-    out = torch.matmul(p.to(value.dtype).unflatten(1, _groups(query, key)), value.unsqueeze(2)).flatten(1, 2)
-    return _in_order_of(query, out), torch.where(alive, lse, -math.inf).squeeze(3)
+    return torch.where(alive, p, 0.0), torch.where(alive, lse, -math.inf).squeeze(3)
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,16 +119,15 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     """
     if s.shape[-1] == 0:
         return s, s.sum(dim=-1, keepdim=True)
-    top = s.amax(dim=-1, keepdim=True).detach()  # Any shift gives the same softmax, so that it needs no gradient.
+    top = s.detach().amax(dim=-1, keepdim=True)  # Any shift gives the same softmax, so that it needs no derivative.
     e = torch.exp(s - top)
     total = e.sum(dim=-1, keepdim=True)
     return e / total, top + torch.log(total)
 
 
 def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
-    """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key. Heads of a group share keys without a copy."""
-    s = torch.matmul(query.unflatten(1, _groups(query, key)), key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
-    s = s.to(accumulation_dtype(query.dtype)) * scale
+    """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key."""
+    s = grouped_matmul(query, key.transpose(-1, -2)).to(accumulation_dtype(query.dtype)) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     queries, keys = s.shape[2:]
@@ -123,10 +147,11 @@ def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tens
     return torch.where(seen, s, -math.inf)
 
 
-def _groups(query: Tensor, key: Tensor) -> tuple[int, int]:
-    """Return (key heads, query heads per key head)."""
-    heads = key.shape[1]
-    return heads, query.shape[1] // max(heads, 1)
+def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right for left (B, Hq, M, K) and right (B, Hkv, K, N), whose heads serve a group each, without a copy."""
+    heads = right.shape[1]
+    groups = heads, left.shape[1] // max(heads, 1)
+    return torch.matmul(left.unflatten(1, groups), right.unsqueeze(2)).flatten(1, 2)
 
 
 def keep_mask(
@@ -158,7 +183,7 @@ def keep_scale(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def _in_order_of(query: Tensor, out: Tensor) -> Tensor:
+def in_order_of(query: Tensor, out: Tensor) -> Tensor:
     """Return ``out`` contiguous; if the query is a transposed (B, L, H, D) tensor, ``out`` is such a transpose, too."""
     if query.shape[1] > 1 and query.shape[2] > 1 and query.stride(1) < query.stride(2):
         return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -202,7 +227,7 @@ def attend_kvcache(
     if not outs:
         shape = query.shape[:3]
         return query.new_empty(*shape, value_cache.shape[3]), query.new_empty(shape, dtype=accumulation_dtype(query.dtype))
-    return _in_order_of(query, torch.cat(outs)), torch.cat(lses)
+    return in_order_of(query, torch.cat(outs)), torch.cat(lses)
 
 
 def _checked_lengths(cache_seqlens: Tensor, added: int, cache: Tensor, block_table: Tensor | None) -> list[int]:
