@@ -4,7 +4,7 @@
 
 with p_i = i + Lk - Lq, the position of query i among the keys. Scores and softmax are float32 or better; the two products are
 in the tensors' own dtype. All Lq x Lk scores are held in memory. Autograd and torch.func can differentiate everything here, in
-forward and reverse mode, to any order.
+forward and reverse mode, to any order; attention_derivatives.py has the JVP and its backward in closed form.
 Sources: Vaswani et al., "Attention Is All You Need" (2017); ALiBi: Press et al. (2021); softcap: Gemma 2 (2024); sinks: Xiao et
 al., "Efficient Streaming Language Models with Attention Sinks" (2023), as a learned logit per head in GPT-OSS (2025).
 """

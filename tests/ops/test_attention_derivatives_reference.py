@@ -1,15 +1,20 @@
-"""Test the derivatives of the reference of attention: by finite differences and by each other."""
+"""Test the derivatives of the reference of attention: by finite differences, by each other, and by the closed forms."""
 
 import math
 
 import pytest
 import torch
+from cases.attention import SPECS
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.functional import hvp, vhp
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fastlm
-from fastlm.testing import seeded_normal
+from fastlm.reference import attention as reference
+from fastlm.reference import attention_derivatives as closed_forms
+from fastlm.testing import GRADIENT_FACTOR, assert_as_good_as_plain, seeded_normal
+
+INPUTS = 5  # The first 5 arguments of `attend` have derivatives, but not a bool mask.
 
 
 def normals_like(seed: int, tensors) -> list[torch.Tensor]:
@@ -174,3 +179,120 @@ def test_mixtures_of_forward_and_reverse_mode_agree(call, inputs):
     torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-6)
     for name, product in HESSIAN_PRODUCTS.items():
         torch.testing.assert_close(product(loss, x, v), first, rtol=1e-11, atol=1e-11, msg=f"{name} differs from hessian")
+
+
+# ---- the closed forms -------------------------------------------------------------------------------------------------------
+
+CASES = [(spec.function, name, make) for spec in SPECS[:2] for name, make in spec.cases.items()]
+over_cases = pytest.mark.parametrize(
+    ("function", "make"), [(f, m) for f, _, m in CASES], ids=[f"{f.__name__}, {n}" for f, n, _ in CASES]
+)
+
+
+class Linearized:
+    """A call of the reference with its directions, and its derivatives by autograd, in one dtype.
+
+    ``call`` holds the arguments of `attend`, ``tangents`` the directions of the first five, and ``which`` the indices of those
+    that have one.
+    """
+
+    def __init__(self, call: tuple, tangents: list, grads: list):
+        self.call, self.tangents, self.grads = call, tangents, grads
+        self.which = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+    @classmethod
+    def record(cls, function, arguments: dict, monkeypatch) -> "Linearized":
+        """Record what the public function calls the reference with, and draw the directions."""
+        calls, attend = [], reference.attend
+        with monkeypatch.context() as patch:
+            patch.setattr(reference, "attend", lambda *call: calls.append(call) or attend(*call))
+            function(**arguments, backend="reference")
+        (call,) = calls
+        tangents = [None] * INPUTS
+        for i, tensor in enumerate(call[:INPUTS]):
+            if tensor is not None and tensor.is_floating_point():
+                tangents[i] = seeded_normal(40 + i, tensor.shape, tensor.dtype)
+        return cls(call, tangents, normals_like(50, attend(*call)))
+
+    def to(self, dtype: torch.dtype) -> "Linearized":
+        def convert(values):
+            return [v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
+
+        return Linearized(tuple(convert(self.call)), convert(self.tangents), convert(self.grads))
+
+    def inputs(self) -> list:
+        return [self.call[i] for i in self.which]
+
+    def directions(self) -> list:
+        return [self.tangents[i] for i in self.which]
+
+    def outputs(self, *inputs):
+        """Return (out, lse) as a function of the inputs that have derivatives."""
+        call = list(self.call)
+        for i, tensor in zip(self.which, inputs):
+            call[i] = tensor
+        return reference.attend(*call)
+
+    def jvp(self, inputs, directions) -> tuple:
+        return jvp(self.outputs, tuple(inputs), tuple(directions))[1]
+
+    def closed_jvp_backward(self) -> list:
+        """Return the gradients of the inputs, then those of the directions."""
+        grads, tangent_grads = closed_forms.jvp_backward(*self.grads, self.tangents, *self.call)
+        absent = [i for i in range(INPUTS) if i not in self.which]
+        assert all(grads[i] is None and tangent_grads[i] is None for i in absent)
+        return [grads[i] for i in self.which] + [tangent_grads[i] for i in self.which]
+
+
+def assert_equal_derivatives(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
+
+
+@over_cases
+def test_closed_forms_are_the_derivatives_of_autograd(function, make, monkeypatch):
+    it = Linearized.record(function, make(torch.float64), monkeypatch)
+    inputs, directions = it.inputs(), it.directions()
+    tangents = closed_forms.jvp(it.tangents, *it.call)
+    assert_equal_derivatives(tangents, it.jvp(inputs, directions))
+
+    grads = it.closed_jvp_backward()
+    k = len(inputs)
+    _, pullback = vjp(lambda *both: it.jvp(both[:k], both[k:]), *inputs, *directions)
+    assert_equal_derivatives(grads, pullback(tuple(it.grads)))
+
+    leaves = [t.clone().requires_grad_() for t in (*inputs, *it.grads)]
+    first = torch.autograd.grad(it.outputs(*leaves[:k]), leaves[:k], leaves[k:], create_graph=True)
+    assert_equal_derivatives([*grads[:k], *tangents], torch.autograd.grad(first, leaves, directions))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@over_cases
+def test_closed_forms_round_as_autograd_does(function, make, dtype, monkeypatch):
+    if make is SPECS[0].cases["one of each"]:
+        pytest.skip("the error of a single number is luck")
+    it = Linearized.record(function, make(dtype), monkeypatch)
+    double, inputs = it.to(torch.float64), it.inputs()
+    k = len(inputs)
+
+    def derivatives(of):
+        tangents, pullback = vjp(lambda *both: of.jvp(both[:k], both[k:]), *of.inputs(), *of.directions())
+        return *tangents, *pullback(tuple(of.grads))
+
+    actual = *closed_forms.jvp(it.tangents, *it.call), *it.closed_jvp_backward()
+    names = "dout", "dlse", *(f"gradient {i}" for i in range(2 * k))
+    for name, a, plain, golden in zip(names, actual, derivatives(it), derivatives(double), strict=True):
+        assert_as_good_as_plain(a, plain, golden, GRADIENT_FACTOR, name)
+
+
+def test_what_is_missing_counts_as_zero(monkeypatch):
+    it = Linearized.record(fastlm.attention, SPECS[0].cases["everything"](torch.float64), monkeypatch)
+    zeros = [torch.zeros_like(t) for t in it.tangents]
+    for i in it.which:
+        alone = [t if j == i else None for j, t in enumerate(it.tangents)]
+        filled = [t if j == i else zeros[j] for j, t in enumerate(it.tangents)]
+        assert_equal_derivatives(closed_forms.jvp(alone, *it.call), closed_forms.jvp(filled, *it.call))
+    u, w = it.grads
+    for given, filled in (((u, None), (u, torch.zeros_like(w))), ((None, w), (torch.zeros_like(u), w))):
+        results = (closed_forms.jvp_backward(*pair, it.tangents, *it.call) for pair in (given, filled))
+        assert_equal_derivatives(*([t for part in result for t in part] for result in results))
