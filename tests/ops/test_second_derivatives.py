@@ -1,9 +1,8 @@
-"""Test that the kernels refuse second derivatives, however a caller asks for them, and that the reference has them."""
+"""Test that asking for a second derivative changes no first one, and that the reference has second derivatives."""
 
 import pytest
 import torch
 from torch.autograd import gradgradcheck
-from torch.func import grad, vmap
 
 import fastlm
 from fastlm.testing import seeded_normal
@@ -26,34 +25,11 @@ def latent(x, backend="cpu"):
     return torch.cat([t.flatten() for t in fastlm.reparameterize_with_kl(x, x, seed=1, backend=backend)])
 
 
-LOSSES = {"sum": lambda out: out.sum(), "square": lambda out: out.square().sum()}  # Linear or not in the op's output.
 over_ops = pytest.mark.parametrize("op", [attention, latent])
-over_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def example(dtype=torch.float32):
     return seeded_normal(0, SHAPE, dtype)
-
-
-@over_ops
-@over_losses
-def test_a_second_derivative_is_refused_with_a_reason(op, loss):
-    x = example().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(op(x)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="first derivatives alone.*reference"):
-        gradient.sum().backward()
-
-
-@over_ops
-@over_losses
-def test_torch_func_is_refused_it_too(op, loss):
-    def slope(x):
-        return grad(lambda x: loss(op(x)))(x).sum()
-
-    with pytest.raises(RuntimeError, match="first derivatives alone"):
-        grad(slope)(example())
-    with pytest.raises(RuntimeError, match="first derivatives alone"):
-        vmap(grad(slope))(example()[None])
 
 
 @over_ops

@@ -6,6 +6,7 @@
 
 `reparameterize`, `reparameterize_with_kl` and `gaussian_kl` call one op (op.py). Its backward draws the noise again, so that
 only the inputs and the seed are saved. On the CPU, a call without options takes a shorter way to the same kernels (cpu.py).
+Forward mode and derivatives of higher order are closed forms in torch's own ops (derivatives.py).
 Sources: Kingma & Welling, "Auto-Encoding Variational Bayes" (2013); free bits: Kingma et al., "Improved variational inference
 with inverse autoregressive flow" (2016), appendix C.8.
 """
@@ -18,12 +19,12 @@ from torch import Tensor
 from ...backend import Implementation, select
 from ...backend import cpu as native
 from ...backend import cuda as cuda_kernels
-from ...reference import latent as reference
 from ..checks import check_integer, check_number, check_tensor
 from ..noise import check_seed, seed_tensor
-from ..torch_op import EXPORTS, reference_only
+from ..torch_op import export_only
 from . import cpu
-from .call import TENSORS, LatentCall
+from .call import LatentCall
+from .derivatives import run_in_torch
 from .op import latent_op
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
@@ -177,24 +178,10 @@ def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, log
 # ---- the backends ---------------------------------------------------------------------------------------------------------
 
 
-def _run_reference(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """Run the reference. If noise ``eps`` is given, it takes the place of the seed's."""
-    return reference.reparameterize(
-        *call[:TENSORS],
-        eps=eps,
-        with_kl=call.with_kl,
-        event_dims=call.event_dims,
-        free_bits=call.free_bits,
-        logvar_clamp=None if (call.low, call.high) == (-math.inf, math.inf) else (call.low, call.high),
-        num_samples=call.num_samples,
-        temperature=call.temperature,
-    )
-
-
 IMPLEMENTATIONS = (
     Implementation("cuda", latent_op(cuda_kernels, "CUDA"), cuda_kernels.why_not),
     Implementation("cpu", latent_op(native, "CPU"), native.why_not),
-    Implementation("reference", _run_reference, lambda tensor: None),
+    Implementation("reference", run_in_torch, lambda tensor: None),
 )
 
 
@@ -209,10 +196,10 @@ _NO_SAMPLE = object()  # Stands in place of a seed if only the KL is wanted.
 
 def _run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
     """Choose the backend, draw the seed, and run the call. In this order, explain() leaves torch's generator alone."""
-    only_reference = reference_only(*call[:TENSORS])
-    run = select(op, IMPLEMENTATIONS, (call.mu,), backend, only_reference)
-    if seed is None and only_reference is EXPORTS:
-        return _run_reference(call, _exported_noise(call))
+    exports = export_only()
+    run = select(op, IMPLEMENTATIONS, (call.mu,), backend, exports)
+    if seed is None and exports:
+        return run_in_torch(call, _exported_noise(call))
     return run(call if seed is _NO_SAMPLE else call.with_seed(seed_tensor(seed, call.mu)))
 
 

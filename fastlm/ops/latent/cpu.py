@@ -11,8 +11,9 @@ from ...backend.cpu import empty, view
 from ...reference.latent import accumulation_dtype
 from ..checks import DTYPES
 from ..noise import SEED_RANGE, seed_tensor
-from ..torch_op import differentiable_once, direct_apply, may_bypass_dispatcher
+from ..torch_op import direct_apply, may_bypass_dispatcher
 from .call import LatentCall
+from .derivatives import gradients
 
 
 def _forward(mu: Tensor, logvar: Tensor, seed: Tensor, event_dims: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def _forward(mu: Tensor, logvar: Tensor, seed: Tensor, event_dims: int) -> tuple
 
 
 class _Plain(torch.autograd.Function):
-    """Run the kernels, and in the backward the op where somebody looks at its gradients."""
+    """Run the kernels, and in the backward the op where somebody looks at its gradients or differentiates them."""
 
     @staticmethod
     def forward(ctx, mu, logvar, seed, event_dims):
@@ -34,13 +35,11 @@ class _Plain(torch.autograd.Function):
         return _forward(mu, logvar, seed, event_dims)
 
     @staticmethod
-    @differentiable_once
     def backward(ctx, grad_z, grad_kl):
         mu, logvar, seed = ctx.saved_tensors
-        if not may_bypass_dispatcher(grad_z, grad_kl, mu, logvar, seed):
+        if torch.is_grad_enabled() or not may_bypass_dispatcher(grad_z, grad_kl, mu, logvar, seed):
             call = LatentCall(mu, logvar, None, None, seed, True, ctx.event_dims, 0.0, -math.inf, math.inf, None, 1.0)
-            grads = torch.ops.fastlm.reparameterize_backward.default(grad_z, grad_kl, False, False, *call)
-            return *grads[:2], None, None
+            return *gradients(grad_z, grad_kl, False, False, *call)[:2], None, None
         if grad_kl is not None and not grad_kl.is_contiguous():
             grad_kl = grad_kl.contiguous()
         shape = mu.shape

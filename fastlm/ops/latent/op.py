@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ...reference.latent import accumulation_dtype
-from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to, with_gradient
+from ..torch_op import batch_first, define_op, may_bypass_dispatcher, may_have_tangents, sum_to, with_gradient
 from .call import DIFFERENTIABLE, INPUTS, TENSORS, LatentCall
+from .derivatives import gradients as differentiable_gradients
+from .derivatives import run_with_tangents
 
 # ---- forward and backward by a backend's kernels, which all take the same arguments -----------------------------------------
 
@@ -168,7 +170,7 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
     forward_op = define_op(
         "reparameterize", f"({INPUTS}) -> (Tensor z, Tensor kl)", forward, _fake_forward, (device,), _forward_vmap
     )
-    backward_op = define_op(
+    define_op(
         "reparameterize_backward",
         f"(Tensor? grad_z, Tensor? grad_kl, bool need_prior_mu, bool need_prior_logvar, {INPUTS}) "
         "-> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
@@ -185,13 +187,15 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
 
     def gradients(ctx, grad_z, grad_kl) -> tuple:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:DIFFERENTIABLE]
-        run_backward = backward if may_bypass_dispatcher(grad_z, grad_kl, *tensors) else backward_op
-        grads = run_backward(grad_z, grad_kl, *needed[2:], *tensors, *ctx.options)
+        direct = may_bypass_dispatcher(grad_z, grad_kl, *tensors) and not torch.is_grad_enabled()
+        grads = (backward if direct else differentiable_gradients)(grad_z, grad_kl, *needed[2:], *tensors, *ctx.options)
         return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
-    run_direct, run_dispatched = with_gradient(forward, forward_op, save, gradients)
+    run_direct, run_dispatched = with_gradient(forward, forward_op, save, gradients, once=False)
 
-    def run(call: LatentCall) -> tuple[Tensor, Tensor]:
+    def run(call: LatentCall) -> tuple[Tensor | None, Tensor | None]:
+        if may_have_tangents(*call[:TENSORS]):
+            return run_with_tangents(call)
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
             return (run_direct if direct else run_dispatched)(*call)

@@ -1,0 +1,108 @@
+"""Differentiate the Gaussian latent beyond the kernels' backward: in forward mode, and to any order.
+
+The kernels compute z, kl and their gradients. All other derivatives are those of the reference's formulas, in torch's own ops
+on tensors of mu's size. The kernel draws the noise again, which no derivative changes.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...reference import latent as reference
+from ...reference.latent import accumulation_dtype
+from ..torch_op import may_have_tangents
+from .call import DIFFERENTIABLE, TENSORS, LatentCall
+
+
+def run_in_torch(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """Return (z, kl) by the reference. Noise ``eps``, if given, takes the place of the seed's."""
+    return reference.reparameterize(
+        *call[:TENSORS],
+        eps=eps,
+        with_kl=call.with_kl,
+        event_dims=call.event_dims,
+        free_bits=call.free_bits,
+        logvar_clamp=None if (call.low, call.high) == (-math.inf, math.inf) else (call.low, call.high),
+        num_samples=call.num_samples,
+        temperature=call.temperature,
+    )
+
+
+def _draw_noise(call: LatentCall) -> Tensor:
+    """Return the noise of a call with a sample by the kernel, as the sample of a standard normal."""
+    # The dtype in which a kernel adds the noise, so that it is not rounded.
+    zero = call.seed.new_zeros((), dtype=accumulation_dtype(call.mu.dtype)).expand(call.mu.shape)
+    call = LatentCall.sample(zero, zero, call.seed, 1.0)._replace(num_samples=call.num_samples)
+    return torch.ops.fastlm.reparameterize.default(*call)[0]
+
+
+def run_with_tangents(call: LatentCall) -> tuple[Tensor | None, Tensor | None]:
+    """Return (z, kl) of a call in forward mode."""
+    return run_in_torch(call.with_seed(None), None if call.seed is None else _draw_noise(call))
+
+
+# ---- the derivatives of the gradients ---------------------------------------------------------------------------------------
+
+_GRADS = 2  # grad_z and grad_kl come before the tensors.
+
+
+def _gradients_in_torch(
+    grad_z: Tensor | None, grad_kl: Tensor | None, need_prior_mu: bool, need_prior_logvar: bool, call: LatentCall
+) -> tuple[Tensor, ...]:
+    """Return what the op fastlm::reparameterize_backward returns, by the reference."""
+    grad_z, grad_kl = grad_z if call.seed is not None else None, grad_kl if call.with_kl else None
+    *grads, of_prior_mu, of_prior_logvar = reference.gradients(
+        grad_z,
+        grad_kl,
+        *call[:DIFFERENTIABLE],
+        None if grad_z is None else _draw_noise(call),
+        event_dims=call.event_dims,
+        free_bits=call.free_bits,
+        logvar_clamp=(call.low, call.high),
+        temperature=call.temperature,
+    )
+    unneeded = call.mu.new_empty(0)
+    return *grads, of_prior_mu if need_prior_mu else unneeded, of_prior_logvar if need_prior_logvar else unneeded
+
+
+class _Gradients(torch.autograd.Function):
+    """Compute the gradients by the kernel, and their derivatives by the reference's closed form."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.fastlm.reparameterize_backward.default(*args)
+
+    @staticmethod
+    def setup_context(ctx, args, outputs):
+        grads, needed, call = args[:_GRADS], args[_GRADS : 2 * _GRADS], LatentCall._make(args[2 * _GRADS :])
+        ctx.save_for_backward(*grads, *call[:TENSORS])
+        ctx.needed, ctx.options = needed, call[TENSORS:]
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        *inputs, seed = ctx.saved_tensors  # grad_z, grad_kl, and the differentiable tensors
+        given = [i for i, tensor in enumerate(inputs) if tensor is not None]
+
+        def gradients(*tensors):
+            filled = dict(zip(given, tensors))
+            grad_z, grad_kl, *call = (filled.get(i) for i in range(len(inputs)))
+            return _gradients_in_torch(grad_z, grad_kl, *ctx.needed, LatentCall(*call, seed, *ctx.options))
+
+        _, pullback = torch.func.vjp(gradients, *(inputs[i] for i in given))
+        found = dict(zip(given, pullback(cotangents)))
+        grad_z, grad_kl, *grads = (found.get(i) for i in range(len(inputs)))
+        return grad_z, grad_kl, None, None, *grads, None, *(None,) * len(ctx.options)
+
+
+def gradients(
+    grad_z: Tensor | None, grad_kl: Tensor | None, need_prior_mu: bool, need_prior_logvar: bool, *call
+) -> tuple[Tensor, ...]:
+    """Return what the op fastlm::reparameterize_backward returns, with derivatives where anybody may ask for them."""
+    if may_have_tangents(grad_z, grad_kl, *call[:TENSORS]):
+        return _gradients_in_torch(grad_z, grad_kl, need_prior_mu, need_prior_logvar, LatentCall._make(call))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Gradients.apply(grad_z, grad_kl, need_prior_mu, need_prior_logvar, *call)
+    return torch.ops.fastlm.reparameterize_backward.default(grad_z, grad_kl, need_prior_mu, need_prior_logvar, *call)
