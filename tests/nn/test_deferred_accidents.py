@@ -260,9 +260,22 @@ def test_questions_by_keyword(qkv):
         assert torch.numel(input=scores) == 294 and torch.is_floating_point(input=scores)
 
 
-def test_a_penalty_on_gradients_is_an_error_that_names_the_way_out(qkv):
+def test_a_penalty_on_gradients_is_fused_too(qkv):
+    def penalties(query, key, value):
+        (grad,) = torch.autograd.grad((scores_of(query, key, value).softmax(-1) @ value).sum(), query, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (query, key, value))
+
+    with fastlm.use() as report:
+        fused = penalties(*qkv)
+    assert report.routed == 1
+    for gradient, expected in zip(fused, penalties(*qkv)):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_a_penalty_on_a_penalty_is_an_error_that_names_the_way_out(qkv):
     with fastlm.use():
         out = scores_of(*qkv).softmax(-1) @ qkv[2]
     (grad,) = torch.autograd.grad(out.sum(), qkv[0], create_graph=True)
+    (grad,) = torch.autograd.grad(grad.square().sum(), qkv[0], create_graph=True)
     with pytest.raises(RuntimeError, match="handwritten=False"):
         grad.square().sum().backward()
