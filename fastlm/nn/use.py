@@ -42,7 +42,7 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     draws fastlm's noise from a seed of torch's generator. Rows whose keys are all hidden by -inf give zeros, where torch gives
     NaN. Code that changes a query, key or mask in place before the weights meet the values gets an error, if the change shows
     in the tensor's version (as one through ``.data`` or numpy does not). Small products, and those of compiled or transformed
-    code, are torch's.
+    code, are torch's; for compiled code there is a pass (fastlm.integrations.inductor).
 
     Jagged tensors (B, H, lengths, D), transposes of (B, lengths, H, D), are attended within as packed sequences.
 

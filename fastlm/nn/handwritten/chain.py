@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ...ops.attention import attention, has_kernel
+from ...ops.attention.fill import FillCall, fill
+from ...ops.torch_op import is_ordinary
 from .fold import Fold, Placed, Shape
 from .masks import Bias, Hidden, Mask, merged_mask
 
@@ -156,6 +158,8 @@ class Chain(NamedTuple):
         Return None if in another row hidden scores may count beside the others. e^-104 is 0 in float32. To know it, the CPU
         waits for a GPU, which it must not do while a graph is captured.
         """
+        if not is_ordinary(value):
+            return self._attend_with_finite_fill_in_graph(query, key, value, attended, options)
         if value.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         out, lse = attention(query, key, value, **options, return_lse=True)
@@ -172,6 +176,17 @@ class Chain(NamedTuple):
             return out
         mean = value.mean(-2, keepdim=True).repeat_interleave(out.shape[1] // value.shape[1], dim=1)  # (B, Hq, 1, Dv)
         return torch.where(whole.unsqueeze(-1), mean.to(out.dtype), out)
+
+    def _attend_with_finite_fill_in_graph(
+        self, query: Tensor, key: Tensor, value: Tensor, attended: Tensor | None, options: dict
+    ) -> Tensor | None:
+        """Do the same while torch.compile traces, when there are no numbers to decide by: an op decides later."""
+        if attended is None or not self.fill_is_even:
+            return None
+        out, lse = attention(query, key, value, **options, return_lse=True)
+        mask = options["mask"] if self.biases else None
+        inputs = out, query, key, value, mask, attended, lse.detach(), options["seed"]
+        return fill(FillCall(*inputs, self.scale, self.fill, self.dropout_p, self.hidden_weights_are_zero))
 
 
 def _broadcasts(shape: Shape, to: Shape) -> bool:

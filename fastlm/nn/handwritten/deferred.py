@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from ...ops.torch_op import direct_apply, is_eager, is_ordinary
 from .. import blocks
-from .products import READERS, read, scores_of
+from .products import READERS, read, scores_of, weights_first
 from .record import ADVICE, Context, Origin, Record, in_graph
 from .steps import SAME, STEPS, Step
 
@@ -33,7 +33,7 @@ class Deferred(Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return _call(_theirs.get(func, func), args, kwargs or {})
+        return _call(torchs_own(func), args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -60,6 +60,11 @@ _theirs: dict[Callable, Callable] = {}  # functions that stand in for torch's, a
 def stands_in_for(ours: Callable, theirs: Callable) -> None:
     """Tell that ``ours`` may be passed on as the function of torch that is called."""
     _theirs[ours] = theirs
+
+
+def torchs_own(function: Callable) -> Callable:
+    """Return the function of torch that ``function`` stands in for, or itself."""
+    return _theirs.get(function, function)
 
 
 # ---- making one -------------------------------------------------------------------------------------------------------------
@@ -94,7 +99,7 @@ def _node(deferred: Deferred) -> object:
 
 def begin(function: Callable, args: tuple, kwargs: dict, count: Callable[[str | None], None]) -> Deferred | None:
     """Return the deferred product of queries and transposed keys if this call is one; ``count`` learns what comes of it."""
-    function = _theirs.get(function, function)
+    function = torchs_own(function)
     operands = read(function, args, kwargs)
     chain = None if operands is None else scores_of(operands, count)
     if chain is None:
@@ -242,10 +247,7 @@ def _exchange(deferred: Deferred, other: Deferred) -> bool:
 
 def _attended(function: Callable, args: tuple, kwargs: dict, at: int) -> Tensor | None:
     """Return the product of weights and values, or None if it must be computed by torch."""
-    if function is torch.einsum and at == 2 and len(args) == 3:  # the values before the weights
-        left, comma, rest = str(args[0]).partition(",")
-        right, arrow, out = rest.partition("->")
-        args, at = (f"{right}{comma}{left}{arrow}{out}", args[2], args[1]), 1
+    args, at = weights_first(function, args, at)
     deferred = args[at]
     with _as_torch_does():
         operands = read(function, args, kwargs)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...ops.torch_op import is_ordinary
 from .fold import Fold, Placed
 
 
@@ -26,6 +27,8 @@ class Hidden(NamedTuple):
     def is_same(self, other: "Hidden") -> bool:
         """Tell whether both are the same memory, seen in the same way, in the same place."""
         mine, others = self.placed.tensor, other.placed.tensor
+        if not is_ordinary(mine) or not is_ordinary(others):  # In a graph of torch.compile there is no memory.
+            return mine is others and self == other
         same = mine.data_ptr() == others.data_ptr() and mine.shape == others.shape and mine.stride() == others.stride()
         return same and self.placed.lead == other.placed.lead and self.where == other.where
 
@@ -67,9 +70,12 @@ def merged_mask(fold: Fold, biases: tuple[Bias, ...], hidden: tuple[Hidden, ...]
 def _is_causal(mask: Tensor, size: tuple[int, int], hides: bool | float) -> bool:
     """Tell whether a mask hides, by the value ``hides``, exactly the keys behind each query, aligned at the last of both.
 
-    On a GPU the comparison would make the CPU wait for it, and so nothing is compared there.
+    On a GPU the comparison would make the CPU wait for it, and in a graph of torch.compile there are no values: nothing is
+    compared there.
     """
     rows, keys = size
+    if not is_ordinary(mask):
+        return False
     if not mask.is_cpu or mask.shape[-2:] != size or mask.numel() != rows * keys or mask.requires_grad or not 1 < rows <= keys:
         return False
     mask = mask.reshape(size)

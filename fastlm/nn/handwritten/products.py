@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.attention import has_kernel
-from ...ops.torch_op import is_eager, is_ordinary
+from ...ops.torch_op import are_plain, is_eager, is_ordinary
 from .chain import MAX_HEAD_DIM, Chain
+from .fold import Shape
 
 # A product of fewer scores, or over fewer keys, takes torch's calls no longer than recording them and one call of attention.
 # (least scores, least keys) without and with gradients; measured with two threads of a Zen 3, windows of images included.
@@ -41,7 +42,7 @@ def _bmm(input: object, mat2: object) -> Operands | None:
 def _baddbmm(input: object, batch1: object, batch2: object, *, beta: float = 1, alpha: float = 1) -> Operands | None:
     operands = _bmm(batch1, batch2)
     numbers = isinstance(beta, (int, float)) and isinstance(alpha, (int, float))
-    if operands is None or not numbers or not is_ordinary(input):
+    if operands is None or not numbers or not isinstance(input, Tensor):
         return None
     return operands._replace(added=input, beta=float(beta), alpha=float(alpha))
 
@@ -103,7 +104,7 @@ def _permuted(tensor: Tensor, order: tuple[int, ...]) -> Tensor | None:
     """Return a tensor with its dimensions in that order, or None if that needs a view of a tensor that is not plain."""
     if order == tuple(range(len(order))):
         return tensor
-    return tensor.permute(order) if is_ordinary(tensor) else None
+    return tensor.permute(order) if are_plain((tensor,)) else None
 
 
 def _terms(equation: str, left_dims: int, right_dims: int) -> tuple[str, str, str] | None:
@@ -173,36 +174,55 @@ def scores_of(operands: Operands, count: Callable[[str], None]) -> Chain | None:
 
     A product that is, but too small, is counted.
     """
-    if not is_eager():
+    lead = lead_of(operands) if is_eager() else None
+    if lead is None:
         return None
-    query, transposed, added = operands[:3]
-    *outer, rows, inner = query.shape
-    *key_outer, key_inner, keys = transposed.shape
+    rows, keys = operands.left.shape[-2], operands.right.shape[-1]
+    if not pays(math.prod(lead) * rows * keys, keys, operands.left, operands.right):
+        count(TOO_SMALL)
+        return None
+    tensors = operands.left, operands.right, operands.added
+    return chain_of(operands, lead) if all(tensor is None or is_ordinary(tensor) for tensor in tensors) else None
+
+
+def lead_of(operands: Operands) -> Shape | None:
+    """Return the leading dimensions of a product of queries with transposed keys, or None if this is none by its layout."""
+    query, transposed = operands.left, operands.right
+    *outer, _, inner = query.shape
+    *key_outer, key_inner, _ = transposed.shape
     step, next_key = transposed.stride()[-2:]
     if step != 1 or next_key < inner or inner != key_inner or not 1 < inner <= MAX_HEAD_DIM:
         return None
-    lead = tuple(outer)
-    if key_outer != outer:
-        if any(a != b and 1 not in (a, b) for a, b in zip(outer, key_outer)):
-            return None
-        lead = tuple(map(max, outer, key_outer))
+    if any(a != b and 1 not in (a, b) for a, b in zip(outer, key_outer)):
+        return None
     dims = operands.dims
     if dims is not None and dims != tuple(range(len(dims))):
         return None
-    if not pays(math.prod(lead) * rows * keys, keys, query, transposed):
-        count(TOO_SMALL)
-        return None
+    return tuple(outer) if key_outer == outer else tuple(map(max, outer, key_outer))
+
+
+def chain_of(operands: Operands, lead: Shape) -> Chain | None:
+    """Return the chain that begins with a product of queries with transposed keys, or None if no kernel takes it."""
+    query, transposed, added = operands[:3]
     device = query.device
-    if query.dtype != transposed.dtype or device != transposed.device or not is_ordinary(query) or not is_ordinary(transposed):
+    if query.dtype != transposed.dtype or device != transposed.device or not has_kernel(query, query):
         return None
-    if not has_kernel(query, query):
-        return None
+    shape = (*lead, query.shape[-2], transposed.shape[-1])
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else query.dtype
-    chain = Chain(query, transposed.transpose(-2, -1), lead, (*lead, rows, keys), dtype, scale=operands.alpha)
+    chain = Chain(query, transposed.transpose(-2, -1), lead, shape, dtype, scale=operands.alpha)
     if added is None or operands.beta == 0.0:
         return chain
     if added.device != device or (added.dtype != dtype and not autocast):
         return None
     chain = chain.plus(added, operands.beta)
     return None if chain is None else chain._replace(dtype=dtype)
+
+
+def weights_first(function: Callable, args: tuple, at: int) -> tuple[tuple, int]:
+    """Return the arguments of a product with values, and the position of the weights, so that these come first."""
+    if function is torch.einsum and at == 2 and len(args) == 3:
+        left, comma, rest = str(args[0]).partition(",")
+        right, arrow, out = rest.partition("->")
+        return (f"{right}{comma}{left}{arrow}{out}", args[2], args[1]), 1
+    return args, at

@@ -30,7 +30,7 @@ def _multiply(chain: Chain, at: int, other: object) -> Description:
     number = _number(other)
     if number is not None:
         return chain.times(number)
-    return chain.times(other) if is_ordinary(other) else None
+    return chain.times(other) if isinstance(other, Tensor) else None
 
 
 def _divide(chain: Chain, at: int, other: object) -> Description:
@@ -39,11 +39,11 @@ def _divide(chain: Chain, at: int, other: object) -> Description:
 
 
 def _add(chain: Chain, at: int, other: object) -> Description:
-    return chain.plus(other) if is_ordinary(other) and _keeps_order(at, other) else None
+    return chain.plus(other) if isinstance(other, Tensor) and _keeps_order(at, other) else None
 
 
 def _subtract(chain: Chain, at: int, other: object) -> Description:
-    return chain.plus(other, -1.0) if at == 0 and is_ordinary(other) else None
+    return chain.plus(other, -1.0) if at == 0 and isinstance(other, Tensor) else None
 
 
 def _keeps_order(at: int, other: Tensor) -> bool:
@@ -56,13 +56,13 @@ def _keeps_order(at: int, other: Tensor) -> bool:
 
 def _fill(chain: Chain, at: int, mask: object, value: object) -> Description:
     number = _number(value)
-    return chain.hide(mask, True, number) if number is not None and is_ordinary(mask) and at == 0 else None
+    return chain.hide(mask, True, number) if number is not None and isinstance(mask, Tensor) and at == 0 else None
 
 
 def _where(chain: Chain, at: int, condition: object, other: object) -> Description:
     """Describe torch.where(condition, scores, fill) and torch.where(condition, fill, scores)."""
     number = _number(other)
-    if at == 0 or number is None or not is_ordinary(condition) or not _keeps_order(at, condition):
+    if at == 0 or number is None or not isinstance(condition, Tensor) or not _keeps_order(at, condition):
         return None
     return chain.hide(condition, at == 2, number)
 
@@ -114,7 +114,7 @@ def _cast_to(chain: Chain, at: int, *args, dtype: torch.dtype | None = None, dev
     for arg in args:
         if isinstance(arg, torch.dtype):
             dtype = arg
-        elif is_ordinary(arg):
+        elif isinstance(arg, Tensor):
             device, dtype = arg.device, arg.dtype
         elif isinstance(arg, (str, torch.device, int)) and not isinstance(arg, bool):
             device = arg
@@ -134,7 +134,7 @@ def _type(chain: Chain, at: int, dtype: object) -> Description:
 
 
 def _type_as(chain: Chain, at: int, other: object) -> Description:
-    return _cast(chain, other.dtype) if at == 0 and is_ordinary(other) and other.device == chain.query.device else None
+    return _cast(chain, other.dtype) if at == 0 and isinstance(other, Tensor) and other.device == chain.query.device else None
 
 
 def _view(chain: Chain, at: int, *sizes) -> Description:
