@@ -19,11 +19,19 @@ _defined: set[str] = set()
 
 
 def define_op(
-    name: str, signature: str, run: Callable, fake: Callable, devices: tuple[str, ...] = ("CPU",), vmap: Callable | None = None
+    name: str,
+    signature: str,
+    run: Callable,
+    fake: Callable,
+    devices: tuple[str, ...] = ("CPU",),
+    vmap: Callable | None = None,
+    differentiated: bool = True,
 ):
     """Register fastlm::<name>, which calls ``run`` on those devices, and return it.
 
     If another backend has registered the op, only the devices are added. A ``vmap`` rule gets the op as its first argument.
+    ``differentiated`` says that an autograd.Function calls the op wherever it has a gradient; another op raises there, where
+    torch would warn and give zeros, as in a derivative of second order that is compiled.
     """
     qualified, is_new = f"fastlm::{name}", name not in _defined
     if is_new:
@@ -33,9 +41,19 @@ def define_op(
     for device in devices:
         _library.impl(name, run, device)
     op = getattr(torch.ops.fastlm, name).default
+    if is_new and not differentiated:
+        _library.impl(name, functools.partial(_without_gradient, op), "Autograd")
     if is_new and vmap is not None:
         torch.library.register_vmap(qualified, functools.partial(vmap, op), lib=_library)
     return op
+
+
+def _without_gradient(op, *args):
+    """Run an op below autograd, or refuse where a gradient would be missing."""
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        raise RuntimeError(f"{NO_MORE}; derivatives of second order cannot be compiled")
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def batch_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
@@ -241,6 +259,21 @@ _JVP = torch._C._functorch.TransformType.Jvp
 def _jvp_levels() -> int:
     """Return how many transforms of torch.func that surround a call are jvps."""
     return sum(level.key() == _JVP for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+@constant_when_compiled
+def _in_grad_transform() -> bool:
+    grad = torch._C._functorch.TransformType.Grad
+    return any(level.key() == grad for level in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def leave_gradients_to_eager() -> None:
+    """Let a torch.func.grad that torch.compile traces be run in eager mode, as dynamo does with what raises.
+
+    Its tensors do not say that they require gradients, and dynamo would leave out any autograd.Function: zeros.
+    """
+    if _is_compiling() and _in_grad_transform():
+        raise NotImplementedError("torch.compile cannot trace a torch.func.grad of fastlm's ops")
 
 
 def innermost_is_jvp() -> bool:

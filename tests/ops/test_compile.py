@@ -93,3 +93,34 @@ def test_a_bad_call_is_refused_in_a_compiled_function_too():
     compiled = torch.compile(lambda mu: fastlm.gaussian_kl(mu, mu, event_dims=5), backend="aot_eager")
     with pytest.raises(ValueError, match="event_dims"):
         compiled(torch.zeros(3, 4))
+
+
+# ---- torch.func inside -------------------------------------------------------------------------------------------------------
+
+X, Y = (seeded_normal(i, (1, 2, 9, 8), torch.float32) for i in (1, 2))
+LOSSES = {
+    "attention": lambda x: fastlm.attention(x, Y, Y).square().sum(),
+    "linear": lambda x: fastlm.linear(x, Y[0, 0], backend="cpu").pow(3).sum(),
+    "latent": lambda x: sum(out.square().sum() for out in fastlm.reparameterize_with_kl(x, Y, seed=1)),
+}
+DERIVATIVES = {
+    "grad": lambda loss: torch.func.grad(loss),
+    "grad of grad": lambda loss: torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum()),
+    "jvp": lambda loss: lambda x: torch.func.jvp(loss, (x,), (Y,))[1],
+}
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_derivatives_of_torch_func_inside_are_no_zeros(loss, derivative, widest_isa):
+    """Dynamo leaves autograd.Functions out of a torch.func.grad that it traces, so that it must not trace one of ours."""
+    derived = derivative(loss)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(derived, backend="aot_eager")(X), derived(X))
+
+
+def test_a_compiled_backward_is_not_silently_differentiated_again(widest_isa):
+    x = X.clone().requires_grad_()
+    out, lse, statistics = torch.ops.fastlm.attention(x.detach(), Y, Y, *(None,) * 8, 0.3, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="second order cannot be compiled"):
+        torch.ops.fastlm.attention_backward(out, lse, out, lse, statistics, False, False, x, Y, Y, *(None,) * 8, 0.3, 0.0, 0.0)

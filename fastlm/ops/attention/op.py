@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..torch_op import batch_first, define_op, may_bypass_dispatcher, sum_to
+from ..torch_op import batch_first, define_op, leave_gradients_to_eager, may_bypass_dispatcher, sum_to
 from .call import (
     DIFFERENTIABLE,
     INPUTS,
@@ -204,6 +204,7 @@ def attention_op(
         fake_backward,
         devices,
         partial(_vmap, _SAVED, DIFFERENTIABLE, True),
+        differentiated=False,
     )
     of_tangents = (None, None) if passes.jvp is None else _tangent_ops(name, passes, devices)
     run_direct, run_dispatched, run_dual = differentiable(Ops(run_forward, run_backward, forward_op, backward_op, *of_tangents))
@@ -211,6 +212,7 @@ def attention_op(
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if run_dual and forward_ad._current_level >= 0:
             return run_dual(call)
+        leave_gradients_to_eager()
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
             return (run_direct if direct else run_dispatched)(*call)[:2]
@@ -246,6 +248,7 @@ def _tangent_ops(name: str, passes: Passes, devices: tuple[str, ...]) -> tuple[C
         fake_jvp,
         devices,
         partial(_vmap, 0, 5, False),
+        differentiated=False,
     )
     backward_op = define_op(
         f"{name}_jvp_backward",
@@ -255,6 +258,7 @@ def _tangent_ops(name: str, passes: Passes, devices: tuple[str, ...]) -> tuple[C
         fake_backward,
         devices,
         partial(_vmap, _SAVED_TANGENTS, DIFFERENTIABLE, True),
+        differentiated=False,
     )
     return jvp_op, backward_op
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ...reference.latent import accumulation_dtype
-from ..torch_op import batch_first, define_op, may_bypass_dispatcher, may_have_tangents, sum_to, with_gradient
+from ..torch_op import (
+    batch_first,
+    define_op,
+    leave_gradients_to_eager,
+    may_bypass_dispatcher,
+    may_have_tangents,
+    sum_to,
+    with_gradient,
+)
 from .call import DIFFERENTIABLE, INPUTS, TENSORS, LatentCall
 from .derivatives import gradients as differentiable_gradients
 from .derivatives import run_with_tangents
@@ -178,6 +186,7 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
         _fake_backward,
         (device,),
         _backward_vmap,
+        differentiated=False,
     )
 
     def save(ctx, args, outputs) -> None:
@@ -196,6 +205,7 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
     def run(call: LatentCall) -> tuple[Tensor | None, Tensor | None]:
         if may_have_tangents(*call[:TENSORS]):
             return run_with_tangents(call)
+        leave_gradients_to_eager()
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
             return (run_direct if direct else run_dispatched)(*call)

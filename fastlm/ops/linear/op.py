@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..checks import autocast
-from ..torch_op import batch_first, define_op, may_bypass_dispatcher, save_for_both, sum_to, with_gradient, with_tangents
+from ..torch_op import (
+    batch_first,
+    define_op,
+    leave_gradients_to_eager,
+    may_bypass_dispatcher,
+    save_for_both,
+    sum_to,
+    with_gradient,
+    with_tangents,
+)
 from .call import INPUTS, TENSORS, LinearCall, requires_grad
 
 
@@ -100,6 +109,7 @@ def linear_op(forward: Callable, product: Callable, devices: tuple[str, ...]) ->
         call = LinearCall(*autocast(*call[:TENSORS]), call.backend)
         if forward_ad._current_level >= 0:
             return run_dual(*call)
+        leave_gradients_to_eager()
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and requires_grad(*call[:TENSORS]):
             return (run_direct if direct else run_dispatched)(*call)
