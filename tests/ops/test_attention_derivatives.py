@@ -62,6 +62,15 @@ def test_the_tangent_of_the_value_alone_is_a_forward(isa):
     assert not results[3].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_tangents_of_scores_lose_no_digits(dtype, isa):
+    """All of a row's scores move by nearly the same, which cancels."""
+    call = {name: seeded_normal(i, (1, 2, 200, 64), dtype) for i, name in enumerate(("query", "key", "value"))}
+    call["key"] = call["key"] + 1.0
+    tangent = (30.0 * seeded_normal(5, (1, 2, 200, 64), torch.float64) + 20.0).to(dtype)
+    Oracle(with_tangents(fastlm.attention), {**call, "query" + TANGENT: tangent}, (), set()).check(backend="cpu")
+
+
 # ---- double backward --------------------------------------------------------------------------------------------------------
 
 
