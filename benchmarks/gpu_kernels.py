@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, and print what they are made of.
 
 python benchmarks/gpu_kernels.py                    # every GPU, pass, head_dim and dtype, causal or not
-python benchmarks/gpu_kernels.py --cover            # a subset in which every GPU meets every pass and head_dim, and every dtype
+python benchmarks/gpu_kernels.py --cover            # a subset: every GPU, pass, head_dim and dtype; few passes with tangents
 python benchmarks/gpu_kernels.py --features         # every feature once; a line for each kernel
 python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, from the hot loop's instructions
 

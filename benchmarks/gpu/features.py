@@ -22,6 +22,19 @@ def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> li
     return forward + attention.plan_backward(call, out, statistics, out, lse, grads, lse)
 
 
+def _tangents(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple, **options) -> list[attention.Launch]:
+    """Return the launches of the forward with the tangents of these tensors, and of its backward."""
+    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch)
+    given = {name: getattr(call, name) if name in names else None for name in attention.TangentTensors._fields}
+    tangents = attention.TangentTensors(**given)
+    out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
+    results = attention.JvpResults(out, lse, _tensor(*lse.shape, 2, dtype=torch.float32), out, lse)
+    floating = call.mask is not None and call.mask.is_floating_point()
+    grads = (query, key, value, call.mask if floating else None)
+    forward = attention.plan_jvp(call, tangents, results)
+    return forward + attention.plan_jvp_backward(call, tangents, results, out, lse, grads, (lse, lse))
+
+
 def _kvcache(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:
     """Return the launches of attention with a KV cache."""
     plain = dict.fromkeys(("key", "value", "block_table", "alibi_slopes", "sinks", "left", "right")) | {"scale": 0.1}
@@ -56,6 +69,20 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
         "packed": _call(*packed, arch, cu_seqlens_q=many, cu_seqlens_k=many, right=0),
         "packed, one sequence": _call(*packed, arch, cu_seqlens_q=two, cu_seqlens_k=two, left=7),
         "negative scale": _call(query, key, value, arch, scale=-1.0),
+        "all tangents": _tangents(
+            query,
+            key,
+            value,
+            arch,
+            attention.TangentTensors._fields,
+            mask=_tensor(2, 1, 300, 333),
+            seed=a_seed,
+            **score_options,
+            **dropped,
+        ),  # fmt: skip
+        "tangents of query": _tangents(query, key, value, arch, ("query",), mask=_tensor(333, dtype=torch.bool)),
+        "tangents of key, packed": _tangents(*packed, arch, ("key",), cu_seqlens_q=many, cu_seqlens_k=many, right=0),
+        "tangents of value, TF32": _tangents(*single, arch, ("value",), allow_tf32=True),
         "TF32": _call(*single, arch, allow_tf32=True),
         "KV cache": _kvcache(_tensor(3, 8, 2, 64), cache, arch, key=new, value=new, **score_options | {"alibi_slopes": sinks}),
         "KV cache, paged": _kvcache(_tensor(3, 8, 1, 64), pages, arch, block_table=table, key=new, value=new),

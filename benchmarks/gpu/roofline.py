@@ -12,7 +12,9 @@ from rich.table import Table
 from gpu import variants
 from gpu.variants import Variant
 
-FLOPS_PER_SCORE = {"forward": 4, "grad_key_value": 8, "grad_query": 6, "kvcache": 4}  # These times head_dim, for each score.
+# Floating-point operations for each score, divided by head_dim: 2 for each product that a pass computes.
+FLOPS_PER_SCORE = {"forward": 4, "grad_key_value": 8, "grad_query": 6, "kvcache": 4}
+FLOPS_PER_SCORE |= {"jvp": 12, "jvp_grad_key_value": 16, "jvp_grad_query": 14}
 
 
 class Rates(NamedTuple):

@@ -15,6 +15,9 @@ from fastlm.kernels.attention.tiles import (
     FORWARD,
     GRAD_KEY_VALUE,
     GRAD_QUERY,
+    JVP,
+    JVP_GRAD_KEY_VALUE,
+    JVP_GRAD_QUERY,
     KVCACHE,
     LoopKind,
     has_descriptors,
@@ -25,6 +28,7 @@ from gpu import ahead_of_time, machine_code
 
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE)
+TANGENT_PASSES = (JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 LOOPS = ("plain", "masked", "packed")  # Attention alone; with a mask and dropout; of packed sequences.
@@ -34,7 +38,7 @@ class Variant(NamedTuple):
     """One compilation."""
 
     arch: str
-    pass_name: str  # one of PASSES
+    pass_name: str  # one of PASSES or TANGENT_PASSES
     head_dim: int
     dtype: str
     causal: bool
@@ -47,12 +51,16 @@ def every_variant() -> list[Variant]:
     The KV cache's pass has no diagonal to skip, so it comes once. Loops that are not plain come with a causal limit only.
     """
     kinds = ((False, "plain"), (True, "plain"), (True, "masked"), (True, "packed"))
-    variants = [Variant(*v, *kind) for v in itertools.product(GPUS, PASSES, HEAD_DIMS, DTYPES) for kind in kinds]
+    passes = PASSES + TANGENT_PASSES
+    variants = [Variant(*v, *kind) for v in itertools.product(GPUS, passes, HEAD_DIMS, DTYPES) for kind in kinds]
     return [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
 
 
 def covering_variants() -> list[Variant]:
-    """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns."""
+    """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns.
+
+    Of the passes with tangents there are a few, because compiling takes long.
+    """
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
     for arch, name, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
@@ -60,7 +68,10 @@ def covering_variants() -> list[Variant]:
         variants.append(Variant(arch, name, head_dim, dtype, causal and name != KVCACHE))
     for i, (arch, name, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
         variants.append(Variant(arch, name, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
-    return variants
+    head_dims = itertools.cycle((64, 128))
+    for arch, name in itertools.product(("sm_86", "sm_90", "gfx942"), TANGENT_PASSES):
+        variants.append(Variant(arch, name, next(head_dims), "bfloat16", True))
+    return [*variants, Variant("sm_80", JVP, 64, "float32", False)]
 
 
 def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
@@ -88,9 +99,21 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), tensor(batch + 1, dtype=torch.int32))
     right = 0 if variant.causal else None
     call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options)
+    if variant.pass_name in TANGENT_PASSES:
+        tangents = attention.TangentTensors(query, key, value, call.mask, None)
+        results = attention.JvpResults(out, lse, statistics, out, lse)
+        launches = attention.plan_jvp(call, tangents, results)
+        grads, deltas = (query, key, value, None), (lse, lse)
+        launches += attention.plan_jvp_backward(call, tangents, results, out, None, grads, deltas)
+        return _launch_named(variant, launches)
     launches = attention.plan_forward(call, out, lse, statistics)
     if variant.pass_name != FORWARD:
         launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
+    return _launch_named(variant, launches)
+
+
+def _launch_named(variant: Variant, launches: list[attention.Launch]) -> attention.Launch:
+    """Return the launch of the variant's pass."""
     return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.pass_name}")
 
 
@@ -102,7 +125,7 @@ def inspect(variant: Variant) -> dict:
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
     dtype = getattr(torch, variant.dtype)
     kind = LoopKind.MASKED if variant.loop == "masked" else LoopKind.PLAIN
-    if variant.loop == "plain" and has_descriptors(variant.arch, dtype):
+    if variant.loop == "plain" and variant.pass_name in PASSES and has_descriptors(variant.arch, dtype):
         kind = LoopKind.DESCRIPTORS
     tile = tile_for(variant.pass_name, variant.arch, dtype, variant.head_dim, kind)
     try:

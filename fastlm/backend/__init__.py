@@ -69,7 +69,7 @@ def select(
     ``tensors`` decide which backends can. ``reference_only`` says why only torch's own ops may run the call, or is None.
     """
     if reference_only is not None:
-        implementations = [barred(i, reference_only) if i.backend != "reference" else i for i in implementations]
+        implementations = [_barred(i, reference_only) if i.backend != "reference" else i for i in implementations]
     if isinstance(backend, Explanation):
         raise _explained(implementations, tensors, backend)
     requested = backend or DEFAULT
@@ -83,7 +83,7 @@ def select(
     raise UnsupportedError(f"{op}: no backend runs on {tensors[0].device}")
 
 
-def barred(implementation: Implementation, reason: str) -> Implementation:
+def _barred(implementation: Implementation, reason: str) -> Implementation:
     """Return the implementation with a ``why_not`` that always gives ``reason``, which does not depend on the tensors."""
     return Implementation(
         implementation.backend, implementation.run, lambda *tensors: implementation.why_not(*tensors) or reason

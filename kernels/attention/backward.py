@@ -72,20 +72,20 @@ def recompute_p(
     s, row_max, log2_sum, mask, batch, head, position, i, j, q_len, k_len, slope, scoring,
     SCALE_ONLY: tl.constexpr, MASKED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """Return (p, softcap_grad) of a tile of products, where softcap_grad is the softcap's derivative.
+    """Return (p, softcap_grad, softcap_bend) of a tile of products; the last two are those of `natural_scores`.
 
     `row_max` and `log2_sum` of the tile's rows broadcast against it. CLAMPED keeps p at most 1: a score may come out an ulp,
     which is 64 at 1e9, above what the forward found.
     """
-    softcap_grad = 1.0
+    softcap_grad, softcap_bend = 1.0, 0.0
     if not SCALE_ONLY:
-        s, softcap_grad = natural_scores(s, position, j, slope, scoring)
+        s, softcap_grad, softcap_bend = natural_scores(s, position, j, slope, scoring)
     if MASKED:
         s = mask_scores(s, mask, batch, head, position, i, j, q_len, k_len, scoring.left, scoring.right)
     exponent = tl.fma(s - row_max, scoring.factor, -log2_sum)
     if CLAMPED:
         exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(exponent), softcap_grad
+    return tl.exp2(exponent), softcap_grad, softcap_bend
 
 
 @triton.jit
@@ -140,7 +140,7 @@ def attention_grad_key_value(
                         statistics, delta, first_row + q_start, rows_left, BLOCK_Q, phase != 1
                     )  # (BLOCK_Q,) each
                     i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
-                    p, softcap_grad = recompute_p(
+                    p, softcap_grad, _ = recompute_p(
                         s, row_max[None, :], log2_sum[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
                         q_len, k_len, slope, scoring, SCALE_ONLY, phase != 1, CLAMPED,
                     )  # fmt: skip
@@ -207,7 +207,7 @@ def attention_grad_query(
                 k = load_block(k_pointers, key, key_desc, batch, kv_head, k_first, k_start, keys_left, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]  # (1, BLOCK_K)
-                p, softcap_grad = recompute_p(
+                p, softcap_grad, _ = recompute_p(
                     s, row_max[:, None], log2_sum[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
                     q_len, k_len, slope, scoring, SCALE_ONLY, phase != 1, CLAMPED,
                 )  # fmt: skip

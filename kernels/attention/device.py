@@ -1,6 +1,6 @@
 """The device functions that attention's kernels share: a program's block, ranges, loads, scores, masks, softmax, dropout.
 
-The passes (forward.py, backward.py, kvcache.py, mask.py) are made of them. All work on tiles of queries by keys. Functions that
+Each pass has a file of its own, and is made of them. All work on tiles of queries by keys. Functions that
 take `query` and `key` take the indices of the tile's rows and columns, shaped to broadcast against the tile, so they serve a
 transposed tile as well.
 
@@ -295,16 +295,26 @@ def slope_of(scoring, b, head):
 
 @triton.jit
 def natural_scores(products, position, key, slope, scoring):
-    """Return (scores, softcap_grad) of a tile: natural scores before the mask, and the softcap's derivative, 1 without one."""
+    """Return (scores, softcap_grad, softcap_bend) of a tile: natural scores before the mask, and the softcap's derivatives.
+
+    softcap_grad is the first derivative, 1 without a softcap. The second one is softcap_grad * softcap_bend.
+    """
     s = products * scoring.scale
-    softcap_grad = 1.0
+    softcap_grad, softcap_bend = 1.0, 0.0
     if scoring.softcap is not None:
         t = tanh(s * scoring.per_softcap)
         s = t * scoring.softcap
-        softcap_grad = 1.0 - t * t
+        softcap_grad, softcap_bend = 1.0 - t * t, t * (-2.0 * scoring.per_softcap)
     if scoring.slopes is not None:
         s -= slope * tl.abs(position - key).to(tl.float32)
-    return s, softcap_grad
+    return s, softcap_grad, softcap_bend
+
+
+@triton.jit
+def mask_pointers(mask, batch, head, query, key):
+    """Return pointers to a tile of a mask."""
+    base = mask.data + batch * mask.batch + head.to(tl.int64) * mask.head
+    return base + query.to(tl.int64) * mask.row + key.to(tl.int64) * mask.column
 
 
 @triton.jit
@@ -316,8 +326,7 @@ def mask_scores(s, mask, batch, head, position, query, key, queries, keys, left,
     """
     seen = (key < keys) & (query < queries)
     if mask is not None:
-        base = mask.data + batch * mask.batch + head.to(tl.int64) * mask.head
-        pointers = base + query.to(tl.int64) * mask.row + key.to(tl.int64) * mask.column
+        pointers = mask_pointers(mask, batch, head, query, key)
         if mask.data.dtype.element_ty == tl.uint8:
             # This adds numbers, because AMD's compiler cannot convert booleans from one layout to another.
             s += tl.where(tl.load(pointers, mask=seen, other=0) != 0, 0.0, float("-inf"))
@@ -376,17 +385,18 @@ def fused_residual(row_max, scoring):
 
 @triton.jit
 def finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY: tl.constexpr):
-    """Return (out_scale, lse, log2_sum) of rows (ROWS,), with their sink included.
+    """Return (out_scale, lse, log2_sum, sink_weight) of rows (ROWS,), with their sink included.
 
     out_scale multiplies the weighted sum of values. lse is the log-sum-exp in natural units. log2_sum is log2 of the sum of the
-    weights relative to `row_max`. The exponents of the weights are too large by `residual` (ROWS,).
+    weights relative to `row_max`. sink_weight is the sink's share of the softmax, 0 without sinks. The exponents of the weights
+    are too large by `residual` (ROWS,).
 
-    A row that has seen nothing has a sum of 0 and gives (0, -inf, 0). log2_sum is 0 for any row that has seen no key.
+    A row that has seen nothing has a sum of 0 and gives (0, -inf, 0, 0). log2_sum is 0 for any row that has seen no key.
     """
     top = row_max
     if SCALE_ONLY:
         top = row_max * scoring.scale
-    keys_scale = 1.0
+    keys_scale, sink_weight = 1.0, 0.0
     keys_top = top
     if scoring.sinks is not None:
         sink = tl.load(scoring.sinks + head)
@@ -394,13 +404,15 @@ def finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY: tl.con
         base = tl.where(top == float("-inf"), 0.0, top)
         keys_scale = tl.exp2((keys_top - base) * LOG2E - residual)
         residual = 0.0
-        row_sum = row_sum * keys_scale + tl.exp2((sink - base) * LOG2E)  # NaN where the sink is NaN.
+        sink_weight = tl.exp2((sink - base) * LOG2E)  # NaN where the sink is NaN.
+        row_sum = row_sum * keys_scale + sink_weight
     empty = row_sum == 0.0
     log2_sum = tl.log2(tl.where(empty, 1.0, row_sum)) - residual
     lse = tl.where(empty, float("-inf"), top + log2_sum / LOG2E)
     if scoring.sinks is not None:
         log2_sum = tl.where(keys_top == float("-inf"), 0.0, log2_sum + (top - keys_top) * LOG2E)
-    return tl.where(empty, 0.0, keys_scale / tl.where(empty, 1.0, row_sum)), lse, log2_sum
+    total = tl.where(empty, 1.0, row_sum)
+    return tl.where(empty, 0.0, keys_scale / total), lse, log2_sum, sink_weight / total
 
 
 # ---- dropout ----------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def attention_forward(
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]  # (1, BLOCK_K)
                 if not SCALE_ONLY:
-                    s, _ = natural_scores(s, (i + shift)[:, None], j, slope, scoring)
+                    s, _, _ = natural_scores(s, (i + shift)[:, None], j, slope, scoring)
                 if phase != 1:
                     s = mask_scores(
                         s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
@@ -88,7 +88,8 @@ def attention_forward(
                 v = load_block(v_pointers, value, value_desc, batch, kv_head, k_first, k_start, keys_left, DV, phase != 1)
                 acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         residual = fused_residual(row_max, scoring) if FUSED else 0.0
-        out_scale, lse_tile, log2_sum = finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY)  # (BLOCK_Q,)
+        # (BLOCK_Q,) each
+        out_scale, lse_tile, log2_sum, _ = finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY)
         if dropout.seed is not None:
             out_scale *= dropout.keep_scale
         out_pointers = tile_pointers(out, batch, head, q_first + q_start, BLOCK_Q, VALUE_COLUMNS)

@@ -117,7 +117,7 @@ def attention_kvcache(
         # (BLOCK_K, COLUMNS)
         k = tl.load(row_pointers(keys, kv_head, outer, row)[:, None] + columns, mask=found[:, None] & (columns < D), other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
-        s, _ = natural_scores(s, position, j[None, :], slope, scoring)
+        s, _, _ = natural_scores(s, position, j[None, :], slope, scoring)
         s = mask_scores(s, None, b, kv_head, position, r[:, None], j[None, :], rows, length, scoring.left, scoring.right)
         s = tl.where(found[None, :], s, float("-inf"))
         p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, True, False)
@@ -153,7 +153,7 @@ def attention_combine(
         split_acc = tl.load(partial + at * DV + columns, mask=(columns < DV), other=0.0)  # (VALUE_COLUMNS,)
         acc = acc * rescale + split_acc * split_scale
         row_max, row_sum = new_max, row_sum * rescale + split_sum * split_scale
-    out_scale, lse_tile, _ = finish_softmax(row_max, row_sum, 0.0, scoring, head, False)
+    out_scale, lse_tile, _, _ = finish_softmax(row_max, row_sum, 0.0, scoring, head, False)
     out_row = out.data + b * out.batch + head * out.head + i * out.row
     tl.store(out_row + columns, (acc * out_scale).to(out.data.dtype.element_ty), mask=columns < DV)
     tl.store(lse + q_row + one, lse_tile)

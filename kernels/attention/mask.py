@@ -5,6 +5,8 @@ import triton.language as tl
 
 from .backward import load_statistics, recompute_p
 from .device import dropout_stream, keep_mask, load_tile, mask_scores, slope_of, tile_pointers
+from .jvp_backward import load_tangent_statistics, score_gradients
+from .tangents import load_tangent, product_tangents, score_tangents, tangent_pointers
 
 
 @triton.jit
@@ -36,13 +38,15 @@ def attention_block_lists(
 
 @triton.jit
 def attention_grad_mask(
-    query, key, value, grad_out, statistics, delta, mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
+    query, key, value, tangents, grad_out, statistics, delta, lse_tangent, tangent_delta,
+    mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
     PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write a tile of grad_mask: the sum, in one order, of the gradients of all scores that the mask's tile was added to.
 
+    Without tangents the gradients are those of the forward, and with them those of the forward with tangents (jvp_backward.py).
     grad_mask is contiguous, (mask_batch, mask_heads, queries if PER_QUERY else 1, keys if PER_KEY else 1).
     """
     q_len, k_len = sizes.q_len, sizes.k_len
@@ -65,7 +69,7 @@ def attention_grad_mask(
         first_row = (batch * sizes.heads + head) * q_len + q_start
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, q_left, BLOCK_Q, True)
         i, j = q_start + tl.arange(0, BLOCK_Q), (k_start + tl.arange(0, BLOCK_K))[None, :]  # (BLOCK_Q,), (1, BLOCK_K)
-        p, _ = recompute_p(
+        p, softcap_grad, _ = recompute_p(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), row_max[:, None], log2_sum[:, None], mask, batch, head,
             (i + k_len - q_len)[:, None], i[:, None], j, q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
         )  # fmt: skip
@@ -75,9 +79,39 @@ def attention_grad_mask(
         v = load_tile(v_pointers, k_left, DV, True)  # (BLOCK_K, VALUE_COLUMNS)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        keep = 1.0
         if dropout.seed is not None:
-            dp *= keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
-        acc += p * (dp - delta_tile[:, None])
+            keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
+            dp *= keep
+        if tangents is None:
+            acc += p * (dp - delta_tile[:, None])
+        else:
+            q_tangent = load_tangent(
+                tangent_pointers(tangents.query, batch, head, q_start, BLOCK_Q, COLUMNS), tangents.query, 0, q_left, D, True
+            )  # (BLOCK_Q, COLUMNS)
+            k_tangent = load_tangent(
+                tangent_pointers(tangents.key, batch, kv_head, k_start, BLOCK_K, COLUMNS), tangents.key, 0, k_left, D, True
+            )  # (BLOCK_K, COLUMNS)
+            products = product_tangents(
+                q, k, q_tangent, k_tangent, tangents.query is not None, tangents.key is not None, PRECISION
+            )  # (BLOCK_Q, BLOCK_K)
+            ds = score_tangents(
+                products, p, softcap_grad, tangents.mask, batch, head, i[:, None], j, q_len, k_len, scoring, False, True
+            )  # (BLOCK_Q, BLOCK_K)
+            by_tangent = 0.0
+            if tangents.value is not None:
+                v_tangent = load_tangent(
+                    tangent_pointers(tangents.value, batch, kv_head, k_start, BLOCK_K, VALUE_COLUMNS),
+                    tangents.value, 0, k_left, DV, True,
+                )  # fmt: skip
+                by_tangent = tl.dot(g, tl.trans(v_tangent), input_precision=PRECISION) * keep  # (BLOCK_Q, BLOCK_K)
+            lse_tangent_tile, tangent_delta_tile = load_tangent_statistics(
+                lse_tangent, tangent_delta, row_max, first_row, q_left, BLOCK_Q, True
+            )  # (BLOCK_Q,) each
+            _, grad, _ = score_gradients(
+                p, ds, dp, by_tangent, delta_tile[:, None], lse_tangent_tile[:, None], tangent_delta_tile[:, None]
+            )  # (BLOCK_Q, BLOCK_K)
+            acc += grad
     rows, columns = q_len if PER_QUERY else 1, k_len if PER_KEY else 1
     i, j = q_block * BLOCK_Q + tl.arange(0, BLOCK_Q), k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     own = grad_mask + batch_head.to(tl.int64) * rows * columns

@@ -36,6 +36,7 @@ class LoopKind(Enum):
 
 
 FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE = "forward", "grad_key_value", "grad_query", "kvcache"
+JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY = "jvp", "jvp_grad_key_value", "jvp_grad_query"
 DELTA_ROWS = 64  # Rows per block of the pass that computes delta.
 L2_BUDGET = 24 << 20  # Bytes of the L2 cache that the keys and values of heads scheduled together may fill.
 
@@ -144,11 +145,105 @@ SINGLE = {
         KVCACHE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=500)),
     },
 }
+# The passes with tangents hold two operands where the others hold one. All their loops copy by pointers.
+JVP_HALF = {
+    ("sm_80", LoopKind.PLAIN): {
+        JVP: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 16, 8, 1)),
+    },
+    ("sm_80", LoopKind.MASKED): {
+        JVP: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 64, 8, 1), Tile(16, 64, 8, 2), Tile(16, 32, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 16, 8, 1)),
+    },
+    ("sm_86", LoopKind.PLAIN): {
+        JVP: (Tile(128, 32, 8, 2), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    ("sm_86", LoopKind.MASKED): {
+        JVP: (Tile(128, 32, 8, 2), Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2), Tile(16, 32, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    ("sm_90", LoopKind.PLAIN): {
+        JVP: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 32, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 16, 8, 1)),
+    },
+    ("sm_90", LoopKind.MASKED): {
+        JVP: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(16, 128, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(128, 32, 8, 2), Tile(128, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    ("sm_100", LoopKind.PLAIN): {  # At 256 two sums of larger tiles do not fit into the memory of its tensor cores.
+        JVP: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(16, 128, 8, 1), Tile(16, 16, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 16, 8, 1)),
+    },
+    ("sm_100", LoopKind.MASKED): {
+        JVP: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 128, 8, 1), Tile(16, 128, 8, 1), Tile(16, 32, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 16, 8, 1)),
+    },
+    ("sm_120", LoopKind.PLAIN): {
+        JVP: (Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 32, 8, 2), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 8, 2), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    ("sm_120", LoopKind.MASKED): {
+        JVP: (Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 32, 8, 2), Tile(16, 64, 8, 1), Tile(16, 16, 8, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    ("gfx942", LoopKind.PLAIN): {
+        JVP: (Tile(128, 32, 4, 2), Tile(128, 16, 4, 1), Tile(64, 16, 8, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(32, 64, 4, 1), Tile(16, 64, 8, 1), Tile(16, 16, 4, 1)),
+        JVP_GRAD_QUERY: (Tile(64, 32, 4, 1), Tile(64, 16, 4, 1), Tile(32, 16, 8, 1)),
+    },
+    ("gfx1100", LoopKind.PLAIN): {
+        JVP: (Tile(32, 16, 4, 1), Tile(16, 16, 8, 1, spilled=600), Tile(16, 16, 8, 1, spilled=2500)),
+        JVP_GRAD_KEY_VALUE: (
+            Tile(16, 32, 8, 1, spilled=900),
+            Tile(16, 16, 8, 1, spilled=2500),
+            Tile(16, 16, 8, 1, spilled=5000),
+        ),
+        JVP_GRAD_QUERY: (Tile(16, 16, 8, 1, spilled=200), Tile(16, 16, 8, 1, spilled=1500), Tile(16, 16, 8, 1, spilled=3500)),
+    },
+}
+JVP_SINGLE = {
+    ("sm_86", LoopKind.PLAIN): {
+        JVP: (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=500)),
+        JVP_GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=48), Tile(16, 16, 8, 1, spilled=700)),
+        JVP_GRAD_QUERY: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=64), Tile(16, 16, 8, 1, spilled=600)),
+    },
+    ("gfx942", LoopKind.PLAIN): {
+        JVP: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+        JVP_GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1, spilled=100)),
+        JVP_GRAD_QUERY: (Tile(32, 16, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+    },
+    ("gfx1100", LoopKind.PLAIN): {
+        JVP: (Tile(16, 16, 8, 1, spilled=300), Tile(16, 16, 8, 1, spilled=1500), Tile(16, 16, 8, 1, spilled=4000)),
+        JVP_GRAD_KEY_VALUE: (
+            Tile(16, 16, 8, 1, spilled=900),
+            Tile(16, 16, 8, 1, spilled=2800),
+            Tile(16, 16, 8, 1, spilled=4500),
+        ),
+        JVP_GRAD_QUERY: (Tile(16, 16, 8, 1, spilled=600), Tile(16, 16, 8, 1, spilled=2200), Tile(16, 16, 8, 1, spilled=5000)),
+    },
+}
+for table, passes_by_row in ((HALF, JVP_HALF), (SINGLE, JVP_SINGLE)):
+    for row, passes in passes_by_row.items():
+        table[row] = table.get(row, {}) | passes
 INTERPRETER = {  # They are small and uneven, so that short sequences have several blocks.
     FORWARD: Tile(32, 16, 4, 1),
     GRAD_KEY_VALUE: Tile(16, 32, 4, 1),
     GRAD_QUERY: Tile(16, 32, 4, 1),
     KVCACHE: Tile(16, 32, 4, 1),
+    JVP: Tile(32, 16, 4, 1),
+    JVP_GRAD_KEY_VALUE: Tile(16, 32, 4, 1),
+    JVP_GRAD_QUERY: Tile(16, 32, 4, 1),
 }
 
 

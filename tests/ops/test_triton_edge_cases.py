@@ -125,7 +125,7 @@ def test_a_cache_that_is_said_to_hold_more_than_integers_do_is_full():
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy warns where the interpreter divides by 0.
 def test_more_heads_fit_into_the_l2_cache_than_32_bits_count_with_their_blocks(monkeypatch):
     """With few keys, and a power of 2 of blocks, the product of heads and blocks was 0, and the kernel divided by it."""
-    monkeypatch.setattr(triton_kernels.attention(), "L2_BUDGET", 1 << 30)
+    monkeypatch.setattr(triton_kernels.attention().arguments, "L2_BUDGET", 1 << 30)
     call = {name: torch.zeros(1, 1, length, 4) for name, length in (("query", 512), ("key", 0), ("value", 0))}
     results = run(attention, {**call, "causal": True}, (), **TRITON)
     assert not results["output 0"].any() and (results["output 1"] == -math.inf).all()
@@ -170,7 +170,7 @@ def test_offsets_are_64_bits_wide_only_where_they_must_be():
     near, far = (
         torch.empty_strided((1, 2, 500, 64), (64, 64, row, 1), dtype=torch.float16, device="meta") for row in (4096, STRIDE)
     )
-    assert kernels._rows(near).wide is None and kernels._rows(far).wide
+    assert kernels.arguments.rows_of(near).wide is None and kernels.arguments.rows_of(far).wide
 
 
 # ---- surroundings -----------------------------------------------------------------------------------------------------------

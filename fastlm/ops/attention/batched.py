@@ -10,13 +10,13 @@ calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "Flas
 
 from torch import Tensor
 
-from ...backend import DEFAULT, Implementation, barred, select
+from ...backend import DEFAULT, Implementation, select
 from ...reference import attention as reference
 from ..checks import autocast
 from ..noise import check_seed, seed_tensor
-from ..torch_op import NO_TANGENTS, export_only, may_have_tangents
+from ..torch_op import export_only
 from . import cpu, triton
-from .call import TENSORS, AttentionCall
+from .call import AttentionCall
 from .checks import (
     BATCHED,
     check_dropout_p,
@@ -72,7 +72,7 @@ def attention(
     Returns:
         out (B, Hq, Lq, Dv) in query's dtype, laid out in memory like query; or (out, lse), lse float32 (B, Hq, Lq), which
         includes the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink. Both have all derivatives up to
-        the second order, forward and backward mode (Triton's kernels: the first, backward), in memory linear in the lengths.
+        the second order, forward and backward mode, in memory linear in the lengths.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
@@ -107,8 +107,7 @@ def run(op: str, call: AttentionCall, seed: int | Tensor | None, backend: str | 
 
     The seed is drawn after the choice, so that explain() leaves torch's generator alone.
     """
-    implementations = WITH_TANGENTS if may_have_tangents(*call[:TENSORS]) else IMPLEMENTATIONS
-    attend = select(op, implementations, (call.query, call.value), backend, export_only())
+    attend = select(op, IMPLEMENTATIONS, (call.query, call.value), backend, export_only())
     if call.dropout_p:
         call = call._replace(seed=seed_tensor(seed, call.query))
     return attend(call)
@@ -119,7 +118,6 @@ IMPLEMENTATIONS = (
     Implementation("triton", triton.attend, triton.why_not),
     Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
 )
-WITH_TANGENTS = tuple(barred(i, NO_TANGENTS) if i.backend == "triton" else i for i in IMPLEMENTATIONS)
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

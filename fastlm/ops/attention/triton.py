@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...backend import triton as triton_kernels
-from .call import TENSORS, AttentionCall, KVCacheCall, kernel_options
+from .call import TENSORS, AttentionCall, KVCacheCall, Tangents, kernel_options
 from .checks import no_columns
 from .op import (
     Passes,
@@ -47,6 +47,17 @@ def _kernel_call(call: AttentionCall):
     return triton_kernels.attention().Call(*tensors, *kernel_options(call), allow_tf32())
 
 
+def _unit(call: AttentionCall, kernel_call) -> float:
+    """Return the factor from the kernels' scores to natural ones."""
+    return call.scale if triton_kernels.attention().is_scale_only(kernel_call) else 1.0
+
+
+def _kernel_tangents(tangents: Tangents):
+    """Convert tangents for the kernels' launchers."""
+    rows = (None if tensor is None else rows_of(tensor) for tensor in tangents[:3])
+    return triton_kernels.attention().TangentTensors(*rows, *tangents[3:])
+
+
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, lse, statistics)."""
     results = *empty_results(call.query, call.value), empty_statistics(call.query)
@@ -70,12 +81,51 @@ def backward(
     kernels, kernel_call = triton_kernels.attention(), _kernel_call(call)
     *grads, grad_mask, grad_sinks = empty_gradients(call, need_mask, need_sinks)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
-    delta, wanted = torch.empty_like(lse), (*grads, grad_mask if need_mask else None)
+    delta, statistics = torch.empty_like(lse, memory_format=torch.contiguous_format), statistics.contiguous()
+    wanted = *grads, grad_mask if need_mask else None
     with torch.cuda.device_of(call.query):
         kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta))
     if need_sinks:
-        unit = call.scale if kernels.is_scale_only(kernel_call) else 1.0
-        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, unit, lse), -delta)
+        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse), -delta)
+    return *grads, grad_mask, grad_sinks
+
+
+def jvp(call: AttentionCall, tangents: Tangents) -> tuple[Tensor, ...]:
+    """Return (out, lse, statistics, out_tangent, lse_tangent)."""
+    results = *empty_results(call.query, call.value), empty_statistics(call.query), *empty_results(call.query, call.value)
+    kernels = triton_kernels.attention()
+    with torch.cuda.device_of(call.query):
+        kernels.run(kernels.plan_jvp(_kernel_call(call), _kernel_tangents(tangents), kernels.JvpResults(*results)))
+    return results
+
+
+def jvp_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    out_tangent: Tensor,
+    lse_tangent: Tensor,
+    need_mask: bool,
+    need_sinks: bool,
+    call: AttentionCall,
+    tangents: Tangents,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key, value, mask and sinks, from those of the tangents of out and lse."""
+    kernels, kernel_call = triton_kernels.attention(), _kernel_call(call)
+    *grads, grad_mask, grad_sinks = empty_gradients(call, need_mask, need_sinks)
+    grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
+    lse_tangent = lse_tangent.contiguous()
+    results = kernels.JvpResults(rows_of(out), lse, statistics.contiguous(), rows_of(out_tangent), lse_tangent)
+    deltas, wanted = (torch.empty_like(lse_tangent), torch.empty_like(lse_tangent)), (*grads, grad_mask if need_mask else None)
+    launches = kernels.plan_jvp_backward(kernel_call, _kernel_tangents(tangents), results, grad_out, grad_lse, wanted, deltas)
+    with torch.cuda.device_of(call.query):
+        kernels.run(launches)
+    if need_sinks:
+        own = 0.0 if tangents.sinks is None else tangents.sinks.float()[:, None]
+        by_weight = (lse_tangent - own) * deltas[0] - deltas[1]
+        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse), by_weight)
     return *grads, grad_mask, grad_sinks
 
 
@@ -90,5 +140,5 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-attend = attention_op("triton_attention", Passes(forward, backward), ("CPU", "CUDA"))
+attend = attention_op("triton_attention", Passes(forward, backward, jvp, jvp_backward), ("CPU", "CUDA"))
 kvcache_attend = kvcache_op("triton_kvcache_attention", kvcache_forward, ("CPU", "CUDA"))
