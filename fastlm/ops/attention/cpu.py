@@ -88,6 +88,32 @@ def _mask_gradient_buffer(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return torch.zeros(batch, heads, rows, key.shape[2], dtype=torch.float32, device="cpu")
 
 
+def _gradient_buffers(call: AttentionCall, need_mask: bool) -> tuple[tuple[Tensor, ...], Tensor | None, tuple]:
+    """Make the gradients of query, key and value, and the mask's buffer. Return these, and what the C++ code takes of them."""
+    query, key, value, mask = call[:4]
+    grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
+    if not need_mask:
+        return grads, None, ((*map(view, grads), None), False)
+    grad_mask = _mask_gradient_buffer(mask, query, key)
+    expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
+    is_by_block = mask.dim() < 2 or mask.shape[-2] == 1
+    return grads, grad_mask, ((*map(view, grads), view(expanded)), is_by_block)
+
+
+def _shared_gradients(
+    call: AttentionCall, grad_mask: Tensor | None, lse: Tensor, statistics: Tensor, by_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the mask, from its buffer, and of the sinks, from what multiplies their weights.
+
+    An absent one is empty.
+    """
+    of_mask = call.query.new_empty(0) if grad_mask is None else sum_to(grad_mask, call.mask)
+    if by_weight is None:
+        return of_mask, call.query.new_empty(0)
+    weights = sink_weights(call.sinks, statistics, _score_unit(call), lse)
+    return of_mask, sink_gradient(call.sinks, weights, by_weight)
+
+
 def _score_unit(call: AttentionCall) -> float:
     """Return the factor from C++'s scores to natural ones: `scores_are_products` in csrc/cpu/attention/scores-inl.h."""
     has_bias = call.alibi_slopes is not None or (call.mask is not None and call.mask.is_floating_point())
@@ -105,27 +131,18 @@ def backward(
     call: AttentionCall,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value, mask and sinks."""
-    query, key, value, mask, sinks = call[:5]
-    grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
-    grad_mask = _mask_gradient_buffer(mask, query, key) if need_mask else None
-    expanded = None
-    if need_mask:
-        expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
+    grads, grad_mask, buffers = _gradient_buffers(call, need_mask)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta = empty(lse, lse.shape)
     native.C.attention_backward(
         tensor_args(call),
         kernel_options(call),
         tuple(map(view, (rows_of(out), grad_out, statistics.contiguous(), grad_lse, delta))),
-        (*map(view, grads), view(expanded)),
-        need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
+        *buffers,
         torch.get_num_threads(),
     )
-    grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
-    grad_sinks = query.new_empty(0)
-    if need_sinks:
-        grad_sinks = sink_gradient(sinks, sink_weights(sinks, statistics, _score_unit(call), lse), -delta)
-    return *grads, grad_mask, grad_sinks
+    by_weight = -delta if need_sinks else None
+    return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
 
 
 # ---- forward mode, and its backward -----------------------------------------------------------------------------------------
@@ -170,12 +187,7 @@ def jvp_backward(
     tangents: Tangents,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value, mask and sinks, from those of the tangents of out and lse."""
-    query, key, value, mask, sinks = call[:5]
-    grads = tuple(empty_like(t, t.shape[3], empty) for t in (query, key, value))
-    grad_mask = _mask_gradient_buffer(mask, query, key) if need_mask else None
-    expanded = None
-    if need_mask:
-        expanded = grad_mask.expand(query.shape[0], query.shape[1], *grad_mask.shape[2:])
+    grads, grad_mask, buffers = _gradient_buffers(call, need_mask)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta, tangent_delta, lse_tangent = empty(lse, lse.shape), empty(lse, lse.shape), lse_tangent.contiguous()
     native.C.attention_jvp_backward(
@@ -184,17 +196,14 @@ def jvp_backward(
         _tangent_args(call, tangents),
         tuple(map(view, (rows_of(out), grad_out, statistics.contiguous(), grad_lse, delta))),
         tuple(map(view, (rows_of(out_tangent), lse_tangent, tangent_delta))),
-        (*map(view, grads), view(expanded)),
-        need_mask and (mask.dim() < 2 or mask.shape[-2] == 1),
+        *buffers,
         torch.get_num_threads(),
     )
-    grad_mask = sum_to(grad_mask, mask) if need_mask else query.new_empty(0)
-    grad_sinks = query.new_empty(0)
+    by_weight = None
     if need_sinks:
         own = 0.0 if tangents.sinks is None else tangents.sinks.float()[:, None]
         by_weight = (lse_tangent - own) * delta - tangent_delta
-        grad_sinks = sink_gradient(sinks, sink_weights(sinks, statistics, _score_unit(call), lse), by_weight)
-    return *grads, grad_mask, grad_sinks
+    return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
 
 
 attend = attention_op("attention", Passes(forward, backward, jvp, jvp_backward), ("CPU",), infer)
