@@ -469,13 +469,13 @@ MODELS = (
         deferred=True,
     ),
     Model(
-        name="Swin, tiny, attention spelled out, forward and backward",  # in inference its windows of 49 are left to torch
+        name="Swin, tiny, attention spelled out, forward and backward",  # whose windows of 49 tokens a block leaves to torch
         workload="B1 224 x 224",
         unit="images/s",
         items=1,
         build=lambda: spelled_out.timm_model("swin_tiny_patch4_window7_224"),
         ready=lambda model: spelled_out.gradients_of(model, 1, 3, 224, 224),
-        put_in={"use": spelled_out.used},
+        put_in={"use": spelled_out.left},
         checked=lambda model: spelled_out.gradients_of(model, 1, 3, 224, 224),
         deferred=True,
     ),
