@@ -306,7 +306,7 @@ def test_checkpoints_around_compiled_code(ops):
 
 
 def test_a_cached_graph_holds_the_op(ops, tmp_path, monkeypatch):
-    """What comes from inductor's caches with the pass was compiled with it, and without it, without."""
+    """Take from inductor's caches with the pass what was compiled with it, and without it, what was compiled without."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     inputs = qkv(2, 3)
     with inductor.patch(post_grad_custom_post_pass=None, force_disable_caches=False):

@@ -331,7 +331,7 @@ print(forward_mode, grown(penalty))
 
 
 def test_the_memory_is_linear_in_the_length(widest_isa):
-    """The scores of two heads would take 512 MiB."""
+    """Measure two heads, whose scores would take 512 MiB."""
     length = 8192
     for megabytes in map(int, printed(MEASURED.format(length=length)).split()):
         assert megabytes < 64

@@ -172,7 +172,7 @@ def test_gradients_are_never_nan_where_the_answer_is_not(case, widest_isa):
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_a_nan_is_in_every_derivative_that_torch_has_it_in(name, isa):
-    """A row whose scores are all NaN is no row without keys."""
+    """Hold apart a row whose scores are all NaN and a row without keys."""
 
     def derivatives(backend):
         call = {key: tensor.requires_grad_() for key, tensor in qkv(torch.float32).items()}

@@ -115,7 +115,7 @@ def test_third_derivatives(name):
 
 @over_small_calls
 def test_incoming_gradients_alone_may_have_tangents(name):
-    """The forward ran on the kernel, because nothing had a tangent yet."""
+    """Differentiate a forward that ran on the kernel, because nothing had a tangent yet."""
 
     def tangents_of_gradients(backend):
         call, inputs = small(name, backend)

@@ -103,7 +103,7 @@ NAMES = st.tuples(st.sets(st.sampled_from(LEARNED)), st.sampled_from(LEARNED[:2]
 
 
 def test_keys_that_are_loaded_again_for_every_block():
-    """The pass for the keys has no room to keep tiles of float32 with so many columns."""
+    """Run the pass for the keys where it has no room to keep tiles of float32 with so many columns."""
     check(ATTENTION, grouped(dim=130, causal=True)(torch.float32))
 
 
@@ -129,7 +129,7 @@ def test_a_row_of_large_negative_numbers(fill):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_tangents_of_steep_rows(dtype):
-    """The tangents of a row's scores are then all large, and nearly the same where the weights are."""
+    """Make the tangents of a row's scores all large, and nearly the same where the weights are."""
     call = add_tangents({**grouped()(dtype), "scale": 1.0, "return_lse": True}, LEARNED)
     call |= {f"{name}_tangent": 4 * call[name] for name in ("query", "key")}
     Oracle(ATTENTION, call, LEARNED, set()).check(**TRITON)

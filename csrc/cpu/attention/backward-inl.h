@@ -7,7 +7,6 @@
 #pragma once
 
 #include "scores-inl.h"
-#include "../workspace.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -278,15 +277,7 @@ void attention_backward(const AttentionBackward& a, const AttentionTask& task, c
   backward_task<BackwardArrays<float>>(a, task, memory);
 }
 
-int64_t attention_backward_workspace(const Attention& a, int64_t rows) {
-  Workspace workspace(nullptr);
-  if (in_pairs(a)) {
-    BackwardArrays<uint32_t>(a, rows, workspace);
-  } else {
-    BackwardArrays<float>(a, rows, workspace);
-  }
-  return workspace.bytes();
-}
+int64_t attention_backward_workspace(const Attention& a, int64_t rows) { return workspace_bytes<BackwardArrays>(a, rows); }
 
 // Computes delta of the task's rows.
 void attention_delta(const AttentionBackward& a, const AttentionTask& task) {

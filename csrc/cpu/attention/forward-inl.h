@@ -8,7 +8,6 @@
 
 #include "scores-inl.h"
 #include "gemv-inl.h"
-#include "../workspace.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -346,15 +345,7 @@ void attention_forward(const AttentionForward& a, const AttentionTask& task, cha
   forward_task<float>(a, task, memory);
 }
 
-int64_t attention_forward_workspace(const Attention& a, int64_t rows) {
-  Workspace workspace(nullptr);
-  if (in_pairs(a)) {
-    ForwardArrays<uint32_t>(a, rows, workspace);
-  } else {
-    ForwardArrays<float>(a, rows, workspace);
-  }
-  return workspace.bytes();
-}
+int64_t attention_forward_workspace(const Attention& a, int64_t rows) { return workspace_bytes<ForwardArrays>(a, rows); }
 
 int64_t attention_partial_row(const Attention& a) { return partial_row(a); }
 

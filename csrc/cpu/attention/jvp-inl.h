@@ -185,14 +185,6 @@ void attention_jvp(const AttentionJvp& a, const AttentionTask& task, char* memor
   jvp_task<float>(a, task, memory);
 }
 
-int64_t attention_jvp_workspace(const Attention& a, int64_t rows) {
-  Workspace workspace(nullptr);
-  if (in_pairs(a)) {
-    JvpArrays<uint32_t>(a, rows, workspace);
-  } else {
-    JvpArrays<float>(a, rows, workspace);
-  }
-  return workspace.bytes();
-}
+int64_t attention_jvp_workspace(const Attention& a, int64_t rows) { return workspace_bytes<JvpArrays>(a, rows); }
 
 }  // namespace fastlm::FASTLM_ISA

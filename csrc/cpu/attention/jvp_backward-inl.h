@@ -167,13 +167,7 @@ void attention_jvp_backward(const AttentionJvpBackward& a, const AttentionTask& 
 }
 
 int64_t attention_jvp_backward_workspace(const Attention& a, int64_t rows) {
-  Workspace workspace(nullptr);
-  if (in_pairs(a)) {
-    JvpBackwardArrays<uint32_t>(a, rows, workspace);
-  } else {
-    JvpBackwardArrays<float>(a, rows, workspace);
-  }
-  return workspace.bytes();
+  return workspace_bytes<JvpBackwardArrays>(a, rows);
 }
 
 }  // namespace fastlm::FASTLM_ISA

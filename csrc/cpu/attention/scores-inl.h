@@ -4,6 +4,7 @@
 #include "../../common/philox.h"
 #include "attention.h"
 #include "../gemm/tiles-inl.h"
+#include "../workspace.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -13,6 +14,18 @@ constexpr int64_t kTileRow = kBlockKeys;  // stride between the rows of a tile o
 
 // Returns whether the elements of tiles are pairs of bfloat16.
 static bool in_pairs(const Attention& a) { return kBFloat16Pairs && a.query.dtype == kBFloat16; }
+
+// Returns the bytes of Arrays<Elem> for a task of so many rows.
+template <template <class> class Arrays>
+static int64_t workspace_bytes(const Attention& a, int64_t rows) {
+  Workspace workspace(nullptr);
+  if (in_pairs(a)) {
+    Arrays<uint32_t>(a, rows, workspace);
+  } else {
+    Arrays<float>(a, rows, workspace);
+  }
+  return workspace.bytes();
+}
 
 // A row of a group: which query and head it is, and what its scores depend on.
 struct ScoreRow {

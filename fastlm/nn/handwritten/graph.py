@@ -113,6 +113,10 @@ class _Unfit(Exception):
     """The nodes are no hand-written attention, or something is not known while compiling, as a symbolic size."""
 
 
+# What reading arguments of any kind, and trying the call on fake tensors, raises.
+_UNFIT = _Unfit, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+
+
 class _Found(NamedTuple):
     """A chain of nodes, and what replaces the last of them."""
 
@@ -148,7 +152,7 @@ class _Search:
                 if _function(node) in READERS:
                     return self._end(chain, node, at)
                 chain = self._after(chain, node, at)
-        except Exception:  # `_Unfit`, or arguments of any kind. torch itself tells what is wrong with its calls.
+        except _UNFIT:  # The chain stays inductor's. torch itself tells what is wrong with its calls.
             pass
         return None
 

@@ -43,17 +43,14 @@ _NONE = (None,) * DIFFERENTIABLE
 
 
 class Ops(NamedTuple):
-    """Hold a backend's torch ops, and its first two passes as functions too, for calls that bypass the dispatcher.
-
-    The last two may be missing; then there are first derivatives alone, and none in forward mode.
-    """
+    """Hold a backend's torch ops, and its first two passes as functions too, for calls that bypass the dispatcher."""
 
     run_forward: Callable
     run_backward: Callable
     forward: Callable
     backward: Callable
-    jvp: Callable | None
-    jvp_backward: Callable | None
+    jvp: Callable
+    jvp_backward: Callable
 
 
 class Differentiable(NamedTuple):
@@ -62,18 +59,17 @@ class Differentiable(NamedTuple):
     Attributes:
         run_direct: returns (out, lse, statistics) of a call's fields, and bypasses the dispatcher.
         run_dispatched: the same by the torch op, which torch.func's transforms and all other listeners have to see.
-        run_dual: returns (out, lse), with their tangents, of a call in forward mode; None without forward mode.
+        run_dual: returns (out, lse), with their tangents, of a call in forward mode.
     """
 
     run_direct: Callable
     run_dispatched: Callable
-    run_dual: Callable | None
+    run_dual: Callable
 
 
 def differentiable(ops: Ops) -> Differentiable:
     """Return a backend's functions with all the derivatives that its ops allow."""
-    second = ops.jvp is not None
-    passes = _passes(ops) if second else None
+    passes = _passes(ops)
 
     def save(ctx, args: tuple, outputs: tuple) -> None:
         ctx.save_for_backward(*args[:TENSORS], *outputs)
@@ -85,7 +81,7 @@ def differentiable(ops: Ops) -> Differentiable:
         *tensors, out, lse, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:DIFFERENTIABLE]
         run = ops.backward
-        if second and _differentiated_again():
+        if _differentiated_again():
             run = passes.backward
         elif may_bypass_dispatcher(grad_out, grad_lse, out, lse, statistics, *tensors):
             run = ops.run_backward
@@ -102,9 +98,7 @@ def differentiable(ops: Ops) -> Differentiable:
         *_, out_tangent, lse_tangent = passes.jvp(*saved[:TENSORS], *ctx.options, *given[:DIFFERENTIABLE])
         return out_tangent, lse_tangent, torch.zeros_like(saved[-1])
 
-    run_direct, run_dispatched = with_gradient(ops.run_forward, ops.forward, save, gradients, once=not second)
-    if not second:
-        return Differentiable(run_direct, run_dispatched, None)
+    run_direct, run_dispatched = with_gradient(ops.run_forward, ops.forward, save, gradients, once=False)
     run_any_dual = with_tangents(ops.forward, save_with_tangents, gradients, tangents)
 
     def run_dual(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ def _vmap(first: int, results: int, gradients: bool, op, info, in_dims, *args) -
 
 
 class Passes(NamedTuple):
-    """Hold a backend's functions of an AttentionCall. The last two may be missing.
+    """Hold a backend's functions of an AttentionCall.
 
     Attributes:
         forward: ``forward(call)`` returns (out, lse, statistics).
@@ -163,8 +163,8 @@ class Passes(NamedTuple):
 
     forward: Callable
     backward: Callable
-    jvp: Callable | None = None
-    jvp_backward: Callable | None = None
+    jvp: Callable
+    jvp_backward: Callable
 
 
 def attention_op(
@@ -206,11 +206,11 @@ def attention_op(
         partial(_vmap, _SAVED, DIFFERENTIABLE, True),
         differentiated=False,
     )
-    of_tangents = (None, None) if passes.jvp is None else _tangent_ops(name, passes, devices)
-    run_direct, run_dispatched, run_dual = differentiable(Ops(run_forward, run_backward, forward_op, backward_op, *of_tangents))
+    ops = Ops(run_forward, run_backward, forward_op, backward_op, *_tangent_ops(name, passes, devices))
+    run_direct, run_dispatched, run_dual = differentiable(ops)
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
-        if run_dual and forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0:
             return run_dual(call)
         leave_gradients_to_eager()
         direct = may_bypass_dispatcher(*call[:TENSORS])
