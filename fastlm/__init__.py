@@ -4,12 +4,13 @@ from . import nn
 from .backend import UnsupportedError, backends, explain
 from .nn.replace import replace, restore
 from .nn.use import disable, enable, use
-from .ops.attention import attention, kvcache_attention, scaled_dot_product_attention, varlen_attention
+from .ops.attention import AttentionStats, attention, kvcache_attention, scaled_dot_product_attention, varlen_attention
 from .ops.latent import gaussian_kl, reparameterize, reparameterize_with_kl
 from .ops.linear import linear
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttentionStats",
     "UnsupportedError",
     "attention",
     "backends",

@@ -93,7 +93,7 @@ def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
 
 def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first=0):
     """Return (out, lse) of one batch of sequences of one length. ``first`` is the first one's index in dropout's counters."""
-    p, lse = softmax_weights(query, key, mask, sinks, alibi_slopes, left, right, scale, softcap)
+    p, lse = softmax_weights(scores(query, key, mask, alibi_slopes, left, right, scale, softcap), sinks)
     p = p[..., : key.shape[2]]
     if seed is not None:
         keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
@@ -101,9 +101,8 @@ def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, sca
     return in_order_of(query, grouped_matmul(p.to(value.dtype), value)), lse
 
 
-def softmax_weights(query, key, mask, sinks, alibi_slopes, left, right, scale, softcap) -> tuple[Tensor, Tensor]:
-    """Return (weights, lse) before dropout: (B, Hq, Lq, Lk), or (B, Hq, Lq, Lk + 1) with sinks, and (B, Hq, Lq)."""
-    s = _scores(query, key, mask, alibi_slopes, left, right, scale, softcap)
+def softmax_weights(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (weights, lse) of `scores`: (B, Hq, Lq, Lk), or (B, Hq, Lq, Lk + 1) with sinks, and (B, Hq, Lq)."""
     if sinks is not None:  # A sink is one more key, with no value.
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
     alive = (s != -math.inf).any(dim=3, keepdim=True)
@@ -125,7 +124,7 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return e / total, top + torch.log(total)
 
 
-def _scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
+def scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
     """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key."""
     s = grouped_matmul(query, key.transpose(-1, -2)).to(accumulation_dtype(query.dtype)) * scale
     if softcap:

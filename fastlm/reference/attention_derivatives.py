@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import grouped_matmul, in_order_of, keep_mask, keep_scale, sequences, softmax_weights
+from .attention import grouped_matmul, in_order_of, keep_mask, keep_scale, scores, sequences, softmax_weights
 from .latent import accumulation_dtype
 
 # The tangents or the gradients of query, key, value, mask and sinks. A tangent of None is zero.
@@ -140,7 +140,7 @@ def _joined(parts: list[tuple]) -> Differentials:
 def _rows(tensors, tangents, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first) -> _Rows:
     query, key, value, mask, sinks = tensors
     dquery, dkey, _, dmask, dsinks = tangents
-    p, _ = softmax_weights(query, key, mask, sinks, alibi_slopes, left, right, scale, softcap)
+    p, _ = softmax_weights(scores(query, key, mask, alibi_slopes, left, right, scale, softcap), sinks)
     shape, dtype = (*p.shape[:3], key.shape[2]), p.dtype
     dx = scale * (grouped_matmul(dquery, key.mT).to(dtype) + grouped_matmul(query, dkey.mT).to(dtype))
     softcap_grad, softcap_grad_tangent = 1.0, 0.0

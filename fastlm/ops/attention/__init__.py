@@ -3,6 +3,7 @@
 from .batched import attention, has_kernel
 from .kvcache import kvcache_attention
 from .sdpa import scaled_dot_product_attention
+from .stats import AttentionStats
 from .varlen import varlen_attention
 
-__all__ = ["attention", "has_kernel", "kvcache_attention", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = ["AttentionStats", "attention", "has_kernel", "kvcache_attention", "scaled_dot_product_attention", "varlen_attention"]

@@ -8,15 +8,17 @@ Sources: Vaswani et al., "Attention Is All You Need" (2017); the tiled softmax: 
 calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "FlashAttention-2" (2023).
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ...backend import DEFAULT, Implementation, select
 from ...reference import attention as reference
 from ..checks import autocast
 from ..noise import check_seed, seed_tensor
-from ..torch_op import export_only
+from ..torch_op import export_only, reference_only
 from . import cpu, triton
-from .call import AttentionCall
+from .call import DIFFERENTIABLE, AttentionCall
 from .checks import (
     BATCHED,
     check_dropout_p,
@@ -29,6 +31,7 @@ from .checks import (
     score_options,
     window_bounds,
 )
+from .stats import AttentionStats, attend_on_reference, check_return_stats, stats_of
 
 
 def attention(
@@ -46,8 +49,9 @@ def attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Iterable[str] = (),
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | AttentionStats, ...]:
     """Compute softmax attention ``softmax(scale * query @ key.mT + ...) @ value`` in one fused pass.
 
     Args:
@@ -67,19 +71,23 @@ def attention(
         seed: the seed of the dropout: an int, a 0-d int64 tensor, or an int64 tensor (B,), one stream per example. None draws
             a seed from torch's default generator. The same seed drops the same weights on every backend.
         return_lse: also return the natural logarithm of the softmax's denominator, which is differentiable.
+        return_stats: names of statistics to return from the same pass, of "entropy", "max_logit" and "key_mass":
+            `fastlm.AttentionStats` says what they are. They have gradients, too; derivatives of second order and forward mode
+            are the reference's.
         backend: 'cpu', 'triton' or 'reference'; None picks the fastest one that can run the call.
 
     Returns:
         out (B, Hq, Lq, Dv) in query's dtype, laid out in memory like query; or (out, lse), lse float32 (B, Hq, Lq), which
         includes the sinks. A query that sees no key gets zeros, and an LSE of -inf or its sink. Both have all derivatives up to
-        the second order, forward and backward mode, in memory linear in the lengths.
+        the second order, forward and backward mode, in memory linear in the lengths. With ``return_stats``, a last element
+        holds the statistics.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
         UnsupportedError: the named ``backend`` cannot run the call.
     """
     no_option = mask is None and window is None and softcap is None and alibi_slopes is None and sinks is None
-    if no_option and dropout_p == 0.0 and seed is None and not return_lse:
+    if no_option and dropout_p == 0.0 and seed is None and not return_lse and return_stats == ():
         out = cpu.fast_path(query, key, value, scale, causal, False, True, backend)
         if out is not None:
             return out
@@ -97,20 +105,36 @@ def attention(
     scale, softcap = score_options(scale, softcap, query.shape[3])
     dropout_p = check_dropout_p(dropout_p)
     check_seed(seed, query)
+    wanted = check_return_stats(return_stats)
     call = AttentionCall(query, key, value, mask, sinks, alibi_slopes, None, None, None, left, right, scale, softcap, dropout_p)
-    out, lse = run("attention", call, seed, backend)
-    return (out, lse) if return_lse else out
+    return results(*run("attention", call, seed, backend, wanted), return_lse)
 
 
-def run(op: str, call: AttentionCall, seed: int | Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Choose the backend, draw a seed if there is dropout, and run the call.
+def run(
+    op: str, call: AttentionCall, seed: int | Tensor | None, backend: str | None, wanted: frozenset[str] = frozenset()
+) -> tuple[Tensor, Tensor, AttentionStats | None]:
+    """Choose the backend, draw a seed if there is dropout, and run the call. Return out, lse, and what is ``wanted`` of stats.
 
     The seed is drawn after the choice, so that explain() leaves torch's generator alone.
     """
-    attend = select(op, IMPLEMENTATIONS, (call.query, call.value), backend, export_only())
-    if call.dropout_p:
-        call = call._replace(seed=seed_tensor(seed, call.query))
-    return attend(call)
+    deciding = call.query, call.value
+    if not wanted:
+        attend = select(op, IMPLEMENTATIONS, deciding, backend, export_only())
+        return *attend(_seeded(call, seed)), None
+    attend = select(op, WITH_STATS, deciding, backend, reference_only(*call[:DIFFERENTIABLE]))
+    out, lse, *stats = attend(_seeded(call, seed), bool(wanted & {"entropy", "max_logit"}), "key_mass" in wanted)
+    return out, lse, stats_of(wanted, *stats)
+
+
+def _seeded(call: AttentionCall, seed: int | Tensor | None) -> AttentionCall:
+    return call._replace(seed=seed_tensor(seed, call.query)) if call.dropout_p else call
+
+
+def results(out: Tensor, lse: Tensor, stats: AttentionStats | None, return_lse: bool) -> Tensor | tuple:
+    """Return what a public function returns: out alone, or a tuple with lse and stats, where asked for."""
+    if stats is not None:
+        return (out, lse, stats) if return_lse else (out, stats)
+    return (out, lse) if return_lse else out
 
 
 IMPLEMENTATIONS = (
@@ -118,6 +142,8 @@ IMPLEMENTATIONS = (
     Implementation("triton", triton.attend, triton.why_not),
     Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
 )
+
+WITH_STATS = (Implementation("reference", attend_on_reference, lambda query, value: None),)
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

@@ -125,7 +125,7 @@ def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
     return tuple(map(torch.stack, zip(*calls)))
 
 
-def _vmap(first: int, results: int, gradients: bool, op, info, in_dims, *args) -> tuple[tuple, tuple]:
+def vmap_rule(first: int, results: int, gradients: bool, op, info, in_dims, *args) -> tuple[tuple, tuple]:
     """Run an op with ``results`` results on vmapped arguments, of which a call begins at place ``first``.
 
     What comes before the call has a batch like the query, and so have the first three of the tangents behind it. ``gradients``
@@ -194,7 +194,7 @@ def attention_op(
         run_forward,
         fake_forward,
         devices,
-        partial(_vmap, 0, 3, False),
+        partial(vmap_rule, 0, 3, False),
     )
     backward_op = define_op(
         f"{name}_backward",
@@ -203,7 +203,7 @@ def attention_op(
         run_backward,
         fake_backward,
         devices,
-        partial(_vmap, _SAVED, DIFFERENTIABLE, True),
+        partial(vmap_rule, _SAVED, DIFFERENTIABLE, True),
         differentiated=False,
     )
     ops = Ops(run_forward, run_backward, forward_op, backward_op, *_tangent_ops(name, passes, devices))
@@ -247,7 +247,7 @@ def _tangent_ops(name: str, passes: Passes, devices: tuple[str, ...]) -> tuple[C
         run_jvp,
         fake_jvp,
         devices,
-        partial(_vmap, 0, 5, False),
+        partial(vmap_rule, 0, 5, False),
         differentiated=False,
     )
     backward_op = define_op(
@@ -257,7 +257,7 @@ def _tangent_ops(name: str, passes: Passes, devices: tuple[str, ...]) -> tuple[C
         run_backward,
         fake_backward,
         devices,
-        partial(_vmap, _SAVED_TANGENTS, DIFFERENTIABLE, True),
+        partial(vmap_rule, _SAVED_TANGENTS, DIFFERENTIABLE, True),
         differentiated=False,
     )
     return jvp_op, backward_op

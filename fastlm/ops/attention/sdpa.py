@@ -67,7 +67,7 @@ def scaled_dot_product_attention(
     scale, _ = score_options(scale, None, query.shape[3])
     dropout_p = check_dropout_p(dropout_p)
     call = AttentionCall(query, key, value, attn_mask, None, None, None, None, None, None, right, scale, 0.0, dropout_p)
-    out, _ = run("scaled_dot_product_attention", call, None, backend)
+    out, _, _ = run("scaled_dot_product_attention", call, None, backend)
     return out if outer is None else out.reshape(*outer, *out.shape[2:])
 
 

@@ -1,10 +1,12 @@
 """Compute attention over packed sequences of different lengths, without padding and without a mask."""
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from ..checks import autocast, check_integer
 from ..noise import check_seed
-from .batched import run
+from .batched import results, run
 from .call import AttentionCall
 from .checks import (
     VARLEN,
@@ -18,6 +20,7 @@ from .checks import (
     score_options,
     window_bounds,
 )
+from .stats import AttentionStats, check_return_stats
 
 
 def varlen_attention(
@@ -38,8 +41,9 @@ def varlen_attention(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
+    return_stats: Iterable[str] = (),
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor | AttentionStats, ...]:
     """Compute `fastlm.attention` for a batch of sequences of any lengths, packed without padding.
 
     Args:
@@ -52,10 +56,12 @@ def varlen_attention(
         max_seqlen_q, max_seqlen_k: the longest sequences, for backends that plan by them; none does so yet.
         alibi_slopes: (Hq,) or (B, Hq), floating.
         seed: as in `attention`; an int64 tensor (B,) gives each sequence a stream of its own.
-        causal, window, scale, softcap, sinks, dropout_p, return_lse, backend: as in `attention`, for each sequence by itself.
+        causal, window, scale, softcap, sinks, dropout_p, return_lse, return_stats, backend: as in `attention`, for each
+            sequence by itself.
 
     Returns:
-        out (total_q, Hq, Dv) in query's dtype; or (out, lse), lse float32 (Hq, total_q).
+        out (total_q, Hq, Dv) in query's dtype; or (out, lse), lse float32 (Hq, total_q). With ``return_stats``, a last element
+        holds the statistics: entropy and max_logit (Hq, total_q), key_mass (Hq, total_k).
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit. The numbers in cu_seqlens are not checked on a GPU,
@@ -82,10 +88,12 @@ def varlen_attention(
     dropout_p = check_dropout_p(dropout_p)
     if seed is not None:
         check_seed(seed, cu_seqlens_q[1:])
+    wanted = check_return_stats(return_stats)
     rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # (1, heads, total, head_dim)
     call = AttentionCall(
         *rows, None, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap, dropout_p
     )
-    out, lse = run("varlen_attention", call, seed, backend)
-    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
-    return (out, lse) if return_lse else out
+    out, lse, stats = run("varlen_attention", call, seed, backend, wanted)
+    if stats is not None:
+        stats = AttentionStats(*(None if tensor is None else tensor.squeeze(0) for tensor in stats))
+    return results(out.squeeze(0).transpose(0, 1), lse.squeeze(0), stats, return_lse)
