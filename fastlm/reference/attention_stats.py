@@ -58,4 +58,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _largest(s: Tensor) -> Tensor:
     """Return the largest of (..., n), whose gradient goes to the first that is as large; -inf where there is none."""
-    return s.max(dim=-1).values if s.shape[-1] else s.sum(dim=-1) - math.inf
+    if s.shape[-1] == 0:
+        return s.sum(dim=-1) - math.inf
+    largest = s.max(dim=-1).values
+    return torch.where(largest == -math.inf, -math.inf, largest)  # Nobody gets a gradient of -inf.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.derivatives import add_tangents, and_tangents, with_tangents
 from support.oracle import Oracle
+from support.stats import with_stats
 
 import fastlm
 from fastlm.testing import seeded_normal, worst_error
@@ -190,6 +191,12 @@ def test_a_nan_is_in_every_derivative_that_torch_has_it_in(name, isa):
 def test_tangents_at_the_edge_are_as_good_as_plain_pytorch(case, widest_isa):
     call = add_tangents(CASES[case](torch.float32), DIFFERENTIABLE)
     Oracle(with_tangents(attention), call, and_tangents(DIFFERENTIABLE), set()).check(backend="cpu")
+
+
+@pytest.mark.parametrize("case", ON_KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_at_the_edge_are_as_good_as_plain_pytorch(case, dtype, widest_isa):
+    Oracle(with_stats(attention), CASES[case](dtype), DIFFERENTIABLE, set()).check(backend="cpu")
 
 
 # ---- known answers ----------------------------------------------------------------------------------------------------------

@@ -166,7 +166,9 @@ def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int)
 
 
 def with_rounded_deltas(relative: float, outputs: list[Tensor], gradients: list[Tensor], draw: int) -> list[Tensor]:
-    """Return the gradients of (out, lse), or of these and their tangents, with the effect of the deltas' rounding. Others stay.
+    """Return the gradients of (out, lse, ...), or of these two and their tangents, with the effect of the deltas' rounding.
+
+    Gradients of anything else stay.
 
     The backward of the tangents computes two more deltas, of the gradient of out's tangent with out and with its tangent. They
     act as gradients of the tangent of the log-sum-exp and of the log-sum-exp.
@@ -177,8 +179,8 @@ def with_rounded_deltas(relative: float, outputs: list[Tensor], gradients: list[
 
     rank = outputs[0].dim()
     ranks = tuple(out.dim() for out in outputs)
-    if ranks == (rank, rank - 1):
-        return [gradients[0], gradients[1] + rounding(0, 0, 0)]
+    if ranks[1:2] == (rank - 1,) and rank not in ranks[1:]:
+        return [gradients[0], gradients[1] + rounding(0, 0, 0), *gradients[2:]]
     if ranks != (rank, rank - 1) * 2:
         return gradients
     of_lse = gradients[1] + rounding(0, 0, 0) + rounding(2, 2, 50)

@@ -5,6 +5,7 @@
 #include "forward-inl.h"
 #include "jvp-inl.h"
 #include "jvp_backward-inl.h"
+#include "mass-inl.h"
 #else
 
 #include <algorithm>
@@ -27,6 +28,8 @@ FASTLM_ISA_TABLE(AttentionBackwardKernel, attention_backward)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_backward_workspace)
 FASTLM_ISA_TABLE(AttentionJvpKernel, attention_jvp)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_jvp_workspace)
+FASTLM_ISA_TABLE(AttentionMassKernel, attention_mass)
+FASTLM_ISA_TABLE(AttentionWorkspace, attention_mass_workspace)
 FASTLM_ISA_TABLE(AttentionJvpBackwardKernel, attention_jvp_backward)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_jvp_backward_workspace)
 
@@ -58,6 +61,12 @@ static int64_t max_rows(const Attention& a) {
   int64_t rows = 0;
   for (int64_t b = 0; b < a.batch; ++b) rows = std::max(rows, sequence(a, b).q_len * a.group);
   return rows;
+}
+
+// Returns the number of rows per task of a pass over rows.
+static int64_t row_step(const Attention& a, int64_t threads) {
+  const int64_t rows = max_rows(a);
+  return std::min(rows_per_task(a, rows, a.batch * a.kv_heads, threads), std::max<int64_t>(rows, 1));
 }
 
 // Adds a task for every `step` rows of every group.
@@ -139,8 +148,7 @@ static std::vector<AttentionTask> split_keys(const Attention& a, int64_t partial
 
 void attention_forward(const AttentionForward& a, int64_t threads) {
   const int isa = current_isa();
-  const int64_t rows = max_rows(a);
-  const int64_t step = std::min(rows_per_task(a, rows, a.batch * a.kv_heads, threads), std::max<int64_t>(rows, 1));
+  const int64_t step = row_step(a, threads);
   std::vector<AttentionTask> tasks;
   std::vector<float> partials;
   add_row_tasks(a, step, tasks);
@@ -188,13 +196,12 @@ static void compute_delta(const AttentionBackward& a) {
 // Runs the tasks of a backward, of which there are two kinds.
 template <class Call, class Kernel>
 static void run_backward(const Call& a, int64_t threads, Kernel* kernel, AttentionWorkspace* workspace) {
-  const int64_t rows = max_rows(a);
   std::vector<AttentionTask> tasks;
-  int64_t step = std::max<int64_t>(rows, 1);
+  int64_t step = std::max<int64_t>(max_rows(a), 1);
   if (whole_groups(a, threads)) {
     add_key_tasks(a, std::max<int64_t>(a.k_len, 1), true, tasks);
   } else {
-    step = std::min(rows_per_task(a, rows, a.batch * a.kv_heads, threads), step);
+    step = row_step(a, threads);
     if (a.grad_mask.data) step = kBlockRows * a.group;  // kBlockRows whole queries, which a row of grad_mask may sum up
     add_row_tasks(a, step, tasks);
     if (a.grad_mask.data) {
@@ -218,10 +225,29 @@ void attention_backward(const AttentionBackward& a, int64_t threads) {
   run_backward(a, threads, attention_backward_kernels[isa], attention_backward_workspace_kernels[isa]);
 }
 
+static void run_mass(const AttentionMass& a, int64_t rows, std::vector<AttentionTask>& tasks) {
+  const int isa = current_isa();
+  run_sorted(tasks, attention_mass_workspace_kernels[isa](a, rows),
+             [&](const AttentionTask& task, char* memory) { attention_mass_kernels[isa](a, task, memory); });
+}
+
+void attention_key_mass(const AttentionMass& a) {
+  if (!a.key_mass.data) return;  // There are no keys.
+  std::vector<AttentionTask> tasks;
+  add_key_tasks(a, kMassKeys, false, tasks);
+  run_mass(a, 0, tasks);
+}
+
+void attention_mean_of_keys(const AttentionMass& a, int64_t threads) {
+  std::vector<AttentionTask> tasks;
+  const int64_t step = row_step(a, threads);
+  add_row_tasks(a, step, tasks);
+  run_mass(a, step, tasks);
+}
+
 void attention_jvp(const AttentionJvp& a, int64_t threads) {
   const int isa = current_isa();
-  const int64_t rows = max_rows(a);
-  const int64_t step = std::min(rows_per_task(a, rows, a.batch * a.kv_heads, threads), std::max<int64_t>(rows, 1));
+  const int64_t step = row_step(a, threads);
   std::vector<AttentionTask> tasks;
   add_row_tasks(a, step, tasks);
   run_sorted(tasks, attention_jvp_workspace_kernels[isa](a, step),

@@ -27,13 +27,15 @@ struct Rows {
   }
 };
 
-// A float32 tensor (batch, head, row) with contiguous rows. Strides are in elements.
-struct Statistic {
-  float* data = nullptr;
+// A tensor (batch, head, row) with contiguous rows. Strides are in elements.
+template <class T>
+struct PerRow {
+  T* data = nullptr;
   int64_t batch = 0, head = 0;
 
-  __attribute__((always_inline)) float* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r; }
+  __attribute__((always_inline)) T* at(int64_t b, int64_t h, int64_t r) const { return data + b * batch + h * head + r; }
 };
+using Statistic = PerRow<float>;
 
 struct Attention {
   int64_t batch, heads, kv_heads, group;  // group = heads / kv_heads
@@ -56,6 +58,7 @@ struct Attention {
   int64_t seed_stride;   // 0: one seed for all; 1: one seed per sequence
   uint64_t drop_below;   // a key is dropped if its random word is below this; 2^32 drops every key
   float keep_scale;      // 1 / (1 - dropout_p)
+  bool has_row_stats;    // Forward only: also compute entropy, max_logit and max_key.
 };
 
 // Sequence b of the batch, and where its rows are in the tensors: at index `batch`, from row q_first or k_first on.
@@ -84,6 +87,7 @@ constexpr int64_t kBlockKeys = 64;   // Keys per block. A 48 x 64 float score ti
 constexpr int64_t kGemvRows = 8;     // Up to this many query rows in a group, keys and values are read in place, without tiles.
 constexpr int64_t kSplitRows = 48;   // Split the keys (flash-decoding) only when a group has at most this many query rows.
 constexpr int64_t kSplitKeys = 512;  // Keys per split.
+constexpr int64_t kMassKeys = 256;   // Keys per task of the pass that sums up their weights.
 
 // Rows [row_begin, row_end) of a group against keys [key_begin, key_end).
 struct AttentionTask {
@@ -100,13 +104,29 @@ struct AttentionForward : Attention {
   // May be absent. (batch, head, row, 2): the maximum subtracted from the row's scores, and log2 of the sum of the row's
   // weights, which includes the sink.
   Statistic statistics;
+  // Present if has_row_stats. Of the weights before dropout, and of the scores without the sink: -inf and -1 for a row that
+  // sees no key.
+  Statistic entropy, max_logit;
+  PerRow<int32_t> max_key;  // the first key that has the largest score
+};
+
+// A pass that recomputes the weights from the saved statistics, and sums them up.
+struct AttentionMass : Attention {
+  Statistic statistics;
+  Statistic key_mass;      // (batch, head, key): written, the sum of a key's weights
+  Statistic of_keys;       // (batch, head, key): or numbers for the keys,
+  Statistic mean_of_keys;  // (batch, head, row): whose mean by a row's weights is written
 };
 
 struct AttentionBackward : Attention {
   Rows out, grad_out, grad_query, grad_key, grad_value;
   Statistic statistics, grad_lse, delta;  // delta_i = out_i . grad_out_i - grad_lse_i
-  Rows grad_mask;           // float32, filled with zeros before the call, broadcast by strides of 0; absent if not wanted
-  bool grad_mask_by_block;  // The mask is broadcast over queries: row i of grad_mask sums up kBlockRows queries.
+  // Gradients of the statistics; each may be absent. grad_lse holds what they subtract from all of a row's scores.
+  Statistic grad_entropy, grad_key_mass;  // (batch, head, row) and (batch, head, key)
+  Statistic grad_max_logit;
+  PerRow<const int32_t> max_key;  // where grad_max_logit goes
+  Rows grad_mask;                 // float32, filled with zeros before the call, broadcast by strides of 0; absent if not wanted
+  bool grad_mask_by_block;        // The mask is broadcast over queries: row i of grad_mask sums up kBlockRows queries.
 };
 
 // The tangents of the inputs, laid out as these are; each may be absent.
@@ -135,6 +155,7 @@ using AttentionForwardKernel = void(const AttentionForward&, const AttentionTask
 using AttentionBackwardKernel = void(const AttentionBackward&, const AttentionTask&, char* workspace);
 using AttentionJvpKernel = void(const AttentionJvp&, const AttentionTask&, char* workspace);
 using AttentionJvpBackwardKernel = void(const AttentionJvpBackward&, const AttentionTask&, char* workspace);
+using AttentionMassKernel = void(const AttentionMass&, const AttentionTask&, char* workspace);
 using AttentionDeltaKernel = void(const AttentionBackward&, const AttentionTask&);
 using AttentionCombineKernel = void(const AttentionForward&, const AttentionTask&);
 using AttentionPartialRow = int64_t(const Attention&);               // returns the floats per row of a partial result
@@ -145,6 +166,8 @@ void append_to_cache(const Attention&, const Rows& key, const Rows& value, int64
 
 void attention_forward(const AttentionForward&, int64_t threads);
 void attention_backward(const AttentionBackward&, int64_t threads);
+void attention_key_mass(const AttentionMass&);
+void attention_mean_of_keys(const AttentionMass&, int64_t threads);
 void attention_jvp(const AttentionJvp&, int64_t threads);
 void attention_jvp_backward(const AttentionJvpBackward&, int64_t threads);
 

@@ -6,7 +6,7 @@
 // Both ways add the same numbers in the same order.
 #pragma once
 
-#include "scores-inl.h"
+#include "row_stats-inl.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -62,6 +62,7 @@ struct BackwardArrays {
   float* grads;               // (kBlockRows, kBlockKeys): dP, then dS
   float* softcap_grad;        // (kBlockRows, kBlockKeys); null without softcap
   float* keep;                // (kBlockKeys,)
+  float* grad_key_mass;       // (group, kBlockKeys)
   float* grad_query;          // (count, head_dim)
   float* grad_key;            // (kBlockKeys, head_dim)
   float* grad_value;          // (kBlockKeys, value_dim)
@@ -80,6 +81,7 @@ struct BackwardArrays {
         grads(w.take<float>(kBlockRows * kTileRow)),
         softcap_grad(a.softcap > 0.0f ? w.take<float>(kBlockRows * kTileRow) : nullptr),
         keep(w.take<float>(kBlockKeys)),
+        grad_key_mass(w.take<float>(a.group * kTileRow)),
         grad_query(w.take<float>(count * head_row)),
         grad_key(w.take<float>(kBlockKeys * head_row)),
         grad_value(w.take<float>(kBlockKeys * value_row)),
@@ -87,32 +89,49 @@ struct BackwardArrays {
         grad_scores(grads, true, w) {}
 };
 
-// Calls f(p, k) for the weights p of keys k ... k + kLanes of a row of scores, recomputed from the saved statistics. Returns
-// false, and calls nothing, if the row sees no key.
+// Calls f(p, e, k) for the weights p = 2^e of keys k ... k + kLanes of a row of scores, recomputed from the saved statistics.
+// Returns false, and calls nothing, if the row sees no key.
 template <class F>
-FASTLM_SIMD bool weigh_row(const AttentionBackward& a, const Sequence& s, const ScoreRow& row, const float* scores,
-                           int64_t keys, const F& f) {
-  const float* statistics = a.statistics.at(s.batch, row.head, 2 * (s.q_first + row.query));
+FASTLM_SIMD bool weigh_row(const Attention& a, const Statistic& saved, const Sequence& s, const ScoreRow& row,
+                           const float* scores, int64_t keys, const F& f) {
+  const float* statistics = saved.at(s.batch, row.head, 2 * (s.q_first + row.query));
   const float maximum = statistics[0], log_total = statistics[1], factor = exponent_factor(a);
   if (maximum == -kInfinity) {
     bool any_nan = false;  // Then all scores that the row sees are NaN.
     for (int64_t k = 0; k < keys; ++k) any_nan |= scores[k] != scores[k];
     if (!any_nan) return false;
-    for (int64_t k = 0; k < padded(keys); k += kLanes) f(F32(log_total), k);
+    for (int64_t k = 0; k < padded(keys); k += kLanes) f(F32(log_total), F32(log_total), k);
     return true;
   }
   const F32 scale(factor), zero(0.0f);
+  const auto weigh = [&](F32 exponent, int64_t k) FASTLM_LAMBDA { f(exp2_nonpositive(exponent), exponent, k); };
   if (is_far(maximum, factor)) {
     // min: a weight is at most 1, but the score, summed in another order than in the forward, may be a rounding step higher.
     const F32 most(maximum), shift(-log_total);
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
-      f(exp2_nonpositive(min(zero, mul_add(F32::load(scores + k) - most, scale, shift))), k);
+      weigh(min(zero, mul_add(F32::load(scores + k) - most, scale, shift)), k);
     }
   } else {
     const F32 shift(-(maximum * factor + log_total));
-    for (int64_t k = 0; k < padded(keys); k += kLanes) f(exp2_nonpositive(mul_add(F32::load(scores + k), scale, shift)), k);
+    for (int64_t k = 0; k < padded(keys); k += kLanes) weigh(mul_add(F32::load(scores + k), scale, shift), k);
   }
   return true;
+}
+
+// Returns a row's number, or 0 if there are none.
+FASTLM_SIMD float number_of(const Statistic& numbers, const Sequence& s, const ScoreRow& row) {
+  return numbers.data ? *numbers.at(s.batch, row.head, s.q_first + row.query) : 0.0f;
+}
+
+// Loads the numbers (batch, head, key) of keys [first_key, first_key + keys) into (group, kBlockKeys), or zeros if there are
+// none.
+static void load_key_numbers(const Attention& a, const Sequence& s, const Statistic& numbers, int64_t kv_head,
+                             int64_t first_key, int64_t keys, float* to) {
+  __builtin_memset(to, 0, a.group * kTileRow * sizeof(float));
+  for (int64_t member = 0; numbers.data && member < a.group; ++member) {
+    const float* from = numbers.at(s.batch, kv_head * a.group + member, s.k_first + first_key);
+    __builtin_memcpy(to + member * kTileRow, from, keys * sizeof(float));
+  }
 }
 
 // Adds a row of dS (keys,) to the mask's gradient, if it is wanted.
@@ -124,18 +143,22 @@ FASTLM_SIMD void add_to_mask_gradient(const AttentionBackward& a, const Sequence
   for (int64_t k = 0; k < keys; ++k) to[first_key + k] += grads[k];
 }
 
-// Turns a tile's scores into P, and its dP into dS, in place. Adds dS to the mask's gradient.
-template <class Elem>
+// Turns a tile's scores into P, and its dP into dS, in place. Adds dS to the mask's gradient. With kStats, dP also holds what
+// entropy and key mass add to it, and dS what the largest score does.
+template <bool kStats, class Elem>
 static void score_gradients(const AttentionBackward& a, const Sequence& s, BackwardArrays<Elem>& t, const AttentionTask& task,
                             int64_t count, int64_t first_key, int64_t keys) {
   for (int64_t r = 0; r < count; ++r) {
     const ScoreRow& row = t.rows[r];
     const F32 delta(*a.delta.at(s.batch, row.head, s.q_first + row.query));
     float *p_row = t.scores + r * kTileRow, *g_row = t.grads + r * kTileRow;
+    const float* grad_key_mass = t.grad_key_mass + row.head % a.group * kTileRow;
+    const F32 grad_entropy(kStats ? kLn2 * number_of(a.grad_entropy, s, row) : 0.0f);
     if (a.seeds) draw_keep(a, s, row, first_key, t.keep);
-    const bool seen = weigh_row(a, s, row, p_row, keys, [&](F32 p, int64_t k) FASTLM_LAMBDA {
+    const bool seen = weigh_row(a, a.statistics, s, row, p_row, keys, [&](F32 p, F32 e, int64_t k) FASTLM_LAMBDA {
       F32 g = F32::load(g_row + k);
       if (a.seeds) g = g * F32::load(t.keep + k);
+      if (kStats) g = g + F32::load(grad_key_mass + k) - grad_entropy * finite_exponent(e);
       g = p * (g - delta);
       if (a.seeds) p = p * F32::load(t.keep + k);
       p.store(p_row + k);
@@ -145,6 +168,10 @@ static void score_gradients(const AttentionBackward& a, const Sequence& s, Backw
       __builtin_memset(p_row, 0, padded(keys) * sizeof(float));
       __builtin_memset(g_row, 0, padded(keys) * sizeof(float));
       continue;
+    }
+    if (kStats && a.grad_max_logit.data) {
+      const int64_t k = *a.max_key.at(s.batch, row.head, s.q_first + row.query) - first_key;
+      if (k >= 0 && k < keys) g_row[k] += number_of(a.grad_max_logit, s, row);
     }
     if (task.computes_dq) add_to_mask_gradient(a, s, row, g_row, first_key, keys);
     if (t.softcap_grad) {
@@ -190,7 +217,9 @@ static void backward_tile(const AttentionBackward& a, const Sequence& s, Backwar
   if (covered != Coverage::kWhole || !scores_are_products(a)) {
     score_tile(a, t.rows, count, first_key, keys, t.scores, t.softcap_grad);
   }
-  score_gradients(a, s, t, task, count, first_key, keys);
+  const bool stats = a.grad_entropy.data || a.grad_key_mass.data || a.grad_max_logit.data;
+  stats ? score_gradients<true>(a, s, t, task, count, first_key, keys)
+        : score_gradients<false>(a, s, t, task, count, first_key, keys);
   pack_scores(t.scores, count, keys, t.weights, false);
   pack_scores(t.grads, count, keys, t.grad_scores, true);
   if (task.computes_dkv) {
@@ -223,6 +252,7 @@ static void load_keys(const AttentionBackward& a, const Sequence& s, BackwardArr
   if (task.computes_dq) load_b(a.key.dtype, t.pointers, keys, a.head_dim, t.key.b, t.key.b_row);
   key_rows(a, s, a.value, task.kv_head, first_key, keys, t.pointers);
   load_b_transposed(a.value.dtype, t.pointers, keys, a.value_dim, t.value_transposed, t.key_row);
+  load_key_numbers(a, s, a.grad_key_mass, task.kv_head, first_key, keys, t.grad_key_mass);
 }
 
 // Goes over the task's rows for one block of keys, and writes dK and dV of the block. The Call decides what a tile adds to

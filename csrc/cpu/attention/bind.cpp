@@ -39,13 +39,14 @@ Rows rows_of(const char* name, py::handle tensor, int dtype, std::initializer_li
   return rows_of(name, t, dtype);
 }
 
-// Converts a float32 tensor (batch, head, row) or (batch, head, row, 2) with contiguous rows, or None.
-Statistic statistic_of(const char* name, py::handle tensor, std::initializer_list<int64_t> shape) {
+// Converts a tensor (batch, head, row) or (batch, head, row, 2) with contiguous rows, or None.
+template <class T = float>
+PerRow<T> statistic_of(const char* name, py::handle tensor, std::initializer_list<int64_t> shape, int dtype = kFloat32) {
   const TensorView t(tensor);
   if (!t.given) return {};
-  const bool fits = t.device == kCPU && t.dtype == kFloat32 && t.has_shape(shape) && t.is_contiguous(2);
-  expect(fits, name, t, "a float32 statistic for each row");
-  return {reinterpret_cast<float*>(t.data), t.stride[0], t.stride[1]};
+  const bool fits = t.device == kCPU && t.dtype == dtype && t.has_shape(shape) && t.is_contiguous(2);
+  expect(fits, name, t, dtype == kFloat32 ? "a float32 statistic for each row" : "an int32 for each row");
+  return {reinterpret_cast<T*>(t.data), t.stride[0], t.stride[1]};
 }
 
 // Returns the data of a contiguous array of `count` numbers of the dtype; nullptr for None.
@@ -175,15 +176,51 @@ void fill_outputs(AttentionForward& a, int64_t batch, const py::handle& out, con
 // Returns the batch dimension of the tensors: packed sequences lie in a batch of one.
 int64_t tensor_batch(const Attention& a) { return a.cu_seqlens_q ? 1 : a.batch; }
 
+// row_stats: entropy, max_logit and max_key, or nothing.
 void forward(const py::tuple& inputs, const py::tuple& options, const py::handle& out, const py::handle& lse,
-             const py::handle& statistics, int64_t threads) {
+             const py::handle& statistics, const py::tuple& row_stats, int64_t threads) {
   AttentionForward a{};
   Indices own;
   fill_inputs(a, own, inputs);
   fill_options(a, options);
-  fill_outputs(a, tensor_batch(a), out, lse, statistics);
+  const int64_t batch = tensor_batch(a);
+  fill_outputs(a, batch, out, lse, statistics);
+  a.has_row_stats = row_stats.size() > 0;
+  if (a.has_row_stats) {
+    a.entropy = statistic_of("entropy", row_stats[0], {batch, a.heads, a.q_len});
+    a.max_logit = statistic_of("max_logit", row_stats[1], {batch, a.heads, a.q_len});
+    a.max_key = statistic_of<int32_t>("max_key", row_stats[2], {batch, a.heads, a.q_len}, kInt32);
+  }
   py::gil_scoped_release nogil;
   attention_forward(a, threads);
+}
+
+// Sets the call of a pass that sums up weights.
+void fill_mass(AttentionMass& a, Indices& own, const py::tuple& inputs, const py::tuple& options,
+               const py::handle& statistics) {
+  fill_inputs(a, own, inputs);
+  fill_options(a, options);
+  a.statistics = statistic_of("statistics", statistics, {tensor_batch(a), a.heads, a.q_len, 2});
+}
+
+void key_mass(const py::tuple& inputs, const py::tuple& options, const py::handle& statistics, const py::handle& mass) {
+  AttentionMass a{};
+  Indices own;
+  fill_mass(a, own, inputs, options, statistics);
+  a.key_mass = statistic_of("key_mass", mass, {tensor_batch(a), a.heads, a.k_len});
+  py::gil_scoped_release nogil;
+  attention_key_mass(a);
+}
+
+void mean_of_keys(const py::tuple& inputs, const py::tuple& options, const py::handle& statistics, const py::handle& of_keys,
+                  const py::handle& mean, int64_t threads) {
+  AttentionMass a{};
+  Indices own;
+  fill_mass(a, own, inputs, options, statistics);
+  a.of_keys = statistic_of("of_keys", of_keys, {tensor_batch(a), a.heads, a.k_len});
+  a.mean_of_keys = statistic_of("mean", mean, {tensor_batch(a), a.heads, a.q_len});
+  py::gil_scoped_release nogil;
+  attention_mean_of_keys(a, threads);
 }
 
 bool has_contiguous_rows(const TensorView& t) { return t.stride[3] == 1 || t.shape[3] == 1; }
@@ -357,13 +394,22 @@ void fill_backward(AttentionBackward& a, const py::tuple& saved, const py::tuple
   }
 }
 
+// of_stats: grad_entropy, grad_max_logit, grad_key_mass and max_key, each of which may be None, or nothing.
 void backward(const py::tuple& inputs, const py::tuple& options, const py::tuple& saved, const py::tuple& outputs,
-              bool grad_mask_by_block, int64_t threads) {
+              bool grad_mask_by_block, const py::tuple& of_stats, int64_t threads) {
   AttentionBackward a{};
   Indices own;
   fill_inputs(a, own, inputs);
   fill_options(a, options);
   fill_backward(a, saved, outputs, grad_mask_by_block);
+  if (of_stats.size()) {
+    const int64_t batch = tensor_batch(a);
+    a.grad_entropy = statistic_of("grad_entropy", of_stats[0], {batch, a.heads, a.q_len});
+    a.grad_max_logit = statistic_of("grad_max_logit", of_stats[1], {batch, a.heads, a.q_len});
+    a.grad_key_mass = statistic_of("grad_key_mass", of_stats[2], {batch, a.heads, a.k_len});
+    a.max_key = statistic_of<const int32_t>("max_key", of_stats[3], {batch, a.heads, a.q_len}, kInt32);
+    expect(a.max_key.data || !a.grad_max_logit.data, "max_key", TensorView(of_stats[3]), "given with grad_max_logit");
+  }
   py::gil_scoped_release nogil;
   attention_backward(a, threads);
 }
@@ -392,6 +438,8 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward);
   add_method(m, plain_method);
   m.def("attention_backward", &backward);
+  m.def("attention_key_mass", &key_mass);
+  m.def("attention_mean_of_keys", &mean_of_keys);
   m.def("attention_jvp", &jvp);
   m.def("attention_jvp_backward", &jvp_backward);
   m.def("kvcache_attention_forward", &kvcache_forward);

@@ -8,6 +8,7 @@
 
 #include "scores-inl.h"
 #include "gemv-inl.h"
+#include "row_stats-inl.h"
 
 namespace fastlm::FASTLM_ISA {
 
@@ -27,6 +28,7 @@ struct ForwardArrays {
   float* out;      // (count, value_dim)
   float* maximum;  // (count,)
   float* sums;     // (count, kLanes): a sum per lane, which are added up at the end
+  RowStats stats;
 
   FASTLM_MEMBER ForwardArrays(const Attention& a, int64_t count, Workspace& w) {
     query_row = padded(elems<Elem>(a.head_dim)) + kLanes;
@@ -45,6 +47,8 @@ struct ForwardArrays {
     out = w.take<float>(count * out_row);
     maximum = w.take<float>(padded(count));
     sums = w.take<float>(count * kLanes);
+    if (a.has_row_stats)
+      stats = {w.take<float>(count * kLanes), w.take<float>(count * kLanes), w.take<uint32_t>(count * kLanes)};
   }
 };
 
@@ -56,8 +60,6 @@ FASTLM_SIMD void store_weights(F32 p, uint32_t* to, int64_t k) { store_flushed(p
 // floats represent as precisely as 1, and a row is hardly ever rescaled after its first tiles.
 constexpr float kHeadroom = 8.0f;
 
-constexpr double kLog2EDouble = 1.4426950408889634;
-
 // Returns the exponent of the factor that converts weights relative to maximum `from` into weights relative to the larger
 // maximum `to`. It rounds as the weights are rounded, so that the rounding errors cancel.
 FASTLM_SIMD float rescale_exponent(float from, float to, float factor) {
@@ -67,8 +69,10 @@ FASTLM_SIMD float rescale_exponent(float from, float to, float factor) {
 // Sets the maximum of a row to `to`, and rescales the row's sums and output.
 template <class Elem>
 static void raise_maximum(ForwardArrays<Elem>& t, int64_t row, float to, float factor) {
-  const F32 shrink = exp2_nonpositive(F32(rescale_exponent(t.maximum[row], to, factor)));
+  const float exponent = rescale_exponent(t.maximum[row], to, factor);
+  const F32 shrink = exp2_nonpositive(F32(exponent));
   float *sums = t.sums + row * kLanes, *out = t.out + row * t.out_row;
+  if (t.stats.exponents) shift_exponents(t.stats.exponents + row * kLanes, sums, exponent, shrink);
   (F32::load(sums) * shrink).store(sums);
   for (int64_t d = 0; d < t.out_row; d += kLanes) (F32::load(out + d) * shrink).store(out + d);
   t.maximum[row] = to;
@@ -90,8 +94,8 @@ FASTLM_SIMD float finite_maximum(const ForwardArrays<Elem>& t, int64_t row) {
 }
 
 // Turns the tile's scores into weights (count, keys), and updates the running maxima, sums and outputs of the rows.
-template <bool kDropout, class Elem, class Weight>
-static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
+template <bool kDropout, bool kStats, class Elem, class Weight>
+static void softmax_tile(const AttentionForward& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
                          int64_t first_key, int64_t keys, Weight* weights) {
   const float factor = exponent_factor(a);
   const F32 scale(factor);
@@ -101,11 +105,16 @@ static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<El
     raise_if_exceeded(t, row, scores, keys, factor);
     const float maximum = finite_maximum(t, row);
     if (kDropout) draw_keep(a, s, t.rows[row], first_key, t.keep);
-    F32 sum = F32::load(t.sums + row * kLanes);
+    F32 sum = F32::load(t.sums + row * kLanes), exponents(0.0f);
+    if (kStats) {
+      update_largest(t.stats, row, scores, first_key, keys, sum);
+      exponents = F32::load(t.stats.exponents + row * kLanes);
+    }
     const auto weigh = [&](const auto& exponent) FASTLM_LAMBDA {
       for (int64_t k = 0; k < padded(keys); k += kLanes) {
-        const F32 p = exp2_nonpositive(exponent(F32::load(scores + k)));
+        const F32 e = exponent(F32::load(scores + k)), p = exp2_nonpositive(e);
         sum = sum + p;
+        if (kStats) exponents = mul_add(p, finite_exponent(e), exponents);
         store_weights(kDropout ? p * F32::load(t.keep + k) : p, weights, k);
       }
     };
@@ -116,11 +125,19 @@ static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<El
       weigh([&](F32 x) FASTLM_LAMBDA { return mul_add(x, scale, shift); });
     }
     sum.store(t.sums + row * kLanes);
+    if (kStats) exponents.store(t.stats.exponents + row * kLanes);
   }
 }
 
+template <bool kDropout, class Elem, class Weight>
+static void softmax_tile(const AttentionForward& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
+                         int64_t first_key, int64_t keys, Weight* weights) {
+  a.has_row_stats ? softmax_tile<kDropout, true>(a, s, t, first_row, count, first_key, keys, weights)
+                  : softmax_tile<kDropout, false>(a, s, t, first_row, count, first_key, keys, weights);
+}
+
 template <class Elem, class Weight>
-static void softmax_tile(const Attention& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
+static void softmax_tile(const AttentionForward& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
                          int64_t first_key, int64_t keys, Weight* weights) {
   a.seeds ? softmax_tile<true>(a, s, t, first_row, count, first_key, keys, weights)
           : softmax_tile<false>(a, s, t, first_row, count, first_key, keys, weights);
@@ -136,7 +153,7 @@ static void finish_scores(const Attention& a, ForwardArrays<Elem>& t, int64_t fi
 
 // Adds the tile's keys to the outputs of rows [first_row, first_row + count): scores = q k^T, softmax, out += weights v.
 template <class Elem>
-static void forward_tile(const Attention& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
+static void forward_tile(const AttentionForward& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t first_row, int64_t count,
                          int64_t first_key, int64_t keys, Coverage covered) {
   const A<Elem> query{t.query + first_row * t.query_row, t.query_row, 1};
   gemm<false>(count, padded(keys), elems<Elem>(a.head_dim), query, B<Elem>{t.key, t.key_row}, t.scores, kTileRow);
@@ -150,7 +167,7 @@ static void forward_tile(const Attention& a, const Sequence& s, ForwardArrays<El
 // Does the same for a task of few rows, all of them at once: keys and values are read in place. `end` is the end of the task's
 // keys.
 template <class Elem>
-static void gemv_tile(const Attention& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t kv_head, int64_t count,
+static void gemv_tile(const AttentionForward& a, const Sequence& s, ForwardArrays<Elem>& t, int64_t kv_head, int64_t count,
                       int64_t first_key, int64_t keys, int64_t end, Coverage covered) {
   const GemvRows key = gemv_rows(a, s, a.key, a.head_dim, kv_head, first_key, keys, end, t.pointers);
   const GemvRows value = gemv_rows(a, s, a.value, a.value_dim, kv_head, first_key, keys, end, t.pointers + kGemvPointers);
@@ -170,35 +187,6 @@ static void load_keys(const Attention& a, const Sequence& s, int64_t kv_head, Fo
   load_b(a.value.dtype, t.pointers, keys, a.value_dim, t.value, t.value_row);
 }
 
-// Returns log2(2^a + 2^b). Neither may be +inf; NaN stays NaN.
-FASTLM_SIMD double log2_of_sum(double a, double b) {
-  const double high = b > a ? b : a, low = b > a ? a : b;
-  return low == -double(kInfinity) ? high : high + __builtin_log2(1.0 + __builtin_exp2(low - high));
-}
-
-// The total of a row's weights and its sink.
-struct RowTotal {
-  double base, log_total;  // Weights are relative to 2^base; log_total is log2 of their sum.
-  float share;             // 1 / sum
-};
-
-static RowTotal row_total(const AttentionForward& a, int64_t head, float maximum, float total) {
-  const float factor = exponent_factor(a);
-  const bool empty = total == 0.0f;  // The row sees no key: otherwise its largest weight is near 1 or above.
-  const double base = empty ? 0.0 : is_far(maximum, factor) ? double(maximum) * factor : double(maximum * factor);
-  // A logarithm takes as long as the output of a short row, so it is computed only when something reads it.
-  const bool needs_log = a.sinks || a.lse.data || a.statistics.data;
-  double log_total = empty || !needs_log ? -double(kInfinity) : __builtin_log2(double(total));
-  float share = empty ? 0.0f : 1.0f / total;
-  if (a.sinks) {
-    const double sink = double(a.sinks[head]) * kLog2EDouble;
-    log_total = sink != sink ? sink : log2_of_sum(log_total, sink - base);
-    if (!empty) share = float(__builtin_exp2(-log_total));
-    if (sink != sink) share = float(sink);
-  }
-  return {base, log_total, share};
-}
-
 // Multiplies a row by the factor, and writes it in the tensor's dtype.
 static void write_row(const Rows& to, const Sequence& s, int64_t query, int64_t head, const float* from, float factor,
                       int64_t dim) {
@@ -209,9 +197,10 @@ static void write_row(const Rows& to, const Sequence& s, int64_t query, int64_t 
 
 // Adds the sink to the sum, divides the row by the sum, and writes the row, its statistics and its log-sum-exp. Returns the
 // sum.
-static RowTotal finish_row(const AttentionForward& a, const Sequence& s, int64_t query, int64_t head, float maximum,
-                           float total, const float* out) {
-  const RowTotal row = row_total(a, head, maximum, total);
+static RowTotal finish_row(const AttentionForward& a, const Sequence& s, int64_t query, int64_t head, const RowSums& sums,
+                           const float* out) {
+  const float maximum = sums.maximum;
+  const RowTotal row = row_total(a, head, maximum, sums.total);
   write_row(a.out, s, query, head, out, row.share, a.value_dim);
   if (a.lse.data) *a.lse.at(s.batch, head, s.q_first + query) = float((row.base + row.log_total) / kLog2EDouble);
   if (a.statistics.data) {
@@ -219,37 +208,46 @@ static RowTotal finish_row(const AttentionForward& a, const Sequence& s, int64_t
     to[0] = maximum;
     to[1] = float(row.log_total);
   }
+  if (a.has_row_stats) write_row_stats(a, s, query, head, sums, row);
   return row;
 }
 
-// A partial row is the result of one split of the keys: the row's maximum and sum in the first vector, then its output, not yet
-// divided by the sum. Returns its length in floats.
+// A partial row is the result of one split of the keys: the row's RowSums in the first vector, then its output, not yet divided
+// by the sum. Returns its length in floats.
 FASTLM_SIMD int64_t partial_row(const Attention& a) { return kLanes + padded(a.value_dim); }
 
-static void store_partial(const Attention& a, float maximum, float total, const float* out, float* to) {
-  to[0] = maximum;
-  to[1] = total;
+static void store_partial(const Attention& a, const RowSums& sums, const float* out, float* to) {
+  __builtin_memcpy(to, &sums, sizeof(sums));
   __builtin_memcpy(to + kLanes, out, padded(a.value_dim) * sizeof(float));
 }
 
-// Combines the partial rows of `count` splits, `stride` floats apart, in their order, into the first.
-static void combine_splits(const Attention& a, float* partials, int64_t count, int64_t stride) {
+// Combines the partial rows of `count` splits, `stride` floats apart, in their order: the outputs into the first, and the sums,
+// which it returns.
+static RowSums combine_splits(const Attention& a, float* partials, int64_t count, int64_t stride) {
   const float factor = exponent_factor(a);
-  float maximum = -kInfinity;
-  for (int64_t i = 0; i < count; ++i) maximum = partials[i * stride] > maximum ? partials[i * stride] : maximum;
-  const float base = maximum == -kInfinity ? 0.0f : maximum;
-  float total = 0.0f;
+  const auto sums_of = [&](int64_t i) FASTLM_LAMBDA {
+    RowSums sums;
+    __builtin_memcpy(&sums, partials + i * stride, sizeof(sums));
+    return sums;
+  };
+  RowSums whole = kNoKeys;
   for (int64_t i = 0; i < count; ++i) {
-    const float share = __builtin_exp2f(rescale_exponent(partials[i * stride], base, factor));
-    total += share * partials[i * stride + 1];
+    const float maximum = partials[i * stride];
+    whole.maximum = maximum > whole.maximum ? maximum : whole.maximum;
+  }
+  const float base = whole.maximum == -kInfinity ? 0.0f : whole.maximum;
+  for (int64_t i = 0; i < count; ++i) {
+    const RowSums part = sums_of(i);
+    const float exponent = rescale_exponent(part.maximum, base, factor), share = __builtin_exp2f(exponent);
+    if (a.has_row_stats) add_row_stats(whole, part, exponent, share);
+    whole.total += share * part.total;
     const F32 factor(share);
     for (int64_t d = kLanes; d < partial_row(a); d += kLanes) {
-      const F32 part = factor * F32::load(partials + i * stride + d);
-      (i == 0 ? part : F32::load(partials + d) + part).store(partials + d);
+      const F32 added = factor * F32::load(partials + i * stride + d);
+      (i == 0 ? added : F32::load(partials + d) + added).store(partials + d);
     }
   }
-  partials[0] = maximum;
-  partials[1] = total;
+  return whole;
 }
 
 void attention_combine(const AttentionForward& a, const AttentionTask& task) {
@@ -257,8 +255,8 @@ void attention_combine(const AttentionForward& a, const AttentionTask& task) {
   const int64_t row = partial_row(a), rows = task.row_end - task.row_begin;
   for_rows(a, task.kv_head, task.row_begin, rows, [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA {
     float* partials = task.partial + r * row;
-    combine_splits(a, partials, task.num_splits, rows * row);
-    finish_row(a, s, query, head, partials[0], partials[1], partials + kLanes);
+    const RowSums sums = combine_splits(a, partials, task.num_splits, rows * row);
+    finish_row(a, s, query, head, sums, partials + kLanes);
   });
 }
 
@@ -272,6 +270,7 @@ static void begin_rows(const Attention& a, const Sequence& s, const AttentionTas
   __builtin_memset(t.out, 0, count * t.out_row * sizeof(float));
   __builtin_memset(t.sums, 0, count * kLanes * sizeof(float));
   for (int64_t r = 0; r < count; ++r) t.maximum[r] = -kInfinity;
+  if (a.has_row_stats) begin_row_stats(t.stats, count);
 }
 
 // Calls tile(first_row, rows, first_key, keys, end, covered) for every tile of a task that some row sees, after load(first_key,
@@ -329,11 +328,15 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
             });
   if (gemv) merge_outputs(a.value.dtype, t.out, t.out_row, count, a.value_dim);
   for (int64_t r = 0; r < count; ++r) {
-    const float total = sum(F32::load(t.sums + r * kLanes)), *out = t.out + r * t.out_row;
+    RowSums sums = kNoKeys;
+    sums.maximum = t.maximum[r];
+    sums.total = sum(F32::load(t.sums + r * kLanes));
+    if (a.has_row_stats) load_row_stats(t.stats, r, sums);
+    const float* out = t.out + r * t.out_row;
     if (task.partial) {
-      store_partial(a, t.maximum[r], total, out, task.partial + r * partial_row(a));
+      store_partial(a, sums, out, task.partial + r * partial_row(a));
     } else {
-      finish_row(a, s, t.rows[r].query, t.rows[r].head, t.maximum[r], total, out);
+      finish_row(a, s, t.rows[r].query, t.rows[r].head, sums, out);
     }
   }
 }

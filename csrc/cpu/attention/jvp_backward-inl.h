@@ -78,7 +78,7 @@ static void score_gradients(const AttentionJvpBackward& a, const Sequence& s, Jv
         tangent_delta(*a.tangent_delta.at(s.batch, row.head, query));
     float *const w_row = t.scores + at, *const x_row = t.grads + at, *const y_row = t.tangent_grads + at;
     if (a.seeds) draw_keep(a, s, row, first_key, t.keep);
-    const bool seen = weigh_row(a, s, row, w_row, keys, [&](F32 p, int64_t k) FASTLM_LAMBDA {
+    const bool seen = weigh_row(a, a.statistics, s, row, w_row, keys, [&](F32 p, F32, int64_t k) FASTLM_LAMBDA {
       const F32 keep = a.seeds ? F32::load(t.keep + k) : F32(1.0f);
       const F32 f = p * (F32::load(x_row + k) * keep - delta);
       const F32 centred = F32::load(t.score_tangents + at + k) - lse_tangent;

@@ -94,6 +94,7 @@ FASTLM_SIMD Float sum_each(const Float* a) {
 }
 FASTLM_SIMD Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
 FASTLM_SIMD bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0; }
+FASTLM_SIMD bool any_nan(Float a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }
 FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
   return _mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
 }

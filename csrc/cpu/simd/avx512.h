@@ -109,6 +109,7 @@ FASTLM_SIMD Float sum_each(const Float* a) {
 FASTLM_SIMD Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
 FASTLM_SIMD Float scale2(Float a, Float n) { return _mm512_scalef_ps(a.v, n.v); }
 FASTLM_SIMD bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
+FASTLM_SIMD bool any_nan(Float a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v);
 }

@@ -115,6 +115,10 @@ FASTLM_SIMD bool any_less(Float a, Float b) {
   const auto less = a.v < b.v;
   return (less[0] | less[1] | less[2] | less[3]) != 0;
 }
+FASTLM_SIMD bool any_nan(Float a) {
+  const auto same = a.v == a.v;
+  return (same[0] & same[1] & same[2] & same[3]) == 0;
+}
 FASTLM_SIMD Float select_less(Float a, Float b, Float x, Float y) { return a.v < b.v ? x.v : y.v; }
 FASTLM_SIMD Float select_negative(Word bits, Float x, Float y) { return (bits.v >> 31) != 0 ? x.v : y.v; }
 FASTLM_SIMD Word as_bits(Float a) { return (u32x4)a.v; }

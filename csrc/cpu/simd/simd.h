@@ -93,6 +93,10 @@ FASTLM_SIMD bool any_less(Twice<H> a, Twice<H> b) {
   return any_less(a.low, b.low) | any_less(a.high, b.high);
 }
 template <class H>
+FASTLM_SIMD bool any_nan(Twice<H> a) {
+  return any_nan(a.low) | any_nan(a.high);
+}
+template <class H>
 FASTLM_SIMD float sum(Twice<H> a) {
   return sum(a.low + a.high);
 }

@@ -143,7 +143,10 @@ IMPLEMENTATIONS = (
     Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
 )
 
-WITH_STATS = (Implementation("reference", attend_on_reference, lambda query, value: None),)
+WITH_STATS = (
+    Implementation("cpu", cpu.attend_with_stats, cpu.why_not),
+    Implementation("reference", attend_on_reference, lambda query, value: None),
+)
 
 
 def has_kernel(query: Tensor, value: Tensor) -> bool:

@@ -22,6 +22,7 @@ from .op import (
     sink_gradient,
     sink_weights,
 )
+from .stats import StatsGradients, StatsPasses, empty_key_mass, empty_row_stats, stats_op, subtracted_from_scores
 
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
@@ -66,7 +67,7 @@ def infer(call: AttentionCall, statistics: Tensor | None = None) -> tuple[Tensor
     """Return (out, lse), and write the ``statistics`` if they are given."""
     out, lse = empty_results(call.query, call.value, empty)
     results = view(out), view(lse), view(statistics)
-    native.C.attention_forward(tensor_args(call), kernel_options(call), *results, torch.get_num_threads())
+    native.C.attention_forward(tensor_args(call), kernel_options(call), *results, (), torch.get_num_threads())
     return out, lse
 
 
@@ -131,6 +132,13 @@ def backward(
     call: AttentionCall,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value, mask and sinks."""
+    grads, grad_mask, delta = _backward(grad_out, grad_lse, out, lse, statistics, need_mask, (), call)
+    by_weight = -delta if need_sinks else None
+    return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
+
+
+def _backward(grad_out, grad_lse, out, lse, statistics, need_mask: bool, of_stats: tuple, call: AttentionCall) -> tuple:
+    """Return the gradients of query, key and value, the mask's buffer, and delta (B, Hq, Lq)."""
     grads, grad_mask, buffers = _gradient_buffers(call, need_mask)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta = empty(lse, lse.shape)
@@ -139,10 +147,57 @@ def backward(
         kernel_options(call),
         tuple(map(view, (rows_of(out), grad_out, statistics.contiguous(), grad_lse, delta))),
         *buffers,
+        of_stats,
         torch.get_num_threads(),
     )
+    return grads, grad_mask, delta
+
+
+# ---- statistics of the weights ----------------------------------------------------------------------------------------------
+
+
+def stats_forward(call: AttentionCall, want_rows: bool, want_mass: bool) -> tuple[Tensor, ...]:
+    """Return (out, lse, statistics, entropy, max_logit, max_key, key_mass)."""
+    out, lse = empty_results(call.query, call.value, empty)
+    statistics, row_stats = empty_statistics(call.query, empty), empty_row_stats(call, want_rows)
+    key_mass, args = empty_key_mass(call, want_mass), (tensor_args(call), kernel_options(call))
+    results = view(out), view(lse), view(statistics), tuple(map(view, row_stats)) if want_rows else ()
+    native.C.attention_forward(*args, *results, torch.get_num_threads())
+    if want_mass:
+        native.C.attention_key_mass(*args, view(statistics), view(key_mass))
+    return out, lse, statistics, *row_stats, key_mass
+
+
+def stats_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    statistics: Tensor,
+    need_mask: bool,
+    need_sinks: bool,
+    of_stats: StatsGradients,
+    call: AttentionCall,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key, value, mask and sinks."""
+    of_stats = StatsGradients(*(None if tensor is None else tensor.contiguous() for tensor in of_stats))
+    grad_entropy, grad_max_logit, grad_key_mass, entropy, max_key = of_stats
+    mean_of_keys = None
+    if grad_key_mass is not None:
+        mean_of_keys, args = empty(lse, lse.shape), (tensor_args(call), kernel_options(call))
+        saved = view(statistics.contiguous()), view(grad_key_mass)
+        native.C.attention_mean_of_keys(*args, *saved, view(mean_of_keys), torch.get_num_threads())
+    grad_lse = subtracted_from_scores(grad_lse, mean_of_keys, of_stats)
+    given = tuple(map(view, (grad_entropy, grad_max_logit, grad_key_mass, None if grad_max_logit is None else max_key)))
+    grads, grad_mask, delta = _backward(grad_out, grad_lse, out, lse, statistics, need_mask, given, call)
     by_weight = -delta if need_sinks else None
+    if need_sinks and grad_entropy is not None:
+        weights = sink_weights(call.sinks, statistics, _score_unit(call), lse)
+        by_weight = by_weight - grad_entropy * torch.log(torch.where(weights == 0.0, 1.0, weights))
     return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
+
+
+attend_with_stats = stats_op("attention_stats", StatsPasses(stats_forward, stats_backward), ("CPU",))
 
 
 # ---- forward mode, and its backward -----------------------------------------------------------------------------------------

@@ -90,6 +90,19 @@ class StatsGradients(NamedTuple):
     max_key: Tensor  # (B, Hq, Lq), int32, or (B, Hq, 0)
 
 
+def subtracted_from_scores(grad_lse: Tensor | None, mean_of_keys: Tensor | None, of_stats: StatsGradients) -> Tensor | None:
+    """Return the gradient (B, Hq, Lq) that acts as one of lse: it, less what the statistics subtract from a row's gradients.
+
+    ``mean_of_keys`` is the mean of grad_key_mass by a row's weights.
+    """
+    if mean_of_keys is not None:
+        grad_lse = -mean_of_keys if grad_lse is None else grad_lse - mean_of_keys
+    if of_stats.grad_entropy is not None:
+        by_entropy = of_stats.grad_entropy * of_stats.entropy
+        grad_lse = -by_entropy if grad_lse is None else grad_lse - by_entropy
+    return grad_lse
+
+
 class StatsPasses(NamedTuple):
     """Hold a backend's functions of an AttentionCall.
 
@@ -149,13 +162,17 @@ def stats_op(name: str, passes: StatsPasses, devices: tuple[str, ...]) -> Callab
     def save(ctx, args: tuple, outputs: tuple) -> None:
         out, lse, statistics, entropy, _, max_key, _ = outputs
         ctx.save_for_backward(*args[_FLAGS:][:TENSORS], out, lse, statistics, entropy, max_key)
-        ctx.options = args[_FLAGS + TENSORS :]
+        ctx.wanted, ctx.options = args[:_FLAGS], args[_FLAGS + TENSORS :]
         ctx.mark_non_differentiable(statistics, max_key)
         ctx.set_materialize_grads(False)
 
     def gradients(ctx, grad_out, grad_lse, _, grad_entropy, grad_max_logit, __, grad_key_mass) -> tuple:
         *tensors, out, lse, statistics, entropy, max_key = ctx.saved_tensors
-        needed = ctx.needs_input_grad[_FLAGS:][:DIFFERENTIABLE]
+        needed, (want_rows, want_mass) = ctx.needs_input_grad[_FLAGS:][:DIFFERENTIABLE], ctx.wanted
+        if not want_rows:  # torch.compile gives zeros where eager mode gives None, also to an empty tensor.
+            grad_entropy = grad_max_logit = None
+        if not want_mass:
+            grad_key_mass = None
         saved = grad_out, grad_lse, out, lse, statistics, grad_entropy, grad_max_logit, grad_key_mass, entropy, max_key
         run = run_backward if may_bypass_dispatcher(*saved, *tensors) else backward_op
         grads = run(*saved, *needed[3:], *tensors, *ctx.options)
