@@ -4,7 +4,15 @@ from . import nn
 from .backend import UnsupportedError, backends, explain
 from .nn.replace import replace, restore
 from .nn.use import disable, enable, use
-from .ops.attention import AttentionStats, attention, kvcache_attention, scaled_dot_product_attention, varlen_attention
+from .ops.attention import (
+    AttentionStats,
+    attention,
+    attention_weights,
+    kvcache_attention,
+    scaled_dot_product_attention,
+    top_keys,
+    varlen_attention,
+)
 from .ops.latent import gaussian_kl, reparameterize, reparameterize_with_kl
 from .ops.linear import linear
 
@@ -13,6 +21,7 @@ __all__ = [
     "AttentionStats",
     "UnsupportedError",
     "attention",
+    "attention_weights",
     "backends",
     "disable",
     "enable",
@@ -26,6 +35,7 @@ __all__ = [
     "replace",
     "restore",
     "scaled_dot_product_attention",
+    "top_keys",
     "use",
     "varlen_attention",
 ]

@@ -103,12 +103,17 @@ def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, sca
 
 def softmax_weights(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (weights, lse) of `scores`: (B, Hq, Lq, Lk), or (B, Hq, Lq, Lk + 1) with sinks, and (B, Hq, Lq)."""
-    if sinks is not None:  # A sink is one more key, with no value.
-        s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
+    if sinks is not None:
+        s = with_sinks(s, sinks)
     alive = (s != -math.inf).any(dim=3, keepdim=True)
     s = torch.where(alive, s, 0.0)  # A row that sees no key stays finite, so that its gradients are zeros.
     p, lse = _softmax(s)
     return torch.where(alive, p, 0.0), torch.where(alive, lse, -math.inf).squeeze(3)
+
+
+def with_sinks(s: Tensor, sinks: Tensor) -> Tensor:
+    """Return the scores with one column more: a sink is one more key, with no value."""
+    return torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:3], 1)], dim=3)
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,13 +129,16 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return e / total, top + torch.log(total)
 
 
-def scores(query, key, mask, alibi_slopes, left, right, scale, softcap) -> Tensor:
-    """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key."""
+def scores(query, key, mask, alibi_slopes, left, right, scale, softcap, position: Tensor | None = None) -> Tensor:
+    """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key.
+
+    ``position`` (Lq,) says where the queries are among the keys. None: they are the last ones.
+    """
     s = grouped_matmul(query, key.transpose(-1, -2)).to(accumulation_dtype(query.dtype)) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     queries, keys = s.shape[2:]
-    position = torch.arange(queries, device=s.device)[:, None] + keys - queries
+    position = (torch.arange(queries, device=s.device) + keys - queries if position is None else position)[:, None]
     j = torch.arange(keys, device=s.device)
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(s.dtype)[..., None, None] * (position - j).abs()

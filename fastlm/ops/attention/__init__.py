@@ -5,5 +5,15 @@ from .kvcache import kvcache_attention
 from .sdpa import scaled_dot_product_attention
 from .stats import AttentionStats
 from .varlen import varlen_attention
+from .weights import attention_weights, top_keys
 
-__all__ = ["AttentionStats", "attention", "has_kernel", "kvcache_attention", "scaled_dot_product_attention", "varlen_attention"]
+__all__ = [
+    "AttentionStats",
+    "attention",
+    "attention_weights",
+    "has_kernel",
+    "kvcache_attention",
+    "scaled_dot_product_attention",
+    "top_keys",
+    "varlen_attention",
+]
