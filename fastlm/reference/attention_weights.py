@@ -20,7 +20,7 @@ def weights_of_rows(query, key, lse, rows, mask, sinks, alibi_slopes, left, righ
     return torch.exp(_log_weights(s, lse[:, :, rows], sinks))
 
 
-def top_keys(query, key, lse, k, mask, sinks, alibi_slopes, left, right, scale, softcap) -> tuple[Tensor, Tensor]:
+def top_keys(query, key, lse, mask, sinks, alibi_slopes, left, right, scale, softcap, k) -> tuple[Tensor, Tensor]:
     """Return (indices, weights), both (B, Hq, Lq, k), of the k largest weights of each query, the first of equal keys first.
 
     Beyond the keys that a query sees, the indices are -1 and the weights 0.
@@ -34,9 +34,10 @@ def top_keys(query, key, lse, k, mask, sinks, alibi_slopes, left, right, scale, 
         s = _scores_of_rows(query, key, rows, mask, alibi_slopes, left, right, scale, softcap)
         logs = _log_weights(s, lse[:, :, rows], sinks)
         for n in range(min(k, keys)):
-            largest, place = logs.max(dim=3, keepdim=True)  # torch promises the first of equal ones.
+            largest, place = s.max(dim=3, keepdim=True)  # torch promises the first of equal ones.
             indices[:, :, rows, n] = torch.where(largest == -math.inf, -1, place).squeeze(3)
-            weights[:, :, rows, n] = torch.exp(largest).squeeze(3)
+            weights[:, :, rows, n] = torch.exp(logs.gather(3, place)).squeeze(3)
+            s.scatter_(3, place, -math.inf)
             logs.scatter_(3, place, -math.inf)
     return indices, weights
 

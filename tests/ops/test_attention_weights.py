@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import SPECS
+from support.oracle import Oracle
 
 import fastlm
 from fastlm.reference.attention import scores, softmax_weights
@@ -67,6 +69,29 @@ def test_the_largest_weights_are_those_of_the_matrix(case, k):
     torch.testing.assert_close(torch.where(indices < 0, 0.0, picked), weights, rtol=0, atol=1e-12)
 
 
+def largest_weights(backend=None, **call):
+    """Return the 7 largest weights of each query."""
+    _, lse = fastlm.attention(**call, backend=backend)
+    options = {name: call[name] for name in OPTIONS if name in call}
+    return fastlm.top_keys(call["query"], call["key"], lse, 7, **options, backend=backend)[1]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernel_finds_weights_as_good_as_plain_pytorch(case, dtype, isa):
+    """Rounding may exchange keys of nearly one weight: so each weight is held to its rank's, and to its key's."""
+    call = SPECS["attention"].cases[case](dtype)
+    weights = Oracle(largest_weights, call, (), set()).check(backend="cpu")["output 0"]
+    query, key, options = call["query"], call["key"], {name: call[name] for name in OPTIONS if name in call}
+    _, lse = fastlm.attention(**call)
+    indices, same = fastlm.top_keys(query, key, lse, 7, **options, backend="cpu")
+    assert torch.equal(same, weights) and (weights.diff(dim=3) <= 0).all()
+    whole = F.pad(matrix(query, key, lse, **options), (0, 1))  # -1 is a key of weight 0.
+    torch.testing.assert_close(weights, whole.gather(3, indices % whole.shape[3]).float())
+    ordered = indices.sort(dim=3).values
+    assert ((ordered.diff(dim=3) > 0) | (ordered[..., 1:] == -1)).all()
+
+
 def test_many_queries_are_taken_in_parts(monkeypatch):
     query, key, lse, options = looked_at({**qkv(), "causal": True, "return_lse": True}, torch.float64)
     expected = fastlm.top_keys(query, key, lse, 4, **options)
@@ -76,25 +101,29 @@ def test_many_queries_are_taken_in_parts(monkeypatch):
     torch.testing.assert_close(weights, expected[1], rtol=0, atol=1e-12)
 
 
-def test_the_first_of_equal_keys_comes_first():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_first_of_equal_keys_comes_first(backend, isa):
     query, key = torch.ones(1, 1, 3, 4), torch.ones(1, 1, 50, 4)
-    indices, weights = fastlm.top_keys(query, key, torch.full((1, 1, 3), 2.0 + math.log(50)), 3)
+    indices, weights = fastlm.top_keys(query, key, torch.full((1, 1, 3), 2.0 + math.log(50)), 3, backend=backend)
     assert indices.tolist() == [[[[0, 1, 2]] * 3]]
     torch.testing.assert_close(weights, torch.full((1, 1, 3, 3), 1 / 50))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float32).min])
-def test_rows_of_huge_scores_keep_the_number_of_keys(fill):
+def test_rows_of_huge_scores_keep_the_number_of_keys(fill, backend, isa):
     """Beside -1e9 the LSE has no room for log(30), but all keys have the same weight."""
     call = qkv()
     mask = torch.full((20, 30), fill)
     _, lse = fastlm.attention(**call, mask=mask, return_lse=True)
     weights = fastlm.attention_weights(call["query"], call["key"], lse, rows=torch.arange(20), mask=mask)
     torch.testing.assert_close(weights, torch.full((1, 2, 20, 30), 1 / 30))
-    torch.testing.assert_close(fastlm.top_keys(call["query"], call["key"], lse, 2, mask=mask)[1], weights[..., :2])
+    largest = fastlm.top_keys(call["query"], call["key"], lse, 2, mask=mask, backend=backend)[1]
+    torch.testing.assert_close(largest, weights[..., :2])
 
 
-def test_a_part_of_the_keys_has_its_part_of_the_weights():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_part_of_the_keys_has_its_part_of_the_weights(backend, isa):
     """As one rank of several holds it."""
     call = qkv()
     _, lse = fastlm.attention(**call, return_lse=True)
@@ -102,6 +131,30 @@ def test_a_part_of_the_keys_has_its_part_of_the_weights():
     whole = fastlm.attention_weights(call["query"], call["key"], lse, rows=rows)
     part = fastlm.attention_weights(call["query"], call["key"][:, :, :11], lse, rows=rows)
     torch.testing.assert_close(part, whole[..., :11])
+    largest = fastlm.top_keys(call["query"], call["key"][:, :, :11], lse, 3, backend=backend)[1]
+    torch.testing.assert_close(largest, part.topk(3, dim=3).values)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nan_comes_first_as_in_torch(backend, isa):
+    call = qkv()
+    mask = torch.zeros(20, 30)
+    mask[3, 17] = math.nan
+    _, lse = fastlm.attention(**call, mask=mask, return_lse=True)
+    indices, weights = fastlm.top_keys(call["query"], call["key"], lse, 2, mask=mask, backend=backend)
+    assert (indices[:, :, 3, 0] == 17).all() and weights[:, :, 3].isnan().all() and weights.isnan().sum() == 4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_number_of_threads_finds_the_same(causal, threads, widest_isa):
+    call = qkv(q_len=300, k_len=500, heads=3, dim=32)
+    _, lse = fastlm.attention(**call, causal=causal, return_lse=True)
+    threads(1)
+    expected = fastlm.top_keys(call["query"], call["key"], lse, 8, causal=causal, backend="cpu")
+    for count in (2, 3, 7):
+        threads(count)
+        results = fastlm.top_keys(call["query"], call["key"], lse, 8, causal=causal, backend="cpu")
+        assert all(map(torch.equal, results, expected))
 
 
 # ---- gradients, and the rest of torch ---------------------------------------------------------------------------------------
@@ -128,6 +181,19 @@ def test_autocast_leaves_the_weights_alone():
     expected = fastlm.attention_weights(call["query"], call["key"], lse, rows=rows)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fastlm.attention_weights(call["query"], call["key"], lse, rows=rows), expected)
+
+
+def test_the_op_passes_opcheck_and_compiles_and_maps(widest_isa):
+    call = qkv()
+    query, key, lse = call["query"], call["key"], torch.zeros(1, 2, 20)
+    arguments = (query, key, lse, None, None, None, None, 0, 0.3, 0.0, 4)
+    torch.library.opcheck(torch.ops.fastlm.attention_top_keys.default, arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: fastlm.top_keys(*t, 4), fullgraph=True, backend="aot_eager")
+    expected = fastlm.top_keys(query, key, lse, 4)
+    assert all(map(torch.equal, compiled(query, key, lse), expected))
+    mapped = torch.vmap(lambda *t: fastlm.top_keys(*t, 4))(*(t.unsqueeze(0) for t in (query, key, lse)))
+    assert all(torch.equal(result[0], value) for result, value in zip(mapped, expected))
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------------------

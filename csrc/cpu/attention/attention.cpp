@@ -6,6 +6,7 @@
 #include "jvp-inl.h"
 #include "jvp_backward-inl.h"
 #include "mass-inl.h"
+#include "top_keys-inl.h"
 #else
 
 #include <algorithm>
@@ -28,6 +29,8 @@ FASTLM_ISA_TABLE(AttentionBackwardKernel, attention_backward)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_backward_workspace)
 FASTLM_ISA_TABLE(AttentionJvpKernel, attention_jvp)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_jvp_workspace)
+FASTLM_ISA_TABLE(AttentionTopKeysKernel, attention_top_keys)
+FASTLM_ISA_TABLE(AttentionWorkspace, attention_top_keys_workspace)
 FASTLM_ISA_TABLE(AttentionMassKernel, attention_mass)
 FASTLM_ISA_TABLE(AttentionWorkspace, attention_mass_workspace)
 FASTLM_ISA_TABLE(AttentionJvpBackwardKernel, attention_jvp_backward)
@@ -243,6 +246,15 @@ void attention_mean_of_keys(const AttentionMass& a, int64_t threads) {
   const int64_t step = row_step(a, threads);
   add_row_tasks(a, step, tasks);
   run_mass(a, step, tasks);
+}
+
+void attention_top_keys(const AttentionTopKeys& a, int64_t threads) {
+  const int isa = current_isa();
+  std::vector<AttentionTask> tasks;
+  const int64_t step = row_step(a, threads);
+  add_row_tasks(a, step, tasks);
+  run_sorted(tasks, attention_top_keys_workspace_kernels[isa](a, step),
+             [&](const AttentionTask& task, char* memory) { attention_top_keys_kernels[isa](a, task, memory); });
 }
 
 void attention_jvp(const AttentionJvp& a, int64_t threads) {

@@ -87,7 +87,8 @@ constexpr int64_t kBlockKeys = 64;   // Keys per block. A 48 x 64 float score ti
 constexpr int64_t kGemvRows = 8;     // Up to this many query rows in a group, keys and values are read in place, without tiles.
 constexpr int64_t kSplitRows = 48;   // Split the keys (flash-decoding) only when a group has at most this many query rows.
 constexpr int64_t kSplitKeys = 512;  // Keys per split.
-constexpr int64_t kMassKeys = 256;   // Keys per task of the pass that sums up their weights.
+constexpr int64_t kMostTopKeys = 32;
+constexpr int64_t kMassKeys = 256;  // Keys per task of the pass that sums up their weights.
 
 // Rows [row_begin, row_end) of a group against keys [key_begin, key_end).
 struct AttentionTask {
@@ -116,6 +117,14 @@ struct AttentionMass : Attention {
   Statistic key_mass;      // (batch, head, key): written, the sum of a key's weights
   Statistic of_keys;       // (batch, head, key): or numbers for the keys,
   Statistic mean_of_keys;  // (batch, head, row): whose mean by a row's weights is written
+};
+
+// The k keys with the largest weights of each row. value_dim is 0.
+struct AttentionTopKeys : AttentionForward {
+  int64_t k;
+  PerRow<const float> given_lse;
+  PerRow<int64_t> indices;  // (batch, head, row, k)
+  Statistic weights;        // (batch, head, row, k)
 };
 
 struct AttentionBackward : Attention {
@@ -156,6 +165,7 @@ using AttentionBackwardKernel = void(const AttentionBackward&, const AttentionTa
 using AttentionJvpKernel = void(const AttentionJvp&, const AttentionTask&, char* workspace);
 using AttentionJvpBackwardKernel = void(const AttentionJvpBackward&, const AttentionTask&, char* workspace);
 using AttentionMassKernel = void(const AttentionMass&, const AttentionTask&, char* workspace);
+using AttentionTopKeysKernel = void(const AttentionTopKeys&, const AttentionTask&, char* workspace);
 using AttentionDeltaKernel = void(const AttentionBackward&, const AttentionTask&);
 using AttentionCombineKernel = void(const AttentionForward&, const AttentionTask&);
 using AttentionPartialRow = int64_t(const Attention&);               // returns the floats per row of a partial result
@@ -168,6 +178,7 @@ void attention_forward(const AttentionForward&, int64_t threads);
 void attention_backward(const AttentionBackward&, int64_t threads);
 void attention_key_mass(const AttentionMass&);
 void attention_mean_of_keys(const AttentionMass&, int64_t threads);
+void attention_top_keys(const AttentionTopKeys&, int64_t threads);
 void attention_jvp(const AttentionJvp&, int64_t threads);
 void attention_jvp_backward(const AttentionJvpBackward&, int64_t threads);
 

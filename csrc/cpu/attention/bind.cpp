@@ -45,7 +45,7 @@ PerRow<T> statistic_of(const char* name, py::handle tensor, std::initializer_lis
   const TensorView t(tensor);
   if (!t.given) return {};
   const bool fits = t.device == kCPU && t.dtype == dtype && t.has_shape(shape) && t.is_contiguous(2);
-  expect(fits, name, t, dtype == kFloat32 ? "a float32 statistic for each row" : "an int32 for each row");
+  expect(fits, name, t, dtype == kFloat32 ? "a float32 statistic for each row" : "an integer for each row");
   return {reinterpret_cast<T*>(t.data), t.stride[0], t.stride[1]};
 }
 
@@ -221,6 +221,24 @@ void mean_of_keys(const py::tuple& inputs, const py::tuple& options, const py::h
   a.mean_of_keys = statistic_of("mean", mean, {tensor_batch(a), a.heads, a.q_len});
   py::gil_scoped_release nogil;
   attention_mean_of_keys(a, threads);
+}
+
+// inputs: as for fill_inputs, without a value, dropout and packed sequences.
+void top_keys(const py::tuple& inputs, const py::tuple& options, const py::handle& lse, int64_t k, const py::handle& indices,
+              const py::handle& weights, int64_t threads) {
+  AttentionTopKeys a{};
+  Indices own;
+  fill_inputs(a, own, inputs);
+  fill_options(a, options);
+  if (a.seeds || a.cu_seqlens_q || k < 1 || k > kMostTopKeys) throw py::value_error("k must lie between 1 and 32");
+  a.value = {};
+  a.value_dim = 0;
+  a.k = k;
+  a.given_lse = statistic_of<const float>("lse", lse, {a.batch, a.heads, a.q_len});
+  a.indices = statistic_of<int64_t>("indices", indices, {a.batch, a.heads, a.q_len, k}, kInt64);
+  a.weights = statistic_of("weights", weights, {a.batch, a.heads, a.q_len, k});
+  py::gil_scoped_release nogil;
+  attention_top_keys(a, threads);
 }
 
 bool has_contiguous_rows(const TensorView& t) { return t.stride[3] == 1 || t.shape[3] == 1; }
@@ -440,6 +458,7 @@ void bind_attention(py::module_& m) {
   m.def("attention_backward", &backward);
   m.def("attention_key_mass", &key_mass);
   m.def("attention_mean_of_keys", &mean_of_keys);
+  m.def("attention_top_keys", &top_keys);
   m.def("attention_jvp", &jvp);
   m.def("attention_jvp_backward", &jvp_backward);
   m.def("kvcache_attention_forward", &kvcache_forward);

@@ -200,7 +200,8 @@ static void write_row(const Rows& to, const Sequence& s, int64_t query, int64_t 
 static RowTotal finish_row(const AttentionForward& a, const Sequence& s, int64_t query, int64_t head, const RowSums& sums,
                            const float* out) {
   const float maximum = sums.maximum;
-  const RowTotal row = row_total(a, head, maximum, sums.total);
+  const bool needs_log = a.lse.data || a.statistics.data || a.has_row_stats;
+  const RowTotal row = row_total(a, head, maximum, sums.total, needs_log);
   write_row(a.out, s, query, head, out, row.share, a.value_dim);
   if (a.lse.data) *a.lse.at(s.batch, head, s.q_first + query) = float((row.base + row.log_total) / kLog2EDouble);
   if (a.statistics.data) {

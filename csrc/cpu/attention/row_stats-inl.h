@@ -33,13 +33,12 @@ struct RowTotal {
   float share;             // 1 / sum
 };
 
-static RowTotal row_total(const AttentionForward& a, int64_t head, float maximum, float total) {
+// A logarithm takes as long as the output of a short row, so it is computed only if something reads it.
+static RowTotal row_total(const Attention& a, int64_t head, float maximum, float total, bool needs_log) {
   const float factor = exponent_factor(a);
   const bool empty = total == 0.0f;  // The row sees no key: otherwise its largest weight is near 1 or above.
   const double base = empty ? 0.0 : is_far(maximum, factor) ? double(maximum) * factor : double(maximum * factor);
-  // A logarithm takes as long as the output of a short row, so it is computed only when something reads it.
-  const bool needs_log = a.sinks || a.lse.data || a.statistics.data || a.has_row_stats;
-  double log_total = empty || !needs_log ? -double(kInfinity) : __builtin_log2(double(total));
+  double log_total = empty || !(needs_log || a.sinks) ? -double(kInfinity) : __builtin_log2(double(total));
   float share = empty ? 0.0f : 1.0f / total;
   if (a.sinks) {
     const double sink = double(a.sinks[head]) * kLog2EDouble;

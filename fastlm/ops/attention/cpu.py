@@ -197,6 +197,22 @@ def stats_backward(
     return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
 
 
+def top_keys(call: AttentionCall, lse: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (indices, weights) of the k largest weights of each query. The call's value is not read."""
+    shape = (*lse.shape, k)
+    indices, weights = empty(lse, shape, dtype=torch.int64), empty(lse, shape, dtype=torch.float32)
+    native.C.attention_top_keys(
+        tensor_args(call),
+        kernel_options(call),
+        view(lse.float().contiguous()),
+        k,
+        view(indices),
+        view(weights),
+        torch.get_num_threads(),
+    )
+    return indices, weights
+
+
 attend_with_stats = stats_op("attention_stats", StatsPasses(stats_forward, stats_backward), ("CPU",))
 
 

@@ -119,7 +119,7 @@ def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     return None if tensor is None else tensor.flatten(0, 1)
 
 
-def _one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
+def one_by_one(op, size: int, in_dims: tuple, args: tuple) -> tuple:
     """Call the op for each entry, and return the stacked results."""
     calls = (op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))) for i in range(size))
     return tuple(map(torch.stack, zip(*calls)))
@@ -135,7 +135,7 @@ def vmap_rule(first: int, results: int, gradients: bool, op, info, in_dims, *arg
     size, call, behind = info.batch_size, AttentionCall._make(args[first : first + _CALL]), first + _CALL
     one_batch = _is_one_batch(in_dims[first:behind], call) and in_dims[behind + 3 :] in ((), (None, None))
     if not one_batch or (gradients and any(args[first - 2 : first])):
-        return _one_by_one(op, size, in_dims, args), (0,) * results
+        return one_by_one(op, size, in_dims, args), (0,) * results
     with_batch = {*range(first + 3), *range(behind, min(behind + 3, len(args)))}
     folded = [
         _folded(a, d, size) if i in with_batch and isinstance(a, Tensor) else a for i, (a, d) in enumerate(zip(args, in_dims))

@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from ...backend import Implementation, select
 from ...reference import attention_weights as reference
 from ..checks import check_integer, check_tensor
+from ..torch_op import define_op, export_only
+from . import cpu
+from .call import AttentionCall
 from .checks import (
     BATCHED,
     check_groups,
@@ -16,8 +20,9 @@ from .checks import (
     score_options,
     window_bounds,
 )
+from .op import one_by_one
 
-MOST_KEYS = 32
+MOST_KEYS = 32  # kMostTopKeys of csrc/cpu/attention/attention.h
 
 
 def attention_weights(
@@ -70,12 +75,14 @@ def top_keys(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Find the keys that each query attends to most, in plain PyTorch and memory linear in the lengths.
+    """Find the keys that each query attends to most, in memory linear in the lengths.
 
     Args:
         query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks: as in `attention_weights`.
         k: how many keys, from 1 to 32.
+        backend: 'cpu' or 'reference', which a GPU has; None picks the fastest one that can run the call.
 
     Returns:
         (indices, weights), both (B, Hq, Lq, k), the largest weight first, and the first of equal keys first. indices are
@@ -87,8 +94,35 @@ def top_keys(
     """
     options = _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks)
     k = check_integer("k", k, 1, MOST_KEYS)
+    run = select("top_keys", IMPLEMENTATIONS, (query, key), backend, export_only())
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return reference.top_keys(query, key, lse, k, *options)
+        return run(query, key, lse, *options, k)
+
+
+def _run_on_cpu(query, key, lse, mask, sinks, alibi_slopes, left, right, scale, softcap, k):
+    call = AttentionCall(
+        query, key, key, mask, sinks, alibi_slopes, None, None, None, left, right, scale, softcap, dropout_p=0.0
+    )
+    return cpu.top_keys(call, lse, k)
+
+
+def _empty_results(query, key, lse, *options):
+    shape = (*lse.shape, options[-1])
+    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=torch.float32)
+
+
+_op = define_op(
+    "attention_top_keys",
+    "(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, SymInt? left, SymInt? right, "
+    "float scale, float softcap, int k) -> (Tensor indices, Tensor weights)",
+    _run_on_cpu,
+    _empty_results,
+    vmap=lambda op, info, in_dims, *args: (one_by_one(op, info.batch_size, in_dims, args), (0, 0)),
+)
+IMPLEMENTATIONS = (
+    Implementation("cpu", _op, cpu.why_not),
+    Implementation("reference", reference.top_keys, lambda query, key: None, is_torch=True),
+)
 
 
 def _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks) -> tuple:
