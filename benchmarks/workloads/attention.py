@@ -8,12 +8,12 @@ import torch
 
 from fastlm import attention, kvcache_attention, varlen_attention
 from fastlm.testing import seeded_normal
-from workloads import derivatives, peers
+from workloads import attention_stats, derivatives, peers
 from workloads.workload import ON_GPU, Benchmark, Workload
 
 FP32, BF16, FP16 = _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _HALF = (FP32, BF16, FP16)
-PEERS = peers.ATTENTION | derivatives.PEERS  # what the sections name as their peers
+PEERS = peers.ATTENTION | derivatives.PEERS | attention_stats.PEERS  # what the sections name as their peers
 WINDOW = 256
 BACKWARD = 3.5  # A forward and backward has seven products, over the forward's two.
 JVP = 3.0  # A forward with tangents has six.
@@ -127,6 +127,7 @@ def _doubling(most: int) -> list[int]:
 _QKV = ("query", "key", "value")
 _EAGER = ("eager", "eager, compiled")
 _GPU_PEERS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention", "flash-attn", "xformers")
+_STATS_PEERS = ("eager", "without")
 _ON_GPU = {"device": "cuda", "backends": ("triton",), "dtypes": (BF16,)}
 _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
@@ -206,7 +207,7 @@ BENCHMARKS = (
         (_dropping(1, 8, 512, quick=(FP32, BF16)), _dropping(1, 2, 2048, quick=(FP32, BF16), memory=True)),
         sized=_dropping,
         differentiable=_QKV,
-        own_noise=True,
+        peers_differ=True,
     ),
     _section(
         "attention, forward mode (jvp)",
@@ -224,6 +225,29 @@ BENCHMARKS = (
         sized=_penalized,
         function=derivatives.attention_gradient_penalty,
         checked_whole=True,
+    ),
+    _section(
+        "attention with entropy and largest logit",
+        (_square(1, 8, 512, quick=(FP32, BF16)), _square(1, 8, 2048, quick=_HALF), _square(1, 1, 8192, quick=(), memory=True)),
+        _STATS_PEERS,
+        function=attention_stats.attention_with_row_stats,
+        peers_differ=True,
+    ),
+    _section(
+        "attention with key mass",
+        (_square(1, 8, 512, quick=(FP32, BF16)), _square(1, 8, 2048, quick=_HALF), _square(1, 1, 8192, quick=(), memory=True)),
+        _STATS_PEERS,
+        function=attention_stats.attention_with_key_mass,
+        peers_differ=True,
+        checked_whole=True,
+    ),
+    _section(
+        "attention with entropy, forward + backward",
+        (_both(1, 8, 512, quick=(FP32, BF16)), _both(1, 2, 2048, quick=_HALF, memory=True)),
+        _STATS_PEERS,
+        function=attention_stats.attention_with_entropy,
+        differentiable=_QKV,
+        peers_differ=True,
     ),
     _section("attention, a tiny call", (_square(1, 1, 16, 16),), ("SDPA",)),
     _section(

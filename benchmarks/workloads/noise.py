@@ -26,6 +26,6 @@ BENCHMARKS = (
         peers=("torch.randn",),
         sizes="elements",
         sized=_workload,
-        own_noise=True,
+        peers_differ=True,
     ),
 )
