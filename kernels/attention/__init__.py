@@ -48,9 +48,11 @@ from .tiles import (
     DELTA_ROWS,
     FORWARD,
     GRAD_KEY_VALUE,
+    GRAD_MASK,
     GRAD_QUERY,
     JVP,
     JVP_GRAD_KEY_VALUE,
+    JVP_GRAD_MASK,
     JVP_GRAD_QUERY,
     KVCACHE,
     Tile,
@@ -149,7 +151,7 @@ def plan_backward(
     launches += [*listing, make_launch(attention_grad_query, grid, arguments, tile.warps, tile.stages)]
     if grad_mask is not None:
         shared |= dict.fromkeys(("tangents", "lse_tangent", "tangent_delta"))
-        launches.append(_plan_grad_mask(mask, grad_mask, shared, sizes, tile))
+        launches.append(_plan_grad_mask(mask, grad_mask, shared, sizes, pointer_tile(GRAD_MASK, call)))
     return launches
 
 
@@ -227,7 +229,7 @@ def plan_jvp_backward(
     grid = sizes.heads * num_blocks(sizes.q_len, sizes.cu_q, tile.q, sizes)
     launches += [*listing, make_launch(attention_jvp_grad_query, grid, arguments, tile.warps, tile.stages)]
     if grad_mask is not None:
-        launches.append(_plan_grad_mask(mask, grad_mask, shared, sizes, tile))
+        launches.append(_plan_grad_mask(mask, grad_mask, shared, sizes, pointer_tile(JVP_GRAD_MASK, call)))
     return launches
 
 

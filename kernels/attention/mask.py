@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .backward import load_statistics, recompute_p
-from .device import dropout_stream, keep_mask, load_tile, mask_scores, slope_of, tile_pointers
+from .device import dropout_stream, keep_mask, mask_scores, slope_of, tile_pointers
 from .jvp_backward import load_tangent_statistics, score_gradients
-from .tangents import load_tangent, product_tangents, score_tangents, tangent_pointers
+from .tangents import score_tangents
 
 
 @triton.jit
@@ -37,6 +37,42 @@ def attention_block_lists(
 
 
 @triton.jit
+def load_chunk(
+    rows, batch, head, first, rows_left, column, DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Load a tile (ROWS, CHUNK) from `column` on, with zeros past DIM columns and past the first `rows_left` rows."""
+    inside = tl.arange(0, ROWS)[:, None] < rows_left  # (ROWS, 1)
+    if DIM % CHUNK:
+        inside &= tl.arange(0, CHUNK)[None, :] < DIM - column  # (ROWS, CHUNK)
+    return tl.load(tile_pointers(rows, batch, head, first, ROWS, CHUNK) + column, mask=inside, other=0.0)
+
+
+@triton.jit
+def products_by_chunk(
+    a, b, a_tangent, b_tangent, batch, a_head, b_head, a_first, b_first, a_left, b_left,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the products a b^T of a tile (A_ROWS, B_ROWS) and their tangents. A tangent that is None counts as zeros.
+
+    The loop runs over chunks of the columns, so that what a program holds does not grow with DIM.
+    """
+    CHUNK: tl.constexpr = min(COLUMNS, 16 if a.data.dtype.element_ty == tl.float32 else 32)
+    products = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+    product_tangents = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+    for column in range(0, DIM, CHUNK):
+        a_tile = load_chunk(a, batch, a_head, a_first, a_left, column, DIM, A_ROWS, CHUNK)  # (A_ROWS, CHUNK)
+        b_tile = load_chunk(b, batch, b_head, b_first, b_left, column, DIM, B_ROWS, CHUNK)  # (B_ROWS, CHUNK)
+        products = tl.dot(a_tile, tl.trans(b_tile), products, input_precision=PRECISION)
+        if a_tangent is not None:
+            tangent = load_chunk(a_tangent, batch, a_head, a_first, a_left, column, DIM, A_ROWS, CHUNK)  # (A_ROWS, CHUNK)
+            product_tangents = tl.dot(tangent, tl.trans(b_tile), product_tangents, input_precision=PRECISION)
+        if b_tangent is not None:
+            tangent = load_chunk(b_tangent, batch, b_head, b_first, b_left, column, DIM, B_ROWS, CHUNK)  # (B_ROWS, CHUNK)
+            product_tangents = tl.dot(a_tile, tl.trans(tangent), product_tangents, input_precision=PRECISION)
+    return products, product_tangents
+
+
+@triton.jit
 def attention_grad_mask(
     query, key, value, tangents, grad_out, statistics, delta, lse_tangent, tangent_delta,
     mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
@@ -57,6 +93,9 @@ def attention_grad_mask(
     own_b, own_head = batch_head // mask_heads, batch_head % mask_heads
     heads_sharing = sizes.heads // mask_heads
     q_sharing, k_sharing = 1 if PER_QUERY else q_blocks, 1 if PER_KEY else k_blocks
+    query_tangent, key_tangent, value_tangent = None, None, None
+    if tangents is not None:
+        query_tangent, key_tangent, value_tangent = tangents.query, tangents.key, tangents.value
     acc = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for n in range((sizes.batch // mask_batch) * heads_sharing * q_sharing * k_sharing):
         q_start = (q_block + n // k_sharing % q_sharing) * BLOCK_Q
@@ -64,47 +103,32 @@ def attention_grad_mask(
         head_n = n // (k_sharing * q_sharing)
         b, head = own_b + head_n // heads_sharing, own_head + head_n % heads_sharing
         batch, kv_head, q_left, k_left = b.to(tl.int64), head // sizes.group, q_len - q_start, k_len - k_start
-        q = load_tile(tile_pointers(query, batch, head, q_start, BLOCK_Q, COLUMNS), q_left, D, True)  # (BLOCK_Q, COLUMNS)
-        k = load_tile(tile_pointers(key, batch, kv_head, k_start, BLOCK_K, COLUMNS), k_left, D, True)  # (BLOCK_K, COLUMNS)
+        s, products = products_by_chunk(
+            query, key, query_tangent, key_tangent, batch, head, kv_head, q_start, k_start, q_left, k_left,
+            D, COLUMNS, BLOCK_Q, BLOCK_K, PRECISION,
+        )  # (BLOCK_Q, BLOCK_K) each  # fmt: skip
         first_row = (batch * sizes.heads + head) * q_len + q_start
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, q_left, BLOCK_Q, True)
         i, j = q_start + tl.arange(0, BLOCK_Q), (k_start + tl.arange(0, BLOCK_K))[None, :]  # (BLOCK_Q,), (1, BLOCK_K)
         p, softcap_grad, _ = recompute_p(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), row_max[:, None], log2_sum[:, None], mask, batch, head,
-            (i + k_len - q_len)[:, None], i[:, None], j, q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
+            s, row_max[:, None], log2_sum[:, None], mask, batch, head, (i + k_len - q_len)[:, None], i[:, None], j,
+            q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
         )  # fmt: skip
-        g_pointers = tile_pointers(grad_out, batch, head, q_start, BLOCK_Q, VALUE_COLUMNS)
-        g = load_tile(g_pointers, q_left, DV, True)  # (BLOCK_Q, VALUE_COLUMNS)
-        v_pointers = tile_pointers(value, batch, kv_head, k_start, BLOCK_K, VALUE_COLUMNS)
-        v = load_tile(v_pointers, k_left, DV, True)  # (BLOCK_K, VALUE_COLUMNS)
-        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+        dp, by_tangent = products_by_chunk(
+            grad_out, value, None, value_tangent, batch, head, kv_head, q_start, k_start, q_left, k_left,
+            DV, VALUE_COLUMNS, BLOCK_Q, BLOCK_K, PRECISION,
+        )  # (BLOCK_Q, BLOCK_K) each  # fmt: skip
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
-        keep = 1.0
         if dropout.seed is not None:
             keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
             dp *= keep
+            by_tangent *= keep
         if tangents is None:
             acc += p * (dp - delta_tile[:, None])
         else:
-            q_tangent = load_tangent(
-                tangent_pointers(tangents.query, batch, head, q_start, BLOCK_Q, COLUMNS), tangents.query, 0, q_left, D, True
-            )  # (BLOCK_Q, COLUMNS)
-            k_tangent = load_tangent(
-                tangent_pointers(tangents.key, batch, kv_head, k_start, BLOCK_K, COLUMNS), tangents.key, 0, k_left, D, True
-            )  # (BLOCK_K, COLUMNS)
-            products = product_tangents(
-                q, k, q_tangent, k_tangent, tangents.query is not None, tangents.key is not None, PRECISION
-            )  # (BLOCK_Q, BLOCK_K)
             ds = score_tangents(
                 products, p, softcap_grad, tangents.mask, batch, head, i[:, None], j, q_len, k_len, scoring, False, True
             )  # (BLOCK_Q, BLOCK_K)
-            by_tangent = 0.0
-            if tangents.value is not None:
-                v_tangent = load_tangent(
-                    tangent_pointers(tangents.value, batch, kv_head, k_start, BLOCK_K, VALUE_COLUMNS),
-                    tangents.value, 0, k_left, DV, True,
-                )  # fmt: skip
-                by_tangent = tl.dot(g, tl.trans(v_tangent), input_precision=PRECISION) * keep  # (BLOCK_Q, BLOCK_K)
             lse_tangent_tile, tangent_delta_tile = load_tangent_statistics(
                 lse_tangent, tangent_delta, row_max, first_row, q_left, BLOCK_Q, True
             )  # (BLOCK_Q,) each

@@ -37,6 +37,7 @@ class LoopKind(Enum):
 
 FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE = "forward", "grad_key_value", "grad_query", "kvcache"
 JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY = "jvp", "jvp_grad_key_value", "jvp_grad_query"
+GRAD_MASK, JVP_GRAD_MASK = "grad_mask", "jvp_grad_mask"  # The passes over a mask: without tangents, and with them.
 DELTA_ROWS = 64  # Rows per block of the pass that computes delta.
 L2_BUDGET = 24 << 20  # Bytes of the L2 cache that the keys and values of heads scheduled together may fill.
 
@@ -236,6 +237,12 @@ JVP_SINGLE = {
 for table, passes_by_row in ((HALF, JVP_HALF), (SINGLE, JVP_SINGLE)):
     for row, passes in passes_by_row.items():
         table[row] = table.get(row, {}) | passes
+# The passes over a mask go through a tile's columns in chunks, so that one tile fits every GPU and head_dim.
+MASK_HALF = {GRAD_MASK: (Tile(64, 64, 8, 2),) * 3, JVP_GRAD_MASK: (Tile(64, 32, 8, 2),) * 3}
+MASK_SINGLE = {GRAD_MASK: (Tile(64, 32, 8, 2),) * 3, JVP_GRAD_MASK: (Tile(32, 32, 8, 2),) * 3}
+for table, passes in ((HALF, MASK_HALF), (SINGLE, MASK_SINGLE)):
+    for row in [row for row in table if row[1] == LoopKind.PLAIN]:
+        table[row] |= passes
 INTERPRETER = {  # They are small and uneven, so that short sequences have several blocks.
     FORWARD: Tile(32, 16, 4, 1),
     GRAD_KEY_VALUE: Tile(16, 32, 4, 1),
@@ -244,6 +251,8 @@ INTERPRETER = {  # They are small and uneven, so that short sequences have sever
     JVP: Tile(32, 16, 4, 1),
     JVP_GRAD_KEY_VALUE: Tile(16, 32, 4, 1),
     JVP_GRAD_QUERY: Tile(16, 32, 4, 1),
+    GRAD_MASK: Tile(16, 32, 4, 1),
+    JVP_GRAD_MASK: Tile(16, 32, 4, 1),
 }
 
 
