@@ -14,9 +14,11 @@ from fastlm.kernels import attention
 from fastlm.kernels.attention.tiles import (
     FORWARD,
     GRAD_KEY_VALUE,
+    GRAD_MASK,
     GRAD_QUERY,
     JVP,
     JVP_GRAD_KEY_VALUE,
+    JVP_GRAD_MASK,
     JVP_GRAD_QUERY,
     KVCACHE,
     LoopKind,
@@ -29,6 +31,7 @@ from gpu import ahead_of_time, machine_code
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE)
 TANGENT_PASSES = (JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY)
+MASK_PASSES = (GRAD_MASK, JVP_GRAD_MASK)  # Their loop is always the masked one.
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 LOOPS = ("plain", "masked", "packed")  # Attention alone; with a mask and dropout; of packed sequences.
@@ -38,7 +41,7 @@ class Variant(NamedTuple):
     """One compilation."""
 
     arch: str
-    pass_name: str  # one of PASSES or TANGENT_PASSES
+    pass_name: str  # one of PASSES, TANGENT_PASSES or MASK_PASSES
     head_dim: int
     dtype: str
     causal: bool
@@ -53,7 +56,8 @@ def every_variant() -> list[Variant]:
     kinds = ((False, "plain"), (True, "plain"), (True, "masked"), (True, "packed"))
     passes = PASSES + TANGENT_PASSES
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, passes, HEAD_DIMS, DTYPES) for kind in kinds]
-    return [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
+    variants = [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
+    return variants + [Variant(*v, True, "masked") for v in itertools.product(GPUS, MASK_PASSES, HEAD_DIMS, DTYPES)]
 
 
 def covering_variants() -> list[Variant]:
@@ -71,6 +75,10 @@ def covering_variants() -> list[Variant]:
     head_dims = itertools.cycle((64, 128))
     for arch, name in itertools.product(("sm_86", "sm_90", "gfx942"), TANGENT_PASSES):
         variants.append(Variant(arch, name, next(head_dims), "bfloat16", True))
+    turns = itertools.cycle(itertools.product(DTYPES, HEAD_DIMS))
+    for arch, name in itertools.product(GPUS, MASK_PASSES):
+        dtype, head_dim = next(turns)
+        variants.append(Variant(arch, name, head_dim, dtype, True, "masked"))
     return [*variants, Variant("sm_80", JVP, 64, "float32", False)]
 
 
@@ -99,22 +107,23 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), tensor(batch + 1, dtype=torch.int32))
     right = 0 if variant.causal else None
     call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options)
-    if variant.pass_name in TANGENT_PASSES:
+    if variant.pass_name in (*TANGENT_PASSES, JVP_GRAD_MASK):
         tangents = attention.TangentTensors(query, key, value, call.mask, None)
         results = attention.JvpResults(out, lse, statistics, out, lse)
         launches = attention.plan_jvp(call, tangents, results)
-        grads, deltas = (query, key, value, None), (lse, lse)
+        grads, deltas = (query, key, value, call.mask), (lse, lse)
         launches += attention.plan_jvp_backward(call, tangents, results, out, None, grads, deltas)
         return _launch_named(variant, launches)
     launches = attention.plan_forward(call, out, lse, statistics)
     if variant.pass_name != FORWARD:
-        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
+        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, call.mask), lse)
     return _launch_named(variant, launches)
 
 
 def _launch_named(variant: Variant, launches: list[attention.Launch]) -> attention.Launch:
     """Return the launch of the variant's pass."""
-    return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{variant.pass_name}")
+    name = GRAD_MASK if variant.pass_name == JVP_GRAD_MASK else variant.pass_name  # Both are one kernel.
+    return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{name}")
 
 
 def inspect(variant: Variant) -> dict:
