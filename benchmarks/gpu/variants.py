@@ -51,7 +51,8 @@ class Variant(NamedTuple):
 def every_variant() -> list[Variant]:
     """Return all variants.
 
-    The KV cache's pass has no diagonal to skip, so it comes once. Loops that are not plain come with a causal limit only.
+    The KV cache's pass has no diagonal to skip, so it comes once. Loops that are not plain, and so the passes over a mask, come
+    with a causal limit only.
     """
     kinds = ((False, "plain"), (True, "plain"), (True, "masked"), (True, "packed"))
     passes = PASSES + TANGENT_PASSES
@@ -63,7 +64,7 @@ def every_variant() -> list[Variant]:
 def covering_variants() -> list[Variant]:
     """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns.
 
-    Of the passes with tangents there are a few, because compiling takes long.
+    Of the passes with tangents there are a few, because compiling takes long. Those over a mask come once for every GPU.
     """
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
