@@ -4,6 +4,7 @@ from . import nn
 from .backend import UnsupportedError, backends, explain
 from .nn.replace import replace, restore
 from .nn.use import disable, enable, use
+from .nn.watch import watch
 from .ops.attention import (
     AttentionStats,
     attention,
@@ -38,4 +39,5 @@ __all__ = [
     "top_keys",
     "use",
     "varlen_attention",
+    "watch",
 ]

@@ -7,6 +7,7 @@ from ..ops.attention import varlen_attention
 from ..ops.linear import linear
 from .multi_head_call import MultiHeadCall, weights_can_wait
 from .replace import ClassSwap, register
+from .running import inside
 from .tracing import call_of_leaf, forward_for_script
 
 
@@ -84,7 +85,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Attend in eval mode within packed sequences (total, E): see `fastlm.varlen_attention`."""
         heads = linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, self.head_dim))
-        out = varlen_attention(*heads.unbind(1), cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        with inside(self):
+            out = varlen_attention(*heads.unbind(1), cu_seqlens, cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
         return linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
 
 

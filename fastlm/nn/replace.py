@@ -120,7 +120,7 @@ def replace(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     report = Report()
     for name, module in model.named_modules():
         for swap in _swaps:
@@ -139,7 +139,7 @@ def restore(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is no module.
     """
-    _check_model(model)
+    check_model(model)
     report = Report()
     for name, module in model.named_modules():
         for swap in _swaps:
@@ -152,7 +152,8 @@ def restore(model: nn.Module) -> Report:
     return report
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
 

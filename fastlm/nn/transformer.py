@@ -15,6 +15,7 @@ from ..ops.attention import has_kernel
 from ..ops.torch_op import are_plain
 from .multihead_attention import MultiheadAttention
 from .replace import ClassSwap, register
+from .running import is_ours
 from .tracing import call_of_leaf, forward_for_script
 from .why_not import only_math_is_enabled
 
@@ -154,8 +155,10 @@ def _layer_can_be_packed(layer: nn.Module) -> bool:
 
 
 def _is_at_rest(module: nn.Module) -> bool:
-    """Return whether a module is in eval mode, without hooks or a forward of its own, with plain weights without gradients."""
-    if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    """Return whether a module is in eval mode, without others' hooks or a forward of its own, with plain weights at rest."""
+    if module.training or "forward" in vars(module):
+        return False
+    if not all(map(is_ours, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
         return False
     weights = module._parameters.values()
     wanted = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)

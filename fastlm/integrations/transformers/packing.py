@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from transformers.utils import output_capturing
 
+from ...nn.running import is_ours
 from ...ops.attention import varlen_attention
 from ...ops.torch_op import are_plain
 from .hooks import add_hooks, has_hook, remove_hooks
@@ -119,7 +120,8 @@ def _is_known(module: nn.Module) -> bool:
     own = vars(module)
     if not type(module).__module__.startswith(_LIBRARIES) or "forward" in own or own.get("chunk_size_feed_forward"):
         return False
-    return all(getattr(hook, "__module__", None) in _OWN for name in _HOOKS for hook in own[name].values())
+    hooks = (hook for name in _HOOKS for hook in own[name].values())
+    return all(is_ours(hook) or getattr(hook, "__module__", None) in _OWN for hook in hooks)
 
 
 # ---- which encoders have them -----------------------------------------------------------------------------------------------

@@ -8,17 +8,18 @@ Sources: Vaswani et al., "Attention Is All You Need" (2017); the tiled softmax: 
 calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "FlashAttention-2" (2023).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
-from ...backend import DEFAULT, Implementation, select
+from ...backend import DEFAULT, Implementation, select, warn_of_reference
 from ...reference import attention as reference
 from ..checks import autocast
 from ..noise import check_seed, seed_tensor
 from ..torch_op import export_only, reference_only
-from . import cpu, triton
-from .call import DIFFERENTIABLE, AttentionCall
+from . import cpu, observer, triton
+from .call import DIFFERENTIABLE, TENSORS, AttentionCall
 from .checks import (
     BATCHED,
     check_dropout_p,
@@ -118,12 +119,58 @@ def run(
     The seed is drawn after the choice, so that explain() leaves torch's generator alone.
     """
     deciding = call.query, call.value
+    observers = observer.current() if observer.any_open() else ()
     if not wanted:
         attend = select(op, IMPLEMENTATIONS, deciding, backend, export_only())
-        return *attend(_seeded(call, seed)), None
+        call = _seeded(call, seed)
+        return *(_attend_watched(op, attend, call, observers) if observers else attend(call)), None
     attend = select(op, WITH_STATS, deciding, backend, reference_only(*call[:DIFFERENTIABLE]))
-    out, lse, *stats = attend(_seeded(call, seed), bool(wanted & {"entropy", "max_logit"}), "key_mass" in wanted)
+    want_mass = "key_mass" in wanted or _want_mass(observers)
+    out, lse, *stats = attend(_seeded(call, seed), bool(observers or wanted & {"entropy", "max_logit"}), want_mass)
+    if observers:
+        _tell(observers, call, observer.why_not(call[:TENSORS]), [stat.detach() for stat in stats])
     return out, lse, stats_of(wanted, *stats)
+
+
+def _attend_watched(
+    op: str, attend: Callable, call: AttentionCall, observers: Sequence[observer.Observer]
+) -> tuple[Tensor, Tensor]:
+    """Return ``attend(call)``, to the bit and with all its derivatives, and tell the observers the call's statistics.
+
+    One pass does both where no gradient is recorded and the backend has statistics. Else they are computed beside the call,
+    without a gradient: their own op has no derivatives of second order. They depend neither on the dropout nor on the values.
+    """
+    if reason := observer.why_not(call[:TENSORS]):
+        _tell(observers, call, reason, ())
+        return attend(call)
+    deciding = call.query, call.value
+    backend = next(i.backend for i in IMPLEMENTATIONS if i.run is attend)
+    able = [i for i in WITH_STATS if i.why_not(*deciding) is None]
+    with_stats = next((i for i in able if i.backend == backend), able[0])
+    is_recorded = torch.is_grad_enabled() and call.requires_grad()
+    if with_stats.backend == backend and not is_recorded:
+        out, lse, *stats = with_stats.run(call, True, _want_mass(observers))
+    else:
+        if with_stats.backend == "reference" != backend:
+            warn_of_reference(f"{op} with statistics", WITH_STATS, deciding)
+        out, lse = attend(call)
+        with torch.no_grad():
+            beside = call._replace(value=call.value[..., :1], seed=None, dropout_p=0.0)
+            stats = with_stats.run(beside, True, _want_mass(observers))[2:]
+    _tell(observers, call, None, stats)
+    return out, lse
+
+
+def _want_mass(observers: Sequence[observer.Observer]) -> bool:
+    return any(one.watch.key_mass for one in observers)
+
+
+def _tell(
+    observers: Sequence[observer.Observer], call: AttentionCall, reason: str | None, stats: Sequence[Tensor]
+) -> None:
+    """Give the observers the statistics of a call, or the reason why there are none."""
+    for one in observers:
+        one.record(call, *stats) if reason is None else one.miss(reason)
 
 
 def _seeded(call: AttentionCall, seed: int | Tensor | None) -> AttentionCall:

@@ -7,6 +7,7 @@ from ...backend import DEFAULT
 from ...backend import cpu as native
 from ...backend.cpu import empty, view
 from ..torch_op import may_bypass_dispatcher, sum_to
+from . import observer
 from .call import AttentionCall, KVCacheCall, Tangents, kernel_options
 from .checks import no_columns
 from .op import (
@@ -330,6 +331,8 @@ def fast_path(query, key, value, scale, causal, top_left, grouped, backend) -> T
     if not may_bypass_dispatcher(query, key, value) or query.numel() > _SMALL or torch._C._is_any_autocast_enabled():
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if observer.open_watches and observer.current():
         return None
     out = torch.empty_like(query)
     threads = torch.get_num_threads()
