@@ -137,10 +137,11 @@ class watch(Mapping):  # noqa: N801 (read as a verb: `with fastlm.watch(model) a
         rows = [columns] + [_cells(name, layer) for name, layer in layers.items()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        lines += [f"{name}: {int(s.nan_rows.sum())} rows of NaN were left out" for name, s in layers.items() if s.nan_rows.any()]
+        nan_rows = {name: int(layer.nan_rows.sum()) for name, layer in layers.items()}
+        lines += [f"{name}: {count} rows of NaN were left out" for name, count in nan_rows.items() if count]
         lines += [f"{count} calls have no statistics: {reason}" for reason, count in self.missed.items()]
-        if self.unseen:
-            lines.append(f"{len(self.unseen)} modules were not seen (not run, not on fastlm, or compiled): {', '.join(self.unseen)}")
+        if unseen := self.unseen:
+            lines.append(f"{len(unseen)} modules were not seen (not run, not on fastlm, or compiled): {', '.join(unseen)}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -25,6 +25,8 @@ as transformers' collators do). Models that read it, as those for question answe
 A model on fastlm can be pickled, or sent to a worker, and used where fastlm has not been imported: its pickle imports it. (For
 this the class of transformers' configs gets a ``__getstate__``.)
 
+`WatchCallback` logs what attention does (`fastlm.watch`) at the Trainer's logging steps.
+
 A query that sees no key gets zeros, where eager gives it the mean of all values. In transformers' masks only padded positions
 see no key, and no other position sees them, so the outputs of all other positions are the same.
 """
@@ -191,6 +193,15 @@ def _without_interface(model: PreTrainedModel, attentions: str) -> str:
 
 def _names(classes: Iterable[type]) -> str:
     return ", ".join(sorted({cls.__name__ for cls in classes}))
+
+
+def __getattr__(name: str):
+    """Import the callback when it is asked for, because transformers' Trainer takes seconds to import."""
+    if name != "WatchCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .callback import WatchCallback
+
+    return WatchCallback
 
 
 AttentionInterface.register(NAME, attend)

@@ -165,9 +165,7 @@ def _want_mass(observers: Sequence[observer.Observer]) -> bool:
     return any(one.watch.key_mass for one in observers)
 
 
-def _tell(
-    observers: Sequence[observer.Observer], call: AttentionCall, reason: str | None, stats: Sequence[Tensor]
-) -> None:
+def _tell(observers: Sequence[observer.Observer], call: AttentionCall, reason: str | None, stats: Sequence[Tensor]) -> None:
     """Give the observers the statistics of a call, or the reason why there are none."""
     for one in observers:
         one.record(call, *stats) if reason is None else one.miss(reason)
