@@ -50,12 +50,11 @@ class Totals:
         self.calls += 1
         if not entropy.numel():
             return
-        entropy, max_logit = entropy.double(), max_logit.double()
-        nan = entropy.isnan() | max_logit.isnan()
-        seen = (max_logit != -math.inf) & ~nan  # (B, H, Lq): rows that saw a key
+        both = entropy + max_logit
+        seen = both > -math.inf  # (B, H, Lq): rows that saw a key, and have no NaN
         self.rows += seen.sum((0, 2))
-        self.nan_rows += nan.sum((0, 2))
-        self.entropy += entropy.where(seen, 0.0).sum((0, 2))
+        self.nan_rows += both.isnan().sum((0, 2))
+        self.entropy += entropy.where(seen, 0.0).sum((0, 2), dtype=torch.float64)
         self.least_entropy = self.least_entropy.minimum(entropy.where(seen, math.inf).amin((0, 2)))
         self.max_logit = self.max_logit.maximum(max_logit.where(seen, -math.inf).amax((0, 2)))
         if self.key_mass is not None and key_mass.numel():

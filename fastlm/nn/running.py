@@ -56,11 +56,14 @@ def hook(model: nn.Module, watch: observer.Watch, observe: Callable[[str], obser
     return handles
 
 
+_NO_ATTENTION = ("torch.nn.", "fastlm.", "transformers.activations", "transformers.pytorch_utils")
+
+
 def _may_attend(module: nn.Module) -> bool:
-    """Tell whether a module's forward may call attention: torch's and fastlm's without children do not."""
+    """Tell whether a module's forward may call attention: the libraries' linear layers, norms and activations do not."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
-    return any(True for _ in module.children()) or not type(module).__module__.startswith(("torch.nn.", "fastlm.nn."))
+    return any(True for _ in module.children()) or not type(module).__module__.startswith(_NO_ATTENTION)
 
 
 def is_ours(hook: object) -> bool:
