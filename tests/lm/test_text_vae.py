@@ -304,6 +304,15 @@ def test_a_saved_model_is_the_same(tmp_path):
     assert torch.equal(loaded.eval()(**batch).loss, model(**batch).loss)
 
 
+def test_a_watch_sees_every_layer_and_changes_nothing():
+    model, batch = build(), batch_of(ragged())
+    before = model(**batch).loss
+    with fastlm.watch(model) as stats:
+        assert torch.equal(model(**batch).loss, before)
+    layers = [name for name, _ in model.named_modules() if name.endswith("self_attn")]
+    assert list(stats) == layers and len(layers) == 3 and not stats.unseen
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="TextVAE needs latents, or encoder_input_ids to draw them from"):
         build()(input_ids=IDS)
