@@ -77,7 +77,7 @@ def _positions(cu_seqlens: Tensor, total: int) -> Tensor:
     """Return the position (total,) that each packed row has in its sequence."""
     row = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.bucketize(row, cu_seqlens[1:].long(), right=True).clamp(max=cu_seqlens.shape[0] - 1)
-    return (row - cu_seqlens.long()[sequence]).clamp(min=0)
+    return (row - cu_seqlens.long()[sequence]).clamp(0, total - 1)  # Wrong bounds must not reach outside of the tensors.
 
 
 def _widened(mass: Tensor, keys: int) -> Tensor:
