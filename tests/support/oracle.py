@@ -166,9 +166,7 @@ def rounding_of_delta(relative: float, out: Tensor, gradient: Tensor, draw: int)
 
 
 def with_rounded_deltas(relative: float, outputs: list[Tensor], gradients: list[Tensor], draw: int) -> list[Tensor]:
-    """Return the gradients of (out, lse, ...), or of these two and their tangents, with the effect of the deltas' rounding.
-
-    Gradients of anything else stay.
+    """Return the gradients of (out, lse), and of statistics or tangents, with the effect of rounded deltas. Others stay.
 
     The backward of the tangents computes two more deltas, of the gradient of out's tangent with out and with its tangent. They
     act as gradients of the tangent of the log-sum-exp and of the log-sum-exp.
@@ -179,7 +177,7 @@ def with_rounded_deltas(relative: float, outputs: list[Tensor], gradients: list[
 
     rank = outputs[0].dim()
     ranks = tuple(out.dim() for out in outputs)
-    if ranks[1:2] == (rank - 1,) and rank not in ranks[1:]:
+    if ranks[:2] == (rank, rank - 1) and rank not in ranks[2:]:  # The statistics have a dimension less than out.
         return [gradients[0], gradients[1] + rounding(0, 0, 0), *gradients[2:]]
     if ranks != (rank, rank - 1) * 2:
         return gradients
