@@ -1,8 +1,8 @@
 """The launchers of attention's Triton kernels: they choose a call's kernels, arguments and tiles.
 
-A call is planned before it runs. `plan_forward`, `plan_backward`, `plan_jvp`, `plan_jvp_backward` and `plan_kvcache` return
-launches. `run` starts these one after the other, without waiting for the GPU. Ahead-of-time compilation and its tests read the
-same plans.
+A call is planned before it runs. `plan_forward`, `plan_backward`, `plan_key_mass`, `plan_mass_mean`, `plan_jvp`,
+`plan_jvp_backward` and `plan_kvcache` return launches. `run` starts these one after the other, without waiting for the GPU.
+Ahead-of-time compilation and its tests read the same plans.
 """
 
 from collections.abc import Iterable
@@ -42,19 +42,26 @@ from .device import BlockList, Mask, Scoring, Sizes
 from .forward import attention_forward
 from .jvp import attention_jvp
 from .jvp_backward import attention_jvp_grad_key_value, attention_jvp_grad_query
+from .key_mass import attention_key_mass, attention_mass_mean
 from .kvcache import KVCache, attention_combine, attention_kvcache, kvcache_append
 from .mask import attention_block_lists, attention_grad_mask
+from .stats import RowStats, StatsGrads
 from .tiles import (
     DELTA_ROWS,
     FORWARD,
+    FORWARD_STATS,
     GRAD_KEY_VALUE,
+    GRAD_KEY_VALUE_STATS,
     GRAD_MASK,
     GRAD_QUERY,
+    GRAD_QUERY_STATS,
     JVP,
     JVP_GRAD_KEY_VALUE,
     JVP_GRAD_MASK,
     JVP_GRAD_QUERY,
+    KEY_MASS,
     KVCACHE,
+    MASS_MEAN,
     Tile,
     architecture,
     tile_for,
@@ -93,15 +100,18 @@ def _plan_block_lists(
     return [make_launch(attention_block_lists, batch * heads * own, arguments)], lists
 
 
-def plan_forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor) -> list[Launch]:
-    """Plan launches that write out (batch, heads, rows, Dv), lse (batch, heads, rows), statistics (batch, heads, rows, 2)."""
-    (tile, descriptors), sizes = choose_tile(FORWARD, call, key=call.key, value=call.value), sizes_of(call)
-    scoring = scoring_of(call)
+def plan_forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor, row_stats: RowStats | None = None) -> list[Launch]:
+    """Plan launches that write out (batch, heads, rows, Dv), lse (batch, heads, rows), statistics (batch, heads, rows, 2).
+
+    They write row_stats, too, unless None.
+    """
+    name, sizes, scoring = FORWARD if row_stats is None else FORWARD_STATS, sizes_of(call), scoring_of(call)
+    tile, descriptors = choose_tile(name, call, key=call.key, value=call.value)
     mask_rows, mask = mask_of(call.mask, call)
     launches, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
     arguments = {
-        **inputs_of(call), **descriptors, "out": rows_of(out), "lse": lse, "statistics": statistics, "mask": mask_rows,
-        "block_lists": block_lists, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call),
+        **inputs_of(call), **descriptors, "out": rows_of(out), "lse": lse, "statistics": statistics, "row_stats": row_stats,
+        "mask": mask_rows, "block_lists": block_lists, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call),
         "heads_per_group": heads_per_group(call), "BLOCK_Q": tile.q, "BLOCK_K": tile.k,
         "SCALE_ONLY": is_scale_only(call), "FUSED": is_fused(call),
         "SPECIALIZED": is_specialized(call, tile, descriptors), **constants_of(call),
@@ -121,29 +131,37 @@ def _plan_delta(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | No
 
 
 def plan_backward(
-    call: Call, out: Tensor, statistics: Tensor, grad_out: Tensor, grad_lse: Tensor | None, grads: tuple, delta: Tensor
+    call: Call,
+    out: Tensor,
+    statistics: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grads: tuple,
+    delta: Tensor,
+    stats: StatsGrads | None = None,
 ) -> list[Launch]:
     """Plan launches that write delta (batch, heads, rows) and the gradients of query, key, value and, unless None, mask.
 
-    grad_mask is contiguous, of the mask's shape.
+    grad_mask is contiguous, of the mask's shape. With stats, grad_lse holds their part of delta, negated (stats.py).
     """
+    for_key_value, for_query = (GRAD_KEY_VALUE, GRAD_QUERY) if stats is None else (GRAD_KEY_VALUE_STATS, GRAD_QUERY_STATS)
     sizes, constants = sizes_of(call), constants_of(call)
     grad_query, grad_key, grad_value, grad_mask = grads
     scoring = scoring_of(call._replace(sinks=None))  # The statistics include the sinks.
     mask_rows, mask = mask_of(call.mask, call)
-    shared = {**inputs_of(call), "grad_out": rows_of(grad_out), "statistics": statistics, "delta": delta, "mask": mask_rows}
-    shared |= {"sizes": sizes, "scoring": scoring, "dropout": dropout_of(call), **constants}
+    shared = {**inputs_of(call), "grad_out": rows_of(grad_out), "statistics": statistics, "delta": delta, "stats": stats}
+    shared |= {"mask": mask_rows, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call), **constants}
     loop = {"heads_per_group": heads_per_group(call), "SCALE_ONLY": is_scale_only(call)}
 
     launches = [_plan_delta(call, out, grad_out, grad_lse, delta)]
-    tile, descriptors = choose_tile(GRAD_KEY_VALUE, call, query=call.query, grad_out=grad_out)
+    tile, descriptors = choose_tile(for_key_value, call, query=call.query, grad_out=grad_out)
     listing, block_lists = _plan_block_lists(mask, call, tile, True, scoring)
     blocks = {"block_lists": block_lists, "BLOCK_Q": tile.q, "BLOCK_K": tile.k}
     arguments = {**shared, **descriptors, **loop, **blocks, "grad_key": rows_of(grad_key), "grad_value": rows_of(grad_value)}
     grid = call.key.shape[1] * num_blocks(sizes.k_len, sizes.cu_k, tile.k, sizes)
     launches += [*listing, make_launch(attention_grad_key_value, grid, arguments, tile.warps, tile.stages)]
 
-    tile, descriptors = choose_tile(GRAD_QUERY, call, key=call.key, value=call.value)
+    tile, descriptors = choose_tile(for_query, call, key=call.key, value=call.value)
     listing, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
     blocks = {"block_lists": block_lists, "BLOCK_Q": tile.q, "BLOCK_K": tile.k}
     arguments = {**shared, **descriptors, **loop, **blocks, "grad_query": rows_of(grad_query)}
@@ -165,6 +183,37 @@ def _plan_grad_mask(mask: Tensor, grad_mask: Tensor, shared: dict, sizes: Sizes,
     }  # fmt: skip
     tiles = (triton.cdiv(rows, tile.q) if per_query else 1) * (triton.cdiv(columns, tile.k) if per_key else 1)
     return make_launch(attention_grad_mask, batch * heads * tiles, arguments, tile.warps, tile.stages)
+
+
+# ---- the passes for the mass of the keys ------------------------------------------------------------------------------------
+
+
+def plan_key_mass(call: Call, statistics: Tensor, key_mass: Tensor) -> list[Launch]:
+    """Plan launches that write key_mass (batch, heads, keys) from the statistics that `plan_forward` writes."""
+    return _plan_weights(KEY_MASS, attention_key_mass, call, statistics, key_mass=key_mass)
+
+
+def plan_mass_mean(call: Call, statistics: Tensor, grad_key_mass: Tensor, mass_mean: Tensor) -> list[Launch]:
+    """Plan launches that write mass_mean (batch, heads, rows), the means of grad_key_mass weighted with the rows' weights."""
+    return _plan_weights(MASS_MEAN, attention_mass_mean, call, statistics, grad_key_mass=grad_key_mass, mass_mean=mass_mean)
+
+
+def _plan_weights(name: str, kernel, call: Call, statistics: Tensor, **own: Tensor) -> list[Launch]:
+    """Plan the launches of a pass that computes the weights again and reads no values."""
+    tile, sizes, constants = pointer_tile(name, call), sizes_of(call), constants_of(call)
+    scoring = scoring_of(call._replace(sinks=None))  # The statistics include the sinks.
+    mask_rows, mask = mask_of(call.mask, call)
+    by_keys = name == KEY_MASS
+    launches, block_lists = _plan_block_lists(mask, call, tile, by_keys, scoring)
+    arguments = {
+        "query": rows_of(call.query), "key": rows_of(call.key), "statistics": statistics, **own, "mask": mask_rows,
+        "block_lists": block_lists, "sizes": sizes, "scoring": scoring, "heads_per_group": heads_per_group(call),
+        "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "SCALE_ONLY": is_scale_only(call),
+        **{constant: constants[constant] for constant in ("D", "COLUMNS", "PRECISION")},
+    }  # fmt: skip
+    length, cu_seqlens, block = (sizes.k_len, sizes.cu_k, tile.k) if by_keys else (sizes.q_len, sizes.cu_q, tile.q)
+    grid = sizes.heads * num_blocks(length, cu_seqlens, block, sizes)
+    return [*launches, make_launch(kernel, grid, arguments, tile.warps, tile.stages)]
 
 
 # ---- the passes with tangents -----------------------------------------------------------------------------------------------
@@ -229,7 +278,7 @@ def plan_jvp_backward(
     grid = sizes.heads * num_blocks(sizes.q_len, sizes.cu_q, tile.q, sizes)
     launches += [*listing, make_launch(attention_jvp_grad_query, grid, arguments, tile.warps, tile.stages)]
     if grad_mask is not None:
-        launches.append(_plan_grad_mask(mask, grad_mask, shared, sizes, pointer_tile(JVP_GRAD_MASK, call)))
+        launches.append(_plan_grad_mask(mask, grad_mask, shared | {"stats": None}, sizes, pointer_tile(JVP_GRAD_MASK, call)))
     return launches
 
 

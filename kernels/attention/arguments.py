@@ -11,7 +11,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .device import LOG2E, Dropout, Mask, Rows, Scoring, Sizes
 from .tangents import Tangents
 from .tiles import (
-    GRAD_KEY_VALUE,
     L2_BUDGET,
     LoopKind,
     Tile,
@@ -243,7 +242,7 @@ def choose_tile(name: str, call: Call, **operands: Tensor) -> tuple[Tile, dict]:
     if call.mask is not None or call.drop_below:
         return tile_for(name, arch, dtype, head_dim, LoopKind.MASKED), pointers
     tile = tile_for(name, arch, dtype, head_dim, LoopKind.DESCRIPTORS)
-    rows = tile.q if name == GRAD_KEY_VALUE else tile.k
+    rows = tile.q if "query" in operands else tile.k
     length = min(tensor.shape[2] for tensor in operands.values())
     if not has_descriptors(arch, dtype) or call.cu_seqlens_q is not None or length < rows:
         return tile_for(name, arch, dtype, head_dim), pointers

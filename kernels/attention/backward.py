@@ -27,6 +27,7 @@ from .device import (
     store_tile,
     tile_pointers,
 )
+from .stats import load_key_grads, load_row_grads, score_grads
 
 
 @triton.jit
@@ -52,19 +53,24 @@ def load_statistics(statistics, delta, first_row, rows_left, ROWS: tl.constexpr,
     """Return (row_max, log2_sum, delta_tile) of ROWS rows from `first_row` on, each (ROWS,).
 
     Past the last row, and for a row that saw no key, the maximum is inf, which makes the weights 0. There delta, which a sink
-    can make NaN, is 0.
+    can make NaN, is 0. Everywhere it is 0.0 if `delta` is None.
     """
     r = tl.arange(0, ROWS)
     pairs = statistics + first_row * 2 + r * 2
+    delta_tile = 0.0
     if CHECKED:
         inside = r < rows_left
         row_max = tl.load(pairs, mask=inside, other=float("inf"))
         row_max = tl.where(row_max == float("-inf"), float("inf"), row_max)
-        delta_tile = tl.load(delta + first_row + r, mask=inside, other=0.0)
-        delta_tile = tl.where(row_max == float("inf"), 0.0, delta_tile)
+        if delta is not None:
+            delta_tile = tl.load(delta + first_row + r, mask=inside, other=0.0)
+            delta_tile = tl.where(row_max == float("inf"), 0.0, delta_tile)
         return row_max, tl.load(pairs + 1, mask=inside, other=0.0), delta_tile
     else:
-        return tl.load(pairs), tl.load(pairs + 1), tl.load(delta + first_row + r)
+        row_max, log2_sum = tl.load(pairs), tl.load(pairs + 1)
+        if delta is not None:
+            delta_tile = tl.load(delta + first_row + r)
+        return row_max, log2_sum, delta_tile
 
 
 @triton.jit
@@ -72,7 +78,19 @@ def recompute_p(
     s, row_max, log2_sum, mask, batch, head, position, i, j, q_len, k_len, slope, scoring,
     SCALE_ONLY: tl.constexpr, MASKED: tl.constexpr, CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """Return (p, softcap_grad, softcap_bend) of a tile of products; the last two are those of `natural_scores`.
+    """Return (p, softcap_grad, softcap_bend) of a tile of products; `recompute_log2_p` explains the arguments."""
+    log2_p, softcap_grad, softcap_bend = recompute_log2_p(
+        s, row_max, log2_sum, mask, batch, head, position, i, j, q_len, k_len, slope, scoring, SCALE_ONLY, MASKED, CLAMPED
+    )
+    return tl.exp2(log2_p), softcap_grad, softcap_bend
+
+
+@triton.jit
+def recompute_log2_p(
+    s, row_max, log2_sum, mask, batch, head, position, i, j, q_len, k_len, slope, scoring,
+    SCALE_ONLY: tl.constexpr, MASKED: tl.constexpr, CLAMPED: tl.constexpr,
+):  # fmt: skip
+    """Return (log2 of p, softcap_grad, softcap_bend) of a tile of products; the last two are those of `natural_scores`.
 
     `row_max` and `log2_sum` of the tile's rows broadcast against it. CLAMPED keeps p at most 1: a score may come out an ulp,
     which is 64 at 1e9, above what the forward found.
@@ -85,18 +103,19 @@ def recompute_p(
     exponent = tl.fma(s - row_max, scoring.factor, -log2_sum)
     if CLAMPED:
         exponent = tl.minimum(exponent, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(exponent), softcap_grad, softcap_bend
+    return exponent, softcap_grad, softcap_bend
 
 
 @triton.jit
 def attention_grad_key_value(
-    query, key, value, grad_out, query_desc, grad_out_desc, statistics, delta, grad_key, grad_value,
+    query, key, value, grad_out, query_desc, grad_out_desc, statistics, delta, stats, grad_key, grad_value,
     mask, block_lists, sizes, scoring, dropout, heads_per_group,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write grad_key and grad_value of a block of keys of one head.
 
+    stats: StatsGrads, whose gradients are added, or None.
     The program walks over the queries that see the block, head by head of its group. Tiles of scores are (BLOCK_K, BLOCK_Q), so
     that the weights are the left operand of the product they enter, without a transposition.
     """
@@ -125,6 +144,8 @@ def attention_grad_key_value(
             q_pointers = tile_pointers(query, batch, head, q_first, BLOCK_Q, COLUMNS)
             g_pointers = tile_pointers(grad_out, batch, head, q_first, BLOCK_Q, VALUE_COLUMNS)
             first_row = (batch * sizes.heads + head) * sizes.q_len + q_first
+            first_key = (batch * sizes.heads + head) * sizes.k_len + k_first + k_start
+            grad_key_mass = load_key_grads(stats, first_key, keys_left, BLOCK_K, True)
             slope = slope_of(scoring, b, head)
             seed, stream = dropout_stream(dropout, b, head, sizes.heads)
             list_start, count = block_list(block_lists, b, head, block)
@@ -140,10 +161,11 @@ def attention_grad_key_value(
                         statistics, delta, first_row + q_start, rows_left, BLOCK_Q, phase != 1
                     )  # (BLOCK_Q,) each
                     i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
-                    p, softcap_grad, _ = recompute_p(
+                    log2_p, softcap_grad, _ = recompute_log2_p(
                         s, row_max[None, :], log2_sum[None, :], mask, batch, head, (i + shift)[None, :], i[None, :], j,
                         q_len, k_len, slope, scoring, SCALE_ONLY, phase != 1, CLAMPED,
                     )  # fmt: skip
+                    p = tl.exp2(log2_p)  # (BLOCK_K, BLOCK_Q)
                     g = load_block(
                         g_pointers, grad_out, grad_out_desc, batch, head, q_first, q_start, rows_left, DV, phase != 1
                     )  # (BLOCK_Q, VALUE_COLUMNS)
@@ -154,7 +176,9 @@ def attention_grad_key_value(
                         keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
                         dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
                         dp *= keep * dropout.keep_scale
-                    ds = p * (dp - delta_tile[None, :])  # (BLOCK_K, BLOCK_Q)
+                    row_grads = load_row_grads(stats, first_row + q_start, rows_left, BLOCK_Q, True)
+                    # (BLOCK_K, BLOCK_Q)
+                    ds = score_grads(dp, p, log2_p, delta_tile[None, :], j, stats, row_grads, grad_key_mass)
                     if not SCALE_ONLY:
                         ds *= softcap_grad
                     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -168,7 +192,7 @@ def attention_grad_key_value(
 
 @triton.jit
 def attention_grad_query(
-    query, key, value, grad_out, key_desc, value_desc, statistics, delta, grad_query,
+    query, key, value, grad_out, key_desc, value_desc, statistics, delta, stats, grad_query,
     mask, block_lists, sizes, scoring, dropout, heads_per_group,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
@@ -190,6 +214,8 @@ def attention_grad_query(
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         first_row = (batch * sizes.heads + head) * sizes.q_len + q_first + q_start
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, rows_left, BLOCK_Q, True)
+        row_grads = load_row_grads(stats, first_row, rows_left, BLOCK_Q, False)
+        first_key = (batch * sizes.heads + head) * sizes.k_len + k_first
         slope = slope_of(scoring, b, head)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
         # Tensor instructions add up products in the same way as in the forward, so that these scores need no clamp.
@@ -207,17 +233,20 @@ def attention_grad_query(
                 k = load_block(k_pointers, key, key_desc, batch, kv_head, k_first, k_start, keys_left, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]  # (1, BLOCK_K)
-                p, softcap_grad, _ = recompute_p(
+                log2_p, softcap_grad, _ = recompute_log2_p(
                     s, row_max[:, None], log2_sum[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
                     q_len, k_len, slope, scoring, SCALE_ONLY, phase != 1, CLAMPED,
                 )  # fmt: skip
+                p = tl.exp2(log2_p)  # (BLOCK_Q, BLOCK_K)
                 # (BLOCK_K, VALUE_COLUMNS)
                 v = load_block(v_pointers, value, value_desc, batch, kv_head, k_first, k_start, keys_left, DV, phase != 1)
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 if dropout.seed is not None:
                     keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
                     dp *= keep * dropout.keep_scale
-                ds = p * (dp - delta_tile[:, None])  # (BLOCK_Q, BLOCK_K)
+                grad_key_mass = load_key_grads(stats, first_key + k_start, keys_left, BLOCK_K, False)
+                # (BLOCK_Q, BLOCK_K)
+                ds = score_grads(dp, p, log2_p, delta_tile[:, None], j, stats, row_grads, grad_key_mass)
                 if not SCALE_ONLY:
                     ds *= softcap_grad
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)

@@ -353,15 +353,36 @@ def online_softmax(s, scoring, row_max, row_sum, MASKED: tl.constexpr, FUSED: tl
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
     new_max = tl.maximum(row_max, tl.max(s, 1))
-    base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max  # A row may have seen no key yet.
+    base = exponent_base(new_max, MASKED)
+    p = tl.exp2(weight_exponents(s, base, scoring, FUSED))
+    rescale = tl.exp2(rescale_exponent(row_max, base, scoring, FUSED))
+    return p, new_max, tl.fma(row_sum, rescale, tl.sum(p, 1)), rescale
+
+
+@triton.jit
+def exponent_base(row_max, MASKED: tl.constexpr):
+    """Return what (ROWS,) to subtract from scores: the maximum, or 0 for a row that may, if MASKED, have seen no key yet."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max) if MASKED else row_max
+
+
+@triton.jit
+def weight_exponents(s, base, scoring, FUSED: tl.constexpr):
+    """Return the exponents of 2 (ROWS, KEYS) of weights that are not normalized yet, relative to `base` (ROWS,)."""
     if FUSED:
         factor = fused_factor(base, scoring)
-        p = tl.exp2(tl.fma(s, factor[:, None], -(base * factor)[:, None]))
-        rescale = tl.exp2(row_max * factor - base * factor)
+        return tl.fma(s, factor[:, None], -(base * factor)[:, None])
     else:
-        p = tl.exp2((s - base[:, None]) * scoring.factor)
-        rescale = tl.exp2((row_max - base) * scoring.factor)
-    return p, new_max, tl.fma(row_sum, rescale, tl.sum(p, 1)), rescale
+        return (s - base[:, None]) * scoring.factor
+
+
+@triton.jit
+def rescale_exponent(row_max, base, scoring, FUSED: tl.constexpr):
+    """Return the exponent of 2 (ROWS,) that takes weights relative to an earlier `row_max` to `base`."""
+    if FUSED:
+        factor = fused_factor(base, scoring)
+        return row_max * factor - base * factor
+    else:
+        return (row_max - base) * scoring.factor
 
 
 @triton.jit

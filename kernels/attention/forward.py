@@ -28,11 +28,12 @@ from .device import (
     store_tile,
     tile_pointers,
 )
+from .stats import finish_row_stats, online_row_stats, store_row_stats
 
 
 @triton.jit
 def attention_forward(
-    query, key, value, key_desc, value_desc, out, lse, statistics,
+    query, key, value, key_desc, value_desc, out, lse, statistics, row_stats,
     mask, block_lists, sizes, scoring, dropout, heads_per_group,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SCALE_ONLY: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,6 +45,7 @@ def attention_forward(
     lse: float32 (batch, heads, rows).
     statistics: float32 (batch, heads, rows, 2), from which the backward computes the weights again. They are the maximum, which
     is a product if SCALE_ONLY, and log2 of the sum of the weights.
+    row_stats: RowStats to write besides, or None.
     SCALE_ONLY: scores are products times a positive scale.
     FUSED: besides, a weight is computed in one multiply-add.
     """
@@ -62,6 +64,8 @@ def attention_forward(
         slope = slope_of(scoring, b, head)
         seed, stream = dropout_stream(dropout, b, head, sizes.heads)
         row_max, row_sum = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+        if row_stats is not None:
+            weighted, max_key = tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], -1, tl.int32)
         acc = tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
         last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
         begin, whole, edge, end = seen_range(q_start + shift, last + shift, k_len, scoring.left, scoring.right, BLOCK_K)
@@ -81,7 +85,12 @@ def attention_forward(
                     s = mask_scores(
                         s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
                     )
+                old_max, old_sum = row_max, row_sum
                 p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, phase != 1, FUSED)
+                if row_stats is not None:
+                    weighted, max_key = online_row_stats(
+                        s, p, rescale, j, scoring, old_max, row_max, old_sum, weighted, max_key, phase != 1, FUSED
+                    )
                 if dropout.seed is not None:
                     p *= keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
                 # (BLOCK_K, VALUE_COLUMNS)
@@ -89,12 +98,17 @@ def attention_forward(
                 acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         residual = fused_residual(row_max, scoring) if FUSED else 0.0
         # (BLOCK_Q,) each
-        out_scale, lse_tile, log2_sum, _ = finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY)
+        out_scale, lse_tile, log2_sum, sink_weight = finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY)
+        row = (batch * sizes.heads + head) * sizes.q_len + q_first + i  # (BLOCK_Q,)
+        if row_stats is not None:
+            entropy, max_logit = finish_row_stats(
+                row_max, row_sum, weighted, out_scale, log2_sum, sink_weight, residual, scoring, SCALE_ONLY
+            )
+            store_row_stats(row_stats, row, i < q_len, entropy, max_logit, max_key)
         if dropout.seed is not None:
             out_scale *= dropout.keep_scale
         out_pointers = tile_pointers(out, batch, head, q_first + q_start, BLOCK_Q, VALUE_COLUMNS)
         store_tile(out_pointers, acc * out_scale[:, None], q_len - q_start, DV)
-        row = (batch * sizes.heads + head) * sizes.q_len + q_first + i  # (BLOCK_Q,)
         tl.store(lse + row, lse_tile, mask=i < q_len)
         tl.store(statistics + row * 2, row_max, mask=i < q_len)
         tl.store(statistics + row * 2 + 1, log2_sum, mask=i < q_len)

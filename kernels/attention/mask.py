@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from .backward import load_statistics, recompute_p
+from .backward import load_statistics, recompute_log2_p
 from .device import dropout_stream, keep_mask, mask_scores, slope_of, tile_pointers
 from .jvp_backward import load_tangent_statistics, score_gradients
+from .stats import load_key_grads, load_row_grads, score_grads
 from .tangents import score_tangents
 
 
@@ -74,7 +75,7 @@ def products_by_chunk(
 
 @triton.jit
 def attention_grad_mask(
-    query, key, value, tangents, grad_out, statistics, delta, lse_tangent, tangent_delta,
+    query, key, value, tangents, grad_out, statistics, delta, stats, lse_tangent, tangent_delta,
     mask, grad_mask, mask_batch, mask_heads, sizes, scoring, dropout,
     PER_QUERY: tl.constexpr, PER_KEY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
@@ -110,10 +111,11 @@ def attention_grad_mask(
         first_row = (batch * sizes.heads + head) * q_len + q_start
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, q_left, BLOCK_Q, True)
         i, j = q_start + tl.arange(0, BLOCK_Q), (k_start + tl.arange(0, BLOCK_K))[None, :]  # (BLOCK_Q,), (1, BLOCK_K)
-        p, softcap_grad, _ = recompute_p(
+        log2_p, softcap_grad, _ = recompute_log2_p(
             s, row_max[:, None], log2_sum[:, None], mask, batch, head, (i + k_len - q_len)[:, None], i[:, None], j,
             q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
         )  # fmt: skip
+        p = tl.exp2(log2_p)  # (BLOCK_Q, BLOCK_K)
         dp, by_tangent = products_by_chunk(
             grad_out, value, None, value_tangent, batch, head, kv_head, q_start, k_start, q_left, k_left,
             DV, VALUE_COLUMNS, BLOCK_Q, BLOCK_K, PRECISION,
@@ -124,7 +126,10 @@ def attention_grad_mask(
             dp *= keep
             by_tangent *= keep
         if tangents is None:
-            acc += p * (dp - delta_tile[:, None])
+            row_grads = load_row_grads(stats, first_row, q_left, BLOCK_Q, False)
+            first_key = (batch * sizes.heads + head) * k_len + k_start
+            grad_key_mass = load_key_grads(stats, first_key, k_left, BLOCK_K, False)
+            acc += score_grads(dp, p, log2_p, delta_tile[:, None], j, stats, row_grads, grad_key_mass)
         else:
             ds = score_tangents(
                 products, p, softcap_grad, tangents.mask, batch, head, i[:, None], j, q_len, k_len, scoring, False, True

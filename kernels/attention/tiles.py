@@ -38,6 +38,8 @@ class LoopKind(Enum):
 FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE = "forward", "grad_key_value", "grad_query", "kvcache"
 JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY = "jvp", "jvp_grad_key_value", "jvp_grad_query"
 GRAD_MASK, JVP_GRAD_MASK = "grad_mask", "jvp_grad_mask"  # The passes over a mask: without tangents, and with them.
+FORWARD_STATS, GRAD_KEY_VALUE_STATS, GRAD_QUERY_STATS = "forward_stats", "grad_key_value_stats", "grad_query_stats"
+KEY_MASS, MASS_MEAN = "key_mass", "mass_mean"
 DELTA_ROWS = 64  # Rows per block of the pass that computes delta.
 L2_BUDGET = 24 << 20  # Bytes of the L2 cache that the keys and values of heads scheduled together may fill.
 
@@ -234,7 +236,121 @@ JVP_SINGLE = {
         JVP_GRAD_QUERY: (Tile(16, 16, 8, 1, spilled=600), Tile(16, 16, 8, 1, spilled=2200), Tile(16, 16, 8, 1, spilled=5000)),
     },
 }
-for table, passes_by_row in ((HALF, JVP_HALF), (SINGLE, JVP_SINGLE)):
+# The passes with statistics hold more of a row. The forward keeps the tiles that it has without statistics where they do not
+# spill: its sums, and so the bits of its output, are the same. The backward takes smaller tiles where it must. The last two
+# passes compute the weights again and read no values; all their loops copy by pointers.
+STATS_HALF = {
+    ("sm_80", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, spilled=8), Tile(64, 64, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2, spilled=8), Tile(16, 64, 8, 2)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    ("sm_86", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
+    },
+    ("sm_120", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+    },
+    ("sm_90", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(128, 128, 8, 2, spilled=8), Tile(128, 64, 8, 3), Tile(128, 32, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 1), Tile(16, 64, 8, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)),
+    },
+    ("sm_100", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(128, 32, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+    },
+    ("sm_90", LoopKind.DESCRIPTORS): {
+        FORWARD_STATS: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+    },
+    ("sm_100", LoopKind.DESCRIPTORS): {
+        FORWARD_STATS: (
+            Tile(128, 64, 8, 2, spilled=8, specialized=True),
+            Tile(128, 64, 8, 2, spilled=8, specialized=True),
+            Tile(128, 64, 8, 2),
+        ),
+        GRAD_KEY_VALUE_STATS: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+    },
+    ("sm_120", LoopKind.DESCRIPTORS): {
+        FORWARD_STATS: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+    },
+    ("gfx942", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 16, 4, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(16, 128, 4, 2), Tile(32, 64, 4, 1), Tile(16, 64, 4, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 4, 2), Tile(128, 16, 4, 2), Tile(64, 16, 8, 1)),
+    },
+    ("gfx1100", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(64, 32, 4, 2, spilled=120), Tile(128, 16, 8, 1, spilled=8), Tile(32, 16, 8, 1, spilled=600)),
+        GRAD_KEY_VALUE_STATS: (
+            Tile(16, 64, 4, 1, spilled=500),
+            Tile(16, 32, 8, 1, spilled=900),
+            Tile(16, 16, 8, 1, spilled=2300),
+        ),
+        GRAD_QUERY_STATS: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1, spilled=600), Tile(16, 16, 8, 1, spilled=2200)),
+    },
+}
+STATS_HALF |= dict.fromkeys(
+    [(arch, LoopKind.MASKED) for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")],
+    {
+        FORWARD_STATS: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2), Tile(16, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
+    },
+)
+STATS_HALF["sm_100", LoopKind.MASKED] = STATS_HALF["sm_100", LoopKind.MASKED] | {
+    FORWARD_STATS: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+}
+STATS_SINGLE = {
+    ("sm_86", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(64, 32, 8, 2, spilled=8), Tile(32, 16, 8, 1, spilled=8), Tile(16, 16, 8, 1)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=400)),
+        GRAD_QUERY_STATS: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1, spilled=24), Tile(16, 16, 8, 1, spilled=400)),
+        KEY_MASS: (Tile(32, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        MASS_MEAN: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    ("gfx942", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 64, 8, 1, spilled=32), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        GRAD_QUERY_STATS: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+        KEY_MASS: (Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
+        MASS_MEAN: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
+    },
+    ("gfx1100", LoopKind.PLAIN): {
+        FORWARD_STATS: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=200), Tile(16, 16, 8, 1, spilled=1300)),
+        GRAD_KEY_VALUE_STATS: (
+            Tile(16, 16, 8, 1, spilled=100),
+            Tile(16, 16, 8, 1, spilled=1100),
+            Tile(16, 16, 8, 1, spilled=2600),
+        ),
+        GRAD_QUERY_STATS: (
+            Tile(16, 16, 8, 1, spilled=100),
+            Tile(16, 16, 8, 1, spilled=900),
+            Tile(16, 16, 8, 1, spilled=2400),
+        ),
+        KEY_MASS: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=200), Tile(16, 16, 8, 1, spilled=1300)),
+        MASS_MEAN: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=200), Tile(16, 16, 8, 1, spilled=1300)),
+    },
+}
+for row in [row for row in STATS_HALF if row[1] == LoopKind.PLAIN]:
+    STATS_HALF[row] |= {
+        KEY_MASS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+        MASS_MEAN: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+    }
+STATS_HALF["gfx1100", LoopKind.PLAIN] |= {
+    KEY_MASS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(16, 16, 8, 1)),
+    MASS_MEAN: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+for table, passes_by_row in ((HALF, JVP_HALF), (SINGLE, JVP_SINGLE), (HALF, STATS_HALF), (SINGLE, STATS_SINGLE)):
     for row, passes in passes_by_row.items():
         table[row] = table.get(row, {}) | passes
 # The passes over a mask go through a tile's columns in chunks, so that one tile fits every GPU and head_dim. float32's without
@@ -254,6 +370,11 @@ INTERPRETER = {  # They are small and uneven, so that short sequences have sever
     JVP_GRAD_QUERY: Tile(16, 32, 4, 1),
     GRAD_MASK: Tile(16, 32, 4, 1),
     JVP_GRAD_MASK: Tile(16, 32, 4, 1),
+    FORWARD_STATS: Tile(32, 16, 4, 1),
+    GRAD_KEY_VALUE_STATS: Tile(16, 32, 4, 1),
+    GRAD_QUERY_STATS: Tile(16, 32, 4, 1),
+    KEY_MASS: Tile(16, 32, 4, 1),
+    MASS_MEAN: Tile(16, 32, 4, 1),
 }
 
 

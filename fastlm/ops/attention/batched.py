@@ -190,6 +190,7 @@ IMPLEMENTATIONS = (
 
 WITH_STATS = (
     Implementation("cpu", cpu.attend_with_stats, cpu.why_not),
+    Implementation("triton", triton.attend_with_stats, triton.why_not),
     Implementation("reference", attend_on_reference, lambda query, value: None),
 )
 

@@ -19,6 +19,7 @@ from .op import (
     sink_gradient,
     sink_weights,
 )
+from .stats import StatsGradients, StatsPasses, empty_key_mass, empty_row_stats, stats_op
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,18 +77,65 @@ def backward(
     need_mask: bool,
     need_sinks: bool,
     call: AttentionCall,
+    of_stats: StatsGradients | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of query, key, value, mask and sinks."""
+    """Return the gradients of query, key, value, mask and sinks, from those of out, lse and any statistics."""
     kernels, kernel_call = triton_kernels.attention(), _kernel_call(call)
     *grads, grad_mask, grad_sinks = empty_gradients(call, need_mask, need_sinks)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta, statistics = torch.empty_like(lse, memory_format=torch.contiguous_format), statistics.contiguous()
     wanted = *grads, grad_mask if need_mask else None
     with torch.cuda.device_of(call.query):
-        kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta))
+        stats, grad_lse = _stats_grads(of_stats, grad_lse, lse, statistics, kernel_call)
+        kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta, stats))
     if need_sinks:
-        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse), -delta)
+        weights, by_weight = sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse), -delta
+        if stats is not None and stats.entropy is not None:
+            by_weight -= stats.entropy * torch.log(torch.where(weights == 0.0, 1.0, weights))
+        grad_sinks = sink_gradient(call.sinks, weights, by_weight)
     return *grads, grad_mask, grad_sinks
+
+
+def _stats_grads(
+    of_stats: StatsGradients | None, grad_lse: Tensor | None, lse: Tensor, statistics: Tensor, kernel_call
+) -> tuple:
+    """Return the statistics' gradients as kernels read them, and grad_lse less their part that is one number for a row.
+
+    A score's gradient has them as p_ij (c_j - e_i log p_ij - (sum_k p_ik c_k + e_i entropy_i)), and delta as -p_ij delta_i,
+    of which grad_lse is a negated part.
+    """
+    if of_stats is None or all(grad is None for grad in of_stats[:3]):
+        return None, grad_lse
+    kernels = triton_kernels.attention()
+    entropy, max_logit, key_mass = (None if grad is None else grad.contiguous() for grad in of_stats[:3])
+    by_row = lse.new_zeros(lse.shape) if grad_lse is None else grad_lse
+    if entropy is not None:
+        by_row = by_row - entropy * of_stats.entropy
+    if key_mass is not None:
+        mean = torch.empty_like(by_row)
+        kernels.run(kernels.plan_mass_mean(kernel_call, statistics, key_mass, mean))
+        by_row = by_row - mean
+    max_key = None if max_logit is None else of_stats.max_key.contiguous()
+    return kernels.StatsGrads(entropy, max_logit, max_key, key_mass), by_row
+
+
+def stats_forward(call: AttentionCall, want_rows: bool, want_mass: bool) -> tuple[Tensor, ...]:
+    """Return (out, lse, statistics, entropy, max_logit, max_key, key_mass)."""
+    results = *empty_results(call.query, call.value), empty_statistics(call.query)
+    row_stats, key_mass = empty_row_stats(call, want_rows), empty_key_mass(call, want_mass)
+    kernels, kernel_call = triton_kernels.attention(), _kernel_call(call)
+    with torch.cuda.device_of(call.query):
+        launches = kernels.plan_forward(kernel_call, *results, kernels.RowStats(*row_stats) if want_rows else None)
+        if want_mass:
+            launches += kernels.plan_key_mass(kernel_call, results[2], key_mass)
+        kernels.run(launches)
+    return *results, *row_stats, key_mass
+
+
+def stats_backward(*args) -> tuple[Tensor, ...]:
+    """Return what `backward` does; the gradients of the statistics come before the call."""
+    *others, of_stats, call = args
+    return backward(*others, call, of_stats)
 
 
 def jvp(call: AttentionCall, tangents: Tangents) -> tuple[Tensor, ...]:
@@ -141,4 +189,5 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
 
 
 attend = attention_op("triton_attention", Passes(forward, backward, jvp, jvp_backward), ("CPU", "CUDA"))
+attend_with_stats = stats_op("triton_attention_stats", StatsPasses(stats_forward, stats_backward), ("CPU", "CUDA"))
 kvcache_attend = kvcache_op("triton_kvcache_attention", kvcache_forward, ("CPU", "CUDA"))
