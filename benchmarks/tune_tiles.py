@@ -15,9 +15,9 @@ from fastlm.kernels import attention
 from fastlm.kernels.attention import tiles
 from fastlm.kernels.attention.tiles import FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, LoopKind, Tile, tile_for
 from gpu.roofline import predict
-from gpu.variants import DTYPES, GPUS, HEAD_DIMS, TANGENT_PASSES, Variant, inspect, launch_of
+from gpu.variants import DTYPES, GPUS, HEAD_DIMS, STATS_PASSES, TANGENT_PASSES, Variant, inspect, launch_of
 
-PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, *TANGENT_PASSES)
+PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, *TANGENT_PASSES, *STATS_PASSES)
 Candidate = tuple[Variant, Tile]
 
 

@@ -35,6 +35,22 @@ def _tangents(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple
     return forward + attention.plan_jvp_backward(call, tangents, results, out, lse, grads, (lse, lse))
 
 
+def _stats(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple, **options) -> list[attention.Launch]:
+    """Return the launches of forward and backward with these statistics, and of the passes for the mass of the keys."""
+    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch)
+    out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
+    statistics, by_key = _tensor(*lse.shape, 2, dtype=torch.float32), _tensor(*lse.shape[:2], key.shape[2], dtype=torch.float32)
+    max_key = _tensor(*lse.shape, dtype=torch.int32)
+    given = {"entropy": lse, "max_logit": lse, "key_mass": by_key}
+    given = {name: grad if name in names else None for name, grad in given.items()}
+    stats = attention.StatsGrads(**given, max_key=max_key if "max_logit" in names else None)
+    floating = call.mask is not None and call.mask.is_floating_point()
+    grads = (query, key, value, _tensor(*call.mask.shape) if floating else None)
+    forward = attention.plan_forward(call, out, lse, statistics, attention.RowStats(lse, lse, max_key))
+    forward += attention.plan_key_mass(call, statistics, by_key) + attention.plan_mass_mean(call, statistics, by_key, lse)
+    return forward + attention.plan_backward(call, out, statistics, out, lse, grads, lse, stats)
+
+
 def _kvcache(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:
     """Return the launches of attention with a KV cache."""
     plain = dict.fromkeys(("key", "value", "block_table", "alibi_slopes", "sinks", "left", "right")) | {"scale": 0.1}
@@ -83,6 +99,21 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
         "tangents of query": _tangents(query, key, value, arch, ("query",), mask=_tensor(333, dtype=torch.bool)),
         "tangents of key, packed": _tangents(*packed, arch, ("key",), cu_seqlens_q=many, cu_seqlens_k=many, right=0),
         "tangents of value, TF32": _tangents(*single, arch, ("value",), allow_tf32=True),
+        "all statistics": _stats(
+            query,
+            key,
+            value,
+            arch,
+            ("entropy", "max_logit", "key_mass"),
+            mask=_tensor(2, 1, 300, 333),
+            seed=a_seed,
+            **score_options,
+            **dropped,
+        ),  # fmt: skip
+        "entropy, bool mask": _stats(query, key, value, arch, ("entropy",), mask=_tensor(333, dtype=torch.bool)),
+        "max_logit, packed": _stats(*packed, arch, ("max_logit",), cu_seqlens_q=many, cu_seqlens_k=many, right=0),
+        "key_mass, TF32": _stats(*single, arch, ("key_mass",), allow_tf32=True),
+        "statistics of rows far apart": _stats(*[far] * 3, arch, ("entropy", "key_mass"), right=0),
         "TF32": _call(*single, arch, allow_tf32=True),
         "KV cache": _kvcache(_tensor(3, 8, 2, 64), cache, arch, key=new, value=new, **score_options | {"alibi_slopes": sinks}),
         "KV cache, paged": _kvcache(_tensor(3, 8, 1, 64), pages, arch, block_table=table, key=new, value=new),

@@ -13,24 +13,31 @@ import torch
 from fastlm.kernels import attention
 from fastlm.kernels.attention.tiles import (
     FORWARD,
+    FORWARD_STATS,
     GRAD_KEY_VALUE,
+    GRAD_KEY_VALUE_STATS,
     GRAD_MASK,
     GRAD_QUERY,
+    GRAD_QUERY_STATS,
     JVP,
     JVP_GRAD_KEY_VALUE,
     JVP_GRAD_MASK,
     JVP_GRAD_QUERY,
+    KEY_MASS,
     KVCACHE,
+    MASS_MEAN,
     LoopKind,
     has_descriptors,
     tile_for,
 )
+from torch import Tensor
 
 from gpu import ahead_of_time, machine_code
 
 GPUS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100")
 PASSES = (FORWARD, GRAD_KEY_VALUE, GRAD_QUERY, KVCACHE)
 TANGENT_PASSES = (JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY)
+STATS_PASSES = (FORWARD_STATS, GRAD_KEY_VALUE_STATS, GRAD_QUERY_STATS, KEY_MASS, MASS_MEAN)
 MASK_PASSES = (GRAD_MASK, JVP_GRAD_MASK)  # Their loop is always the masked one.
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -41,7 +48,7 @@ class Variant(NamedTuple):
     """One compilation."""
 
     arch: str
-    pass_name: str  # one of PASSES, TANGENT_PASSES or MASK_PASSES
+    pass_name: str  # one of PASSES, TANGENT_PASSES, STATS_PASSES or MASK_PASSES
     head_dim: int
     dtype: str
     causal: bool
@@ -55,7 +62,7 @@ def every_variant() -> list[Variant]:
     with a causal limit only.
     """
     kinds = ((False, "plain"), (True, "plain"), (True, "masked"), (True, "packed"))
-    passes = PASSES + TANGENT_PASSES
+    passes = PASSES + TANGENT_PASSES + STATS_PASSES
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, passes, HEAD_DIMS, DTYPES) for kind in kinds]
     variants = [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
     return variants + [Variant(*v, True, "masked") for v in itertools.product(GPUS, MASK_PASSES, HEAD_DIMS, DTYPES)]
@@ -64,7 +71,8 @@ def every_variant() -> list[Variant]:
 def covering_variants() -> list[Variant]:
     """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns.
 
-    Of the passes with tangents there are a few, because compiling takes long. Those over a mask come once for every GPU.
+    Of the passes with tangents and with statistics there are a few, because compiling takes long. Those over a mask come once
+    for every GPU.
     """
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
@@ -74,7 +82,7 @@ def covering_variants() -> list[Variant]:
     for i, (arch, name, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
         variants.append(Variant(arch, name, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
     head_dims = itertools.cycle((64, 128))
-    for arch, name in itertools.product(("sm_86", "sm_90", "gfx942"), TANGENT_PASSES):
+    for arch, name in itertools.product(("sm_86", "sm_90", "gfx942"), TANGENT_PASSES + STATS_PASSES):
         variants.append(Variant(arch, name, next(head_dims), "bfloat16", True))
     turns = itertools.cycle(itertools.product(DTYPES, HEAD_DIMS))
     for arch, name in itertools.product(GPUS, MASK_PASSES):
@@ -115,15 +123,28 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         grads, deltas = (query, key, value, call.mask), (lse, lse)
         launches += attention.plan_jvp_backward(call, tangents, results, out, None, grads, deltas)
         return _launch_named(variant, launches)
+    if variant.pass_name in STATS_PASSES:
+        return _launch_named(variant, _with_stats(call, out, lse, statistics))
     launches = attention.plan_forward(call, out, lse, statistics)
     if variant.pass_name != FORWARD:
         launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, call.mask), lse)
     return _launch_named(variant, launches)
 
 
+def _with_stats(call: attention.Call, out: Tensor, lse: Tensor, statistics: Tensor) -> list[attention.Launch]:
+    """Return the launches of all passes with all statistics and their gradients."""
+    by_key = lse.new_zeros(*lse.shape[:2], call.key.shape[2])
+    stats = attention.StatsGrads(lse, lse, lse.int(), by_key)
+    launches = attention.plan_forward(call, out, lse, statistics, attention.RowStats(lse, lse, lse.int()))
+    launches += attention.plan_key_mass(call, statistics, by_key)
+    launches += attention.plan_mass_mean(call, statistics, by_key, lse)
+    grads = call.query, call.key, call.value, None
+    return launches + attention.plan_backward(call, out, statistics, out, None, grads, lse, stats)
+
+
 def _launch_named(variant: Variant, launches: list[attention.Launch]) -> attention.Launch:
     """Return the launch of the variant's pass."""
-    name = GRAD_MASK if variant.pass_name == JVP_GRAD_MASK else variant.pass_name  # Both are one kernel.
+    name = GRAD_MASK if variant.pass_name == JVP_GRAD_MASK else variant.pass_name.removesuffix("_stats")
     return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{name}")
 
 
@@ -135,7 +156,7 @@ def inspect(variant: Variant) -> dict:
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
     dtype = getattr(torch, variant.dtype)
     kind = LoopKind.MASKED if variant.loop == "masked" else LoopKind.PLAIN
-    if variant.loop == "plain" and variant.pass_name in PASSES and has_descriptors(variant.arch, dtype):
+    if variant.loop == "plain" and variant.pass_name not in TANGENT_PASSES and has_descriptors(variant.arch, dtype):
         kind = LoopKind.DESCRIPTORS
     tile = tile_for(variant.pass_name, variant.arch, dtype, variant.head_dim, kind)
     try:
