@@ -49,7 +49,7 @@ def attention_key_mass(
                 rows_left, offset = q_len - q_start, tl.cast(q_start, tl.int64) * query.row
                 q = load_tile(q_pointers + offset, rows_left, D, phase != 1)  # (BLOCK_Q, COLUMNS)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
-                row_max, log2_sum, _ = load_statistics(
+                row_max, log2_sum, no_delta = load_statistics(
                     statistics, None, first_row + q_start, rows_left, BLOCK_Q, phase != 1
                 )  # (BLOCK_Q,) each
                 i = (q_start + tl.arange(0, BLOCK_Q))[None, :]  # (1, BLOCK_Q)
@@ -85,7 +85,7 @@ def attention_mass_mean(
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         first_row = (batch * sizes.heads + head) * sizes.q_len + q_first
         # (BLOCK_Q,) each
-        row_max, log2_sum, _ = load_statistics(statistics, None, first_row + q_start, rows_left, BLOCK_Q, True)
+        row_max, log2_sum, no_delta = load_statistics(statistics, None, first_row + q_start, rows_left, BLOCK_Q, True)
         first_key = (batch * sizes.heads + head) * sizes.k_len + k_first
         slope = slope_of(scoring, b, head)
         CLAMPED: tl.constexpr = not SCALE_ONLY or q.dtype == tl.float32  # As in attention_grad_query.

@@ -242,7 +242,7 @@ JVP_SINGLE = {
 STATS_HALF = {
     ("sm_80", LoopKind.PLAIN): {
         FORWARD_STATS: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, spilled=8), Tile(64, 64, 8, 2)),
-        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2, spilled=8), Tile(16, 64, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2, spilled=8), Tile(16, 64, 8, 2, spilled=8)),
         GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
     },
     ("sm_86", LoopKind.PLAIN): {
@@ -268,21 +268,21 @@ STATS_HALF = {
     ("sm_90", LoopKind.DESCRIPTORS): {
         FORWARD_STATS: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
-        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 16, 8, 2)),
     },
     ("sm_100", LoopKind.DESCRIPTORS): {
         FORWARD_STATS: (
             Tile(128, 64, 8, 2, spilled=8, specialized=True),
             Tile(128, 64, 8, 2, spilled=8, specialized=True),
-            Tile(128, 64, 8, 2),
+            Tile(128, 32, 8, 2),
         ),
-        GRAD_KEY_VALUE_STATS: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 8, 1)),
-        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1)),
+        GRAD_KEY_VALUE_STATS: (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
     },
     ("sm_120", LoopKind.DESCRIPTORS): {
         FORWARD_STATS: (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         GRAD_KEY_VALUE_STATS: (Tile(32, 32, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 1)),
     },
     ("gfx942", LoopKind.PLAIN): {
         FORWARD_STATS: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 16, 4, 2)),
@@ -303,12 +303,16 @@ STATS_HALF |= dict.fromkeys(
     [(arch, LoopKind.MASKED) for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")],
     {
         FORWARD_STATS: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
-        GRAD_KEY_VALUE_STATS: (Tile(16, 64, 8, 2), Tile(16, 64, 8, 2), Tile(16, 32, 8, 1)),
-        GRAD_QUERY_STATS: (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
+        GRAD_KEY_VALUE_STATS: (Tile(16, 128, 8, 1), Tile(16, 64, 8, 2), Tile(16, 32, 8, 1)),
+        GRAD_QUERY_STATS: (Tile(128, 32, 8, 2), Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
     },
 )
 STATS_HALF["sm_100", LoopKind.MASKED] = STATS_HALF["sm_100", LoopKind.MASKED] | {
     FORWARD_STATS: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+    GRAD_KEY_VALUE_STATS: (Tile(32, 64, 8, 1), Tile(32, 64, 8, 2), Tile(16, 32, 8, 1)),
+}
+STATS_HALF["sm_120", LoopKind.MASKED] = STATS_HALF["sm_120", LoopKind.MASKED] | {
+    GRAD_QUERY_STATS: (Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
 }
 STATS_SINGLE = {
     ("sm_86", LoopKind.PLAIN): {
@@ -320,7 +324,7 @@ STATS_SINGLE = {
     },
     ("gfx942", LoopKind.PLAIN): {
         FORWARD_STATS: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
-        GRAD_KEY_VALUE_STATS: (Tile(32, 64, 8, 1, spilled=32), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        GRAD_KEY_VALUE_STATS: (Tile(16, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
         GRAD_QUERY_STATS: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
         KEY_MASS: (Tile(32, 64, 8, 1), Tile(32, 64, 8, 1), Tile(16, 32, 8, 1)),
         MASS_MEAN: (Tile(64, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
@@ -343,7 +347,7 @@ STATS_SINGLE = {
 }
 for row in [row for row in STATS_HALF if row[1] == LoopKind.PLAIN]:
     STATS_HALF[row] |= {
-        KEY_MASS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+        KEY_MASS: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
         MASS_MEAN: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
     }
 STATS_HALF["gfx1100", LoopKind.PLAIN] |= {
