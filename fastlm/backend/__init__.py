@@ -78,7 +78,7 @@ def select(
     for implementation in implementations:
         if implementation.why_not_chosen(*tensors) is None:
             if implementation.backend == "reference" and not implementation.is_torch:
-                warn_of_reference(op, implementations, tensors)
+                _warn_of_reference(op, implementations, tensors)
             return implementation.run
     raise UnsupportedError(f"{op}: no backend runs on {tensors[0].device}")
 
@@ -122,7 +122,7 @@ def _explained(
     return explanation
 
 
-def warn_of_reference(op, implementations, tensors) -> None:
+def _warn_of_reference(op, implementations, tensors) -> None:
     """Warn once per op and device that a call worth a kernel runs on the reference, so that nothing is slow in silence."""
     tensor = tensors[0]
     deserves = tensor.device.type != "cpu" or tensor.numel() >= LARGE_CALL

@@ -10,10 +10,9 @@ calculation for softmax" (2018), Dao et al., "FlashAttention" (2022), Dao, "Flas
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
 
-from ...backend import DEFAULT, Implementation, select, warn_of_reference
+from ...backend import DEFAULT, Implementation, select
 from ...reference import attention as reference
 from ..checks import autocast
 from ..noise import check_seed, seed_tensor
@@ -123,40 +122,24 @@ def run(
     if not wanted:
         attend = select(op, IMPLEMENTATIONS, deciding, backend, export_only())
         call = _seeded(call, seed)
-        return *(_attend_watched(op, attend, call, observers) if observers else attend(call)), None
+        return *(_attend_watched(attend, call, observers) if observers else attend(call)), None
     attend = select(op, WITH_STATS, deciding, backend, reference_only(*call[:DIFFERENTIABLE]))
     want_mass = "key_mass" in wanted or _want_mass(observers)
     out, lse, *stats = attend(_seeded(call, seed), bool(observers or wanted & {"entropy", "max_logit"}), want_mass)
     if observers:
-        _tell(observers, call, observer.why_not(call[:TENSORS]), [stat.detach() for stat in stats])
+        _tell(observers, call, observer.why_not(call[:TENSORS]), stats)
     return out, lse, stats_of(wanted, *stats)
 
 
-def _attend_watched(
-    op: str, attend: Callable, call: AttentionCall, observers: Sequence[observer.Observer]
-) -> tuple[Tensor, Tensor]:
+def _attend_watched(attend: Callable, call: AttentionCall, observers: Sequence[observer.Observer]) -> tuple[Tensor, Tensor]:
     """Return ``attend(call)``, to the bit and with all its derivatives, and tell the observers the call's statistics.
 
-    One pass does both where no gradient is recorded and the backend has statistics. Else they are computed beside the call,
-    without a gradient: their own op has no derivatives of second order. They depend neither on the dropout nor on the values.
+    One pass does both. What it tells has no gradient.
     """
     if reason := observer.why_not(call[:TENSORS]):
         _tell(observers, call, reason, ())
         return attend(call)
-    deciding = call.query, call.value
-    backend = next(i.backend for i in IMPLEMENTATIONS if i.run is attend)
-    able = [i for i in WITH_STATS if i.why_not(*deciding) is None]
-    with_stats = next((i for i in able if i.backend == backend), able[0])
-    is_recorded = torch.is_grad_enabled() and call.requires_grad()
-    if with_stats.backend == backend and not is_recorded:
-        out, lse, *stats = with_stats.run(call, True, _want_mass(observers))
-    else:
-        if with_stats.backend == "reference" != backend:
-            warn_of_reference(f"{op} with statistics", WITH_STATS, deciding)
-        out, lse = attend(call)
-        with torch.no_grad():
-            beside = call._replace(value=call.value[..., :1], seed=None, dropout_p=0.0)
-            stats = with_stats.run(beside, True, _want_mass(observers))[2:]
+    out, lse, *stats = WATCHED[attend](call, _want_mass(observers))
     _tell(observers, call, None, stats)
     return out, lse
 
@@ -168,7 +151,7 @@ def _want_mass(observers: Sequence[observer.Observer]) -> bool:
 def _tell(observers: Sequence[observer.Observer], call: AttentionCall, reason: str | None, stats: Sequence[Tensor]) -> None:
     """Give the observers the statistics of a call, or the reason why there are none."""
     for one in observers:
-        one.record(call, *stats) if reason is None else one.miss(reason)
+        one.record(call, *(stat.detach() for stat in stats)) if reason is None else one.miss(reason)
 
 
 def _seeded(call: AttentionCall, seed: int | Tensor | None) -> AttentionCall:
@@ -187,6 +170,13 @@ IMPLEMENTATIONS = (
     Implementation("triton", triton.attend, triton.why_not),
     Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
 )
+
+# By the function of an implementation: the same with statistics that have no gradient.
+WATCHED = {
+    cpu.attend: cpu.attend_watched,
+    triton.attend: triton.attend_watched,
+    IMPLEMENTATIONS[-1].run: lambda call, want_mass: attend_on_reference(call, True, want_mass),
+}
 
 WITH_STATS = (
     Implementation("cpu", cpu.attend_with_stats, cpu.why_not),

@@ -23,7 +23,15 @@ from .op import (
     sink_gradient,
     sink_weights,
 )
-from .stats import StatsGradients, StatsPasses, empty_key_mass, empty_row_stats, stats_op, subtracted_from_scores
+from .stats import (
+    StatsGradients,
+    StatsPasses,
+    empty_key_mass,
+    empty_row_stats,
+    gradient_of_sink_weights,
+    stats_op,
+    subtracted_from_scores,
+)
 
 
 def why_not(query: Tensor, value: Tensor) -> str | None:
@@ -182,7 +190,7 @@ def stats_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of query, key, value, mask and sinks."""
     of_stats = StatsGradients(*(None if tensor is None else tensor.contiguous() for tensor in of_stats))
-    grad_entropy, grad_max_logit, grad_key_mass, entropy, max_key = of_stats
+    grad_entropy, grad_max_logit, grad_key_mass, _, max_key = of_stats
     mean_of_keys = None
     if grad_key_mass is not None:
         mean_of_keys, args = empty(lse, lse.shape), (tensor_args(call), kernel_options(call))
@@ -191,10 +199,10 @@ def stats_backward(
     grad_lse = subtracted_from_scores(grad_lse, mean_of_keys, of_stats)
     given = tuple(map(view, (grad_entropy, grad_max_logit, grad_key_mass, None if grad_max_logit is None else max_key)))
     grads, grad_mask, delta = _backward(grad_out, grad_lse, out, lse, statistics, need_mask, given, call)
-    by_weight = -delta if need_sinks else None
-    if need_sinks and grad_entropy is not None:
+    by_weight = None
+    if need_sinks:
         weights = sink_weights(call.sinks, statistics, _score_unit(call), lse)
-        by_weight = by_weight - grad_entropy * torch.log(torch.where(weights == 0.0, 1.0, weights))
+        by_weight = gradient_of_sink_weights(delta, weights, of_stats)
     return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
 
 
@@ -278,7 +286,7 @@ def jvp_backward(
     return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
 
 
-attend = attention_op("attention", Passes(forward, backward, jvp, jvp_backward), ("CPU",), infer)
+attend, attend_watched = attention_op("attention", Passes(forward, stats_forward, backward, jvp, jvp_backward), ("CPU",), infer)
 
 
 # ---- a cache of keys and values ---------------------------------------------------------------------------------------------

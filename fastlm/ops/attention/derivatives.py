@@ -17,6 +17,7 @@ autograd.Function here, whose results are None for what is not needed.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,10 @@ _NONE = (None,) * DIFFERENTIABLE
 
 
 class Ops(NamedTuple):
-    """Hold a backend's torch ops, and its first two passes as functions too, for calls that bypass the dispatcher."""
+    """Hold a backend's torch ops, and forward and backward as functions too, for calls that bypass the dispatcher."""
 
     run_forward: Callable
+    run_watched: Callable  # the same with statistics: its first argument says whether it computes the keys' mass
     run_backward: Callable
     forward: Callable
     backward: Callable
@@ -58,11 +60,14 @@ class Differentiable(NamedTuple):
 
     Attributes:
         run_direct: returns (out, lse, statistics) of a call's fields, and bypasses the dispatcher.
+        run_watched: two functions that do so, and return what the op of statistics does: without the keys' mass, and with it.
+            Only out and lse have derivatives.
         run_dispatched: the same by the torch op, which torch.func's transforms and all other listeners have to see.
         run_dual: returns (out, lse), with their tangents, of a call in forward mode.
     """
 
     run_direct: Callable
+    run_watched: tuple[Callable, Callable]
     run_dispatched: Callable
     run_dual: Callable
 
@@ -72,12 +77,12 @@ def differentiable(ops: Ops) -> Differentiable:
     passes = _passes(ops)
 
     def save(ctx, args: tuple, outputs: tuple) -> None:
-        ctx.save_for_backward(*args[:TENSORS], *outputs)
+        ctx.save_for_backward(*args[:TENSORS], *outputs[:3])
         ctx.options = args[TENSORS:]
-        ctx.mark_non_differentiable(outputs[2])
+        ctx.mark_non_differentiable(*outputs[2:])
         ctx.set_materialize_grads(False)
 
-    def gradients(ctx, grad_out: Tensor | None, grad_lse: Tensor | None, _) -> tuple:
+    def gradients(ctx, grad_out: Tensor | None, grad_lse: Tensor | None, *_) -> tuple:
         *tensors, out, lse, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:DIFFERENTIABLE]
         run = ops.backward
@@ -99,6 +104,10 @@ def differentiable(ops: Ops) -> Differentiable:
         return out_tangent, lse_tangent, torch.zeros_like(saved[-1])
 
     run_direct, run_dispatched = with_gradient(ops.run_forward, ops.forward, save, gradients, once=False)
+    run_watched = tuple(
+        with_gradient(partial(ops.run_watched, want_mass), ops.forward, save, gradients, once=False)[0]
+        for want_mass in (False, True)
+    )
     run_any_dual = with_tangents(ops.forward, save_with_tangents, gradients, tangents)
 
     def run_dual(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -111,7 +120,7 @@ def differentiable(ops: Ops) -> Differentiable:
                 return tuple(map(forward_ad.make_dual, (out, lse), of_both))
         return run_any_dual(*call)[:2]
 
-    return Differentiable(run_direct, run_dispatched, run_dual)
+    return Differentiable(run_direct, run_watched, run_dispatched, run_dual)
 
 
 def _differentiated_again() -> bool:

@@ -154,6 +154,7 @@ class Passes(NamedTuple):
 
     Attributes:
         forward: ``forward(call)`` returns (out, lse, statistics).
+        stats_forward: ``stats_forward(call, want_rows, want_mass)`` returns what the op of statistics does (stats.py).
         backward: ``backward(grad_out, grad_lse, out, lse, statistics, need_mask, need_sinks, call)`` returns the gradients of
             query, key, value, mask and sinks.
         jvp: ``jvp(call, tangents)`` returns (out, lse, statistics, out_tangent, lse_tangent).
@@ -162,15 +163,27 @@ class Passes(NamedTuple):
     """
 
     forward: Callable
+    stats_forward: Callable
     backward: Callable
     jvp: Callable
     jvp_backward: Callable
 
 
-def attention_op(
-    name: str, passes: Passes, devices: tuple[str, ...], infer: Callable | None = None
-) -> Callable[[AttentionCall], tuple[Tensor, Tensor]]:
-    """Make a backend's ``attend(call)``, which returns (out, lse) by its torch ops, with their derivatives.
+class Attend(NamedTuple):
+    """Hold a backend's public way to run a call.
+
+    Attributes:
+        attend: ``attend(call)`` returns (out, lse), with their derivatives.
+        attend_watched: ``attend_watched(call, want_mass)`` returns also entropy, max_logit and key_mass, which have none, of a
+            call that may bypass the dispatcher.
+    """
+
+    attend: Callable
+    attend_watched: Callable
+
+
+def attention_op(name: str, passes: Passes, devices: tuple[str, ...], infer: Callable | None = None) -> Attend:
+    """Make a backend's `Attend` by its torch ops.
 
     ``infer(call)`` returns (out, lse) of a call without gradients, for a backend that can omit the statistics.
     """
@@ -178,6 +191,9 @@ def attention_op(
 
     def run_forward(*args):
         return passes.forward(AttentionCall._make(args))
+
+    def run_watched(want_mass, *args):
+        return passes.stats_forward(AttentionCall._make(args), True, want_mass)
 
     def run_backward(*args):
         return passes.backward(*args[:_SAVED], AttentionCall._make(args[_SAVED:]))
@@ -206,19 +222,25 @@ def attention_op(
         partial(vmap_rule, _SAVED, DIFFERENTIABLE, True),
         differentiated=False,
     )
-    ops = Ops(run_forward, run_backward, forward_op, backward_op, *_tangent_ops(name, passes, devices))
-    run_direct, run_dispatched, run_dual = differentiable(ops)
+    ops = Ops(run_forward, run_watched, run_backward, forward_op, backward_op, *_tangent_ops(name, passes, devices))
+    derived = differentiable(ops)
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if forward_ad._current_level >= 0:
-            return run_dual(call)
+            return derived.run_dual(call)
         leave_gradients_to_eager()
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
-            return (run_direct if direct else run_dispatched)(*call)[:2]
+            return (derived.run_direct if direct else derived.run_dispatched)(*call)[:2]
         return infer(call)[:2] if direct else forward_op(*call)[:2]
 
-    return attend
+    def attend_watched(call: AttentionCall, want_mass: bool) -> tuple[Tensor, ...]:
+        is_recorded = torch.is_grad_enabled() and call.requires_grad()
+        run = derived.run_watched[want_mass] if is_recorded else partial(run_watched, want_mass)
+        out, lse, _, entropy, max_logit, _, key_mass = run(*call)
+        return out, lse, entropy, max_logit, key_mass
+
+    return Attend(attend, attend_watched)
 
 
 _GRADIENTS = "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)"

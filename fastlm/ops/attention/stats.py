@@ -103,6 +103,13 @@ def subtracted_from_scores(grad_lse: Tensor | None, mean_of_keys: Tensor | None,
     return grad_lse
 
 
+def gradient_of_sink_weights(delta: Tensor, weights: Tensor, of_stats: StatsGradients) -> Tensor:
+    """Return what the sinks' weights (B, Hq, Lq) are multiplied with in the gradient of the sinks."""
+    if of_stats.grad_entropy is None:
+        return -delta
+    return -delta - of_stats.grad_entropy * torch.log(torch.where(weights == 0.0, 1.0, weights))
+
+
 class StatsPasses(NamedTuple):
     """Hold a backend's functions of an AttentionCall.
 

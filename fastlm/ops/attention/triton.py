@@ -19,7 +19,15 @@ from .op import (
     sink_gradient,
     sink_weights,
 )
-from .stats import StatsGradients, StatsPasses, empty_key_mass, empty_row_stats, stats_op
+from .stats import (
+    StatsGradients,
+    StatsPasses,
+    empty_key_mass,
+    empty_row_stats,
+    gradient_of_sink_weights,
+    stats_op,
+    subtracted_from_scores,
+)
 
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,9 +97,8 @@ def backward(
         stats, grad_lse = _stats_grads(of_stats, grad_lse, lse, statistics, kernel_call)
         kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta, stats))
     if need_sinks:
-        weights, by_weight = sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse), -delta
-        if stats is not None and stats.entropy is not None:
-            by_weight -= stats.entropy * torch.log(torch.where(weights == 0.0, 1.0, weights))
+        weights = sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse)
+        by_weight = -delta if of_stats is None else gradient_of_sink_weights(delta, weights, of_stats)
         grad_sinks = sink_gradient(call.sinks, weights, by_weight)
     return *grads, grad_mask, grad_sinks
 
@@ -108,15 +115,13 @@ def _stats_grads(
         return None, grad_lse
     kernels = triton_kernels.attention()
     entropy, max_logit, key_mass = (None if grad is None else grad.contiguous() for grad in of_stats[:3])
-    by_row = lse.new_zeros(lse.shape) if grad_lse is None else grad_lse
-    if entropy is not None:
-        by_row = by_row - entropy * of_stats.entropy
+    mean_of_keys = None
     if key_mass is not None:
-        mean = torch.empty_like(by_row)
-        kernels.run(kernels.plan_mass_mean(kernel_call, statistics, key_mass, mean))
-        by_row = by_row - mean
+        mean_of_keys = torch.empty_like(lse, memory_format=torch.contiguous_format)
+        kernels.run(kernels.plan_mass_mean(kernel_call, statistics, key_mass, mean_of_keys))
+    grad_lse = subtracted_from_scores(grad_lse, mean_of_keys, of_stats)
     max_key = None if max_logit is None else of_stats.max_key.contiguous()
-    return kernels.StatsGrads(entropy, max_logit, max_key, key_mass), by_row
+    return kernels.StatsGrads(entropy, max_logit, max_key, key_mass), grad_lse
 
 
 def stats_forward(call: AttentionCall, want_rows: bool, want_mass: bool) -> tuple[Tensor, ...]:
@@ -188,6 +193,8 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-attend = attention_op("triton_attention", Passes(forward, backward, jvp, jvp_backward), ("CPU", "CUDA"))
+attend, attend_watched = attention_op(
+    "triton_attention", Passes(forward, stats_forward, backward, jvp, jvp_backward), ("CPU", "CUDA")
+)
 attend_with_stats = stats_op("triton_attention_stats", StatsPasses(stats_forward, stats_backward), ("CPU", "CUDA"))
 kvcache_attend = kvcache_op("triton_kvcache_attention", kvcache_forward, ("CPU", "CUDA"))
