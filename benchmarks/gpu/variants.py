@@ -123,11 +123,11 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         grads, deltas = (query, key, value, call.mask), (lse, lse)
         launches += attention.plan_jvp_backward(call, tangents, results, out, None, grads, deltas)
         return _launch_named(variant, launches)
-    if variant.pass_name in STATS_PASSES:
+    if variant.pass_name in (*STATS_PASSES, GRAD_MASK):  # The gradient of a mask is hardest with statistics.
         return _launch_named(variant, _with_stats(call, out, lse, statistics))
     launches = attention.plan_forward(call, out, lse, statistics)
     if variant.pass_name != FORWARD:
-        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, call.mask), lse)
+        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
     return _launch_named(variant, launches)
 
 
@@ -138,7 +138,7 @@ def _with_stats(call: attention.Call, out: Tensor, lse: Tensor, statistics: Tens
     launches = attention.plan_forward(call, out, lse, statistics, attention.RowStats(lse, lse, lse.int()))
     launches += attention.plan_key_mass(call, statistics, by_key)
     launches += attention.plan_mass_mean(call, statistics, by_key, lse)
-    grads = call.query, call.key, call.value, None
+    grads = call.query, call.key, call.value, call.mask
     return launches + attention.plan_backward(call, out, statistics, out, None, grads, lse, stats)
 
 

@@ -357,9 +357,10 @@ STATS_HALF["gfx1100", LoopKind.PLAIN] |= {
 for table, passes_by_row in ((HALF, JVP_HALF), (SINGLE, JVP_SINGLE), (HALF, STATS_HALF), (SINGLE, STATS_SINGLE)):
     for row, passes in passes_by_row.items():
         table[row] = table.get(row, {}) | passes
-# The passes over a mask go through a tile's columns in chunks, so that one tile fits every GPU and head_dim. float32's without
-# tangents and without dropout keeps a few values in local memory around the chunks on some of NVIDIA's.
-MASK_HALF = {GRAD_MASK: (Tile(64, 64, 8, 2),) * 3, JVP_GRAD_MASK: (Tile(64, 32, 8, 2),) * 3}
+# The passes over a mask go through a tile's columns in chunks, so that one tile fits every GPU and head_dim. Without tangents
+# they keep a few values in local memory around the chunks on some of NVIDIA's: float32's without dropout, and half precision's
+# with statistics on sm_120.
+MASK_HALF = {GRAD_MASK: (Tile(64, 64, 8, 2, spilled=24),) * 3, JVP_GRAD_MASK: (Tile(64, 32, 8, 2),) * 3}
 MASK_SINGLE = {GRAD_MASK: (Tile(64, 32, 8, 2, spilled=16),) * 3, JVP_GRAD_MASK: (Tile(32, 32, 8, 2),) * 3}
 for table, passes in ((HALF, MASK_HALF), (SINGLE, MASK_SINGLE)):
     for row in [row for row in table if row[1] == LoopKind.PLAIN]:

@@ -11,6 +11,7 @@ from cases import SPECS
 from hypothesis import given, settings
 from support.guarded import Guarded
 from support.oracle import Oracle, run
+from support.stats import ALL_STATS, with_stats
 from support.triton_interpreter import DEVICE, ON_GPU
 from test_attention_sweep import DIFFERENTIABLE, attention_calls, varlen_calls
 from test_edge_numbers import huge_logits, masked_row, qkv
@@ -23,20 +24,9 @@ from fastlm.testing import seeded_normal
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 TRITON = {"backend": "triton", "device": DEVICE}
-STATS = fastlm.AttentionStats._fields
 
 
-def with_stats(function, names=STATS):
-    """Return a function that returns the statistics of these names after its own results."""
-
-    def call(**arguments):
-        *results, stats = function(**arguments, return_stats=names)
-        return *results, *(stat for stat in stats if stat is not None)
-
-    return call
-
-
-def check(function, call: dict, names=STATS) -> dict:
+def check(function, call: dict, names=ALL_STATS) -> dict:
     """Hold a call's results, statistics and gradients to the rule of errors."""
     return Oracle(with_stats(function, names), call | {"return_lse": True}, DIFFERENTIABLE, set()).check(**TRITON)
 
@@ -44,12 +34,12 @@ def check(function, call: dict, names=STATS) -> dict:
 # ---- every feature ----------------------------------------------------------------------------------------------------------
 
 CASES = [(name, case) for name in ("attention", "varlen_attention") for case in SPECS[name].cases]
-ALONE = [(name,) for name in STATS]
+ALONE = [(name,) for name in ALL_STATS]
 CALLS = [  # Each case with all statistics or with one, in one dtype, in turns; on a GPU, which is fast, all of it.
     pytest.param(name, case, dtype, names, id=f"{name}-{case}-{str(dtype).removeprefix('torch.')}-{'+'.join(names)}")
     for i, (name, case) in enumerate(CASES)
     for dtype in (DTYPES if ON_GPU else DTYPES[i % 3 :][:1])
-    for names in ([STATS, *ALONE] if ON_GPU else [STATS, ALONE[i // 2 % 3]][i % 2 :][:1])
+    for names in ([ALL_STATS, *ALONE] if ON_GPU else [ALL_STATS, ALONE[i // 2 % 3]][i % 2 :][:1])
 ]
 
 
@@ -58,7 +48,7 @@ def test_statistics_and_gradients_are_as_good_as_plain_pytorch(name, case, dtype
     check(SPECS[name].function, SPECS[name].cases[case](dtype), names)
 
 
-@pytest.mark.parametrize("name", STATS)
+@pytest.mark.parametrize("name", ALL_STATS)
 def test_one_statistic_alone_with_every_feature(name):
     check(fastlm.attention, FEATURES["everything"](torch.float32), (name,))
 
@@ -89,7 +79,7 @@ def test_out_and_lse_have_the_same_bits_without_statistics(feature, dtype):
 def stats_of(call: dict, **options) -> fastlm.AttentionStats:
     """Return all statistics of a call on the Triton kernels."""
     call = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
-    *_, stats = fastlm.attention(**call, **options, return_stats=STATS, backend="triton")
+    *_, stats = fastlm.attention(**call, **options, return_stats=ALL_STATS, backend="triton")
     return fastlm.AttentionStats(*(stat.cpu() for stat in stats))
 
 
@@ -111,7 +101,7 @@ def test_a_row_without_keys(mask, sinks):
     assert (stats.entropy >= 0).all() and stats.key_mass.isfinite().all()
     leaves = {name: call[name].to(DEVICE).requires_grad_() for name in ("query", "key", "value")}
     others = {name: value.to(DEVICE) for name, value in call.items() if name not in leaves and value is not None}
-    *_, stats = fastlm.attention(**leaves, **others, return_stats=STATS, backend="triton")
+    *_, stats = fastlm.attention(**leaves, **others, return_stats=ALL_STATS, backend="triton")
     of_the_row = stats.entropy[:, :, 5].sum() + stats.max_logit[:, :, 5].sum()
     for gradient in torch.autograd.grad(of_the_row, [leaves["query"], leaves["key"]]):
         assert not gradient.any()
