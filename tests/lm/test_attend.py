@@ -1,19 +1,18 @@
-"""``fastlm lm attend``: attention weights and entropies, the latent's traversals and map, and the page that shows them."""
+"""``fastlm lm attend``: what is seen of attention, the latent's traversals and map, and the page that shows them."""
 
 import argparse
 import base64
-import io
 import json
 import math
 import random
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fastlm.lm.cli.attend import add_attend
@@ -24,11 +23,13 @@ from fastlm.lm.model import checkpoint
 from fastlm.lm.model.presets import build
 from fastlm.lm.training.train import Settings
 from fastlm.lm.visualize.attend import attend, inspect_model
-from fastlm.lm.visualize.attention_maps import Attention, attention_of, entropy, token_labels
+from fastlm.lm.visualize.attention_maps import Attention, attention_of, token_labels
 from fastlm.lm.visualize.latent_maps import active_units, decoded, held_out, map_of, means_of, traverse
-from fastlm.lm.visualize.page import _png
+from fastlm.lm.visualize.look import Look
+from fastlm.lm.visualize.page import ModelView, page_of
 
 WORDS = ["river", "stone", "ladder", "yellow", "quiet", "harbour", "morning", "engine", "paper", "window", "garden", "silver"]
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Writing 5 resets the peak of the resident memory (man 5 proc).
 SENTENCE = "A quiet morning in the garden."
 
 
@@ -56,7 +57,12 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(runs):
-    return checkpoint.load(runs / "vae", attention="eager")
+    return checkpoint.load(runs / "vae")
+
+
+@pytest.fixture(scope="module")
+def view(runs):
+    return inspect_model(runs / "vae", SENTENCE)
 
 
 def ids_of(text, tokenizer):
@@ -67,7 +73,7 @@ def ids_of(text, tokenizer):
 
 
 def by_hand(attention, rotary, hidden, memory=None, causal=True):
-    """Compute softmax(q k / sqrt(d)) of one layer in float64: (heads, L, Lk); ``memory`` (kv heads, d) is the first key."""
+    """Compute the scores q k / sqrt(d) of one layer in float64: (heads, L, Lk); ``memory`` (kv heads, d) is the first key."""
     length = hidden.shape[1]
     cos, sin = rotary(hidden, torch.arange(length)[None])
     query, key = (
@@ -84,7 +90,7 @@ def by_hand(attention, rotary, hidden, memory=None, causal=True):
         if memory is not None:
             first = query[0, head] @ memory[head // (query.shape[1] // key.shape[1])].double() / math.sqrt(attention.head_dim)
             scores = torch.cat([first[:, None], scores], 1)
-        rows.append(scores.softmax(-1))
+        rows.append(scores)
     return torch.stack(rows)
 
 
@@ -100,19 +106,32 @@ def inputs_of(modules, run):
     return seen
 
 
-def close(found, expected):
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+def check_layer(look, layer, scores):
+    """Compare all that is kept of a layer with what its scores (heads, L, Lk) in float64 give."""
+    expected = scores.softmax(-1)
     assert expected[:, -1].max() > 3 / expected.shape[-1]  # far from uniform, or else the comparison would say little
+    options = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(look.entropy[layer].double(), torch.special.entr(expected).sum(-1), **options)
+    torch.testing.assert_close(look.max_logit[layer].double(), scores.amax(-1), **options)
+    torch.testing.assert_close(look.key_mass[layer].double(), expected.sum(-2), **options)
+    top = look.top_keys[layer].long()
+    largest = expected.topk(top.shape[-1]).values
+    torch.testing.assert_close(look.top_weights[layer].double(), largest, **options)
+    seen = scores.isfinite().sum(-1, keepdim=True)
+    assert torch.equal(top >= 0, torch.arange(top.shape[-1]) < seen)
+    torch.testing.assert_close(expected.gather(-1, top.clamp(min=0)) * (top >= 0), largest, **options)
+    if look.weights is not None:
+        torch.testing.assert_close(look.weights[layer].double(), expected, **options)
 
 
-def test_a_decoders_weights_are_the_softmax_of_its_scores(runs):
-    model, tokenizer = checkpoint.load(runs / "decoder", attention="eager")
+def test_a_decoder_is_seen_as_its_scores_say(runs):
+    model, tokenizer = checkpoint.load(runs / "decoder")
     ids = ids_of(SENTENCE, tokenizer)
     (found,) = attention_of(model, tokenizer, ids)
     attentions = [layer.self_attn for layer in model.model.layers]
     hidden = inputs_of(attentions, lambda: model(input_ids=ids[:, :-1]))
     for layer, (attention, entering) in enumerate(zip(attentions, hidden)):
-        close(found.weights[layer], by_hand(attention, model.model.rotary_emb, entering))
+        check_layer(found.look, layer, by_hand(attention, model.model.rotary_emb, entering))
     assert found.stack == "decoder" and found.keys == found.queries == token_labels(ids[0, :-1].tolist(), tokenizer)
     assert found.visible.tolist() == list(range(1, ids.shape[1]))
 
@@ -128,7 +147,7 @@ def test_the_decoder_of_a_vae_looks_at_its_latent_first(vae):
     hidden = inputs_of(attentions, lambda: model(input_ids=ids[:, :-1], latents=mu))
     for layer, attention in enumerate(attentions):
         expected = by_hand(attention, model.decoder.model.rotary_emb, hidden[layer], memories[layer])
-        close(found.weights[layer], expected)
+        check_layer(found.look, layer, expected)
     assert found.keys == ["z", *found.queries] and found.visible.tolist() == list(range(2, ids.shape[1] + 1))
 
 
@@ -138,7 +157,7 @@ def test_the_encoders_weights(vae):
     _, found = attention_of(model, tokenizer, ids)
     attention = model.encoder.layers[0].self_attn
     (hidden,) = inputs_of([attention], lambda: model.posterior(ids))
-    close(found.weights[0], by_hand(attention, model.encoder.rotary_emb, hidden, causal=False))
+    check_layer(found.look, 0, by_hand(attention, model.encoder.rotary_emb, hidden, causal=False))
     assert found.stack == "encoder" and found.keys == found.queries and found.queries[-1] == "<|eos|>"
 
 
@@ -146,25 +165,26 @@ def test_rows_sum_to_one_and_nothing_looks_ahead(vae):
     model, tokenizer = vae
     decoder, encoder = attention_of(model, tokenizer, ids_of(SENTENCE, tokenizer))
     for found in (decoder, encoder):
-        torch.testing.assert_close(found.weights.sum(-1), torch.ones(found.weights.shape[:-1]))
-    assert decoder.weights[..., 1:].triu(1).count_nonzero() == 0 and encoder.weights.count_nonzero() == encoder.weights.numel()
+        weights = found.look.weights
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+        torch.testing.assert_close(found.shares.sum(-1), torch.ones(weights.shape[:2]))
+    assert decoder.look.weights[..., 1:].triu(1).count_nonzero() == 0 and encoder.look.weights.all()
 
 
-def test_nothing_is_left_hooked(vae):
+def test_a_model_that_was_looked_at_is_as_before(vae):
     model, tokenizer = vae
+    with pytest.raises(IndexError):
+        attention_of(model, tokenizer, torch.tensor([[1, 2, len(tokenizer)]]))
     attention_of(model, tokenizer, ids_of(SENTENCE, tokenizer))
-    assert not any(module._forward_hooks for module in model.modules() if type(module).__name__.endswith("Attention"))
-
-
-def test_entropy_of_distributions_made_by_hand():
-    rows = torch.tensor([[1.0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.25, 0]])
-    torch.testing.assert_close(entropy(rows), torch.tensor([0.0, math.log(4), 1.5 * math.log(2)]))
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"fastlm"}
+    means_of(model, tokenizer, [SENTENCE])
 
 
 def test_breadth_is_a_share_of_uniform_attention():
-    uniform = torch.ones(3, 3).tril() / torch.tensor([[1.0], [2.0], [3.0]])
-    weights = torch.stack([uniform, torch.eye(3)])[None]
-    found = Attention("decoder", list("abc"), list("abc"), weights, torch.tensor([1, 2, 3]))
+    uniform = torch.tensor([0, math.log(2), math.log(3)])
+    nothing = torch.zeros(1, 2, 3)
+    look = Look(torch.stack([uniform, torch.zeros(3)])[None], nothing, nothing, nothing[..., None], nothing[..., None], None)
+    found = Attention("decoder", list("abc"), list("abc"), torch.tensor([1, 2, 3]), look)
     assert found.uniform == pytest.approx(math.log(6) / 3)
     torch.testing.assert_close(found.entropy, torch.tensor([[math.log(6) / 3, 0.0]]))
     torch.testing.assert_close(found.breadth, torch.tensor([[1.0, 0.0]]))
@@ -174,6 +194,56 @@ def test_tokens_are_shown_as_text(vae):
     _, tokenizer = vae
     ids = tokenizer("a\tb c\n", add_special_tokens=False)["input_ids"]
     assert "".join(token_labels(ids, tokenizer)) == "a⇥b·c↵"
+
+
+# ---- a long text ------------------------------------------------------------------------------------------------------------
+
+
+LENGTH = 2500  # tokens
+
+
+@pytest.fixture(scope="module")
+def long(vae):
+    """Return the ids of a text of thousands of tokens, what is seen of it, and the bytes by which memory rose meanwhile."""
+    model, tokenizer = vae
+    ids = torch.tensor([encode_text(" ".join(random.Random(1).choices(WORDS, k=2000)), tokenizer, LENGTH)])
+    attention_of(model, tokenizer, ids[:, :600])  # what is allocated once
+    if not CLEAR_REFS.exists():
+        return ids, attention_of(model, tokenizer, ids), None
+    CLEAR_REFS.write_text("5")
+    before = status("VmRSS")
+    found = attention_of(model, tokenizer, ids)
+    return ids, found, status("VmHWM") - before
+
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
+def test_a_long_text_takes_no_quadratic_memory(long):
+    ids, found, peak = long
+    if peak is None:
+        pytest.skip("only Linux counts the peak of the memory")
+    weights = 4 * LENGTH**2 * sum(attention.entropy.numel() for attention in found)
+    assert ids.shape == (1, LENGTH) and weights == 300_000_000 and peak < weights / 3
+
+
+def test_a_long_text_is_seen_as_its_scores_say(vae, long):
+    model, _ = vae
+    ids, (decoder, encoder), _ = long
+    assert decoder.look.weights is None and encoder.look.weights is None and decoder.look.top_keys.dtype == torch.int32
+    attention = model.encoder.layers[0].self_attn
+    (hidden,) = inputs_of([attention], lambda: model.posterior(ids))
+    check_layer(encoder.look, 0, by_hand(attention, model.encoder.rotary_emb, hidden, causal=False))
+
+
+def test_the_page_of_a_long_text(long):
+    text = page_of(ModelView("long", LENGTH, True, long[1]))
+    page = Page(text)
+    assert len(text) < 3e6 and "The first 2500 tokens; the rest is left out." in page.text
+    assert page.tags.count("details") == 12 == page.text.count("share of the weights") and "image" not in page.tags
+    assert page.classes.count("token") == 2499 + 2500 and page.classes.count("key") == 1
 
 
 # ---- the latent -------------------------------------------------------------------------------------------------------------
@@ -250,25 +320,29 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.addresses, self.text, self.open = [], [], "", []
+        self.tags, self.addresses, self.classes, self.ids, self.text, self.data, self.open = [], [], [], [], "", [], []
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        if tag != "meta":
+        self.handle_startendtag(tag, attributes)
+        if tag not in ("meta", "br"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        self.classes += [value for name, value in attributes if name == "class"]
+        self.ids += [value for name, value in attributes if name == "id"]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            self.data.append(data)
+        else:
+            self.text += data
 
 
 def test_a_page_of_a_vae(runs, tmp_path):
@@ -277,22 +351,25 @@ def test_a_page_of_a_vae(runs, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
     text = (tmp_path / "new" / "page.html").read_text("utf-8")
     page = Page(text)
-    assert {"script", "link"}.isdisjoint(page.tags) and hostile in page.text and "http" not in text and "url(" not in text
-    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.tags.count("script") == 2 + 1 and "link" not in page.tags and hostile in page.text
+    assert hostile.replace(" ", "·") in page.text  # the tokens
+    assert not re.search(r"http|url\(|import|fetch|innerHTML", re.sub(r"[\w+/=]{200,}", "", text))
+    pictures = [address for address in page.addresses if not address.startswith("#")]
+    assert pictures and all(address.startswith("data:image/png;base64,") for address in pictures)
+    assert {address[1:] for address in page.addresses if address.startswith("#")} == set(page.ids)  # from each head to its card
     assert page.tags.count("image") == page.tags.count("details") == 2 * 4 + 1 * 4  # all heads
     assert page.text.count("Unit ") == 5 and page.tags.count("caption") == 5
     assert page.tags.count("circle") == len(held_out(runs / "corpus", 1000)) + 1 and "<b>bold</b>" in page.text
 
 
-def test_the_page_names_the_sharpest_and_the_broadest_heads(runs, tmp_path):
-    view = inspect_model(runs / "vae", SENTENCE)
+def test_the_page_names_the_sharpest_and_the_broadest_heads(view):
     shares = {
         f"{found.stack} {layer + 1}.{head + 1}": float(found.breadth[layer, head])
         for found in view.attentions
-        for layer in range(found.weights.shape[0])
-        for head in range(found.weights.shape[1])
+        for layer in range(found.breadth.shape[0])
+        for head in range(found.breadth.shape[1])
     }
-    text = attend(runs / "vae", SENTENCE, tmp_path / "page.html").read_text("utf-8")
+    text = page_of(view)
     named = re.search(r"sharpest heads are <strong>(.*?) \(.*?the broadest are <strong>(.*?) \(", text).groups()
     assert named == (min(shares, key=shares.get), max(shares, key=shares.get))
     for stack in view.attentions:
@@ -317,19 +394,24 @@ def test_the_corpus_of_the_run_is_the_default(runs, tmp_path):
         assert expected in attend(run, SENTENCE, tmp_path / "page.html").read_text("utf-8")
 
 
-def test_a_long_sentence_is_cut_and_the_page_says_so(runs, tmp_path):
-    long = " ".join(WORDS * 8)
-    view = inspect_model(runs / "vae", long)
-    assert view.cut and view.tokens == 64
-    assert view.attentions[0].weights.shape == (2, 4, 63, 64) and view.attentions[1].weights.shape == (1, 4, 64, 64)
-    assert "The first 64 tokens; the rest is left out." in attend(runs / "vae", long, tmp_path / "p.html").read_text("utf-8")
-    assert "left out" not in attend(runs / "vae", "A garden.", tmp_path / "p.html").read_text("utf-8")
+def test_a_long_sentence_is_cut_and_the_page_says_so(runs, view):
+    long = inspect_model(runs / "vae", " ".join(WORDS * 8))
+    decoder, encoder = long.attentions
+    assert long.cut and long.tokens == 128
+    assert decoder.look.top_keys.shape == (2, 4, 127, 8) and encoder.look.key_mass.shape == (1, 4, 128)
+    assert "The first 128 tokens; the rest is left out." in page_of(long) and "left out" not in page_of(view)
 
 
-def test_a_picture_holds_the_square_roots_of_the_weights():
-    weights = torch.tensor([[1.0, 0, 0], [0.25, 0.25, 0.5]])
-    pixels = imread(io.BytesIO(base64.b64decode(_png(weights).partition(",")[2])), format="png")
-    np.testing.assert_allclose(pixels[..., 3], weights.sqrt(), atol=0.5 / 255)
+def test_the_data_of_the_page_are_the_top_keys(view):
+    for found, text in zip(view.attentions, Page(page_of(view)).data):
+        data = json.loads(text)
+        shape = [data[name] for name in ("layers", "heads", "queries", "kept")]
+        keys = np.frombuffer(base64.b64decode(data["keys"]), "<u2").reshape(shape)
+        weights = (np.frombuffer(base64.b64decode(data["weights"]), np.uint8).reshape(shape) / 255) ** 2
+        assert data["before"] == len(found.keys) - len(found.queries) and data["kept"] == 8 and data["bytes"] == 2
+        np.testing.assert_array_equal(keys, found.look.top_keys.clamp(min=0))
+        np.testing.assert_allclose(weights, found.look.top_weights, atol=1 / 255)
+        assert (weights[found.look.top_keys < 0] == 0).all()
 
 
 # ---- the command line, and errors -------------------------------------------------------------------------------------------

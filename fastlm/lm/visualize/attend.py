@@ -15,7 +15,6 @@ from .attention_maps import attention_of
 from .latent_maps import active_units, held_out, map_of, means_of, traverse
 from .page import ModelView, page_of
 
-MAX_TOKENS = 64  # of the sentence
 MAX_TEXTS = 1000  # on the map
 UNITS = 5  # of the latent, each with a traversal
 
@@ -26,7 +25,7 @@ def attend(
     output: str | os.PathLike = "attend.html",
     corpus: str | os.PathLike | None = None,
 ) -> Path:
-    """Write an HTML page on what a checkpoint makes of a sentence, or of the first 64 tokens of a long one.
+    """Write an HTML page on what a checkpoint makes of a sentence or a longer text: of as many tokens as it has positions.
 
     Args:
         corpus: a prepared corpus, for the map of a `TextVAE`; None for the one it was trained on, if that is still there.
@@ -63,9 +62,9 @@ def corpus_of(checkpoint: Path) -> Path | None:
 
 def inspect_model(checkpoint: str | os.PathLike, sentence: str, corpus: str | os.PathLike | None = None) -> ModelView:
     """Compute what the page shows, without a map if ``corpus`` is None."""
-    model, tokenizer = checkpoints.load(checkpoint, attention="eager")
+    model, tokenizer = checkpoints.load(checkpoint)
     records = None if corpus is None else held_out(corpus, MAX_TEXTS)
-    most = min(MAX_TOKENS, model.config.get_text_config().max_position_embeddings)
+    most = model.config.get_text_config().max_position_embeddings
     read = encode_text(sentence, tokenizer, most + 1)
     ids = torch.tensor([read[:most]])
     found = sentence, ids.shape[1], len(read) > most, attention_of(model, tokenizer, ids)

@@ -1,14 +1,13 @@
-"""Attention maps: the attention weights of each head of a model on one sentence, and their entropy."""
+"""What each head of a model attends to in a text: entropy, where the weights go, and the largest weights of each token."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.text_vae import TextVAE
+from .look import Look, looking, stacked
 
 LATENT = "z"  # the label of the latent's key
 _SEEN = str.maketrans({" ": "·", "\n": "↵", "\r": "↵", "\t": "⇥"})
@@ -16,25 +15,25 @@ _SEEN = str.maketrans({" ": "·", "\n": "↵", "\r": "↵", "\t": "⇥"})
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a stack of layers on one sentence.
+    """The attention of a stack of layers on one text.
 
     Attributes:
         stack: "decoder" or "encoder".
         queries, keys: the labels of the Lq queries and of the Lk keys. The first key of a `TextVAE`'s decoder is its latent's.
-        weights: (layers, heads, Lq, Lk) float32. Each row sums to 1; the weight of a key that a query does not see is 0.
         visible: (Lq,) int64: the number of keys that each query sees.
+        look: what was seen of the layers.
     """
 
     stack: str
     queries: list[str]
     keys: list[str]
-    weights: Tensor
     visible: Tensor
+    look: Look
 
     @property
     def entropy(self) -> Tensor:
         """Return the entropy of each head in nats, averaged over its queries: (layers, heads)."""
-        return entropy(self.weights).mean(-1)
+        return self.look.entropy.mean(-1)
 
     @property
     def uniform(self) -> float:
@@ -46,10 +45,15 @@ class Attention:
         """Return the entropy as a share of the highest: (layers, heads), from 0 (one key per query) to 1 (all keys alike)."""
         return self.entropy / self.uniform
 
+    @property
+    def shares(self) -> Tensor:
+        """Return the share of a head's weights that goes to each key: (layers, heads, Lk). Those of a head sum to 1."""
+        return self.look.key_mass / len(self.queries)
 
-def entropy(weights: Tensor) -> Tensor:
-    """Return the entropy (*) in nats of each row of ``weights`` (*, Lk)."""
-    return torch.special.entr(weights).sum(-1)
+    @property
+    def before(self) -> int:
+        """Return the number of keys before those of the tokens: 1 with a latent, otherwise 0."""
+        return len(self.keys) - len(self.queries)
 
 
 @torch.inference_mode()
@@ -60,35 +64,23 @@ def attention_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids
     text's posterior as its latent.
 
     Args:
-        model: a model with attn_implementation "eager", the only one that returns its weights.
         ids: (1, L) int64, L at least 3: the text between <|bos|> and <|eos|>.
     """
     labels = token_labels(ids[0].tolist(), tokenizer)
-    read, shown = ids[:, :-1], labels[:-1]
+    read, shown = {"input_ids": ids[:, :-1], "logits_to_keep": 1}, labels[:-1]
     causal = torch.arange(1, len(shown) + 1)
     if not isinstance(model, TextVAE):
-        with watched(layer.self_attn for layer in model.model.layers) as weights:
-            model(input_ids=read)
-        return [Attention("decoder", shown, shown, torch.cat(weights), causal)]
-    with watched(layer.self_attn for layer in model.encoder.layers) as encoder_weights:
+        with looking(model) as seen:
+            model(**read)
+        return [Attention("decoder", shown, shown, causal, stacked(seen))]
+    with looking(model) as encoder_seen:
         mu, _ = model.posterior(ids)
-    with watched(layer.self_attn for layer in model.decoder.model.layers) as weights:
-        model(input_ids=read, latents=mu)
+    with looking(model) as seen:
+        model(latents=mu, **read)
     return [
-        Attention("decoder", shown, [LATENT, *shown], torch.cat(weights), causal + 1),
-        Attention("encoder", labels, labels, torch.cat(encoder_weights), torch.full((len(labels),), len(labels))),
+        Attention("decoder", shown, [LATENT, *shown], causal + 1, stacked(seen)),
+        Attention("encoder", labels, labels, torch.full((len(labels),), len(labels)), stacked(encoder_seen)),
     ]
-
-
-@contextmanager
-def watched(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the attention weights (B, heads, Lq, Lk) of each call of the modules in the block, in float32, in a list."""
-    weights = []
-    with ExitStack() as hooks:
-        for module in modules:
-            handle = module.register_forward_hook(lambda module, inputs, outputs: weights.append(outputs[1].float()))
-            hooks.callback(handle.remove)
-        yield weights
 
 
 def token_labels(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

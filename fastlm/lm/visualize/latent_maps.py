@@ -16,8 +16,9 @@ from ..data.batches import encode_text, padded_ids
 from ..data.prepare import read_split
 from ..model.text_vae import TextVAE
 
-BATCH = 8  # texts; eager attention keeps all of their weights in memory
+BATCH = 8  # texts
 VALUES = (-2.0, -1.0, 0.0, 1.0, 2.0)
+TRAVERSED = 64  # tokens of a decoded text, at most
 SHOWN_LABELS = 8
 
 
@@ -102,7 +103,7 @@ def traverse(
     z: Tensor,
     units: Sequence[int],
     values: Sequence[float] = VALUES,
-    max_tokens: int = 64,
+    max_tokens: int = TRAVERSED,
 ) -> list[Traversal]:
     """Set each of ``units`` of ``z`` (D,) to each of ``values`` in turn, and decode greedily up to ``max_tokens`` tokens."""
     latents = z.repeat(len(units), len(values), 1)

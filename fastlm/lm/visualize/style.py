@@ -9,9 +9,9 @@ STYLE = """\
 body { max-width: 76rem; margin: 0 auto; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--page); }
 p { max-width: 46rem; }
-h2 { margin: 2.5rem 0 .5rem; } h3 { margin: 1.2rem 0 .5rem; font-size: 1rem; color: var(--soft); }
+h2 { margin: 2.5rem 0 .5rem; } h3 { margin: 1.8rem 0 .5rem; } h4 { margin: 1.2rem 0 .5rem; color: var(--soft); }
 blockquote { margin: 1rem 0; padding: .2rem 1rem; border-left: 4px solid var(--accent); white-space: pre-wrap;
-  overflow-wrap: anywhere; }
+  overflow: auto; overflow-wrap: anywhere; max-height: 10.5rem; }
 i, caption { font-style: normal; color: var(--soft); }
 .heads { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(16rem, 1fr)); align-items: start; }
 details { min-width: 0; padding: .6rem; border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
@@ -25,8 +25,8 @@ summary::-webkit-details-marker { display: none; }
 svg { display: block; width: 100%; font: 11px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg rect { fill: none; stroke: var(--line); } svg image { image-rendering: pixelated; }
 .plot svg { overflow: visible; }
-.few svg { width: calc(100% - 5.5rem); max-width: calc(var(--width) * 1.25); margin: 5.5rem 0 0 5.5rem; }
-details[open] svg { width: calc(var(--width) * 1.25); max-width: none; margin: 5.5rem 1rem 0 5.5rem; }
+.few .plot svg { width: calc(100% - 5.5rem); max-width: calc(var(--width) * 1.25); margin: 5.5rem 0 0 5.5rem; }
+details[open] .plot svg { width: calc(var(--width) * 1.25); max-width: none; margin: 5.5rem 1rem 0 5.5rem; }
 .many details:not([open]) text { display: none; }
 table { margin: 1rem 0; border-collapse: collapse; font-size: .9rem; }
 caption { padding: .3rem 0; text-align: left; white-space: nowrap; font-weight: 600; }
@@ -34,6 +34,26 @@ th, td { padding: .25rem .6rem; border-top: 1px solid var(--line); text-align: l
 th { font-weight: 600; white-space: nowrap; }
 .table td { white-space: nowrap; }
 .traversals td { overflow-wrap: anywhere; }
+.glance td { padding: 0; text-align: center; background: rgb(59 125 216 / calc(.75 * var(--share))); }
+.glance a { display: block; padding: .25rem .6rem; color: inherit; text-decoration: none; }
+.glance a:hover, .glance a:focus-visible { outline: 2px solid var(--ink); outline-offset: -2px; }
+.glance i { display: block; font-size: .75rem; color: inherit; opacity: .75; }
+.glance th[scope="col"] { text-align: center; }
+svg.strip { height: 2.6rem; border-bottom: 1px solid var(--line); } .strip path { fill: var(--accent); }
+.reader { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
+.reader > * { padding: .6rem .8rem; margin: 0; } .found:empty { padding: 0; }
+.controls { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; border-bottom: 1px solid var(--line); }
+.controls[hidden] { display: none; }
+.controls span { color: var(--soft); font-size: .9rem; }
+.tokens { max-height: 24rem; overflow-y: auto; line-height: 1.75; position: relative; overflow-wrap: anywhere; }
+.tokens span { margin: 0 1px; padding: 0 2px; border: 1px solid var(--line); border-radius: .25rem;
+  background: rgb(59 125 216 / calc(.85 * var(--weight, 0))); }
+.tokens .key { font-style: italic; } .tokens [role] { cursor: pointer; } .tokens [aria-disabled] { cursor: default; }
+.tokens [aria-selected="true"], .tokens span:focus-visible { outline: 2px solid #e07b39; outline-offset: 0; }
+.found { border-top: 1px solid var(--line); font-size: .9rem; } .found p { margin: .2rem 0; }
+.found ol { display: flex; flex-wrap: wrap; gap: .3rem .9rem; margin: .3rem 0; padding: 0; list-style: none; }
+.found button { padding: 0 .4rem; border: 1px solid var(--line); border-radius: .25rem; font: inherit; color: inherit;
+  background: var(--page); cursor: pointer; }
 .map { border: 1px solid var(--line); border-radius: .5rem; background: var(--card); }
 .map circle { fill: currentColor; fill-opacity: .8; } .map .other { fill-opacity: .4; }
 .map .sentence { fill: none; stroke: var(--ink); stroke-width: 3; }
