@@ -32,11 +32,6 @@ def test_what_is_saved_comes_back(saved, tokenizer):
     assert not isinstance(again, TextVAE) or again.encoder.embed_tokens.weight is embedding
 
 
-def test_another_attention(saved):
-    _, folder = saved
-    assert load(folder, attention="eager")[0].config._attn_implementation == "eager"
-
-
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_weights_cut_short(saved, share):
     _, folder = saved

@@ -39,13 +39,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str
 
 
 def load(
-    folder: str | os.PathLike, models: dict[str, type[PreTrainedModel]] = MODELS, attention: str = ATTENTION
+    folder: str | os.PathLike, models: dict[str, type[PreTrainedModel]] = MODELS
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a checkpoint: return (model, tokenizer), with the model in evaluation mode.
 
     Args:
         models: the classes of the expected models, by the config's model_type.
-        attention: transformers' name of the attention implementation; any but fastlm's leaves the model without its kernels.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -61,7 +60,7 @@ def load(
     check_whole(folder / WEIGHTS)
     try:
         with quiet():  # transformers would warn of missing weights, which are an error below
-            options = {"attn_implementation": attention, "local_files_only": True, "use_safetensors": True}
+            options = {"attn_implementation": ATTENTION, "local_files_only": True, "use_safetensors": True}
             model, info = models[kind].from_pretrained(folder, output_loading_info=True, **options)
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
@@ -72,7 +71,7 @@ def load(
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) != (size := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model {size}")
-    return (on_kernels(model) if attention == ATTENTION else model).eval(), tokenizer
+    return on_kernels(model).eval(), tokenizer
 
 
 def kind_of(folder: Path) -> str:
