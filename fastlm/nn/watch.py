@@ -22,7 +22,8 @@ class watch(Mapping):  # noqa: N801 (read as a verb: `with fastlm.watch(model) a
     Seen is what runs on fastlm while the forward of a module of ``model`` runs, in training, inference and generation, in any
     thread: fastlm.nn's modules, transformers' models with ``attn_implementation="fastlm"``, models after `fastlm.replace`, and
     what a block of `fastlm.use` routes. Outputs, gradients and derivatives of any order are what they are without the watch,
-    to the bit. Where a gradient is recorded, or a backend has no statistics in its forward, they cost a pass of their own.
+    on CPUs to the bit, on GPUs where the pass with statistics has the same tiles (kernels/attention/tiles.py), and to rounding
+    elsewhere. The statistics come from the forward's own pass, the keys' mass from one more product of queries and keys.
     What is kept does not grow with the number of calls, stays on its device, and nothing waits for a GPU until it is read.
 
     A layer has the name of the innermost module whose forward made the call, as in ``model.named_modules()``. The calls of a
