@@ -137,7 +137,7 @@ SINGLE = {
     },
     ("gfx942", LoopKind.PLAIN): {
         FORWARD: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
-        GRAD_KEY_VALUE: (Tile(32, 64, 8, 1, spilled=32), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        GRAD_KEY_VALUE: (Tile(16, 64, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
         GRAD_QUERY: (Tile(64, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
         KVCACHE: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2), Tile(16, 16, 8, 1)),
     },
@@ -218,7 +218,7 @@ JVP_HALF = {
 JVP_SINGLE = {
     ("sm_86", LoopKind.PLAIN): {
         JVP: (Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=600)),
-        JVP_GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=48), Tile(16, 16, 8, 1, spilled=700)),
+        JVP_GRAD_KEY_VALUE: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, spilled=64), Tile(16, 16, 8, 1, spilled=700)),
         JVP_GRAD_QUERY: (Tile(16, 16, 8, 1, spilled=16), Tile(16, 16, 8, 1, spilled=64), Tile(16, 16, 8, 1, spilled=700)),
     },
     ("gfx942", LoopKind.PLAIN): {
