@@ -229,7 +229,8 @@ def test_the_table_and_the_plot_show_every_layer():
     assert head.split("  ")[0] == "layer" and head.endswith("on the first key") and str(stats) == stats.table()
     assert [row.split()[:3] for row in rows] == [[f"layers.{i}", str(HEADS), str(BATCH * LENGTH)] for i in range(2)]
     maps = [axes for axes in stats.plot().axes if axes.images]
-    assert [axes.get_title() for axes in maps] == ["entropy, nats", "largest logit", "share of the first key"]
+    titles = ["".join(map(axes.get_title, ("left", "center", "right"))) for axes in maps]  # A user's style may move them.
+    assert titles == ["entropy, nats", "largest logit", "share of the first key"]
     assert maps[0].images[0].get_array().shape == (2, HEADS)
 
 

@@ -12,16 +12,27 @@ from pathlib import Path
 
 import pytest
 from fastlm.kernels.attention.tiles import shared_memory
+from filelock import FileLock
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
-pytestmark = pytest.mark.xdist_group("triton_compile")  # What one process has compiled, all of these tests read.
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    """Compile the variants, and return a row of facts about each."""
+def rows(tmp_path_factory, worker_id) -> list[dict]:
+    """Return a row of facts about each variant. The first of xdist's processes compiles them, and the others wait for it."""
+    if worker_id == "master":  # There is one process.
+        return _compiled()
+    shared = tmp_path_factory.getbasetemp().parent / "triton_variants.json"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            shared.write_text(json.dumps(_compiled()))
+    return json.loads(shared.read_text())
+
+
+def _compiled() -> list[dict]:
+    """Compile the variants."""
     command = [sys.executable, str(SCRIPT), "--cover"]
     process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=1500, check=False)
     assert process.stdout, process.stderr
