@@ -127,7 +127,6 @@ def _doubling(most: int) -> list[int]:
 _QKV = ("query", "key", "value")
 _EAGER = ("eager", "eager, compiled")
 _GPU_PEERS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention", "flash-attn", "xformers")
-_STATS_PEERS = ("eager", "without")
 _ON_GPU = {"device": "cuda", "backends": ("triton",), "dtypes": (BF16,)}
 _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
@@ -207,7 +206,7 @@ BENCHMARKS = (
         (_dropping(1, 8, 512, quick=(FP32, BF16)), _dropping(1, 2, 2048, quick=(FP32, BF16), memory=True)),
         sized=_dropping,
         differentiable=_QKV,
-        peers_differ=True,
+        own_noise=True,
     ),
     _section(
         "attention, forward mode (jvp)",
@@ -228,26 +227,34 @@ BENCHMARKS = (
     ),
     _section(
         "attention with entropy and largest logit",
-        (_square(1, 8, 512, quick=(FP32, BF16)), _square(1, 8, 2048, quick=_HALF), _square(1, 1, 8192, quick=(), memory=True)),
-        _STATS_PEERS,
+        (
+            _square(1, 8, 512, quick=(FP32, BF16)),
+            _square(1, 8, 2048, quick=(FP32, BF16)),
+            _square(1, 1, 8192, quick=(), memory=True),
+        ),
+        ("eager",),
         function=attention_stats.attention_with_row_stats,
-        peers_differ=True,
+        slow_in_half=(),
     ),
     _section(
         "attention with key mass",
-        (_square(1, 8, 512, quick=(FP32, BF16)), _square(1, 8, 2048, quick=_HALF), _square(1, 1, 8192, quick=(), memory=True)),
-        _STATS_PEERS,
+        (
+            _square(1, 8, 512, quick=(FP32, BF16)),
+            _square(1, 8, 2048, quick=(FP32, BF16)),
+            _square(1, 1, 8192, quick=(), memory=True),
+        ),
+        ("eager",),
         function=attention_stats.attention_with_key_mass,
-        peers_differ=True,
+        slow_in_half=(),
         checked_whole=True,
     ),
     _section(
         "attention with entropy, forward + backward",
-        (_both(1, 8, 512, quick=(FP32, BF16)), _both(1, 2, 2048, quick=_HALF, memory=True)),
-        _STATS_PEERS,
+        (_both(1, 8, 512, quick=(FP32, BF16)), _both(1, 2, 2048, quick=(FP32, BF16), memory=True)),
+        ("eager",),
         function=attention_stats.attention_with_entropy,
         differentiable=_QKV,
-        peers_differ=True,
+        slow_in_half=(),
     ),
     _section("attention, a tiny call", (_square(1, 1, 16, 16),), ("SDPA",)),
     _section(

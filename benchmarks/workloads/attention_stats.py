@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,11 +33,6 @@ def _with_stats(names: tuple[str, ...], query, key, value, backend) -> tuple[Ten
     return out, *(getattr(stats, name) for name in names)
 
 
-def _without(query: Tensor, key: Tensor, value: Tensor) -> Call:
-    """Call attention for its output alone, to show what the statistics add."""
-    return partial(attention, query, key, value)
-
-
 def _eager(names: tuple[str, ...]) -> Callable[..., Call]:
     """Return the peer that holds the whole matrix, as `output_attentions` of transformers does."""
 
@@ -59,7 +53,7 @@ def _eager(names: tuple[str, ...]) -> Callable[..., Call]:
 
 
 PEERS = {
-    "attention_with_row_stats": {"eager": _eager(ROWS), "without": _without},
-    "attention_with_key_mass": {"eager": _eager(MASS), "without": _without},
-    "attention_with_entropy": {"eager": _eager(ENTROPY), "without": _without},
+    "attention_with_row_stats": {"eager": _eager(ROWS)},
+    "attention_with_key_mass": {"eager": _eager(MASS)},
+    "attention_with_entropy": {"eager": _eager(ENTROPY)},
 }

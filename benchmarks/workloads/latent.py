@@ -36,7 +36,7 @@ _COMMON = {
     "axis": "elements",
     "peers": ("eager", "eager, compiled"),
     "sizes": "rows x columns",
-    "peers_differ": True,
+    "own_noise": True,
 }
 _GPU_SHAPES = (32, 100), (1024, 256), (1024, 1024), (4096, 1024), (65536, 128), (65536, 1024), (16, 1 << 22)
 

@@ -26,6 +26,6 @@ BENCHMARKS = (
         peers=("torch.randn",),
         sizes="elements",
         sized=_workload,
-        peers_differ=True,
+        own_noise=True,
     ),
 )

@@ -43,7 +43,7 @@ class Benchmark:
     differentiable: tuple[str, ...] = ()  # arguments that get gradients; without any, the forward alone is timed
     slow_in_half: tuple[str, ...] = ()  # peers so slow in half precision that only the long run times them
     device: str = "cpu"  # torch's name of the device that it runs on
-    peers_differ: bool = False  # whether peers answer something else, as with noise of their own: their errors are unknown
+    own_noise: bool = False  # whether peers draw noise of their own, so that their errors are unknown
     by_rule: bool = False  # whether fastlm is called without a backend's name, because it may leave a call to torch
     checked_whole: bool = False  # whether an answer depends on so much that no part of it can be checked alone
     growth: bool = False  # whether only the size differs between workloads, so that growth exponents mean something

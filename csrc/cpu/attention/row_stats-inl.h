@@ -96,16 +96,17 @@ FASTLM_SIMD void update_largest(const RowStats& t, int64_t row, const float* sco
 // Adds up a row's statistics over the lanes. sums.total is known.
 static void load_row_stats(const RowStats& t, int64_t row, RowSums& sums) {
   sums.exponents = sum(F32::load(t.exponents + row * kLanes));
-  const bool has_nan = sums.total != sums.total;  // or +inf, which is larger than the finite ones
-  for (int64_t lane = row * kLanes; lane < (row + 1) * kLanes; ++lane) {
-    const float score = t.largest[lane];
-    const int32_t key = int32_t(t.largest_key[lane] + uint32_t(lane % kLanes));
-    if (score > sums.largest || (score == sums.largest && score != -kInfinity && key < sums.largest_key)) {
-      sums.largest = score;
-      sums.largest_key = key;
-    }
+  const float* score = t.largest + row * kLanes;
+  const uint32_t* key = t.largest_key + row * kLanes;
+  sums.largest = largest(F32::load(score));
+  uint32_t first = uint32_t(-1);
+  for (uint32_t lane = 0; lane < uint32_t(kLanes); ++lane) {
+    const uint32_t at = score[lane] == sums.largest ? key[lane] + lane : uint32_t(-1);
+    first = at < first ? at : first;
   }
-  if (has_nan && sums.largest != kInfinity) sums.largest = sums.total;
+  if (sums.largest != -kInfinity) sums.largest_key = int32_t(first);
+  // A total of NaN comes from a score of NaN, or of +inf, which is larger than the finite ones.
+  if (sums.total != sums.total && sums.largest != kInfinity) sums.largest = sums.total;
 }
 
 // Adds the statistics of a split of the keys, whose weights are multiplied by share = 2^exponent, to those of the whole row.
