@@ -127,6 +127,7 @@ def _doubling(most: int) -> list[int]:
 _QKV = ("query", "key", "value")
 _EAGER = ("eager", "eager, compiled")
 _GPU_PEERS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention", "flash-attn", "xformers")
+_STATS_PEERS = ("eager", "output_attentions")
 _ON_GPU = {"device": "cuda", "backends": ("triton",), "dtypes": (BF16,)}
 _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
@@ -232,7 +233,7 @@ BENCHMARKS = (
             _square(1, 8, 2048, quick=(FP32, BF16)),
             _square(1, 1, 8192, quick=(), memory=True),
         ),
-        ("eager",),
+        _STATS_PEERS,
         function=attention_stats.attention_with_row_stats,
         slow_in_half=(),
     ),
@@ -243,7 +244,7 @@ BENCHMARKS = (
             _square(1, 8, 2048, quick=(FP32, BF16)),
             _square(1, 1, 8192, quick=(), memory=True),
         ),
-        ("eager",),
+        _STATS_PEERS,
         function=attention_stats.attention_with_key_mass,
         slow_in_half=(),
         checked_whole=True,
@@ -251,7 +252,7 @@ BENCHMARKS = (
     _section(
         "attention with entropy, forward + backward",
         (_both(1, 8, 512, quick=(FP32, BF16)), _both(1, 2, 2048, quick=(FP32, BF16), memory=True)),
-        ("eager",),
+        _STATS_PEERS,
         function=attention_stats.attention_with_entropy,
         differentiable=_QKV,
         slow_in_half=(),

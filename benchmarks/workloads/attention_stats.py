@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -33,27 +34,40 @@ def _with_stats(names: tuple[str, ...], query, key, value, backend) -> tuple[Ten
     return out, *(getattr(stats, name) for name in names)
 
 
-def _eager(names: tuple[str, ...]) -> Callable[..., Call]:
-    """Return the peer that holds the whole matrix, as `output_attentions` of transformers does."""
+def _of_matrix(attend: Callable[..., tuple[Tensor, Tensor]], names: tuple[str, ...]) -> Callable[..., Call]:
+    """Return a peer whose ``attend(query, key, value)`` returns the output and the whole matrix of weights."""
 
     def ready(query: Tensor, key: Tensor, value: Tensor) -> Call:
         def call() -> tuple[Tensor, ...]:
-            scores = query @ key.mT / math.sqrt(query.shape[3])
-            weights = torch.softmax(scores, dim=-1)
+            out, weights = attend(query, key, value)
             of = {
                 "entropy": lambda: -torch.sum(weights * torch.log(weights), dim=-1),
-                "max_logit": lambda: scores.amax(dim=-1),
+                "max_logit": lambda: torch.amax(query @ key.mT, dim=-1) / math.sqrt(query.shape[3]),
                 "key_mass": lambda: weights.sum(dim=-2),
             }
-            return weights @ value, *(of[name]() for name in names)
+            return out, *(of[name]() for name in names)
 
         return call
 
     return ready
 
 
+def _eager(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[3]), dim=-1)
+    return weights @ value, weights
+
+
+def _output_attentions(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Call what a model of transformers runs to return its weights."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    module = SimpleNamespace(num_key_value_groups=1, training=False)
+    out, weights = eager_attention_forward(module, query, key, value, None, scaling=query.shape[3] ** -0.5)
+    return out.transpose(1, 2), weights
+
+
+_OF = {"attention_with_row_stats": ROWS, "attention_with_key_mass": MASS, "attention_with_entropy": ENTROPY}
 PEERS = {
-    "attention_with_row_stats": {"eager": _eager(ROWS)},
-    "attention_with_key_mass": {"eager": _eager(MASS)},
-    "attention_with_entropy": {"eager": _eager(ENTROPY)},
+    function: {"eager": _of_matrix(_eager, names), "output_attentions": _of_matrix(_output_attentions, names)}
+    for function, names in _OF.items()
 }
