@@ -201,7 +201,7 @@ def test_padding_and_the_rest_of_a_batch_change_nothing():
 
 @torch.no_grad()
 def test_an_encoder_that_sees_what_follows():
-    """The encoder is bidirectional: the last token changes the output of the first."""
+    """Change the last token, and find the output of the first changed."""
     model = build()
     changed = IDS.clone()
     changed[:, -1] = (changed[:, -1] + 1 - 4) % (VOCABULARY - 4) + 4

@@ -42,7 +42,7 @@ def test_results_and_derivatives_are_the_same_bits(model, key_mass):
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("options", [{}, {"causal": True, "window": (3, 0)}, {"dropout_p": 0.3, "seed": 1}], ids=str)
 def test_the_output_of_inference_is_the_same_bits(backend, options):
-    """One pass may compute both here."""
+    """Compare the output without gradients, where one pass computes it and the statistics."""
     model, x = Attend(backend=backend, **options), normals(BATCH, LENGTH, WIDTH)
     with torch.no_grad():
         before = model(x)

@@ -78,7 +78,7 @@ def test_they_are_what_the_matrix_says(backend, isa):
 
 
 def test_the_mass_of_thousands_of_queries_keeps_its_digits(isa):
-    """A plain sum along the rows would lose two digits."""
+    """Sum so many rows that a plain sum along them would lose two digits."""
     call = qkv(q_len=20_000, k_len=70, heads=1, dim=8)
     Oracle(with_stats(fastlm.attention, ("key_mass",)), call, (), set()).check(backend="cpu")
 

@@ -124,7 +124,7 @@ def test_rows_of_huge_scores_keep_the_number_of_keys(fill, backend, isa):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_part_of_the_keys_has_its_part_of_the_weights(backend, isa):
-    """As one rank of several holds it."""
+    """Give a part of the keys, as one rank of several holds it, and the log-sum-exp of all."""
     call = qkv()
     _, lse = fastlm.attention(**call, return_lse=True)
     rows = torch.arange(20)
@@ -162,7 +162,7 @@ def test_any_number_of_threads_finds_the_same(causal, threads, widest_isa):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 3.0}, {"sinks": torch.tensor([0.2, -1.0])}], ids=str)
 def test_the_gradient_is_that_of_finite_differences(options):
-    """The log-sum-exp is a function of the same tensors."""
+    """Differentiate through the log-sum-exp, too, which is a function of the same tensors."""
     leaves = [tensor.double().requires_grad_() for tensor in qkv(q_len=7, k_len=5).values()][:2]
     options = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     rows = torch.tensor([6, 1])

@@ -228,42 +228,37 @@ void attention_backward(const AttentionBackward& a, int64_t threads) {
   run_backward(a, threads, attention_backward_kernels[isa], attention_backward_workspace_kernels[isa]);
 }
 
-static void run_mass(const AttentionMass& a, int64_t rows, std::vector<AttentionTask>& tasks) {
-  const int isa = current_isa();
-  run_sorted(tasks, attention_mass_workspace_kernels[isa](a, rows),
-             [&](const AttentionTask& task, char* memory) { attention_mass_kernels[isa](a, task, memory); });
+// Runs the tasks of a pass over rows.
+template <class Call, class Kernel>
+static void run_rows(const Call& a, int64_t threads, Kernel* kernel, AttentionWorkspace* workspace) {
+  const int64_t step = row_step(a, threads);
+  std::vector<AttentionTask> tasks;
+  add_row_tasks(a, step, tasks);
+  run_sorted(tasks, workspace(a, step), [&](const AttentionTask& task, char* memory) { kernel(a, task, memory); });
 }
 
 void attention_key_mass(const AttentionMass& a) {
   if (!a.key_mass.data) return;  // There are no keys.
+  const int isa = current_isa();
   std::vector<AttentionTask> tasks;
   add_key_tasks(a, kMassKeys, false, tasks);
-  run_mass(a, 0, tasks);
+  run_sorted(tasks, attention_mass_workspace_kernels[isa](a, 0),
+             [&](const AttentionTask& task, char* memory) { attention_mass_kernels[isa](a, task, memory); });
 }
 
 void attention_mean_of_keys(const AttentionMass& a, int64_t threads) {
-  std::vector<AttentionTask> tasks;
-  const int64_t step = row_step(a, threads);
-  add_row_tasks(a, step, tasks);
-  run_mass(a, step, tasks);
+  const int isa = current_isa();
+  run_rows(a, threads, attention_mass_kernels[isa], attention_mass_workspace_kernels[isa]);
 }
 
 void attention_top_keys(const AttentionTopKeys& a, int64_t threads) {
   const int isa = current_isa();
-  std::vector<AttentionTask> tasks;
-  const int64_t step = row_step(a, threads);
-  add_row_tasks(a, step, tasks);
-  run_sorted(tasks, attention_top_keys_workspace_kernels[isa](a, step),
-             [&](const AttentionTask& task, char* memory) { attention_top_keys_kernels[isa](a, task, memory); });
+  run_rows(a, threads, attention_top_keys_kernels[isa], attention_top_keys_workspace_kernels[isa]);
 }
 
 void attention_jvp(const AttentionJvp& a, int64_t threads) {
   const int isa = current_isa();
-  const int64_t step = row_step(a, threads);
-  std::vector<AttentionTask> tasks;
-  add_row_tasks(a, step, tasks);
-  run_sorted(tasks, attention_jvp_workspace_kernels[isa](a, step),
-             [&](const AttentionTask& task, char* memory) { attention_jvp_kernels[isa](a, task, memory); });
+  run_rows(a, threads, attention_jvp_kernels[isa], attention_jvp_workspace_kernels[isa]);
 }
 
 void attention_jvp_backward(const AttentionJvpBackward& a, int64_t threads) {

@@ -329,9 +329,7 @@ static void forward_task(const AttentionForward& a, const AttentionTask& task, c
             });
   if (gemv) merge_outputs(a.value.dtype, t.out, t.out_row, count, a.value_dim);
   for (int64_t r = 0; r < count; ++r) {
-    RowSums sums = kNoKeys;
-    sums.maximum = t.maximum[r];
-    sums.total = sum(F32::load(t.sums + r * kLanes));
+    RowSums sums = row_sums(t.maximum[r], sum(F32::load(t.sums + r * kLanes)));
     if (a.has_row_stats) load_row_stats(t.stats, r, sums);
     const float* out = t.out + r * t.out_row;
     if (task.partial) {

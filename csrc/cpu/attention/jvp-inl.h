@@ -145,7 +145,7 @@ static void finish_jvp_row(const AttentionJvp& a, const Sequence& s, JvpArrays<E
   const int64_t query = t.rows[r].query, head = t.rows[r].head;
   float *out = t.out + r * t.out_row, *out_tangent = t.out_tangent + r * t.out_row;
   const float weights = sum(F32::load(t.sums + r * kLanes));
-  const RowTotal total = finish_row(a, s, query, head, {t.maximum[r], weights, 0.0f, 0.0f, 0}, out);
+  const RowTotal total = finish_row(a, s, query, head, row_sums(t.maximum[r], weights), out);
   float lse_tangent = t.mean[r] * (weights * total.share);  // A sink has the rest of the weights.
   if (a.sinks && a.tangent.sinks && a.sinks[head] != -kInfinity) {
     const double sink = double(a.sinks[head]) * kLog2EDouble;

@@ -109,7 +109,7 @@ static void mass_rows(const AttentionMass& a, const Sequence& s, MassArrays<Elem
 template <class Elem>
 static void mass_keys(const AttentionMass& a, const Sequence& s, MassArrays<Elem>& t, const AttentionTask& task,
                       int64_t first_key, int64_t end) {
-  const int64_t bytes = kMassBlocks * a.group * kTileRow * int64_t(sizeof(float));
+  const int64_t bytes = a.key_mass.data ? kMassBlocks * a.group * kTileRow * int64_t(sizeof(float)) : 0;
   __builtin_memset(t.part, 0, bytes);
   __builtin_memset(t.mass, 0, bytes);
   __builtin_memset(t.error, 0, bytes);

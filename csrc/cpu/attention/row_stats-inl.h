@@ -27,6 +27,14 @@ struct RowSums {
 };
 constexpr RowSums kNoKeys{-kInfinity, 0.0f, 0.0f, -kInfinity, -1};
 
+// Returns the sums of a row without entropy and largest score.
+FASTLM_SIMD RowSums row_sums(float maximum, float total) {
+  RowSums sums = kNoKeys;
+  sums.maximum = maximum;
+  sums.total = total;
+  return sums;
+}
+
 // The total of a row's weights and its sink.
 struct RowTotal {
   double base, log_total;  // Weights are relative to 2^base; log_total is log2 of their sum.

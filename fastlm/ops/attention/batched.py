@@ -165,17 +165,21 @@ def results(out: Tensor, lse: Tensor, stats: AttentionStats | None, return_lse: 
     return (out, lse) if return_lse else out
 
 
+def _attend_on_reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    return reference.attend(*call)
+
+
 IMPLEMENTATIONS = (
     Implementation("cpu", cpu.attend, cpu.why_not),
     Implementation("triton", triton.attend, triton.why_not),
-    Implementation("reference", lambda call: reference.attend(*call), lambda query, value: None),
+    Implementation("reference", _attend_on_reference, lambda query, value: None),
 )
 
 # By the function of an implementation: the same with statistics that have no gradient.
 WATCHED = {
     cpu.attend: cpu.attend_watched,
     triton.attend: triton.attend_watched,
-    IMPLEMENTATIONS[-1].run: lambda call, want_mass: attend_on_reference(call, True, want_mass),
+    _attend_on_reference: lambda call, want_mass: attend_on_reference(call, True, want_mass),
 }
 
 WITH_STATS = (
