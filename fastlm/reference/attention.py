@@ -29,6 +29,7 @@ def attend(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -39,14 +40,20 @@ def attend(
 
     With cu_seqlens, B is 1 and the sequences lie one after the other along the rows. Query i sees key j if
     p_i - left <= j <= p_i + right; None sets no limit. A ``softcap`` of 0 means none. ``seed`` is None without dropout.
+
+    ``places`` int64 (B, 4) say where each sequence's rows stand in a larger call, of which this one computes a part: its
+    position, first_query, first_key and stream. p_i is i + position, and dropout's counters go on from the other three
+    (`keep_mask`); first_key is a multiple of 4.
     """
     options = (left, right, scale, softcap, dropout_p)
     if cu_seqlens_q is None:
-        return _attend(query, key, value, mask, sinks, alibi_slopes, seed, *options)
+        return _attend(query, key, value, mask, sinks, alibi_slopes, seed, places, *options)
     outs, lses = [], []
-    for rows, keys, slopes, own_seed, first in sequences(query, key, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k):
+    for rows, keys, slopes, *of_sequence, first in sequences(
+        query, key, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, places
+    ):
         q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
-        out, lse = _attend(q, k, v, None, sinks, slopes, own_seed, *options, first=first)
+        out, lse = _attend(q, k, v, None, sinks, slopes, *of_sequence, *options, first=first)
         outs.append(out)
         lses.append(lse)
     return in_order_of(query, torch.cat(outs, dim=2)), torch.cat(lses, dim=2)
@@ -59,23 +66,24 @@ def sequences(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-) -> list[tuple[slice, slice, Tensor | None, Tensor | None, int]]:
-    """Return each sequence's rows of query, rows of key, slopes, seed, and index in dropout's counters.
+    places: Tensor | None,
+) -> list[tuple[slice, slice, Tensor | None, Tensor | None, Tensor | None, int]]:
+    """Return each sequence's rows of query, rows of key, slopes, seed, place, and index in dropout's counters.
 
     Without cu_seqlens, the whole batch is one entry.
     """
     if cu_seqlens_q is None:
-        return [(slice(None), slice(None), alibi_slopes, seed, 0)]
+        return [(slice(None), slice(None), alibi_slopes, seed, places, 0)]
     q_offsets = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[2])
     k_offsets = _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[2])
     if len(q_offsets) == 1:  # No sequence is computed as one empty sequence.
-        return [(slice(None), slice(None), None, None, 0)]
+        return [(slice(None), slice(None), None, None, None, 0)]
     found = []
     for b in range(len(q_offsets) - 1):
         rows, keys = slice(q_offsets[b], q_offsets[b + 1]), slice(k_offsets[b], k_offsets[b + 1])
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
         own_seed = seed if seed is None or seed.dim() == 0 else seed[b : b + 1]
-        found.append((rows, keys, slopes, own_seed, b))
+        found.append((rows, keys, slopes, own_seed, None if places is None else places[b : b + 1], b))
     return found
 
 
@@ -91,12 +99,13 @@ def _checked_offsets(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
     return offsets
 
 
-def _attend(query, key, value, mask, sinks, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first=0):
+def _attend(query, key, value, mask, sinks, alibi_slopes, seed, places, left, right, scale, softcap, dropout_p, first=0):
     """Return (out, lse) of one batch of sequences of one length. ``first`` is the first one's index in dropout's counters."""
-    p, lse = softmax_weights(scores(query, key, mask, alibi_slopes, left, right, scale, softcap), sinks)
+    position = positions(query, key, places)
+    p, lse = softmax_weights(scores(query, key, mask, alibi_slopes, left, right, scale, softcap, position), sinks)
     p = p[..., : key.shape[2]]
     if seed is not None:
-        keep = keep_mask(seed, dropout_p, *p.shape, first=first, device=p.device)
+        keep = keep_mask(seed, dropout_p, *p.shape, first=first, places=places, device=p.device)
         p = torch.where(keep, p * keep_scale(dropout_p), 0.0)
     return in_order_of(query, grouped_matmul(p.to(value.dtype), value)), lse
 
@@ -129,17 +138,21 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return e / total, top + torch.log(total)
 
 
-def scores(query, key, mask, alibi_slopes, left, right, scale, softcap, position: Tensor | None = None) -> Tensor:
+def positions(query: Tensor, key: Tensor, places: Tensor | None) -> Tensor:
+    """Return where queries stand among the keys: (Lq, 1), as the last of them, or (B, 1, Lq, 1) by their ``places``."""
+    i = torch.arange(query.shape[2], device=query.device)[:, None]
+    return i + key.shape[2] - query.shape[2] if places is None else i + places[:, 0].reshape(-1, 1, 1, 1)
+
+
+def scores(query, key, mask, alibi_slopes, left, right, scale, softcap, position: Tensor) -> Tensor:
     """Return the scores (B, Hq, Lq, Lk), -inf where a query does not see a key.
 
-    ``position`` (Lq,) says where the queries are among the keys. None: they are the last ones.
+    ``position`` (Lq, 1) or (B, 1, Lq, 1) says where the queries stand among the keys.
     """
     s = grouped_matmul(query, key.transpose(-1, -2)).to(accumulation_dtype(query.dtype)) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    queries, keys = s.shape[2:]
-    position = (torch.arange(queries, device=s.device) + keys - queries if position is None else position)[:, None]
-    j = torch.arange(keys, device=s.device)
+    j = torch.arange(key.shape[2], device=s.device)
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(s.dtype)[..., None, None] * (position - j).abs()
     seen = torch.ones_like(position == j)
@@ -162,17 +175,30 @@ def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def keep_mask(
-    seed: Tensor, dropout_p: float, batch: int, heads: int, queries: int, keys: int, *, first: int = 0, device=None
+    seed: Tensor,
+    dropout_p: float,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    *,
+    first: int = 0,
+    places: Tensor | None = None,
+    device=None,
 ) -> Tensor:
     """Return which weights dropout keeps: bool (batch, heads, queries, keys).
 
     Word j % 4 of counter (j // 4, i, b * heads + h, 0) decides on key j of query i; with a seed per sequence the third word
-    is h. A weight is kept if (word + 1/2) / 2**32 >= dropout_p. ``first`` is the first sequence's b.
+    is h. A weight is kept if (word + 1/2) / 2**32 >= dropout_p. ``first`` is the first sequence's b. With ``places``, i counts
+    from first_query, j from first_key, and the third word is stream + h.
     """
     block = torch.arange((keys + 3) // 4, device=device)
     query = torch.arange(queries, device=device)[:, None]
     head = torch.arange(heads, device=device)[:, None, None]
-    if seed.dim() == 0:
+    if places is not None:
+        first_query, first_key, stream = places[:, 1:].reshape(-1, 3, 1, 1, 1).unbind(1)
+        block, query, head = block + first_key // 4, query + first_query, head + stream
+    elif seed.dim() == 0:
         head = head + heads * (first + torch.arange(batch, device=device))[:, None, None, None]
     seed = seed.reshape(-1, 1, 1, 1)
     words = torch.broadcast_tensors(*philox(seed, block, query, head, torch.zeros_like(block)))
@@ -228,7 +254,7 @@ def attend_kvcache(
                 _write_rows(cache, block_table, b, length, new[b])
         rows = [_read_rows(cache, block_table, b, length + added) for cache in (key_cache, value_cache)]
         slopes = alibi_slopes if alibi_slopes is None or alibi_slopes.dim() == 1 else alibi_slopes[b]
-        out, lse = _attend(query[b : b + 1], *rows, None, sinks, slopes, None, left, right, scale, softcap, 0.0)
+        out, lse = _attend(query[b : b + 1], *rows, None, sinks, slopes, None, None, left, right, scale, softcap, 0.0)
         outs.append(out)
         lses.append(lse)
     if not outs:

@@ -26,7 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import grouped_matmul, in_order_of, keep_mask, keep_scale, scores, sequences, softmax_weights
+from .attention import (
+    grouped_matmul,
+    in_order_of,
+    keep_mask,
+    keep_scale,
+    positions,
+    scores,
+    sequences,
+    softmax_weights,
+)
 from .latent import accumulation_dtype
 
 # The tangents or the gradients of query, key, value, mask and sinks. A tangent of None is zero.
@@ -55,6 +64,7 @@ def jvp(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -66,10 +76,11 @@ def jvp(
     tangents = _filled(tangents, tensors)
     options = left, right, scale, softcap, dropout_p
     douts, dlses = [], []
-    for rows, keys, slopes, own_seed, first in sequences(query, key, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k):
-        of_sequence, dof_sequence = _cut(tensors, rows, keys), _cut(tangents, rows, keys)
-        v, dv = of_sequence[2], dof_sequence[2]
-        p, z, ds, m, *_ = _rows(of_sequence, dof_sequence, slopes, own_seed, *options, first=first)
+    packing = cu_seqlens_q, cu_seqlens_k, places
+    for rows, keys, slopes, *of_sequence, first in sequences(query, key, alibi_slopes, seed, *packing):
+        inputs, dinputs = _cut(tensors, rows, keys), _cut(tangents, rows, keys)
+        v, dv = inputs[2], dinputs[2]
+        p, z, ds, m, *_ = _rows(inputs, dinputs, slopes, *of_sequence, *options, first=first)
         dweights, weights = ((z * t)[..., : v.shape[2]].to(v.dtype) for t in (p * (ds - m), p))
         douts.append(grouped_matmul(dweights, v) + grouped_matmul(weights, dv))
         dlses.append(m.squeeze(3))
@@ -89,6 +100,7 @@ def jvp_backward(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -107,11 +119,12 @@ def jvp_backward(
     if grad_dlse is None:
         grad_dlse = query.new_zeros(query.shape[:3], dtype=accumulation_dtype(query.dtype))
     parts = []
-    for rows, keys, slopes, own_seed, first in sequences(query, key, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k):
-        of_sequence, dof_sequence = _cut(tensors, rows, keys), _cut(tangents, rows, keys)
-        r = _rows(of_sequence, dof_sequence, slopes, own_seed, *options, first=first)
+    packing = cu_seqlens_q, cu_seqlens_k, places
+    for rows, keys, slopes, *of_sequence, first in sequences(query, key, alibi_slopes, seed, *packing):
+        inputs, dinputs = _cut(tensors, rows, keys), _cut(tangents, rows, keys)
+        r = _rows(inputs, dinputs, slopes, *of_sequence, *options, first=first)
         u, w = grad_dout[:, :, rows], grad_dlse[:, :, rows]
-        parts.append(_backward(u, w.unsqueeze(3), of_sequence, dof_sequence, r, scale))
+        parts.append(_backward(u, w.unsqueeze(3), inputs, dinputs, r, scale))
     return tuple(_joined([part[i] for part in parts]) for i in range(2))
 
 
@@ -137,10 +150,11 @@ def _joined(parts: list[tuple]) -> Differentials:
     return query, key, value, mask, sinks if sinks is None else sum(part[4] for part in parts)
 
 
-def _rows(tensors, tangents, alibi_slopes, seed, left, right, scale, softcap, dropout_p, first) -> _Rows:
+def _rows(tensors, tangents, alibi_slopes, seed, places, left, right, scale, softcap, dropout_p, first) -> _Rows:
     query, key, value, mask, sinks = tensors
     dquery, dkey, _, dmask, dsinks = tangents
-    p, _ = softmax_weights(scores(query, key, mask, alibi_slopes, left, right, scale, softcap), sinks)
+    position = positions(query, key, places)
+    p, _ = softmax_weights(scores(query, key, mask, alibi_slopes, left, right, scale, softcap, position), sinks)
     shape, dtype = (*p.shape[:3], key.shape[2]), p.dtype
     dx = scale * (grouped_matmul(dquery, key.mT).to(dtype) + grouped_matmul(query, dkey.mT).to(dtype))
     softcap_grad, softcap_grad_tangent = 1.0, 0.0
@@ -153,7 +167,8 @@ def _rows(tensors, tangents, alibi_slopes, seed, left, right, scale, softcap, dr
         ds = ds + dmask.to(dtype)
     z = torch.ones(shape, dtype=dtype, device=p.device)
     if seed is not None:
-        z = z.masked_fill(~keep_mask(seed, dropout_p, *shape, first=first, device=p.device), 0.0) * keep_scale(dropout_p)
+        keep = keep_mask(seed, dropout_p, *shape, first=first, places=places, device=p.device)
+        z = z.masked_fill(~keep, 0.0) * keep_scale(dropout_p)
     if sinks is not None:
         ds = torch.cat([ds, dsinks.to(dtype)[:, None, None].expand(*shape[:3], 1)], dim=3)
         z = F.pad(z, (0, 1))

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import attend, scores, sequences, softmax_weights
+from .attention import attend, positions, scores, sequences, softmax_weights
 
 
 def attend_with_stats(
@@ -29,6 +29,7 @@ def attend_with_stats(
     seed: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    places: Tensor | None,
     left: int | None,
     right: int | None,
     scale: float,
@@ -39,12 +40,12 @@ def attend_with_stats(
 
     A row that sees no key has an entropy of 0, a max_logit of -inf, and no share in the mass.
     """
-    out, lse = attend(
-        query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap, dropout_p
-    )
+    packing = cu_seqlens_q, cu_seqlens_k, places
+    out, lse = attend(query, key, value, mask, sinks, alibi_slopes, seed, *packing, left, right, scale, softcap, dropout_p)
     stats = []
-    for rows, keys, slopes, _, _ in sequences(query, key, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k):
-        s = scores(query[:, :, rows], key[:, :, keys], mask, slopes, left, right, scale, softcap)
+    for rows, keys, slopes, _, own_places, _ in sequences(query, key, alibi_slopes, seed, *packing):
+        q, k = query[:, :, rows], key[:, :, keys]
+        s = scores(q, k, mask, slopes, left, right, scale, softcap, positions(q, k, own_places))
         p, _ = softmax_weights(s, sinks)
         stats.append((_entropy(p), _largest(s), p[..., : s.shape[3]].sum(dim=2)))
     entropy, max_logit, key_mass = (torch.cat(parts, dim=2) for parts in zip(*stats))

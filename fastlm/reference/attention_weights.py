@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention import scores, with_sinks
+from .attention import positions, scores, with_sinks
 from .latent import accumulation_dtype
 
 _CHUNK = 1 << 22  # Scores that are held at a time, if the keys allow.
@@ -47,7 +47,7 @@ def _scores_of_rows(query, key, rows, mask, alibi_slopes, left, right, scale, so
     dtype = accumulation_dtype(query.dtype)
     if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
         mask = mask.index_select(-2, rows)
-    position = rows + (key.shape[2] - query.shape[2])
+    position = positions(query, key, None)[rows]
     return scores(query[:, :, rows].to(dtype), key.to(dtype), mask, alibi_slopes, left, right, scale, softcap, position)
 
 

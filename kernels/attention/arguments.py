@@ -68,6 +68,7 @@ class Call(NamedTuple):
     seed: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    places: Tensor | None = None
     left: int | None = None
     right: int | None = None
     scale: float = 1.0

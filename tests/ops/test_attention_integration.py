@@ -35,19 +35,20 @@ def assert_equal(results, expected):
 
 # ---- the ops as torch.library sees them -------------------------------------------------------------------------------------
 
-BASE = (None, None, None, None, None, None)  # mask, sinks, slopes, seed, cu_seqlens_q, cu_seqlens_k
+BASE = (None,) * 7  # mask, sinks, slopes, seed, cu_seqlens_q, cu_seqlens_k, places
 PLAIN = (None, None, 0.3, 0.0, 0.0)  # left, right, scale, softcap, dropout_p
 CU = torch.tensor([0, 4, 9], dtype=torch.int32), torch.tensor([0, 11, 11], dtype=torch.int32)
+PLACES = torch.tensor([[2, 7, 4, 0], [1, 7, 8, 4]])  # position, first_query, first_key, stream
 OP_CALLS = {
     "plain": ((*qkv(2), *BASE), PLAIN),
     "causal": ((*qkv(2), *BASE), (None, 0, 0.3, 0.0, 0.0)),
     "half": ((*qkv(2, dtype=torch.bfloat16), *BASE), PLAIN),
     "transposed": (([t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(2)] + list(BASE)), PLAIN),
     "all": (
-        (*qkv(2), normals(9, 11), normals(4), normals(2, 4).abs(), torch.tensor([1, 2]), None, None),
+        (*qkv(2), normals(9, 11), normals(4), normals(2, 4).abs(), torch.tensor([1, 2]), None, None, PLACES),
         (5, 2, 0.3, 2.0, 0.4),
     ),
-    "packed": ((*qkv(1), None, None, None, None, *CU), PLAIN),
+    "packed": ((*qkv(1), None, None, None, None, *CU, None), PLAIN),
     "empty": ((*qkv(2, k_len=0), *BASE), PLAIN),
 }
 

@@ -198,15 +198,15 @@ def test_the_memory_is_linear_in_the_length(widest_isa):
 
 # ---- with the rest of torch -------------------------------------------------------------------------------------------------
 
-EMPTY = (None,) * 6  # mask, sinks, slopes, seed, cu_seqlens_q, cu_seqlens_k
+EMPTY = (None,) * 7  # mask, sinks, slopes, seed, cu_seqlens_q, cu_seqlens_k, places
 CU = torch.tensor([0, 4, 37], dtype=torch.int32), torch.tensor([0, 11, 45], dtype=torch.int32)
 OP_CALLS = {
     "plain": (*qkv().values(), *EMPTY, None, None, 0.3, 0.0, 0.0),
     "all": (
         *qkv(dtype=torch.bfloat16).values(), torch.zeros(37, 45), torch.zeros(2), torch.tensor([0.1, 0.2]), torch.tensor([4]),
-        None, None, 30, 5, 0.3, 2.0, 0.4,
+        None, None, torch.tensor([[5, 0, 4, 2]]), 30, 5, 0.3, 2.0, 0.4,
     ),
-    "packed": (*qkv().values(), None, None, None, None, *CU, None, 0, 0.3, 0.0, 0.0),
+    "packed": (*qkv().values(), None, None, None, None, *CU, None, None, 0, 0.3, 0.0, 0.0),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from cases import SPECS
 from support.oracle import Oracle
 
 import fastlm
-from fastlm.reference.attention import scores, softmax_weights
+from fastlm.reference.attention import positions, scores, softmax_weights
 from fastlm.testing import VALUE_FACTOR, assert_as_good_as_plain, seeded_normal
 
 CASES = [name for name in SPECS["attention"].cases if name not in ("no batch", "no queries")]
@@ -36,7 +36,17 @@ def matrix(query, key, lse, dtype=torch.float64, **options):
     left, right = options.get("window", (None, None))
     right = 0 if options.get("causal") else right
     scale, softcap = options.get("scale") or query.shape[3] ** -0.5, options.get("softcap") or 0.0
-    s = scores(query.to(dtype), key.to(dtype), mask, options.get("alibi_slopes"), left, right, scale, softcap)
+    s = scores(
+        query.to(dtype),
+        key.to(dtype),
+        mask,
+        options.get("alibi_slopes"),
+        left,
+        right,
+        scale,
+        softcap,
+        positions(query, key, None),
+    )
     return softmax_weights(s, sinks)[0][..., : key.shape[2]]
 
 

@@ -121,6 +121,6 @@ def test_derivatives_of_torch_func_inside_are_no_zeros(loss, derivative, widest_
 
 def test_a_compiled_backward_is_not_silently_differentiated_again(widest_isa):
     x = X.clone().requires_grad_()
-    out, lse, statistics = torch.ops.fastlm.attention(x.detach(), Y, Y, *(None,) * 8, 0.3, 0.0, 0.0)
+    out, lse, statistics = torch.ops.fastlm.attention(x.detach(), Y, Y, *(None,) * 9, 0.3, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="second order cannot be compiled"):
-        torch.ops.fastlm.attention_backward(out, lse, out, lse, statistics, False, False, x, Y, Y, *(None,) * 8, 0.3, 0.0, 0.0)
+        torch.ops.fastlm.attention_backward(out, lse, out, lse, statistics, False, False, x, Y, Y, *(None,) * 9, 0.3, 0.0, 0.0)

@@ -55,7 +55,7 @@ static int64_t rows_per_task(const Attention& a, int64_t rows, int64_t groups, i
 
 // Returns how many keys at least one of the rows [begin, end) of a group sees, without regard to the mask.
 static int64_t keys_seen(const Attention& a, const Sequence& s, int64_t begin, int64_t end) {
-  const int64_t first = begin / a.group + s.k_len - s.q_len, last = (end - 1) / a.group + s.k_len - s.q_len;
+  const int64_t first = begin / a.group + s.place.position, last = (end - 1) / a.group + s.place.position;
   return std::max<int64_t>(std::min(last + a.right + 1, s.k_len) - std::max<int64_t>(first - a.left, 0), 0);
 }
 

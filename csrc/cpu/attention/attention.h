@@ -1,5 +1,5 @@
 // Exact attention over tensors (batch, head, row, column) with a contiguous last dimension. With position(i) = i + k_len -
-// q_len it computes:
+// q_len (or as Place has it) it computes:
 //   s_ij = scale q_i k_j;  s = softcap tanh(s / softcap);  s += mask_ij - slope |position(i) - j|;  s = -inf where masked
 //   p_ij = e^(s_ij - lse_i), lse_i = log(sum_j e^s_ij + e^sink);  out_i = sum_j keep_ij p_ij v_j
 //
@@ -43,6 +43,7 @@ struct Attention {
   int64_t q_len, k_len;                        // lengths of every sequence, unless cu_seqlens or lengths is given
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (batch + 1,): packed sequences; or null
   const int64_t* lengths;                      // (batch,): number of cached keys of each sequence; or null
+  const int64_t* places;                       // (batch, 4): a Place for each sequence; or null
   Rows query, key, value;
   const int32_t* block_table;  // (batch, table_row): key j of sequence b is row j % page of page block_table[b][j / page]
   int64_t table_row, page;     // with a block_table, key.batch and value.batch are strides over pages
@@ -61,19 +62,34 @@ struct Attention {
   bool has_row_stats;    // Forward only: also compute entropy, max_logit and max_key.
 };
 
+// Where the rows of a sequence stand in a larger call, of which this call computes a part.
+struct Place {
+  int64_t position;                // Query i stands at key i + position of this call's keys.
+  int64_t first_query, first_key;  // Dropout's counters count rows from these; first_key is a multiple of 4.
+  int64_t stream;                  // The dropout of head h has the stream of number stream + h.
+};
+
 // Sequence b of the batch, and where its rows are in the tensors: at index `batch`, from row q_first or k_first on.
 struct Sequence {
   int64_t b;
   int64_t q_len, k_len;
   int64_t batch, q_first, k_first;
+  Place place;
 };
 
 static inline Sequence sequence(const Attention& a, int64_t b) {
+  Sequence s{b, a.q_len, a.lengths ? a.lengths[b] : a.k_len, b, 0, 0, {}};
   if (a.cu_seqlens_q) {
     const int64_t q = a.cu_seqlens_q[b], k = a.cu_seqlens_k[b];
-    return {b, a.cu_seqlens_q[b + 1] - q, a.cu_seqlens_k[b + 1] - k, 0, q, k};
+    s = {b, a.cu_seqlens_q[b + 1] - q, a.cu_seqlens_k[b + 1] - k, 0, q, k, {}};
   }
-  return {b, a.q_len, a.lengths ? a.lengths[b] : a.k_len, b, 0, 0};
+  if (a.places) {
+    const int64_t* place = a.places + 4 * b;
+    s.place = {place[0], place[1], place[2], place[3]};
+  } else {
+    s.place = {s.k_len - s.q_len, 0, 0, a.seed_stride ? 0 : b * a.heads};
+  }
+  return s;
 }
 
 // Returns the address of row j of a sequence in a tensor of keys or values.

@@ -140,8 +140,8 @@ struct Indices {
   std::vector<int64_t> lengths;
 };
 
-// Sets the tensors of a call. inputs: query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q and cu_seqlens_k, in the
-// order of AttentionCall; all but the first three may be None.
+// Sets the tensors of a call. inputs: query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k and
+// places, in the order of AttentionCall; all but the first three may be None.
 void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged = false) {
   const TensorView slopes(inputs[5]), seeds(inputs[6]), cu_seqlens_q(inputs[7]), cu_seqlens_k(inputs[8]);
   fill_tensors(a, TensorView(inputs[0]), TensorView(inputs[1]), TensorView(inputs[2]), paged);
@@ -163,6 +163,10 @@ void fill_inputs(Attention& a, Indices& own, const py::tuple& inputs, bool paged
   a.sinks = array_of<float>("sinks", TensorView(inputs[4]), kFloat32, a.heads);
   a.seeds = array_of<int64_t>("seed", seeds, kInt64, seeds.dims ? a.batch : 1);
   a.seed_stride = seeds.dims;
+  a.places = array_of<int64_t>("places", TensorView(inputs[9]), kInt64, a.batch * 4);
+  for (int64_t b = 0; a.places && b < a.batch; ++b) {
+    if (a.seeds && a.places[4 * b + 2] % 4) throw py::value_error("places must hold multiples of 4 as first_key");
+  }
 }
 
 // Sets the tensors that a forward writes.

@@ -51,7 +51,7 @@ FASTLM_SIMD void for_rows(const Attention& a, int64_t kv_head, int64_t first, in
 static void fill_score_rows(const Attention& a, const Sequence& s, int64_t kv_head, int64_t first, int64_t count,
                             ScoreRow* rows) {
   for_rows(a, kv_head, first, count, [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA {
-    const int64_t position = query + s.k_len - s.q_len;
+    const int64_t position = query + s.place.position;
     const int64_t low = position - a.left, high = position + a.right + 1;
     rows[r] = {low > 0 ? low : 0, high < s.k_len ? high : s.k_len, query, head, position, 0.0f, nullptr};
     if (a.slopes) rows[r].slope = a.slopes[s.b * a.slope_batch + head];
@@ -284,10 +284,10 @@ static void score_tangent_tile(const Attention& a, const Sequence& s, const Tang
 // 64 keys use the four words of each of 16 counters. first_key must be a multiple of 64.
 static void draw_keep(const Attention& a, const Sequence& s, const ScoreRow& row, int64_t first_key, float* keep) {
   const uint64_t seed = uint64_t(a.seeds[s.b * a.seed_stride]);
-  const uint64_t head = uint64_t(a.seed_stride ? row.head : s.b * a.heads + row.head);
+  const U64 stream(uint64_t(s.place.stream + row.head)), query(uint64_t(s.place.first_query + row.query));
   const U64 zero(uint64_t(0));
-  const U64 counter = U64(uint64_t(first_key / 4)) + U64::load(kBlockOfLane.block);
-  const Words<U64> words = philox(seed, Words<U64>{counter, U64(uint64_t(row.query)), U64(head), zero});
+  const U64 counter = U64(uint64_t((s.place.first_key + first_key) / 4)) + U64::load(kBlockOfLane.block);
+  const Words<U64> words = philox(seed, Words<U64>{counter, query, stream, zero});
   const auto kept = [&](U64 word) FASTLM_LAMBDA {  // compared by halves: a float holds only 24 bits of a word
     const U32 w = narrow(word);
     const F32 high = to_float(shift_right<16>(w)), low = to_float(w & U32(0xffffu));

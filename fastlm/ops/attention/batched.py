@@ -106,7 +106,9 @@ def attention(
     dropout_p = check_dropout_p(dropout_p)
     check_seed(seed, query)
     wanted = check_return_stats(return_stats)
-    call = AttentionCall(query, key, value, mask, sinks, alibi_slopes, None, None, None, left, right, scale, softcap, dropout_p)
+    call = AttentionCall(
+        query, key, value, mask, sinks, alibi_slopes, None, None, None, None, left, right, scale, softcap, dropout_p
+    )
     return results(*run("attention", call, seed, backend, wanted), return_lse)
 
 

@@ -7,6 +7,15 @@ from torch import Tensor
 from ...reference.attention import drop_below, keep_scale
 
 
+class Place(NamedTuple):
+    """Hold where the rows of a call's sequence stand in a larger call, of which the call computes some queries or keys."""
+
+    position: int  # Query i stands at key i + position of the call's own keys: before, among or behind them.
+    first_query: int  # Dropout's counter takes query i as i + first_query,
+    first_key: int  # key j as j + first_key, a multiple of 4,
+    stream: int  # and head h as stream + h.
+
+
 class AttentionCall(NamedTuple):
     """Hold a checked call of attention. Packed sequences are a batch of one, with offsets along the rows.
 
@@ -22,7 +31,9 @@ class AttentionCall(NamedTuple):
     seed: Tensor | None  # int64, 0-d or (B,); None without dropout
     cu_seqlens_q: Tensor | None  # int32 (sequences + 1,)
     cu_seqlens_k: Tensor | None
-    left: int | None  # Query i sees keys from i + Lk - Lq - left to i + Lk - Lq + right; None sets no limit.
+    # Where each sequence's rows stand in a larger call, of which this one computes a part: int64 (B, 4), the rows of Place.
+    places: Tensor | None
+    left: int | None  # Query i, at key p = i + Lk - Lq (or Place), sees keys from p - left to p + right; None: no limit.
     right: int | None
     scale: float
     softcap: float  # 0: no softcap
@@ -37,9 +48,10 @@ class AttentionCall(NamedTuple):
 
 INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? places, "
+    "SymInt? left, SymInt? right, float scale, float softcap, float dropout_p"
 )
-TENSORS = 9  # The first 9 fields are the tensors.
+TENSORS = 10  # The first 10 fields are the tensors.
 DIFFERENTIABLE = 5  # The first 5 of them have gradients.
 
 

@@ -8,7 +8,7 @@ from ...backend import cpu as native
 from ...backend.cpu import empty, view
 from ..torch_op import may_bypass_dispatcher, sum_to
 from . import observer
-from .call import AttentionCall, KVCacheCall, Tangents, kernel_options
+from .call import TENSORS, AttentionCall, KVCacheCall, Tangents, kernel_options
 from .checks import no_columns
 from .op import (
     Passes,
@@ -55,7 +55,7 @@ def _mask_rows(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 def tensor_args(call: AttentionCall) -> tuple:
     """Return the call's tensors as the C++ code reads them."""
-    query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k = call[:9]
+    query, key, value, mask, sinks, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, places = call[:TENSORS]
     return (
         view(rows_of(query)),
         view(rows_of(key)),
@@ -66,6 +66,7 @@ def tensor_args(call: AttentionCall) -> tuple:
         None if seed is None else view(seed.contiguous()),
         None if cu_seqlens_q is None else view(cu_seqlens_q.contiguous()),
         None if cu_seqlens_k is None else view(cu_seqlens_k.contiguous()),
+        None if places is None else view(places.contiguous()),
     )
 
 
@@ -300,7 +301,7 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
         caches = tuple(cache.detach().transpose(1, 2) for cache in caches)
     over_caches = AttentionCall(
         call.query, *caches, None, call.sinks, call.alibi_slopes, seed=None, cu_seqlens_q=None, cu_seqlens_k=None,
-        left=call.left, right=call.right, scale=call.scale, softcap=call.softcap, dropout_p=0.0,
+        places=None, left=call.left, right=call.right, scale=call.scale, softcap=call.softcap, dropout_p=0.0,
     )  # fmt: skip
     out, lse = empty_results(call.query, call.value_cache, empty)
     native.C.kvcache_attention_forward(

@@ -110,7 +110,8 @@ def _is_one_batch(in_dims: tuple, call: AttentionCall) -> bool:
     """Tell whether vmapped calls can be one batch. Dropout counts heads by batch, and masks, slopes and sinks may not fit."""
     shared = call.mask is None or call.mask.dim() < 4 or call.mask.shape[0] == 1
     shared &= call.alibi_slopes is None or call.alibi_slopes.dim() == 1
-    return shared and call.seed is None and call.cu_seqlens_q is None and in_dims[3:TENSORS] == (None,) * (TENSORS - 3)
+    shared &= call.seed is None and call.cu_seqlens_q is None and call.places is None
+    return shared and in_dims[3:TENSORS] == (None,) * (TENSORS - 3)
 
 
 def _folded(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:

@@ -66,7 +66,7 @@ def scaled_dot_product_attention(
     right = queries - keys if is_causal else None  # From alignment at the last query and key to alignment at the first.
     scale, _ = score_options(scale, None, query.shape[3])
     dropout_p = check_dropout_p(dropout_p)
-    call = AttentionCall(query, key, value, attn_mask, None, None, None, None, None, None, right, scale, 0.0, dropout_p)
+    call = AttentionCall(query, key, value, attn_mask, None, None, None, None, None, None, None, right, scale, 0.0, dropout_p)
     out, _, _ = run("scaled_dot_product_attention", call, None, backend)
     return out if outer is None else out.reshape(*outer, *out.shape[2:])
 

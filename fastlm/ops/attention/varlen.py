@@ -91,7 +91,7 @@ def varlen_attention(
     wanted = check_return_stats(return_stats)
     rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # (1, heads, total, head_dim)
     call = AttentionCall(
-        *rows, None, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, left, right, scale, softcap, dropout_p
+        *rows, None, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, None, left, right, scale, softcap, dropout_p
     )
     out, lse, stats = run("varlen_attention", call, seed, backend, wanted)
     if stats is not None:

@@ -101,7 +101,7 @@ def top_keys(
 
 def _run_on_cpu(query, key, lse, mask, sinks, alibi_slopes, left, right, scale, softcap, k):
     call = AttentionCall(
-        query, key, key, mask, sinks, alibi_slopes, None, None, None, left, right, scale, softcap, dropout_p=0.0
+        query, key, key, mask, sinks, alibi_slopes, None, None, None, None, left, right, scale, softcap, dropout_p=0.0
     )
     return cpu.top_keys(call, lse, k)
 
