@@ -36,8 +36,9 @@ BELOW = {
     "backend": {"kernels", "_C"},
     "ops": {"reference", "backend"},
     "nn": {"ops"},
-    "integrations": {"nn", "ops"},
-    "lm": {"integrations", "nn", "ops"},
+    "distributed": {"ops", "backend"},
+    "integrations": {"distributed", "nn", "ops"},
+    "lm": {"integrations", "distributed", "nn", "ops"},
     "fastlm_cli": {"cli"},
     "cli": {"lm", "integrations", "nn", "ops", "backend", "fastlm"},
     "fastlm": {"backend", "ops", "nn"},  # fastlm/__init__.py

@@ -95,9 +95,7 @@ def _rank(task: bytes, rank: int, world: int, store: str, timeout: float, connec
         torch.utils.deterministic.fill_uninitialized_memory = True
         function, args = pickle.loads(task)
         address = Path(store).as_uri()
-        dist.init_process_group(
-            "gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-        )
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
         answer = True, function(rank, world, *args)
     except BaseException:
         answer = False, traceback.format_exc()

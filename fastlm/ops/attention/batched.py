@@ -91,6 +91,15 @@ def attention(
         out = cpu.fast_path(query, key, value, scale, causal, False, True, backend)
         if out is not None:
             return out
+    call = batched_call(query, key, value, mask, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p)
+    check_mask(call.mask, (*call.query.shape[:3], call.key.shape[2]), call.query.device)
+    check_seed(seed, query)
+    wanted = check_return_stats(return_stats)
+    return results(*run("attention", call, seed, backend, wanted), return_lse)
+
+
+def batched_call(query, key, value, mask, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p) -> AttentionCall:
+    """Check the arguments of `attention` but its seed and the mask's shape, and return the call without its seed."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_rows(name, tensor, BATCHED)
     if key.shape[0] != query.shape[0]:
@@ -98,18 +107,14 @@ def attention(
     query, key, value, mask = autocast(query, key, value, mask)
     check_keys(query, key, value)
     check_groups(query.shape[1], key.shape[1])
-    check_mask(mask, (*query.shape[:3], key.shape[2]), query.device)
     check_per_head(alibi_slopes, sinks, query.shape[0], query, query.shape[1])
     check_no_gradient(alibi_slopes)
     left, right = window_bounds(causal, window)
     scale, softcap = score_options(scale, softcap, query.shape[3])
     dropout_p = check_dropout_p(dropout_p)
-    check_seed(seed, query)
-    wanted = check_return_stats(return_stats)
-    call = AttentionCall(
+    return AttentionCall(
         query, key, value, mask, sinks, alibi_slopes, None, None, None, None, left, right, scale, softcap, dropout_p
     )
-    return results(*run("attention", call, seed, backend, wanted), return_lse)
 
 
 def run(

@@ -121,11 +121,11 @@ def _shared_gradients(
     of_mask = call.query.new_empty(0) if grad_mask is None else sum_to(grad_mask, call.mask)
     if by_weight is None:
         return of_mask, call.query.new_empty(0)
-    weights = sink_weights(call.sinks, statistics, _score_unit(call), lse)
+    weights = sink_weights(call.sinks, statistics, score_unit(call), lse)
     return of_mask, sink_gradient(call.sinks, weights, by_weight)
 
 
-def _score_unit(call: AttentionCall) -> float:
+def score_unit(call: AttentionCall) -> float:
     """Return the factor from C++'s scores to natural ones: `scores_are_products` in csrc/cpu/attention/scores-inl.h."""
     has_bias = call.alibi_slopes is not None or (call.mask is not None and call.mask.is_floating_point())
     return call.scale if 0.0 < call.scale < 2.0**127 and not call.softcap and not has_bias else 1.0
@@ -202,7 +202,7 @@ def stats_backward(
     grads, grad_mask, delta = _backward(grad_out, grad_lse, out, lse, statistics, need_mask, given, call)
     by_weight = None
     if need_sinks:
-        weights = sink_weights(call.sinks, statistics, _score_unit(call), lse)
+        weights = sink_weights(call.sinks, statistics, score_unit(call), lse)
         by_weight = gradient_of_sink_weights(delta, weights, of_stats)
     return *grads, *_shared_gradients(call, grad_mask, lse, statistics, by_weight)
 

@@ -56,9 +56,9 @@ def _kernel_call(call: AttentionCall):
     return triton_kernels.attention().Call(*tensors, *kernel_options(call), allow_tf32())
 
 
-def _unit(call: AttentionCall, kernel_call) -> float:
+def score_unit(call: AttentionCall) -> float:
     """Return the factor from the kernels' scores to natural ones."""
-    return call.scale if triton_kernels.attention().is_scale_only(kernel_call) else 1.0
+    return call.scale if triton_kernels.attention().is_scale_only(_kernel_call(call)) else 1.0
 
 
 def _kernel_tangents(tangents: Tangents):
@@ -97,7 +97,7 @@ def backward(
         stats, grad_lse = _stats_grads(of_stats, grad_lse, lse, statistics, kernel_call)
         kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta, stats))
     if need_sinks:
-        weights = sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse)
+        weights = sink_weights(call.sinks, statistics, score_unit(call), lse)
         by_weight = -delta if of_stats is None else gradient_of_sink_weights(delta, weights, of_stats)
         grad_sinks = sink_gradient(call.sinks, weights, by_weight)
     return *grads, grad_mask, grad_sinks
@@ -178,7 +178,7 @@ def jvp_backward(
     if need_sinks:
         own = 0.0 if tangents.sinks is None else tangents.sinks.float()[:, None]
         by_weight = (lse_tangent - own) * deltas[0] - deltas[1]
-        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, _unit(call, kernel_call), lse), by_weight)
+        grad_sinks = sink_gradient(call.sinks, sink_weights(call.sinks, statistics, score_unit(call), lse), by_weight)
     return *grads, grad_mask, grad_sinks
 
 

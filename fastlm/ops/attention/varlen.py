@@ -68,6 +68,30 @@ def varlen_attention(
             because that would wait for it: wrong ones leave rows unwritten, and nothing outside the tensors is touched.
         UnsupportedError: the named ``backend`` cannot run the call.
     """
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None:
+            check_integer(name, longest, 0, 2**31 - 1)
+    call = varlen_call(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p
+    )
+    if seed is not None:
+        check_seed(seed, cu_seqlens_q[1:])
+    wanted = check_return_stats(return_stats)
+    out, lse, stats = run("varlen_attention", call, seed, backend, wanted)
+    return packed_results(out, lse, stats, return_lse)
+
+
+def packed_results(out: Tensor, lse: Tensor, stats: AttentionStats | None, return_lse: bool) -> Tensor | tuple:
+    """Return what `varlen_attention` returns, from the results of its call, which is a batch of one."""
+    if stats is not None:
+        stats = AttentionStats(*(None if tensor is None else tensor.squeeze(0) for tensor in stats))
+    return results(out.squeeze(0).transpose(0, 1), lse.squeeze(0), stats, return_lse)
+
+
+def varlen_call(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p
+) -> AttentionCall:
+    """Check the arguments of `varlen_attention` but its seed, and return the call without its seed."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_rows(name, tensor, VARLEN)
     query, key, value = autocast(query, key, value)
@@ -78,22 +102,12 @@ def varlen_attention(
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q must hold at least the 0 that it starts with; got none")
     check_indices("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), query.device)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None:
-            check_integer(name, longest, 0, 2**31 - 1)
     check_per_head(alibi_slopes, sinks, cu_seqlens_q.shape[0] - 1, query, heads)
     check_no_gradient(alibi_slopes)
     left, right = window_bounds(causal, window)
     scale, softcap = score_options(scale, softcap, query.shape[2])
     dropout_p = check_dropout_p(dropout_p)
-    if seed is not None:
-        check_seed(seed, cu_seqlens_q[1:])
-    wanted = check_return_stats(return_stats)
     rows = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))  # (1, heads, total, head_dim)
-    call = AttentionCall(
+    return AttentionCall(
         *rows, None, sinks, alibi_slopes, None, cu_seqlens_q, cu_seqlens_k, None, left, right, scale, softcap, dropout_p
     )
-    out, lse, stats = run("varlen_attention", call, seed, backend, wanted)
-    if stats is not None:
-        stats = AttentionStats(*(None if tensor is None else tensor.squeeze(0) for tensor in stats))
-    return results(out.squeeze(0).transpose(0, 1), lse.squeeze(0), stats, return_lse)
