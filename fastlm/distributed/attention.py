@@ -175,10 +175,11 @@ def _attend(
     if call.dropout_p:
         drawn = told[0].seed if seed is None else seed
         call = call._replace(seed=seed_tensor(drawn, call.query))
-    if _chosen(method, call, shards) == "all-to-all":
+    method = _chosen(method, call, shards, wanted)
+    if method == "all-to-all":
         return all_to_all.attend(shards, call, backend, wanted, return_lse)
     if wanted:
-        raise UnsupportedError("return_stats has no method='ring': pass method='all-to-all'")
+        raise UnsupportedError("return_stats needs method='all-to-all', and so a query head for each rank")
     return *ring.attend(shards, call, backend), None
 
 
@@ -246,13 +247,17 @@ def _mask_has_rows(mask: Tensor | None, told: list[_Told]) -> bool:
     if mask is None:
         return False
     keys = sum(t.keys for t in told)
-    has_rows = all(t.mask_rows == t.queries for t in told if t.queries)
     for rank, t in enumerate(told):
-        if t.mask_keys not in (1, keys) or not (has_rows or t.mask_rows == 1):
+        if t.mask_keys not in (1, keys) or t.mask_rows not in (1, t.queries):
             raise ValueError(
-                f"mask must broadcast to a rank's queries and the keys of all ranks, ({t.queries}, {keys}), with a row for "
-                f"each query on all ranks or on none; rank {rank} has ({t.mask_rows}, {t.mask_keys})"
+                f"mask must broadcast to a rank's queries and the keys of all ranks, ({t.queries}, {keys}) on rank {rank}; "
+                f"got ({t.mask_rows}, {t.mask_keys})"
             )
+    has_rows = all(t.mask_rows == t.queries for t in told if t.queries)
+    if not has_rows and any(t.mask_rows != 1 for t in told):
+        raise ValueError(
+            f"mask must have a row for each query on all ranks, or on none; got {[t.mask_rows for t in told]} rows"
+        )
     return has_rows
 
 
@@ -264,10 +269,11 @@ def _check_offsets(name: str, cu_seqlens: Tensor | None, total: int) -> None:
         raise ValueError(f"{name} must start at 0, not fall, and end at the rows of all ranks, {total}; got {offsets}")
 
 
-def _chosen(method: str, call: AttentionCall, shards: Shards) -> str:
+def _chosen(method: str, call: AttentionCall, shards: Shards, wanted: frozenset[str]) -> str:
+    """Return the method that "auto" takes, or the one that was asked for."""
     heads, size = call.query.shape[1], shards.ranks.size
     if method == "all-to-all" and heads < size:
         raise ValueError(f"method='all-to-all' needs a query head for each of the {size} ranks; got {heads}")
     if method == "auto":
-        return "ring" if heads < size or shards.mask_has_rows else "all-to-all"
+        return "ring" if heads < size or (shards.mask_has_rows and not wanted) else "all-to-all"
     return method

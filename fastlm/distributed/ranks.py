@@ -29,12 +29,11 @@ def ranks_of(group: Any, mesh: Any) -> Ranks:
         if mesh.ndim != 1:
             raise ValueError(f"mesh must have one dimension, e.g. mesh['cp']; got {mesh.ndim}")
         group = mesh.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must contain this process")
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"group must be a ProcessGroup or None; got {type(group).__name__}")
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("group must contain this process")
-    return Ranks(group, rank, dist.get_world_size(group))
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
 
 
 class Checked(NamedTuple):

@@ -52,8 +52,9 @@ def make_plan(shards: Shards, call: AttentionCall, passes: PartPasses) -> Plan:
     """Divide the work of a call among the ranks."""
     ranks, sequences = shards.ranks, Sequences.of(call, shards)
     queries, keys = [[rows] for rows in shards.query_ranges()], shards.key_ranges()
-    left, right, reach = call.left, call.right, sum(shards.keys) // ranks.size
-    if right is not None and (left is None or left + right > reach):
+    left, right = call.left, call.right
+    # Under a window of a share w of the keys, the mean rank has 1 - w / 2 of the work of the last.
+    if right is not None and (left is None or left + right > sum(shards.keys) // 4):
         pieces = split(sum(shards.queries), 2 * ranks.size)
         queries = [[pieces[r], pieces[-1 - r]] for r in range(ranks.size)]
     if call.dropout_p:

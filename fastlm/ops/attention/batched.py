@@ -165,7 +165,7 @@ def _seeded(call: AttentionCall, seed: int | Tensor | None) -> AttentionCall:
     return call._replace(seed=seed_tensor(seed, call.query)) if call.dropout_p else call
 
 
-def results(out: Tensor, lse: Tensor, stats: AttentionStats | None, return_lse: bool) -> Tensor | tuple:
+def results(out: Tensor, lse: Tensor | None, stats: AttentionStats | None, return_lse: bool) -> Tensor | tuple:
     """Return what a public function returns: out alone, or a tuple with lse and stats, where asked for."""
     if stats is not None:
         return (out, lse, stats) if return_lse else (out, stats)

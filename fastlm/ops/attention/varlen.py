@@ -81,11 +81,11 @@ def varlen_attention(
     return packed_results(out, lse, stats, return_lse)
 
 
-def packed_results(out: Tensor, lse: Tensor, stats: AttentionStats | None, return_lse: bool) -> Tensor | tuple:
+def packed_results(out: Tensor, lse: Tensor | None, stats: AttentionStats | None, return_lse: bool) -> Tensor | tuple:
     """Return what `varlen_attention` returns, from the results of its call, which is a batch of one."""
     if stats is not None:
         stats = AttentionStats(*(None if tensor is None else tensor.squeeze(0) for tensor in stats))
-    return results(out.squeeze(0).transpose(0, 1), lse.squeeze(0), stats, return_lse)
+    return results(out.squeeze(0).transpose(0, 1), lse.squeeze(0) if return_lse else None, stats, return_lse)
 
 
 def varlen_call(

@@ -1,0 +1,205 @@
+"""Test spread attention in its surroundings: seeds, derivatives, autocast, checkpoints, groups, and what travels."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import ranks
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import fastlm
+from fastlm.distributed import attention, ring
+from fastlm.distributed.ranks import Ranks
+from fastlm.distributed.sequences import Shards
+from fastlm.ops.attention.call import AttentionCall
+from fastlm.ops.attention.parts import PASSES
+from fastlm.testing import seeded_normal
+
+METHODS = ("all-to-all", "ring")
+NAMES = ("query", "key", "value")
+ROWS = 24
+
+
+def whole(dtype=torch.float32, heads=4) -> dict:
+    """Return a call of as many queries as keys."""
+    return {name: seeded_normal(i, (2, heads, ROWS, 8), dtype) for i, name in enumerate(NAMES)}
+
+
+def own(tensors: dict, rank: int, world: int) -> dict:
+    """Return a rank's rows of tensors whose rows are their third dimension."""
+    return {name: tensor.chunk(world, 2)[rank] for name, tensor in tensors.items()}
+
+
+def joined(results: list) -> torch.Tensor:
+    return torch.cat(results, dim=2)
+
+
+# ---- seeds ------------------------------------------------------------------------------------------------------------------
+
+
+def drawn(rank: int, world: int) -> list[torch.Tensor]:
+    torch.manual_seed(rank)
+    call = own(whole(), rank, world) | {"dropout_p": 0.4, "causal": True}
+    outs = [attention(**call, method=method) for method in METHODS]
+    torch.manual_seed(rank)
+    return [*outs, checkpoint(lambda q: attention(**call | {"query": q}), call["query"], use_reentrant=False)]
+
+
+def test_a_seed_is_drawn_once_for_all_ranks():
+    torch.manual_seed(0)
+    seeds = [int(torch.randint(2**63 - 1, ())) for _ in METHODS]
+    expected = [fastlm.attention(**whole(), dropout_p=0.4, causal=True, seed=seed) for seed in (*seeds, seeds[0])]
+    for result, golden in zip(map(joined, zip(*ranks.run(drawn, 2))), expected):
+        torch.testing.assert_close(result, golden)
+
+
+# ---- derivatives ------------------------------------------------------------------------------------------------------------
+
+
+def second_order(call: dict, function) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of a gradient's squares."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in call.items()}
+    out = function(**leaves, causal=True)
+    grads = torch.autograd.grad((out**2).sum(), leaves.values(), create_graph=True)
+    return torch.autograd.grad(sum((grad**2).sum() for grad in grads), leaves.values())
+
+
+def forward_mode(call: dict, function) -> torch.Tensor:
+    """Return the tangent of out in the direction of the call itself."""
+    with forward_ad.dual_level():
+        out = function(**{name: forward_ad.make_dual(tensor, tensor.flip(-1)) for name, tensor in call.items()}, causal=True)
+        return forward_ad.unpack_dual(out).tangent
+
+
+def derivatives(rank: int, world: int):
+    call = own(whole(), rank, world)
+    try:
+        second_order(call, lambda **kwargs: attention(**kwargs, method="ring"))
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    return second_order(call, attention), forward_mode(call, attention), error
+
+
+def test_all_to_all_has_all_derivatives_and_the_ring_one():
+    second, tangents, errors = zip(*ranks.run(derivatives, 2))
+    for result, golden in zip(map(joined, zip(*second)), second_order(whole(), fastlm.attention)):
+        torch.testing.assert_close(result, golden)
+    assert torch.equal(joined(tangents), forward_mode(whole(), fastlm.attention))
+    assert all("no derivatives of this order" in error for error in errors)
+
+
+def statistics(rank: int, world: int):
+    out, lse, stats = attention(**own(whole(), rank, world), causal=True, return_lse=True, return_stats=STATS)
+    return out, lse, *stats
+
+
+STATS = ("entropy", "max_logit", "key_mass")
+
+
+def test_statistics_are_those_of_one_process():
+    out, lse, stats = fastlm.attention(**whole(), causal=True, return_lse=True, return_stats=STATS)
+    for result, golden in zip(map(joined, zip(*ranks.run(statistics, 2))), (out, lse, *stats)):
+        assert torch.equal(result, golden)
+
+
+# ---- with the rest of torch -------------------------------------------------------------------------------------------------
+
+
+def with_autocast(rank: int, world: int):
+    with torch.autocast("cpu", torch.bfloat16):
+        return [attention(**own(whole(), rank, world), method=method) for method in METHODS]
+
+
+def test_autocast_gives_the_dtype_of_products():
+    half = fastlm.attention(**whole(torch.bfloat16))
+    for result in map(joined, zip(*ranks.run(with_autocast, 2))):
+        torch.testing.assert_close(result, half, atol=0.02, rtol=0.0)
+
+
+def compiled(rank: int, world: int):
+    call = own(whole(), rank, world)
+
+    def step(query, key, value, method):
+        return attention(query * 1.0, key, value, method=method) * 2.0
+
+    return [torch.compile(step, backend="eager")(**call, method=method) for method in METHODS]
+
+
+def test_compiled_code_calls_it():
+    for result in map(joined, zip(*ranks.run(compiled, 2))):
+        torch.testing.assert_close(result, fastlm.attention(**whole()) * 2.0)
+
+
+def in_halves(rank: int, world: int):
+    """Return the results in two groups of two, by a mesh's groups and by the mesh itself."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    call = {name: tensor[rank // 2 : rank // 2 + 1] for name, tensor in own(whole(), rank % 2, 2).items()}
+    given = {"mesh": mesh["cp"]}, {"group": mesh.get_group("cp")}
+    return [attention(**call, **place, method=method, causal=True) for place, method in itertools.product(given, METHODS)]
+
+
+def test_groups_of_some_processes():
+    found = ranks.run(in_halves, 4)
+    for example, parts in enumerate((found[:2], found[2:])):
+        golden = fastlm.attention(**{name: t[example : example + 1] for name, t in whole().items()}, causal=True)
+        for result in map(joined, zip(*parts)):
+            torch.testing.assert_close(result, golden)
+
+
+# ---- who does what ----------------------------------------------------------------------------------------------------------
+
+
+def plan_of(rank: int, world: int, rows=4096, **options) -> ring.Plan:
+    """Return the plan of one rank."""
+    query = torch.empty(1, 1, rows // world, 1)
+    fields = dict.fromkeys(AttentionCall._fields) | {"query": query, "key": query, "value": query, "dropout_p": 0.0} | options
+    shards = Shards(Ranks(None, rank, world), (rows // world,) * world, (rows // world,) * world, False)
+    return ring.make_plan(shards, AttentionCall(**fields), PASSES[-1].run)
+
+
+def scores_of(rank: int, world: int) -> int:
+    """Return how many scores a rank computes of a causal call."""
+    return sum(sum(range(begin + 1, end + 1)) for begin, end in plan_of(rank, world, right=0).queries[rank])
+
+
+@pytest.mark.parametrize("world", [2, 4, 7, 16])
+def test_causal_work_is_balanced(world):
+    work = [scores_of(rank, world) for rank in range(world)]
+    assert max(work) < 1.01 * min(work)
+
+
+def test_steps_that_a_window_does_not_reach_are_left_out():
+    plan = plan_of(3, 8, left=512, right=0)  # 512 rows a rank
+    assert not plan.moves_queries()
+    assert plan.sees == [[False, False, True, True, *[False] * 4]]
+    assert plan.seen_by == [False, False, False, True, True, False, False, False]
+    assert plan_of(3, 8, left=513, right=0).sees == [[False, True, True, True, *[False] * 4]]
+    assert plan_of(3, 8, left=1, right=1).sees == [[False, False, True, True, True, *[False] * 3]]
+
+
+def test_a_window_as_long_as_the_sequence_is_balanced():
+    assert plan_of(0, 4, left=4096, right=0).queries == plan_of(0, 4, right=0).queries
+    assert plan_of(0, 4, right=0).queries[0] == [(0, 512), (3584, 4096)]
+
+
+def messages(rank: int, world: int) -> list[int]:
+    """Return how many tensors this rank sends and receives in the ring, forward and backward."""
+    counts, begin = [0, 0], dist.batch_isend_irecv
+
+    def counted(operations):
+        for operation in operations:
+            counts[operation.op is dist.irecv] += 1
+        return begin(operations)
+
+    dist.batch_isend_irecv = counted
+    leaves = {name: tensor.requires_grad_() for name, tensor in own(whole(), rank, world).items()}
+    attention(**leaves, method="ring", window=(ROWS // 4, 0)).sum().backward()
+    return counts
+
+
+def test_only_what_is_seen_travels():
+    found = ranks.run(messages, 4)  # Keys and values forward, again in the backward, and their gradients home.
+    assert found == [[4, 2], [6, 6], [6, 6], [2, 4]]
