@@ -2,11 +2,12 @@
 
 Each rank attends with its queries to the keys of one rank after the other, and joins the results by their log-sum-exps
 (ops/attention/parts.py). At step s it gets the keys and values of rank r - s from there, while it computes step s - 1, and
-their gradients go back there. Steps whose keys no query of a rank sees are left out.
+their gradients go back there. Keys that no query of a rank sees are not sent to it.
 
-A causal limit would give the last ranks most of the work. There the queries are exchanged: of 2n pieces, rank r computes those
-of numbers r and 2n - 1 - r ("zigzag"), and out moves back. Keys and values stay where they are.
-Sources: Liu et al., "Ring Attention with Blockwise Transformers" (2023); Brandon et al., "Striped Attention" (2023).
+A causal limit would give the last ranks most of the work. There the rows are exchanged first: of 2n pieces, rank r has those of
+numbers r and 2n - 1 - r ("zigzag"), so that all ranks have as much work in each step; and out moves back.
+Sources: Liu et al., "Ring Attention with Blockwise Transformers" (2023); Brandon et al., "Striped Attention" (2023); the zigzag
+of Llama 3's context parallelism (2024).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..backend import select
-from ..ops.attention.call import AttentionCall
+from ..ops.attention.call import DIFFERENTIABLE, AttentionCall
 from ..ops.attention.parts import PASSES, PartPasses, first, join
 from ..ops.torch_op import differentiable_once, reference_only
 from .exchange import Range, move_rows
@@ -29,102 +30,118 @@ from .sequences import Sequences, Shards, align_to_counters, part_of, split, vis
 
 
 class Plan(NamedTuple):
-    """Hold which queries each rank computes, and whose keys it needs."""
+    """Hold which rows each rank has while it computes, in one or two pieces, and which of them others need."""
 
     shards: Shards
     sequences: Sequences
     passes: PartPasses
-    queries: list[list[Range]]  # of each rank: the pieces that it computes
-    keys: list[Range]  # of each rank
-    sees: list[list[bool]]  # [piece][rank]: whether this rank's piece of queries sees that rank's keys
-    seen_by: list[bool]  # [rank]: whether that rank sees this rank's keys
+    queries: list[list[Range]]  # of each rank
+    keys: list[list[Range]]  # of each rank
+    sees: list[list[list[bool]]]  # [rank][i][j]: whether this rank's piece i of queries sees that rank's piece j of keys
+    sends: list[list[bool]]  # [rank][j]: whether that rank sees this rank's piece j of keys
 
-    def moves_queries(self) -> bool:
-        """Tell whether a rank computes other rows than its own."""
-        return [[rows] for rows in self.shards.query_ranges()] != self.queries
-
-    def moves_keys(self) -> bool:
-        """Tell whether the bounds between the ranks' keys move."""
-        return self.shards.key_ranges() != self.keys
+    def needs(self, source: int) -> list[bool]:
+        """Tell for each piece of a rank's keys whether this rank sees it."""
+        return _any_of_each(self.sees[source])
 
 
 def make_plan(shards: Shards, call: AttentionCall, passes: PartPasses) -> Plan:
     """Divide the work of a call among the ranks."""
-    ranks, sequences = shards.ranks, Sequences.of(call, shards)
-    queries, keys = [[rows] for rows in shards.query_ranges()], shards.key_ranges()
+    (_, rank, size), sequences = shards.ranks, Sequences.of(call, shards)
     left, right = call.left, call.right
+    queries, keys = shards.query_ranges(), shards.key_ranges()
     # Under a window of a share w of the keys, the mean rank has 1 - w / 2 of the work of the last.
-    if right is not None and (left is None or left + right > sum(shards.keys) // 4):
-        pieces = split(sum(shards.queries), 2 * ranks.size)
-        queries = [[pieces[r], pieces[-1 - r]] for r in range(ranks.size)]
+    zigzag = right is not None and (left is None or left + right > sum(shards.keys) // 4)
+    if zigzag:
+        queries, keys = split(sum(shards.queries), 2 * size), split(sum(shards.keys), 2 * size)
     if call.dropout_p:
         keys = align_to_counters(sequences, keys)
-    sees = visible(sequences, queries[ranks.rank], keys, left, right)
-    flat = [rows for of_rank in queries for rows in of_rank]
-    seen = iter(visible(sequences, flat, [keys[ranks.rank]], left, right))
-    seen_by = [any([next(seen)[0] for _ in of_rank]) for of_rank in queries]
-    return Plan(shards, sequences, passes, queries, keys, sees, seen_by)
+    queries, keys = ([[p[r], p[-1 - r]] if zigzag else [p[r]] for r in range(size)] for p in (queries, keys))
+    sees = [visible(sequences, queries[rank], of_rank, left, right) for of_rank in keys]
+    sends = [_any_of_each(visible(sequences, of_rank, keys[rank], left, right)) for of_rank in queries]
+    return Plan(shards, sequences, passes, queries, keys, sees, sends)
+
+
+def _any_of_each(rows: list[list[bool]]) -> list[bool]:
+    return [any(column) for column in zip(*rows)]
 
 
 def attend(shards: Shards, call: AttentionCall, backend: str | None) -> tuple[Tensor, Tensor]:
     """Return out and lse of this rank's rows, from the call of its rows."""
-    barred = reference_only(*call[:5])
-    passes = select("attention", PASSES, (call.query, call.value), backend, barred)
-    plan = make_plan(shards, call, passes)
+    barred = reference_only(*call[:DIFFERENTIABLE])
+    plan = make_plan(shards, call, select("attention", PASSES, (call.query, call.value), backend, barred))
     query, key, value, mask, sinks, *rest = call
-    if plan.moves_keys():
-        have, want = ([[rows] for rows in ranges] for ranges in (shards.key_ranges(), plan.keys))
-        key, value = (move_rows(shards.ranks, tensor, have, want) for tensor in (key, value))
-    if plan.moves_queries():
-        have = [[rows] for rows in shards.query_ranges()]
-        query = move_rows(shards.ranks, query, have, plan.queries)
-        if shards.mask_has_rows:
-            mask = _move_mask(shards.ranks, mask, have, plan.queries)
-        out, lse = _Ring.apply(plan, rest, query, key, value, mask, sinks)
-        out = move_rows(shards.ranks, out, plan.queries, have)
-        return out, move_rows(shards.ranks, lse[..., None], plan.queries, have).squeeze(3)
-    return _Ring.apply(plan, rest, query, key, value, mask, sinks)
+
+    def moved(tensor: Tensor, ranges: list[Range], wanted: list[list[Range]], back: bool = False) -> Tensor:
+        have = [[rows] for rows in ranges]
+        if have == wanted:
+            return tensor
+        if tensor.dtype == torch.bool:
+            return moved(tensor.view(torch.uint8), ranges, wanted, back).view(torch.bool)
+        return move_rows(shards.ranks, tensor, wanted, have) if back else move_rows(shards.ranks, tensor, have, wanted)
+
+    of_queries, of_keys = (shards.query_ranges(), plan.queries), (shards.key_ranges(), plan.keys)
+    out, lse = _Ring.apply(
+        plan,
+        rest,
+        moved(query, *of_queries),
+        moved(key, *of_keys),
+        moved(value, *of_keys),
+        moved(mask, *of_queries) if shards.mask_has_rows else mask,
+        sinks,
+    )
+    return moved(out, *of_queries, back=True), moved(lse[..., None], *of_queries, back=True).squeeze(3)
 
 
-def _move_mask(ranks: Ranks, mask: Tensor, have: list[list[Range]], want: list[list[Range]]) -> Tensor:
-    if mask.dtype == torch.bool:
-        return move_rows(ranks, mask.view(torch.uint8), have, want).view(torch.bool)
-    return move_rows(ranks, mask, have, want)
+# ---- one part: a piece of this rank's queries with a piece of keys ----------------------------------------------------------
 
 
-# ---- one part: a piece of this rank's queries with one rank's keys ----------------------------------------------------------
-
-
-def _pieces(plan: Plan) -> list[slice]:
-    """Return where the pieces of queries lie in this rank's tensors."""
+def _places(pieces: list[Range]) -> list[slice]:
+    """Return where the pieces of a rank's rows lie in its tensors."""
     found, at = [], 0
-    for begin, end in plan.queries[plan.shards.ranks.rank]:
+    for begin, end in pieces:
         found.append(slice(at, at + end - begin))
         at += end - begin
     return found
 
 
-def _mask_of(plan: Plan, mask: Tensor | None, rows: slice, source: int) -> Tensor | None:
-    """Return the view of a mask (or of its gradient) of some of the rows, and of the keys of a rank."""
-    if mask is None:
-        return None
-    columns = slice(*plan.keys[source]) if mask.shape[3] > 1 else slice(None)
-    return mask[:, :, rows if plan.shards.mask_has_rows else slice(None), columns]
+class _Part(NamedTuple):
+    """Hold a piece of this rank's queries and the piece of keys that it attends to."""
+
+    queries: Range
+    keys: Range
+    rows: slice  # of the queries in this rank's tensors
+    has_sink: bool  # A sink counts once, with the first keys of all that a rank computes with.
+
+    def of_mask(self, mask: Tensor | None, has_rows: bool) -> Tensor | None:
+        """Return the view of a mask, or of its gradient, for these rows and keys."""
+        if mask is None:
+            return None
+        columns = slice(*self.keys) if mask.shape[3] > 1 else slice(None)
+        return mask[:, :, self.rows if has_rows else slice(None), columns]
 
 
-def _part_call(plan: Plan, rest: list, tensors: tuple, piece: int, rows: slice, source: int) -> AttentionCall:
-    """Return the call of a piece of queries with the keys of a rank. A sink counts with the rank's own keys."""
-    query, key, value, mask, sinks = tensors
+def _parts(plan: Plan, source: int) -> list[tuple[int, int, _Part]]:
+    """Return (i, j, part) of the pieces i of this rank's queries that see pieces j of a rank's keys.
+
+    With this rank's own first piece of keys there is a part in any case, so that each row has a result.
+    """
     rank = plan.shards.ranks.rank
-    part = part_of(plan.sequences, plan.queries[rank][piece], plan.keys[source])
-    call = AttentionCall(query[:, :, rows], key, value, _mask_of(plan, mask, rows, source), sinks, *rest)
-    device = query.device
-    return call._replace(
-        sinks=sinks if source == rank else None,
-        cu_seqlens_q=None if part.cu_seqlens_q is None else part.cu_seqlens_q.to(device),
-        cu_seqlens_k=None if part.cu_seqlens_k is None else part.cu_seqlens_k.to(device),
-        places=part.places.to(device),
-    )
+    own = plan.queries[rank]
+    return [
+        (i, j, _Part(own[i], keys, rows, source == rank and j == 0))
+        for i, rows in enumerate(_places(own))
+        for j, keys in enumerate(plan.keys[source])
+        if plan.sees[source][i][j] or (source == rank and j == 0)
+    ]
+
+
+def _call_of(plan: Plan, part: _Part, query: Tensor, pair: "Pair", mask: Tensor | None, sinks: Tensor | None, rest: list):
+    """Return the call of a part, with a pair of keys and values."""
+    placed, device = part_of(plan.sequences, part.queries, part.keys), query.device
+    of_mask = part.of_mask(mask, plan.shards.mask_has_rows)
+    call = AttentionCall(query[:, :, part.rows], *pair, of_mask, sinks if part.has_sink else None, *rest)
+    return call._replace(**{name: None if tensor is None else tensor.to(device) for name, tensor in placed._asdict().items()})
 
 
 # ---- keys and values on their way -------------------------------------------------------------------------------------------
@@ -147,21 +164,21 @@ def _wait(works: list[dist.Work]) -> None:
         work.wait()
 
 
-def _circulate(plan: Plan, key: Tensor, value: Tensor) -> Iterator[tuple[int, Pair | None]]:
-    """Yield (rank, (key, value)) of this rank, and then of the others; None for those whose keys this rank does not see.
+def _circulate(plan: Plan, own: list[Pair]) -> Iterator[tuple[int, list[Pair | None]]]:
+    """Yield (rank, pairs) of this rank, and then of the others: a pair for each piece of keys that this rank sees, else None.
 
-    While the caller computes with one, the next are on their way.
+    While the caller computes with one rank's, the next are on their way.
     """
     ranks = plan.shards.ranks
-    own = key.contiguous(), value.contiguous()
 
-    def start(step: int) -> tuple[list[dist.Work], Pair | None]:
+    def start(step: int) -> tuple[list[dist.Work], list[Pair | None]]:
         source, target = (ranks.rank - step) % ranks.size, (ranks.rank + step) % ranks.size
-        received = None
-        if any(of_piece[source] for of_piece in plan.sees):
-            begin, end = plan.keys[source]
-            received = tuple(t.new_empty(*t.shape[:2], end - begin, t.shape[3]) for t in own)
-        return _transfer(ranks, target, own if plan.seen_by[target] else (), source, received or ()), received
+        received = [
+            tuple(t.new_empty(*t.shape[:2], end - begin, t.shape[3]) for t in own[0]) if needed else None
+            for (begin, end), needed in zip(plan.keys[source], plan.needs(source))
+        ]
+        sent = [pair if needed else None for pair, needed in zip(own, plan.sends[target])]
+        return _transfer(ranks, target, _flat(sent), source, _flat(received)), received
 
     coming = start(1)
     yield ranks.rank, own
@@ -173,35 +190,45 @@ def _circulate(plan: Plan, key: Tensor, value: Tensor) -> Iterator[tuple[int, Pa
         yield (ranks.rank - step) % ranks.size, received
 
 
+def _flat(pairs: Sequence[Pair | None]) -> list[Tensor]:
+    return [tensor for pair in pairs if pair is not None for tensor in pair]
+
+
 class _Homecoming:
     """Send the gradients of other ranks' keys and values home, and add up those of this rank's own, in the order of steps."""
 
-    def __init__(self, plan: Plan, own: Pair):
-        self.plan, self.sums = plan, own
-        self.under_way: list[tuple[list[dist.Work], Sequence[Tensor], Sequence[Tensor]]] = []
+    def __init__(self, plan: Plan, own: list[Pair]):
+        self.plan, self.own = plan, own
+        self.sums = [tuple(map(_zeros, pair)) for pair in own]
+        self.under_way: list[tuple[list[dist.Work], Sequence[Tensor], list[Pair | None]]] = []
 
-    def exchange(self, source: int, grads: Pair | None, like: Pair) -> None:
-        """Send home the gradients of the keys and values of a rank, and receive what the rank as far on the other side saw."""
+    def add(self, grads: Sequence[Pair | None]) -> None:
+        """Add gradients of this rank's pieces."""
+        for sums, pair in zip(self.sums, grads):
+            if pair is not None:
+                for total, grad in zip(sums, pair):
+                    total.add_(grad)
+
+    def exchange(self, source: int, grads: list[Pair | None]) -> None:
+        """Send the gradients of a rank's pieces home, and receive those of the rank that is as far on the other side."""
         ranks = self.plan.shards.ranks
         seer = (2 * ranks.rank - source) % ranks.size
-        sent = () if grads is None else tuple(grad.to(tensor.dtype).contiguous() for grad, tensor in zip(grads, like))
-        received = ()
-        if self.plan.seen_by[seer]:
-            received = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like)
-        self.under_way.append((_transfer(ranks, source, sent, seer, received), sent, received))
+        dtype = self.own[0][0].dtype
+        sent = [grad.to(dtype).contiguous() for grad in _flat(grads)]
+        received = [tuple(map(torch.empty_like, pair)) if seen else None for pair, seen in zip(self.own, self.plan.sends[seer])]
+        self.under_way.append((_transfer(ranks, source, sent, seer, _flat(received)), sent, received))
         if len(self.under_way) > 1:
-            self._add()
+            self._arrive()
 
-    def _add(self) -> None:
+    def _arrive(self) -> None:
         works, _, received = self.under_way.pop(0)  # What is sent must live until now.
         _wait(works)
-        for total, part in zip(self.sums, received):
-            total.add_(part)
+        self.add(received)
 
-    def finish(self) -> Pair:
+    def finish(self) -> list[Pair]:
         """Return the sums."""
         while self.under_way:
-            self._add()
+            self._arrive()
         return self.sums
 
 
@@ -209,19 +236,18 @@ class _Homecoming:
 
 
 class _Ring(Function):
-    """Attend to the keys of all ranks. The tensors are this rank's, its queries in the pieces that it computes."""
+    """Attend to the keys of all ranks. The tensors are this rank's, in the pieces of the plan."""
 
     @staticmethod
     def forward(ctx, plan: Plan, rest: list, *tensors: Tensor | None):
         query, key, value, mask, sinks = tensors
-        rank, joined = plan.shards.ranks.rank, {}
-        for source, pair in _circulate(plan, key, value):
-            for i, rows in enumerate(_pieces(plan)):
-                if source == rank or plan.sees[i][source]:
-                    call = _part_call(plan, rest, (query, *pair, mask, sinks), i, rows, source)
-                    result = plan.passes.forward(call)
-                    joined[i] = join(joined[i], *result, plan.passes.unit(call)) if i in joined else first(*result)
-        out, lse, statistics = (torch.cat(parts, dim=2) for parts in zip(*joined.values()))
+        joined = {}
+        for source, pairs in _circulate(plan, _pairs(plan, key, value)):
+            for i, j, part in _parts(plan, source):
+                call = _call_of(plan, part, query, pairs[j], mask, sinks, rest)
+                result = plan.passes.forward(call)
+                joined[i] = join(joined[i], *result, plan.passes.unit(call)) if i in joined else first(*result)
+        out, lse, statistics = (torch.cat(pieces, dim=2) for pieces in zip(*(joined[i] for i in sorted(joined))))
         out = out.to(query.dtype)
         ctx.save_for_backward(*tensors, out, lse, statistics)
         ctx.plan, ctx.rest = plan, rest
@@ -233,45 +259,50 @@ class _Ring(Function):
     def backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
         *tensors, out, lse, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        grads = _gradients(ctx.plan, ctx.rest, tuple(tensors), (grad_out, grad_lse, out, lse, statistics), needed[3:])
-        return None, None, *(grad.to(tensor.dtype) if need else None for need, grad, tensor in zip(needed, grads, tensors))
+        grads = _gradients(ctx.plan, ctx.rest, tensors, (grad_out, grad_lse, out, lse, statistics), needed[3:])
+        wanted = (grad.to(tensor.dtype) if need else None for need, grad, tensor in zip(needed, grads, tensors))
+        return None, None, *wanted
 
 
-def _gradients(plan: Plan, rest: list, tensors: tuple, of_rows: tuple, needed: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
+def _pairs(plan: Plan, key: Tensor, value: Tensor) -> list[Pair]:
+    """Return this rank's pieces of keys and values, each contiguous."""
+    places = _places(plan.keys[plan.shards.ranks.rank])
+    return [(key[:, :, rows].contiguous(), value[:, :, rows].contiguous()) for rows in places]
+
+
+def _gradients(
+    plan: Plan, rest: list, tensors: Sequence[Tensor | None], of_rows: tuple, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, mask and sinks, in float32 or better.
 
     ``of_rows`` are grad_out, grad_lse, out, lse and statistics; ``needed`` says whether mask and sinks have gradients.
     """
-    query, key, value, mask, sinks = tensors
-    rank = plan.shards.ranks.rank
-    grad_query, grad_mask, grad_sinks = _zeros(query), *(_zeros(t) if need else None for t, need in zip((mask, sinks), needed))
-    home = None
-    for source, pair in _circulate(plan, key, value):
-        of_pair = None
-        for i, rows in enumerate(_pieces(plan)):
-            if source != rank and not plan.sees[i][source]:
-                continue
-            call = _part_call(plan, rest, (query, *pair, mask, sinks), i, rows, source)
-            of_piece = (None if tensor is None else tensor[:, :, rows] for tensor in of_rows)
-            need_sinks = needed[1] and source == rank
-            grads = plan.passes.backward(*of_piece, needed[0], need_sinks, call)
-            grad_query[:, :, rows] += grads[0]
-            of_pair = _wide(grads[1:3]) if of_pair is None else tuple(a.add_(b) for a, b in zip(of_pair, grads[1:3]))
+    (query, key, value, mask, sinks), rank = tensors, plan.shards.ranks.rank
+    grad_query, grad_mask, grad_sinks = _zeros(query), *(_zeros(t) if n else None for t, n in zip((mask, sinks), needed))
+    own = _pairs(plan, key, value)
+    home = _Homecoming(plan, own)
+    for source, pairs in _circulate(plan, own):
+        of_pairs: list[Pair | None] = [None] * len(pairs)
+        for _, j, part in _parts(plan, source):
+            call = _call_of(plan, part, query, pairs[j], mask, sinks, rest)
+            of_part = (None if tensor is None else tensor[:, :, part.rows] for tensor in of_rows)
+            need_sinks = needed[1] and part.has_sink
+            of_query, *of_pair, of_mask, of_sinks = plan.passes.backward(*of_part, needed[0], need_sinks, call)
+            grad_query[:, :, part.rows] += of_query
+            of_pairs[j] = _wide(of_pair) if of_pairs[j] is None else tuple(map(Tensor.add_, of_pairs[j], of_pair))
             if needed[0]:
-                _mask_of(plan, grad_mask, rows, source).add_(grads[3])
+                part.of_mask(grad_mask, plan.shards.mask_has_rows).add_(of_mask)
             if need_sinks:
-                grad_sinks += grads[4]
-        if source == rank:
-            home = _Homecoming(plan, of_pair)
-        else:
-            home.exchange(source, of_pair, (key, value))
-    return grad_query, *home.finish(), grad_mask, grad_sinks
+                grad_sinks += of_sinks
+        home.add(of_pairs) if source == rank else home.exchange(source, of_pairs)
+    grads = (torch.cat(of_pieces, dim=2) for of_pieces in zip(*home.finish()))
+    return grad_query, *grads, grad_mask, grad_sinks
 
 
 def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _wide(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _wide(tensors: Sequence[Tensor]) -> Pair:
     """Return tensors in which sums lose nothing."""
     return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
