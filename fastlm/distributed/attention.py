@@ -60,7 +60,7 @@ def attention(
         mask: as in `fastlm.attention`, of this rank's rows over the keys of all ranks: broadcastable to (B, Hq, L, sum of Lk).
             Its gradient is this rank's part where it is the same for all queries: sum it over the ranks, as a parameter's.
         sinks: (Hq,), the same on all ranks, and alibi_slopes. The gradient of sinks is this rank's part, to be summed.
-        seed: as in `fastlm.attention`, the same on all ranks. None draws one on each rank's CPU generator; rank 0's counts.
+        seed: as in `fastlm.attention`, the same on all ranks. None draws one on each rank; rank 0's counts.
         causal, window, scale, softcap, dropout_p, return_lse, return_stats, backend: as in `fastlm.attention`, the same on all
             ranks. Positions and noise are those of the whole sequence.
 
@@ -215,7 +215,7 @@ def _check(
         of_mask = ((1, 1, *mask.shape)[-2:]) if isinstance(mask, Tensor) else of_mask
         check_mask(mask, (*query.shape[:2], *of_mask), query.device)
         call = call._replace(mask=mask[(None,) * (4 - mask.dim())])
-    drawn = int(torch.randint(2**63 - 1, ())) if call.dropout_p and seed is None else 0
+    drawn = int(seed_tensor(None, call.query)) if call.dropout_p and seed is None else 0
     same = {
         "query's batch size, heads and head_dim": (*query.shape[:2], query.shape[3]),
         "key's number of heads": key.shape[1],

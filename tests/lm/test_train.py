@@ -98,7 +98,7 @@ def test_two_processes_give_the_loss_of_one(whole, corpus, tmp_path):
     both, one = curves(tmp_path / "run"), curves(whole)
     assert len(both) == len(one)
     for row, expected in zip(both, one):
-        for name in ("loss", "eval_loss", "eval_kl", "grad_norm"):
+        for name in ("loss", "reconstruction", "kl", "eval_loss", "eval_kl", "grad_norm"):
             assert (not expected[name] and not row[name]) or float(row[name]) == pytest.approx(float(expected[name]), rel=2e-4)
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
+from ...distributed import context
 from ...ops.attention import attention
 from ...ops.torch_op import are_plain
-from .mask import STAND_INS, as_eager_mask, read_stand_in
+from .mask import as_eager_mask, read_mask
 from .packing import attend_packed, is_packed
 from .traits import Traits, traits_of
 
@@ -43,7 +44,8 @@ def attend(
         The output (B, Lq, Hq, Dv), contiguous, and None, or the weights if the call asks for them.
 
     Raises:
-        NotImplementedError: the module prepares its mask for other implementations only.
+        NotImplementedError: the module prepares its mask for other implementations only, or
+            `fastlm.distributed.context_parallel` is open and fastlm cannot take the call.
     """
     traits = traits_of(type(module))
     collected = _active_collector.get()  # some models collect weights without asking for them
@@ -52,6 +54,8 @@ def attend(
     if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
         if reason is not None:
+            if context.is_open():
+                raise NotImplementedError(f"{type(module).__name__} cannot run in context_parallel: {reason}")
             options = {
                 "dropout": dropout,
                 "scaling": scaling,
@@ -64,15 +68,13 @@ def attend(
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout if module.training else 0.0}
     if is_packed(attention_mask):
         return attend_packed(query, key, value, attention_mask, **options), None
-    causal, window = False, None
-    if attention_mask is not None and attention_mask.dtype in STAND_INS:
-        causal, window = read_stand_in(attention_mask)
-        attention_mask = None
+    causal, window, attention_mask = read_mask(attention_mask)
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
     if query.shape[2] == 1:
         query = query.squeeze(2).unsqueeze(2)  # makes strides canonical: decoding costs less
-    out = attention(query, key, value, mask=attention_mask, causal=causal, window=window, **options)
+    run = context.attend if context.is_open() else attention
+    out = run(query, key, value, mask=attention_mask, causal=causal, window=window, **options)
     return out.transpose(1, 2).contiguous(), None  # no copy where the query was a transposed (B, Lq, Hq, D)
 
 

@@ -15,6 +15,7 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from ...distributed import context
 from .packing import as_mask, is_packed, padding_mask
 from .traits import takes_any_mask
 
@@ -24,6 +25,9 @@ CAUSAL = torch.uint16  # a query sees the keys up to its own position, counted f
 WINDOW = torch.uint32  # of those keys a query sees only the last ones, as many as the number
 WINDOW_ON_BOTH_SIDES = torch.uint64  # a query sees its own position, and as many keys on each side as the number
 STAND_INS = (CAUSAL, WINDOW, WINDOW_ON_BOTH_SIDES)
+
+_PATTERN = "fastlm_pattern"  # the attribute of padding in context_parallel that has the stand-in which holds beside it, or None
+_NO_PATTERN = "context_parallel has causal, windowed and padding masks; the model makes another, as for packed sequences"
 
 
 def make_mask(
@@ -44,15 +48,24 @@ def make_mask(
     Returns:
         None if all queries see all keys; a stand-in (see above) for a causal or windowed mask without padding; otherwise a bool
         mask (batch, 1, queries, keys), True: attend, which takes (batch, keys) of memory if all queries see the same keys.
-        Models that must not get such masks get eager's float masks.
+        Models that must not get such masks get eager's float masks. In `fastlm.distributed.context_parallel` the keys of the
+        mask are those of all ranks.
+
+    Raises:
+        NotImplementedError: in that context, for a mask that is neither a pattern nor padding, or for a model that changes it.
     """
     shape = (batch_size, 1, q_length, kv_length)
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query is at the last key
+    if context.is_open():
+        if not (may_skip and aligned and (config is None or takes_any_mask(type(config)))):
+            raise NotImplementedError(_NO_PATTERN)
+        tokens = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+        return _mask_of_part(mask_function, tokens, shape)
     if config is not None and not takes_any_mask(type(config)):
         skip = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
         rest = {"mask_function": mask_function, "attention_mask": attention_mask, "config": config, **skip, **kwargs}
         return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
-    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query is at the last key
     stand_in = _stand_in(mask_function) if may_skip and aligned else None
     if stand_in is not None and q_length == 1 and (stand_in.dtype is CAUSAL or stand_in.item() >= kv_length):
         mask_function = bidirectional_mask_function  # the window of a query at the last key has all keys
@@ -63,6 +76,31 @@ def make_mask(
         return stand_in.expand(shape)
     rest = {"mask_function": mask_function, "attention_mask": attention_mask, "allow_is_causal_skip": False, **kwargs}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
+
+
+def _mask_of_part(mask_function: Callable, tokens: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """Make the mask of this rank's queries over the keys of all ranks.
+
+    Args:
+        tokens: bool (batch, keys), True at a token, of this rank's keys; None on all ranks if there is no padding.
+        shape: (batch, 1, queries, keys), of this rank.
+
+    Returns:
+        None or a stand-in, as `make_mask`; with padding on any rank a bool mask (batch, 1, 1, all keys), which has the stand-in
+        as an attribute.
+    """
+    pattern = None
+    if mask_function is not bidirectional_mask_function:
+        pattern = _stand_in(mask_function)
+        if pattern is None:
+            raise NotImplementedError(_NO_PATTERN)
+        pattern = pattern.expand(shape)
+    tokens = None if tokens is None else context.side_by_side(tokens)
+    if tokens is None or tokens.all():
+        return pattern
+    mask = tokens[:, None, None]
+    setattr(mask, _PATTERN, pattern)
+    return mask
 
 
 def _padding(mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -95,6 +133,25 @@ def _stand_in(mask_function: Callable) -> Tensor | None:
     if code is _BOTH and rest == [bidirectional_mask_function]:
         return torch.tensor(overlay.__closure__[0].cell_contents, dtype=WINDOW_ON_BOTH_SIDES, device="cpu")
     return None
+
+
+def read_mask(mask: Tensor | None) -> tuple[bool, tuple[int, int | None] | None, Tensor | None]:
+    """Return (causal, window, mask) of a mask of `make_mask`, or of a user's own, as `fastlm.attention` takes them.
+
+    Raises:
+        NotImplementedError: a mask of `_mask_of_part` has lost what it stands for.
+    """
+    if mask is None:
+        return False, None, None
+    if mask.dtype in STAND_INS:
+        return *read_stand_in(mask), None
+    if not context.is_open() or mask.shape[-2] != 1:
+        return False, None, mask
+    if not hasattr(mask, _PATTERN):
+        message = "a mask was copied on its way to the attention, and context_parallel cannot tell whether it is causal"
+        raise NotImplementedError(f"{message}; a mask of your own needs a row for each query")
+    pattern = getattr(mask, _PATTERN)
+    return (False, None, mask) if pattern is None else (*read_stand_in(pattern), mask)
 
 
 def read_stand_in(mask: Tensor) -> tuple[bool, tuple[int, int | None] | None]:

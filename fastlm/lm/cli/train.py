@@ -24,7 +24,9 @@ examples:
   fastlm lm train                                          to try things out
   fastlm lm train --corpus books --output model            on a corpus that fastlm lm prepare made
   fastlm lm train --output model --resume                  go on where Ctrl-C or a crash stopped it
-  torchrun --nproc-per-node 2 --no-python fastlm lm train  in two processes
+  torchrun --nproc-per-node 2 --no-python fastlm lm train  in two processes, which share the texts of each batch
+  torchrun --nproc-per-node 2 --no-python fastlm lm train --context-parallel 2
+                                                           in two processes, which share the tokens of each text
 
 The folder then holds the model, in transformers' format, and the course of the loss, curves.png and curves.csv. While it
 trains, its last two checkpoints are in the folder's checkpoints/."""
@@ -65,6 +67,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     option("word-dropout", "share of the tokens hidden from the decoder", type=float, metavar="SHARE")
     option("span-masking", "share of the tokens hidden from the encoder", type=float, metavar="SHARE")
     option("seed", "of the weights, the order of the texts and the noise", type=int, metavar="N")
+    what = "how many processes of torchrun share the tokens of each text, for texts that one has no memory for; the rest share "
+    what += "the texts of a batch. A run may be resumed with another number (default: 1)"
+    parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help=what)
     parser.add_argument("--bfloat16", action="store_true", default=argparse.SUPPRESS, help="train in mixed precision")
 
 
@@ -76,7 +81,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     output = Path(arguments.output)
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
     settings = replace(settings_of(output)[0] if arguments.resume else Settings(), **given)
-    train(output, arguments.corpus, settings, resume=arguments.resume)
+    train(output, arguments.corpus, settings, resume=arguments.resume, context_parallel=arguments.context_parallel)
     if int(os.environ.get("RANK", 0)) == 0:  # the first process of torchrun
         print(f"The model is in {output.resolve()}. It writes, for example:\n")
         show(generate(*load(output), SHOWN, temperature=0.7, max_new_tokens=60))

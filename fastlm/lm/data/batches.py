@@ -89,23 +89,30 @@ class ByLength(Sampler):
     Each random pool of POOL batches is sorted by length and cut into batches. The batches come in random order. The texts that
     do not fill a batch are left out; they are different ones in each epoch.
 
+    Args:
+        shares: the number of equal shares of a batch.
+        copies: how many processes in a row read each share.
+
     Raises:
         ValueError: there are fewer texts than a batch takes.
     """
 
-    def __init__(self, texts: Texts, batch: int):
+    def __init__(self, texts: Texts, batch: int, *, shares: int = 1, copies: int = 1):
         self.texts, self.batch, self.lengths = texts, batch, torch.tensor(texts.lengths)
+        self.shares, self.copies = shares, copies
         if len(texts) < batch:
             raise ValueError(f"batch_size must be at most the number of texts, {len(texts)}; got {batch}")
 
     def __len__(self) -> int:
-        return len(self.texts) // self.batch * self.batch
+        return len(self.texts) // self.batch * self.batch * self.copies
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(self.texts.seed, self.texts.epoch, 0))
-        pools = torch.randperm(len(self.texts), generator=generator)[: len(self)].split(POOL * self.batch)
+        whole = len(self) // self.copies
+        pools = torch.randperm(len(self.texts), generator=generator)[:whole].split(POOL * self.batch)
         batches = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).view(-1, self.batch)
-        return iter(batches[torch.randperm(len(batches), generator=generator)].flatten().tolist())
+        batches = batches[torch.randperm(len(batches), generator=generator)]
+        return iter(batches.view(-1, self.batch // self.shares).repeat_interleave(self.copies, 0).flatten().tolist())
 
 
 class Collator:

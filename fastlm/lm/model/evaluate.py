@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...distributed import context
 from ...ops.latent import reparameterize_with_kl
 from ..data.batches import Collator, Texts
-from .text_vae import IGNORED, TextVAE, nll_of
+from .text_vae import IGNORED, TextVAE, nll_of, targets_of
 
 ACTIVE = 0.01  # a unit is active if the variance of its mu over texts is larger (Burda et al. 2016, arXiv:1509.00519)
 BATCH = 32
@@ -62,20 +63,27 @@ class Evaluation:
 
 @torch.inference_mode()
 def elbo(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the ``loss`` per token, and for a `TextVAE` its parts ``reconstruction`` and ``kl``, by one latent per text."""
+    """Return the ``loss`` per token, and for a `TextVAE` its parts ``reconstruction`` and ``kl``, by one latent per text.
+
+    In `fastlm.distributed.context_parallel` the batches are this rank's parts, and the results those of the whole texts.
+    """
     was_training = model.training
     model.eval()
     labels, sums = 0, {}
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        outputs = model(**batch)
+        outputs, targets = model(**batch), targets_of(batch["labels"], batch.get("shift_labels"))
         if isinstance(model, TextVAE):
             parts = {"reconstruction": outputs.reconstruction.sum(), "kl": outputs.kl.sum()}
         else:
-            parts = {"loss": nll_of(outputs.logits, batch["labels"]).sum()}
-        labels += int((batch["labels"][:, 1:] != IGNORED).sum())
+            parts = {"loss": nll_of(outputs.logits, targets).sum()}
+        labels += int((targets != IGNORED).sum())
         sums = {name: sums.get(name, 0.0) + float(part) for name, part in parts.items()}
     model.train(was_training)
+    if context.is_open():
+        own = torch.tensor([labels, *sums.values()], dtype=torch.float64, device=model.device)
+        labels, *values = context.total(own).tolist()
+        sums = dict(zip(sums, values))
     found = {name: value / labels for name, value in sums.items()}
     return {"loss": sum(found.values())} | found
 
@@ -103,7 +111,7 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
             nll += float(bound.sum())
             found = {name: found.get(name, 0.0) + float(part.sum()) / len(texts) for name, part in parts.items()}
         else:
-            nll += float(nll_of(model(**batch).logits, batch["labels"]).sum())
+            nll += float(nll_of(model(**batch).logits, targets_of(batch["labels"])).sum())
     if posteriors:
         mu, logvar, seeds = map(torch.cat, zip(*posteriors))
         units = int((mu.var(0) > ACTIVE).sum())

@@ -28,6 +28,7 @@ from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
+from ...distributed import context
 from ...nn import GaussianLatent
 from ...ops.latent import gaussian_kl
 
@@ -86,6 +87,9 @@ class TextVAEOutput(ModelOutput):
         reconstruction: (B,), in nats: -log p(text | z). None without labels.
         kl: (B,), in nats: the KL of the posterior from N(0, 1), without free bits. None if latents were given.
         cache: the decoder's cache.
+
+    In `fastlm.distributed.context_parallel` loss, reconstruction and kl are this rank's share: their sums over the ranks are
+    those of the whole texts.
     """
 
     loss: Tensor | None = None
@@ -99,6 +103,9 @@ class TextVAE(PreTrainedModel, GenerationMixin):
     """The model that the top of this file describes. ``generate(ids, latents=z)`` continues ``ids`` (B, L) given z (B, D).
 
     ``kl_weight`` is the beta of the loss; training changes it from step to step. In evaluation the loss is the negative ELBO.
+
+    In `fastlm.distributed.context_parallel` each rank has a part of every text: the encoder's mean is that of the whole text,
+    all ranks draw the same z, and the first has z's keys and values.
     """
 
     config_class = TextVAEConfig
@@ -112,6 +119,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: TextVAEConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # So the Trainer counts the labels that are predicted, all but the first of each row.
         decoder = config.decoder
         self.encoder = EuroBertModel._from_config(config.encoder)
         self.decoder = LlamaForCausalLM._from_config(decoder)
@@ -137,17 +145,18 @@ class TextVAE(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.get_output_embeddings()
 
-    def encode(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(self, ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Return the mean (B, hidden) of the encoder's outputs over the tokens of ``ids`` (B, L), without padding."""
-        hidden = self.encoder(input_ids=ids, attention_mask=attention_mask).last_hidden_state
-        if attention_mask is None:
-            return hidden.mean(1)
-        weights = attention_mask.to(hidden.dtype)
-        return torch.einsum("bld,bl->bd", hidden, weights) / weights.sum(1, keepdim=True).clamp(min=1)
+        hidden = self.encoder(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids).last_hidden_state
+        weights = hidden.new_ones(ids.shape) if attention_mask is None else attention_mask.to(hidden.dtype)
+        weighted = context.total(torch.einsum("bld,bl->bd", hidden, weights))
+        return weighted / context.total(weights.sum(1, keepdim=True)).clamp(min=1)
 
-    def posterior(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def posterior(
+        self, ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (mu, logvar), each (B, D), of the texts ``ids`` (B, L)."""
-        return self.latent.parameters_of(self.encode(ids, attention_mask))
+        return self.latent.parameters_of(self.encode(ids, attention_mask, position_ids))
 
     def forward(
         self,
@@ -162,6 +171,8 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         seeds: Tensor | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        encoder_position_ids: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> TextVAEOutput:
         """Decode ``input_ids`` with ``latents``, or with latents drawn from the posterior of ``encoder_input_ids``.
@@ -176,21 +187,34 @@ class TextVAE(PreTrainedModel, GenerationMixin):
             seeds: (B,) int64, the seed of each text's noise.
             logits_to_keep: compute the logits of this many last tokens only; 0 for all.
             num_items_in_batch: the number of labels of the whole batch, of which this may be a part; it divides the loss.
+            position_ids, encoder_position_ids: (B, L), needed in `fastlm.distributed.context_parallel`, where they count from
+                the start of the whole text.
+            shift_labels: (B, L), the labels of the next positions, needed beside ``labels`` in that context, where the next
+                token may be another rank's.
+
+        Raises:
+            ValueError: one of the inputs that are needed is missing.
         """
+        if context.is_open():
+            _check_beside("position_ids", position_ids, input_ids)
+            _check_beside("encoder_position_ids", encoder_position_ids, encoder_input_ids)
+            _check_beside("shift_labels", shift_labels, labels)
         kl = loss = reconstruction = free_kl = None
         if latents is None:
             if encoder_input_ids is None:
                 raise ValueError("TextVAE needs latents, or encoder_input_ids to draw them from")
-            mu, logvar = self.posterior(encoder_input_ids, encoder_attention_mask)
-            latents, free_kl = self.latent.sample(mu, logvar, seed=seeds)
+            mu, logvar = self.posterior(encoder_input_ids, encoder_attention_mask, encoder_position_ids)
+            latents, free_kl = self.latent.sample(mu, logvar, seed=context.common_seed(seeds, mu))
             kl = gaussian_kl(mu.detach(), logvar.detach()) if self.config.free_bits else free_kl.detach()
+            free_kl, kl = free_kl / context.size(), kl / context.size()
         logits, cache = self._decode(input_ids, attention_mask, position_ids, cache, latents, logits_to_keep, **kwargs)
         if labels is not None:
-            reconstruction = nll_of(logits, labels)
+            targets = targets_of(labels, shift_labels)
+            reconstruction = nll_of(logits, targets)
             loss = reconstruction.sum()
             if free_kl is not None:
                 loss = loss + (self.kl_weight * free_kl if self.training else kl).sum()
-            loss = loss / ((labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+            loss = loss / (context.total((targets != IGNORED).sum()) if num_items_in_batch is None else num_items_in_batch)
             reconstruction = reconstruction.detach()
         return TextVAEOutput(loss, logits, reconstruction, kl, cache)
 
@@ -206,9 +230,9 @@ class TextVAE(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Cache]:
         """Return (logits, cache). z is entry 0 of the cache, but takes no position: the tokens' positions count from 0."""
         cache = DynamicCache(config=self.config.decoder) if cache is None else cache
-        if not cache.get_seq_length():
+        if context.has_start() and not cache.get_seq_length():
             self._remember(cache, latents)
-        if attention_mask is not None:
+        if context.has_start() and attention_mask is not None:
             attention_mask = F.pad(attention_mask, (1, 0), value=1)
         if position_ids is None:
             seen = cache.get_seq_length() - 1
@@ -233,10 +257,21 @@ class TextVAE(PreTrainedModel, GenerationMixin):
             cache.update(key, value, layer)
 
 
-def nll_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return -log p (B,) of each row of labels (B, L) under the logits (B, L, vocabulary) of the positions before."""
-    predicted = logits[:, :-1].transpose(1, 2).float()
-    return F.cross_entropy(predicted, labels[:, 1:], reduction="none", ignore_index=IGNORED).sum(1)
+def targets_of(labels: Tensor, shift_labels: Tensor | None = None) -> Tensor:
+    """Return the target ids of the first positions: ``shift_labels`` (B, L), or without them (B, L - 1), of ``labels``."""
+    return labels[:, 1:] if shift_labels is None else shift_labels
+
+
+def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p (B,) of each row of targets (B, T) under the first T of the logits (B, L, vocabulary)."""
+    predicted = logits[:, : targets.shape[1]].transpose(1, 2).float()
+    return F.cross_entropy(predicted, targets, reduction="none", ignore_index=IGNORED).sum(1)
+
+
+def _check_beside(name: str, tensor: Tensor | None, part: Tensor | None) -> None:
+    """Check that a part of a text comes with what is not to be seen from the part alone."""
+    if part is not None and tensor is None:
+        raise ValueError(f"{name} must be given in context_parallel; got None")
 
 
 AutoConfig.register(TextVAEConfig.model_type, TextVAEConfig)

@@ -18,6 +18,7 @@ from ..data.tokenizer import load_tokenizer
 from ..model.checkpoint import CONFIG, WEIGHTS, check_whole, quiet, save
 from ..model.presets import build
 from ..model.sizes import PRESETS
+from .context_parallel import PartCollator, groups_of, own_group
 from .curves import write_curves
 from .settings import SETTINGS, Settings, settings_of
 from .trainer import Annealing, Interrupt, Progress, TextTrainer, last_checkpoint
@@ -36,6 +37,7 @@ def train(
     *,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] | None = None,
+    context_parallel: int = 1,
 ) -> Path:
     """Train a model, and write its checkpoint, settings.json, curves.csv and curves.png into ``output``.
 
@@ -47,19 +49,23 @@ def train(
         resume: go on from the last checkpoint, or from the beginning if there is none yet; the result has the same bits as that
             of a run without the interruption.
         callbacks: the Trainer's callbacks; None for a progress bar.
+        context_parallel: how many of torchrun's processes, in a row, share the tokens of each text; such groups share the texts
+            of a batch. A run may be resumed with other numbers of both: the losses are the same, to rounding.
 
     Returns:
         ``output``.
 
     Raises:
-        ValueError: a setting is bad; ``output`` holds another run; the run to resume is damaged, or its corpus has changed.
+        ValueError: a setting is bad, or does not fit the processes; ``output`` holds another run; the run to resume is damaged,
+            or its corpus has changed.
         FileNotFoundError: there is no such corpus, or nothing to resume.
         OSError: the disk is full; the earlier checkpoints are whole.
         Interrupted: Ctrl-C or SIGTERM stopped the training, which has left a checkpoint.
     """
     output = Path(output)
     settings, corpus = _course(output, corpus, settings, resume)
-    arguments = _arguments(output, settings)
+    arguments = _arguments(output, settings, groups_of(context_parallel))
+    group = own_group(context_parallel, arguments.ddp_timeout)
     first = arguments.process_index == 0
     with arguments.main_process_first(desc="the corpus"):
         if corpus is None:
@@ -71,7 +77,7 @@ def train(
     last = _last_checkpoint(output, kept) if resume else None
     interrupt = Interrupt()
     shown = [Progress()] * first if callbacks is None else callbacks
-    trainer = _trainer(settings, corpus, tokenizer, arguments, [interrupt, *shown])
+    trainer = _trainer(settings, corpus, tokenizer, arguments, [interrupt, *shown], group)
     if first and not resume:
         output.mkdir(parents=True, exist_ok=True)
         (output / SETTINGS).write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
@@ -131,6 +137,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerFast,
     arguments: TrainingArguments,
     callbacks: Sequence[TrainerCallback],
+    group: "torch.distributed.ProcessGroup | None",
 ) -> TextTrainer:
     set_seed(settings.seed)
     vae = settings.model == "vae"
@@ -139,22 +146,24 @@ def _trainer(
     texts, validation = (Texts(corpus, split, tokenizer, most, settings.seed) for split in ("train", "validation"))
     arguments.eval_steps = arguments.save_steps = min(SAVE_STEPS, -(-len(texts) // settings.batch_size))
     collate = Collator(tokenizer, encoder=vae, dropout=settings.word_dropout, masking=settings.span_masking)
+    if group is not None:
+        collate = PartCollator(collate, tokenizer.pad_token_id, group.rank(), group.size())
     annealing = [Annealing(settings.kl_schedule, settings.beta, settings.warm_start)] if vae else []
+    callbacks = [*annealing, *callbacks]
     return TextTrainer(
-        model, arguments, collate, texts, validation, batch_size=settings.batch_size, callbacks=[*annealing, *callbacks]
+        model, arguments, collate, texts, validation, batch_size=settings.batch_size, group=group, callbacks=callbacks
     )
 
 
-def _arguments(output: Path, settings: Settings) -> TrainingArguments:
-    """Return the Trainer's arguments, whose creation starts torch.distributed under torchrun."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.batch_size % processes:
-        raise ValueError(f"batch_size must be a multiple of the {processes} processes; got {settings.batch_size}")
+def _arguments(output: Path, settings: Settings, shares: int) -> TrainingArguments:
+    """Return the Trainer's arguments for a batch in so many shares. Their creation starts torch.distributed under torchrun."""
+    if settings.batch_size % shares:
+        raise ValueError(f"batch_size must be a multiple of the {shares} processes that share it; got {settings.batch_size}")
     on_cpu = not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size // processes,
+        per_device_train_batch_size=settings.batch_size // shares,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,  # a share of all steps
@@ -172,7 +181,7 @@ def _arguments(output: Path, settings: Settings) -> TrainingArguments:
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and processes > 1 else None,
+        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",

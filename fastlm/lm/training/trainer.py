@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,31 +13,46 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ...distributed import context_parallel
 from ..data.batches import ByLength
 from ..model.evaluate import elbo
+from ..model.text_vae import targets_of
 from .schedules import kl_weight
 
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
 class TextTrainer(Trainer):
-    """A Trainer whose epochs and noise depend on the seed alone: resumed and distributed runs give what one run gives."""
+    """A Trainer whose epochs and noise depend on the seed alone: resumed and distributed runs give what one run gives.
 
-    def __init__(self, *arguments, batch_size: int, **keywords):
+    Args:
+        batch_size: over all processes.
+        group: the ranks that share the tokens of each text, of which the data collator returns this rank's; or None.
+    """
+
+    def __init__(self, *arguments, batch_size: int, group: "torch.distributed.ProcessGroup | None" = None, **keywords):
         super().__init__(*arguments, **keywords)
         self.remove_callback(PrinterCallback)
-        self.batch_size = batch_size  # over all processes
+        self.batch_size, self.group = batch_size, group
         self.tokens, self._start = 0, time.perf_counter()
         self._sums = {}
 
     def _get_train_sampler(self, train_dataset=None) -> ByLength:
-        return ByLength(self.train_dataset, self.batch_size)
+        copies = 1 if self.group is None else self.group.size()
+        return ByLength(self.train_dataset, self.batch_size, shares=self.args.world_size // copies, copies=copies)
+
+    def _context(self) -> AbstractContextManager:
+        return nullcontext() if self.group is None else context_parallel(self.group)
+
+    def training_step(self, *arguments, **keywords) -> torch.Tensor:
+        with self._context():
+            return super().training_step(*arguments, **keywords)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the Trainer's loss, and add up the parts of a `TextVAE`'s loss in this process."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.tokens = self.tokens + num_items_in_batch  # a tensor on a GPU, which is not waited for
-        parts = {"labels": (inputs["labels"][:, 1:] >= 0).sum()}
+        parts = {"labels": (targets_of(inputs["labels"], inputs.get("shift_labels")) >= 0).sum()}
         if getattr(outputs, "kl", None) is not None:
             parts |= {"kl": outputs.kl.sum(), "reconstruction": outputs.reconstruction.sum()}
         self._sums = {name: self._sums.get(name, 0) + part for name, part in parts.items()}
@@ -44,9 +60,11 @@ class TextTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *arguments, **keywords) -> None:
         if "loss" in logs:
-            labels = float(self._sums.pop("labels"))
-            logs |= {name: float(part) / labels for name, part in self._sums.items()}
-            if "kl" in self._sums:
+            parts = torch.stack([part.float() for part in self._sums.values()])
+            sums = dict(zip(self._sums, self.accelerator.reduce(parts, "sum").tolist()))
+            labels = sums.pop("labels")
+            logs |= {name: part / labels for name, part in sums.items()}
+            if "kl" in sums:
                 logs["kl_weight"] = self.accelerator.unwrap_model(self.model).kl_weight
             now = time.perf_counter()
             logs["tokens_per_second"] = float(self.tokens) / (now - self._start)
@@ -57,7 +75,8 @@ class TextTrainer(Trainer):
         """Return the negative ELBO of the validation texts, or their NLL without a latent, in nats per token."""
         texts = eval_dataset or self.eval_dataset
         batches = texts.batches(self.batch_size, self.data_collator.plain())
-        found = elbo(self.accelerator.unwrap_model(self.model), batches)
+        with self._context():
+            found = elbo(self.accelerator.unwrap_model(self.model), batches)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -106,7 +125,7 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:  # all processes must end after the same step
-            asked = torch.tensor(float(self.asked))
+            asked = torch.tensor(float(self.asked), device=args.device)  # NCCL sends nothing from a CPU
             torch.distributed.all_reduce(asked)
             self.asked = bool(asked)
         if self.asked:
