@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from context_parallel.section import run_section
 from digits.compare_latents import run_digits
 from report import DEFAULT_OUT, RUN, compare, warning, write_report
 from rich.console import Console
@@ -34,12 +35,13 @@ from workloads.workload import ON_GPU
 from fastlm.backend import triton as triton_kernels
 
 LOG_WIDTH = 128  # The output has so many columns where it is no terminal.
-ONCE = "machine", "digits", "predictions"  # These steps have one row each.
-PARTS = {"ops": ("rows",), "digits": ("digits",), "gpu": ("predictions",)}  # what --only runs, without a GPU's rows
-EVERYTHING = "rows", "digits", "predictions"
+ONCE = "machine", "context_parallel", "digits", "predictions"  # These steps have one row each.
+# What --only runs, without a GPU's rows.
+PARTS = {"ops": ("rows",), "context-parallel": ("context_parallel",), "digits": ("digits",), "gpu": ("predictions",)}
+EVERYTHING = "rows", "context_parallel", "digits", "predictions"
 RUN_SECONDS = 640.0  # A whole run takes so many before its report, and so ends within twelve minutes.
 LEAST = 8.0  # The memory of a row is measured for so many seconds at least.
-AFTER_ROWS, AFTER_MEMORY = 160.0, 90.0  # So many seconds are kept for what follows.
+AFTER_ROWS, AFTER_MEMORY = 185.0, 115.0  # So many seconds are kept for what follows.
 
 
 def main() -> int:
@@ -127,6 +129,9 @@ def measure(journal: Journal, row_filter: Filter, parts: tuple[str, ...], consol
         journal.add("peaks", machine.peaks(console))
         console.rule("Peak extra memory")
         measure_memory(journal, row_filter, console, budget.before(AFTER_MEMORY))
+    if "context_parallel" in parts:
+        console.rule("Context parallel: two processes and one")
+        right &= "failed" not in journal.once("context_parallel", lambda: two_processes(console, budget))
     if "digits" in parts:
         console.rule("Digits VAE: fused and eager")
         with Activity(console, 1, bar=False) as activity:
@@ -161,6 +166,14 @@ def measure_memory(journal: Journal, row_filter: Filter, console: Console, budge
             activity.advance()
     if left_out:
         console.print(f"  {left_out} more rows: {budget.why_not('them')}", highlight=False, soft_wrap=True)
+
+
+def two_processes(console: Console, budget: Budget) -> dict:
+    """Measure two processes against one, unless the run is over its time."""
+    if budget.left <= 0:
+        return {"why_not": budget.why_not("it")}
+    with Activity(console, 1, bar=False) as activity:
+        return run_section(activity.say)
 
 
 def predict(console: Console, budget: Budget) -> dict:

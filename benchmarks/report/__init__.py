@@ -11,6 +11,7 @@ from suite.rows import GPU, GROWTH, MODELS, OPS
 
 from report import plots
 from report.blocks import Block, Code, Details, Heading, Plot, Text, Warn, plain
+from report.context_parallel import context_parallel_blocks
 from report.digits import digits_blocks
 from report.gpu import NOT_MEASURED, prediction_blocks
 from report.html import write_html
@@ -54,6 +55,7 @@ def blocks_of(run: dict, results: list[Result], out: Path) -> list[Block]:
         *_growth(groups[GROWTH], machine),
         *_memory(results),
         *_goals(results, machine),
+        *context_parallel_blocks(run.get("context_parallel")),
         *digits_blocks(run.get("digits"), out),
         *(_sections(groups[GPU], machine) or NOT_MEASURED),
         *prediction_blocks(run.get("predictions")),

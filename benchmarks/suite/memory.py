@@ -61,7 +61,7 @@ def _ask(target: str, arguments: dict, seconds: float) -> dict:
 
 def serve() -> None:
     """Answer lines of the standard input, each [target, arguments, seconds], until it ends."""
-    _end_with_parent()
+    end_with_parent()
     importlib.import_module("torch._dynamo")
     importlib.import_module("suite.catalog").sections()
     answers = os.fdopen(os.dup(1), "w")
@@ -100,7 +100,7 @@ def _answer(target: str, arguments: dict, seconds: float) -> dict:
     return found or {"why_not": f"exit code {child.exitcode}"}
 
 
-def _end_with_parent(parent: int | None = None) -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """Have Linux kill this process when its parent dies. ``parent`` says who that was, as it may have died already."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
@@ -110,7 +110,7 @@ def _end_with_parent(parent: int | None = None) -> None:
 
 
 def _answer_in_fork(sender: Connection, parent: int, target: str, arguments: dict) -> None:
-    _end_with_parent(parent)
+    end_with_parent(parent)
     try:
         module, function = target.split(":")
         call = getattr(importlib.import_module(module), function)(**arguments)

@@ -140,13 +140,22 @@ def _call_of(plan: Plan, part: _Part, query: Tensor, pair: "Pair", mask: Tensor 
     """Return the call of a part, with a pair of keys and values."""
     placed, device = part_of(plan.sequences, part.queries, part.keys), query.device
     of_mask = part.of_mask(mask, plan.shards.mask_has_rows)
-    call = AttentionCall(query[:, :, part.rows], *pair, of_mask, sinks if part.has_sink else None, *rest)
+    key, value = map(_rows_third, pair)
+    call = AttentionCall(query[:, :, part.rows], key, value, of_mask, sinks if part.has_sink else None, *rest)
     return call._replace(**{name: None if tensor is None else tensor.to(device) for name, tensor in placed._asdict().items()})
 
 
 # ---- keys and values on their way -------------------------------------------------------------------------------------------
 
-Pair = tuple[Tensor, Tensor]  # of keys and of values
+Pair = tuple[Tensor, Tensor]  # of keys and of values, (L, B, H, D) and contiguous: a piece of rows is sent where it lies
+
+
+def _rows_first(tensor: Tensor) -> Tensor:
+    return tensor.permute(2, 0, 1, 3)
+
+
+def _rows_third(tensor: Tensor) -> Tensor:
+    return tensor.permute(1, 2, 0, 3)
 
 
 def _transfer(ranks: Ranks, target: int, sent: Sequence[Tensor], source: int, received: Sequence[Tensor]) -> list[dist.Work]:
@@ -174,7 +183,7 @@ def _circulate(plan: Plan, own: list[Pair]) -> Iterator[tuple[int, list[Pair | N
     def start(step: int) -> tuple[list[dist.Work], list[Pair | None]]:
         source, target = (ranks.rank - step) % ranks.size, (ranks.rank + step) % ranks.size
         received = [
-            tuple(t.new_empty(*t.shape[:2], end - begin, t.shape[3]) for t in own[0]) if needed else None
+            tuple(tensor.new_empty(end - begin, *tensor.shape[1:]) for tensor in own[0]) if needed else None
             for (begin, end), needed in zip(plan.keys[source], plan.needs(source))
         ]
         sent = [pair if needed else None for pair, needed in zip(own, plan.sends[target])]
@@ -199,15 +208,12 @@ class _Homecoming:
 
     def __init__(self, plan: Plan, own: list[Pair]):
         self.plan, self.own = plan, own
-        self.sums = [tuple(map(_zeros, pair)) for pair in own]
+        self.sums: list[Pair | None] = [None] * len(own)
         self.under_way: list[tuple[list[dist.Work], Sequence[Tensor], list[Pair | None]]] = []
 
     def add(self, grads: Sequence[Pair | None]) -> None:
         """Add gradients of this rank's pieces."""
-        for sums, pair in zip(self.sums, grads):
-            if pair is not None:
-                for total, grad in zip(sums, pair):
-                    total.add_(grad)
+        self.sums = list(map(_sum, self.sums, grads))
 
     def exchange(self, source: int, grads: list[Pair | None]) -> None:
         """Send the gradients of a rank's pieces home, and receive those of the rank that is as far on the other side."""
@@ -229,7 +235,7 @@ class _Homecoming:
         """Return the sums."""
         while self.under_way:
             self._arrive()
-        return self.sums
+        return [pair or tuple(map(_zeros, own)) for pair, own in zip(self.sums, self.own)]
 
 
 # ---- all steps --------------------------------------------------------------------------------------------------------------
@@ -265,9 +271,9 @@ class _Ring(Function):
 
 
 def _pairs(plan: Plan, key: Tensor, value: Tensor) -> list[Pair]:
-    """Return this rank's pieces of keys and values, each contiguous."""
+    """Return this rank's pieces of keys and values."""
     places = _places(plan.keys[plan.shards.ranks.rank])
-    return [(key[:, :, rows].contiguous(), value[:, :, rows].contiguous()) for rows in places]
+    return [tuple(_rows_first(tensor[:, :, rows]).contiguous() for tensor in (key, value)) for rows in places]
 
 
 def _gradients(
@@ -289,13 +295,13 @@ def _gradients(
             need_sinks = needed[1] and part.has_sink
             of_query, *of_pair, of_mask, of_sinks = plan.passes.backward(*of_part, needed[0], need_sinks, call)
             grad_query[:, :, part.rows] += of_query
-            of_pairs[j] = _wide(of_pair) if of_pairs[j] is None else tuple(map(Tensor.add_, of_pairs[j], of_pair))
+            of_pairs[j] = _sum(of_pairs[j], tuple(map(_rows_first, of_pair)))
             if needed[0]:
                 part.of_mask(grad_mask, plan.shards.mask_has_rows).add_(of_mask)
             if need_sinks:
                 grad_sinks += of_sinks
         home.add(of_pairs) if source == rank else home.exchange(source, of_pairs)
-    grads = (torch.cat(of_pieces, dim=2) for of_pieces in zip(*home.finish()))
+    grads = (_rows_third(torch.cat(of_pieces)) for of_pieces in zip(*home.finish()))
     return grad_query, *grads, grad_mask, grad_sinks
 
 
@@ -303,6 +309,8 @@ def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _wide(tensors: Sequence[Tensor]) -> Pair:
-    """Return tensors in which sums lose nothing."""
-    return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+def _sum(total: Pair | None, pair: Pair | None) -> Pair | None:
+    """Return a sum in float32 or better, in the place of ``total`` if there is one."""
+    if total is None or pair is None:
+        return total if pair is None else tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair)
+    return tuple(map(Tensor.add_, total, pair))

@@ -1,0 +1,1 @@
+"""Plan and measure attention over a sequence that is spread over ranks."""
