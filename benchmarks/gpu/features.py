@@ -65,20 +65,20 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
     packed = _tensor(1, 8, 900, 64), _tensor(1, 2, 900, 64), _tensor(1, 2, 900, 64)
     single = [_tensor(2, 2, 64, 64, dtype=torch.float32)] * 3
     far = torch.empty_strided((2, 2, 300, 64), (64, 64, 1 << 25, 1), dtype=torch.float16, device="meta")
-    one, many, two = _tensor(1, 1, 1, 64), _tensor(9, dtype=torch.int32), _tensor(2, dtype=torch.int32)
-    a_seed, seeds = _tensor(dtype=torch.int64), _tensor(2, dtype=torch.int64)
+    one, (many, two, three) = _tensor(1, 1, 1, 64), (_tensor(length, dtype=torch.int32) for length in (9, 2, 3))
+    a_seed, seeds, places = (_tensor(*shape, dtype=torch.int64) for shape in ((), (2,), (2, 4)))
     slopes, sinks = _tensor(2, 8, dtype=torch.float32), _tensor(8)
     cache, pages = _tensor(3, 2, 4096, 64), _tensor(99, 16, 2, 64)
     table, new = _tensor(3, 30, dtype=torch.int32), _tensor(3, 2, 2, 64)
     score_options = {"alibi_slopes": slopes, "sinks": sinks, "softcap": 30.0, "left": 100, "right": 5}
     dropped = {"drop_below": 1 << 29, "keep_scale": 1.2}
     return {
-        "everything": _call(query, key, value, arch, mask=_tensor(2, 1, 300, 333), seed=a_seed, **score_options, **dropped),
+        "everything": _call(query, key, value, arch, mask=_tensor(2, 1, 300, 333), seed=seeds, **score_options, **dropped),
         "bool mask": _call(query, key, value, arch, mask=_tensor(333, dtype=torch.bool)),
-        "mask per query": _call(query, key, value, arch, mask=_tensor(8, 300, 1)),
+        "mask per query, a part": _call(query, key, value, arch, mask=_tensor(8, 300, 1), places=places, right=0),
         "mask of one number": _call(query, key, value, arch, mask=_tensor()),
         "one of each": _call(one, one, one, arch, right=0),
-        "window, a seed for each": _call(query, key, value, arch, left=64, right=0, seed=seeds, **dropped),
+        "window, a part": _call(query, key, value, arch, left=64, right=0, seed=a_seed, places=places, **dropped),
         "dropout of next to nothing": _call(query, key, value, arch, seed=a_seed, drop_below=2, keep_scale=1.0),
         "dropout of everything": _call(query, key, value, arch, seed=a_seed, drop_below=1 << 32, keep_scale=0.0),
         "rows far apart": _call(*[far] * 3, arch, right=0),
@@ -96,7 +96,9 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
             **score_options,
             **dropped,
         ),  # fmt: skip
-        "tangents of query": _tangents(query, key, value, arch, ("query",), mask=_tensor(333, dtype=torch.bool)),
+        "tangents of query, a part": _tangents(
+            query, key, value, arch, ("query",), mask=_tensor(333, dtype=torch.bool), places=places
+        ),
         "tangents of key, packed": _tangents(*packed, arch, ("key",), cu_seqlens_q=many, cu_seqlens_k=many, right=0),
         "tangents of value, TF32": _tangents(*single, arch, ("value",), allow_tf32=True),
         "all statistics": _stats(
@@ -111,7 +113,9 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
             **dropped,
         ),  # fmt: skip
         "entropy, bool mask": _stats(query, key, value, arch, ("entropy",), mask=_tensor(333, dtype=torch.bool)),
-        "max_logit, packed": _stats(*packed, arch, ("max_logit",), cu_seqlens_q=many, cu_seqlens_k=many, right=0),
+        "max_logit, packed, a part": _stats(
+            *packed, arch, ("max_logit",), cu_seqlens_q=three, cu_seqlens_k=three, places=places, right=0
+        ),
         "key_mass, TF32": _stats(*single, arch, ("key_mass",), allow_tf32=True),
         "statistics of rows far apart": _stats(*[far] * 3, arch, ("entropy", "key_mass"), right=0),
         "TF32": _call(*single, arch, allow_tf32=True),

@@ -41,7 +41,8 @@ STATS_PASSES = (FORWARD_STATS, GRAD_KEY_VALUE_STATS, GRAD_QUERY_STATS, KEY_MASS,
 MASK_PASSES = (GRAD_MASK, JVP_GRAD_MASK)  # Their loop is always the masked one.
 HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
-LOOPS = ("plain", "masked", "packed")  # Attention alone; with a mask and dropout; of packed sequences.
+LOOPS = ("plain", "masked", "packed", "part")  # Attention alone; with mask and dropout; packed; a larger call's, with dropout.
+DROPPING = ("masked", "part")  # These loops draw dropout.
 
 
 class Variant(NamedTuple):
@@ -61,7 +62,7 @@ def every_variant() -> list[Variant]:
     The KV cache's pass has no diagonal to skip, so it comes once. Loops that are not plain, and so the passes over a mask, come
     with a causal limit only.
     """
-    kinds = ((False, "plain"), (True, "plain"), (True, "masked"), (True, "packed"))
+    kinds = ((False, "plain"), *((True, loop) for loop in LOOPS))
     passes = PASSES + TANGENT_PASSES + STATS_PASSES
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, passes, HEAD_DIMS, DTYPES) for kind in kinds]
     variants = [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
@@ -71,19 +72,21 @@ def every_variant() -> list[Variant]:
 def covering_variants() -> list[Variant]:
     """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns.
 
-    Of the passes with tangents and with statistics there are a few, because compiling takes long. Those over a mask come once
-    for every GPU.
+    Of the passes with tangents, with statistics and of a larger call there are a few, because compiling takes long. Those over
+    a mask come once for every GPU.
     """
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
     for arch, name, head_dim in itertools.product(GPUS, PASSES, HEAD_DIMS):
         causal, dtype = next(turns)
         variants.append(Variant(arch, name, head_dim, dtype, causal and name != KVCACHE))
-    for i, (arch, name, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:])):
+    for i, (arch, name, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:3])):
         variants.append(Variant(arch, name, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
     head_dims = itertools.cycle((64, 128))
     for arch, name in itertools.product(("sm_86", "sm_90", "gfx942"), TANGENT_PASSES + STATS_PASSES):
         variants.append(Variant(arch, name, next(head_dims), "bfloat16", True))
+    for (arch, head_dim), name in itertools.product((("sm_80", 128), ("sm_90", 64), ("gfx942", 128)), PASSES[:3]):
+        variants.append(Variant(arch, name, head_dim, "bfloat16", True, "part"))
     turns = itertools.cycle(itertools.product(DTYPES, HEAD_DIMS))
     for arch, name in itertools.product(GPUS, MASK_PASSES):
         dtype, head_dim = next(turns)
@@ -108,9 +111,12 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         options = (None, None, None, None, None, None, None, scale, 0.0, False)
         return attention.plan_kvcache(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
     options = {}
+    if variant.loop in DROPPING:
+        options = {"seed": tensor(dtype=torch.int64), "drop_below": 1 << 29}
     if variant.loop == "masked":
-        options = {"mask": tensor(batch, heads, length, length, dtype=torch.float32), "seed": tensor(dtype=torch.int64)}
-        options["drop_below"] = 1 << 29
+        options["mask"] = tensor(batch, heads, length, length, dtype=torch.float32)
+    if variant.loop == "part":
+        options["places"] = tensor(batch, 4, dtype=torch.int64)
     if variant.loop == "packed":
         query, key, value, out, lse, statistics = (t[:1] for t in (query, key, value, out, lse, statistics))
         options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), tensor(batch + 1, dtype=torch.int32))
@@ -155,7 +161,7 @@ def inspect(variant: Variant) -> dict:
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
     dtype = getattr(torch, variant.dtype)
-    kind = LoopKind.MASKED if variant.loop == "masked" else LoopKind.PLAIN
+    kind = LoopKind.MASKED if variant.loop in DROPPING else LoopKind.PLAIN
     if variant.loop == "plain" and variant.pass_name not in TANGENT_PASSES and has_descriptors(variant.arch, dtype):
         kind = LoopKind.DESCRIPTORS
     tile = tile_for(variant.pass_name, variant.arch, dtype, variant.head_dim, kind)

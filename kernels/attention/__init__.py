@@ -81,19 +81,23 @@ def run(launches: Iterable[Launch]) -> None:
 def _plan_block_lists(
     mask: Tensor | None, call: Call, tile: Tile, by_keys: bool, scoring: Scoring
 ) -> tuple[list[Launch], BlockList | None]:
-    """Plan the launch that lists which blocks a pass visits; return it and the lists."""
+    """Plan the launch that lists which blocks a pass visits; return it and the lists.
+
+    With places, a window lies elsewhere in each example, and each has lists of its own.
+    """
     if mask is None:
         return [], None
     q_len, k_len = call.query.shape[2], call.key.shape[2]
     own, other = triton.cdiv(q_len, tile.q), triton.cdiv(k_len, tile.k)
     own, other = (other, own) if by_keys else (own, other)
-    batch, heads = mask.shape[:2]
+    batch, heads = mask.shape[0] if call.places is None else call.query.shape[0], mask.shape[1]
     counts = torch.empty(batch, heads, own, dtype=torch.int32, device=mask.device)
     blocks = torch.empty(batch, heads, own, max(1, other), dtype=torch.int32, device=mask.device)
     own_mask = Mask(mask, *mask.expand(batch, heads, q_len, k_len).stride())
     arguments = {
         "mask": own_mask, "blocks": blocks, "counts": counts, "mask_heads": heads, "q_len": q_len, "k_len": k_len,
-        "left": scoring.left, "right": scoring.right, "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "BY_KEYS": by_keys,
+        "places": sizes_of(call).places, "left": scoring.left, "right": scoring.right,
+        "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "BY_KEYS": by_keys,
     }  # fmt: skip
     batch_stride, head_stride = heads * own if batch > 1 else 0, own if heads > 1 else 0
     lists = BlockList(blocks, counts, batch_stride, head_stride, max(1, other))
@@ -333,7 +337,7 @@ def plan_kvcache(
     group = heads // max(1, kv_heads)
     shared = {
         "partial": partial, "statistics": statistics, "cache_seqlens": cache_seqlens,
-        "sizes": Sizes(batch, heads, group, q_len, capacity, None, None),
+        "sizes": Sizes(batch, heads, group, q_len, capacity, None, None, None),
         "scoring": make_scoring(left, right, scale, softcap, alibi_slopes, sinks, False), "added": added, "capacity": capacity,
         "num_splits": num_splits, "DV": value_dim, "VALUE_COLUMNS": columns_of(value_dim), "SPLIT": split,
     }  # fmt: skip

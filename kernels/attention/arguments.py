@@ -125,7 +125,8 @@ def sizes_of(call: Call) -> Sizes:
     if call.cu_seqlens_q is not None:
         batch = call.cu_seqlens_q.shape[0] - 1
     group = heads // max(1, call.key.shape[1])
-    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k)
+    places = None if call.places is None else call.places.contiguous()
+    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k, places)
 
 
 def make_scoring(

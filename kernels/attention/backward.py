@@ -14,7 +14,8 @@ import triton.language as tl
 from .device import (
     block_list,
     block_start,
-    dropout_stream,
+    dropout_origin,
+    first_position,
     keep_mask,
     load_block,
     load_tile,
@@ -130,7 +131,7 @@ def attention_grad_key_value(
         k = load_tile(k_pointers, keys_left, D, True)  # (BLOCK_K, COLUMNS)
         v_pointers = tile_pointers(value, batch, kv_head, k_first + k_start, BLOCK_K, VALUE_COLUMNS)
         v = load_tile(v_pointers, keys_left, DV, True)  # (BLOCK_K, VALUE_COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         j = (k_start + tl.arange(0, BLOCK_K))[:, None]  # (BLOCK_K, 1)
         # The queries from j - shift - right to j - shift + left see key j.
         last = tl.minimum(k_start + BLOCK_K, k_len) - 1
@@ -147,7 +148,7 @@ def attention_grad_key_value(
             first_key = (batch * sizes.heads + head) * sizes.k_len + k_first + k_start
             grad_key_mass = load_key_grads(stats, first_key, keys_left, BLOCK_K, True)
             slope = slope_of(scoring, b, head)
-            seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+            origin = dropout_origin(dropout, sizes, b, head)
             list_start, count = block_list(block_lists, b, head, block)
             for phase in tl.static_range(3):
                 start, stop = phase_bounds(phase, begin, whole, edge, end, count, block_lists is not None, BLOCK_Q)
@@ -173,7 +174,7 @@ def attention_grad_key_value(
                     if dropout.seed is None:
                         dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
                     else:
-                        keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
+                        keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, True)
                         dv = tl.dot((p * keep).to(g.dtype), g, dv, input_precision=PRECISION)
                         dp *= keep * dropout.keep_scale
                     row_grads = load_row_grads(stats, first_row + q_start, rows_left, BLOCK_Q, True)
@@ -210,14 +211,14 @@ def attention_grad_query(
         g = load_tile(g_pointers, rows_left, DV, True)  # (BLOCK_Q, VALUE_COLUMNS)
         k_pointers = tile_pointers(key, batch, kv_head, k_first, BLOCK_K, COLUMNS)
         v_pointers = tile_pointers(value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         first_row = (batch * sizes.heads + head) * sizes.q_len + q_first + q_start
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, rows_left, BLOCK_Q, True)
         row_grads = load_row_grads(stats, first_row, rows_left, BLOCK_Q, False)
         first_key = (batch * sizes.heads + head) * sizes.k_len + k_first
         slope = slope_of(scoring, b, head)
-        seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        origin = dropout_origin(dropout, sizes, b, head)
         # Tensor instructions add up products in the same way as in the forward, so that these scores need no clamp.
         CLAMPED: tl.constexpr = not SCALE_ONLY or q.dtype == tl.float32
         dq = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
@@ -242,7 +243,7 @@ def attention_grad_query(
                 v = load_block(v_pointers, value, value_desc, batch, kv_head, k_first, k_start, keys_left, DV, phase != 1)
                 dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 if dropout.seed is not None:
-                    keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                    keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, False)
                     dp *= keep * dropout.keep_scale
                 grad_key_mass = load_key_grads(stats, first_key + k_start, keys_left, BLOCK_K, False)
                 # (BLOCK_Q, BLOCK_K)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HUGE = tl.constexpr(float(1 << 28))  # From this exponent of 2 on, scores that differ do so by 16 or more.
+FAR = tl.constexpr(1 << 29)  # Farther than any key. Positions are cut to it: with a window of 2**30, they fit into 32 bits.
 
 # ---- arguments: a kernel takes a tensor with its strides, or values that belong together, as one tuple ----------------------
 
@@ -60,12 +61,13 @@ class Sizes(NamedTuple):
     k_len: int
     cu_q: Any  # int32 (batch + 1,), or None
     cu_k: Any  # int32 (batch + 1,), or None
+    places: Any  # int64 (batch, 4): position, first_query, first_key and stream of each sequence; None: it is a whole call
 
 
 class Scoring(NamedTuple):
     """The steps between the products and the softmax. A field that is None is a step that is left out."""
 
-    left: Any  # Query i sees keys from p_i - left to p_i + right, with p_i = i + k_len - q_len.
+    left: Any  # Query i sees keys from p_i - left to p_i + right, with p_i = i + first_position.
     right: Any
     scale: float
     factor: float  # Exponent of 2 = factor * (score - maximum). It is log2(e), or scale * log2(e) where scores are products.
@@ -144,6 +146,15 @@ def locate(program, heads, length, sizes, cu_seqlens, heads_per_group, BLOCK: tl
         q_first, q_len = sequence(sizes.cu_q, b, sizes.q_len)
         k_first, k_len = sequence(sizes.cu_k, b, sizes.k_len)
         return b, head, block, (b * 0).to(tl.int64), q_first, q_len, k_first, k_len
+
+
+@triton.jit
+def first_position(places, b, q_len, k_len):
+    """Return where query 0 of a sequence stands among its keys; query i stands i keys further on."""
+    if places is None:
+        return k_len - q_len
+    else:
+        return tl.minimum(tl.maximum(tl.load(places + 4 * b), -FAR), FAR).to(tl.int32)
 
 
 # ---- ranges: which blocks hold something to see, and which of these need no mask --------------------------------------------
@@ -440,34 +451,46 @@ def finish_softmax(row_max, row_sum, residual, scoring, head, SCALE_ONLY: tl.con
 
 
 @triton.jit
-def dropout_stream(dropout, b, head, heads):
-    """Return (seed, stream): the seed of an example, and the number of its head among those that share the seed."""
-    if dropout.seed is None:
-        return 0, 0
-    elif dropout.per_example is None:
-        return tl.load(dropout.seed), b * heads + head
-    else:
-        return tl.load(dropout.seed + b), head
+def dropout_origin(dropout, sizes, b, head):
+    """Return (seed, block, query, stream): the seed of an example, and the counter of the first query and key of its head.
+
+    Without places, a head's stream is its number among the heads that share the seed.
+    """
+    seed, block, query, stream = 0, 0, 0, 0
+    if dropout.seed is not None:
+        seed = tl.load(dropout.seed if dropout.per_example is None else dropout.seed + b)
+        if sizes.places is not None:
+            place = sizes.places + 4 * b
+            query, block = tl.load(place + 1).to(tl.uint32), (tl.load(place + 2) // 4).to(tl.uint32)
+            stream = (tl.load(place + 3) + head).to(tl.uint32)
+        else:
+            stream = (b * sizes.heads + head if dropout.per_example is None else head).to(tl.uint32)
+    return seed, block, query, stream
 
 
 @triton.jit
-def dropout_words(seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Return the random words (QUERIES, KEYS) of a tile: key j takes word j % 4 of counter (j // 4, query, stream, 0)."""
-    block = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)[None, :]  # (1, KEYS / 4)
+def dropout_words(origin, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Return the random words (QUERIES, KEYS) of a tile of queries (QUERIES,) and of the keys from `first_key` on.
+
+    Key j takes word j % 4 of counter (j // 4, query, 0, 0), counted from that of `dropout_origin`.
+    """
+    seed, block, first_query, stream = origin
+    block += (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)[None, :]  # (1, KEYS / 4)
+    query = (first_query + query.to(tl.uint32))[:, None]  # (QUERIES, 1)
     zero = tl.zeros([QUERIES, KEYS // 4], tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, zero + block, zero + query.to(tl.uint32)[:, None], zero + stream.to(tl.uint32), zero)
+    w0, w1, w2, w3 = tl.philox(seed, zero + block, zero + query, zero + stream, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (QUERIES, KEYS / 4, 2, 2): words 0, 1, 2, 3 in the order of memory
     return tl.reshape(words, [QUERIES, KEYS])
 
 
 @triton.jit
-def keep_mask(dropout, seed, stream, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
+def keep_mask(dropout, origin, query, first_key, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEYS_FIRST: tl.constexpr):
     """Return 1.0 for the weights of a tile that stay and 0.0 for those that are dropped.
 
     The tile is (QUERIES, KEYS), or (KEYS, QUERIES) if KEYS_FIRST. The result is made of numbers, because AMD's compiler cannot
     convert booleans from one layout to another.
     """
-    words = dropout_words(seed, stream, query, first_key, QUERIES, KEYS)
+    words = dropout_words(origin, query, first_key, QUERIES, KEYS)
     if KEYS_FIRST:
         words = tl.trans(words)
     return tl.where(words > tl.cast(dropout.drop_to, tl.uint32), 1.0, 0.0)

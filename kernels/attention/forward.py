@@ -12,8 +12,9 @@ import triton.language as tl
 from .device import (
     block_list,
     block_start,
-    dropout_stream,
+    dropout_origin,
     finish_softmax,
+    first_position,
     fused_residual,
     keep_mask,
     load_block,
@@ -59,10 +60,10 @@ def attention_forward(
         k_pointers = tile_pointers(key, batch, kv_head, k_first, BLOCK_K, COLUMNS)
         v_pointers = tile_pointers(value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
         q = load_tile(q_pointers, q_len - q_start, D, True)  # (BLOCK_Q, COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         slope = slope_of(scoring, b, head)
-        seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        origin = dropout_origin(dropout, sizes, b, head)
         row_max, row_sum = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
         if row_stats is not None:
             weighted, max_key = tl.zeros([BLOCK_Q], tl.float32), tl.full([BLOCK_Q], -1, tl.int32)
@@ -92,7 +93,7 @@ def attention_forward(
                         s, p, rescale, j, scoring, old_max, row_max, old_sum, weighted, max_key, phase != 1, FUSED
                     )
                 if dropout.seed is not None:
-                    p *= keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                    p *= keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, False)
                 # (BLOCK_K, VALUE_COLUMNS)
                 v = load_block(v_pointers, value, value_desc, batch, kv_head, k_first, k_start, keys_left, DV, phase != 1)
                 acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)

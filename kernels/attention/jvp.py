@@ -16,8 +16,9 @@ import triton.language as tl
 from .device import (
     block_list,
     block_start,
-    dropout_stream,
+    dropout_origin,
     finish_softmax,
+    first_position,
     keep_mask,
     load_tile,
     locate,
@@ -59,10 +60,10 @@ def attention_jvp(
         k_tangent_pointers = tangent_pointers(tangents.key, batch, kv_head, k_first, BLOCK_K, COLUMNS)
         v_pointers = tile_pointers(value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
         v_tangent_pointers = tangent_pointers(tangents.value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         slope = slope_of(scoring, b, head)
-        seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        origin = dropout_origin(dropout, sizes, b, head)
         row_max, row_sum = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
         mean = tl.zeros([BLOCK_Q], tl.float32)  # Of ds, weighted with p.
         acc, acc_tangent = (tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32),) * 2
@@ -99,7 +100,7 @@ def attention_jvp(
                 mean += shift_of_mean
                 p_ds = p * (ds - mean[:, None])  # (BLOCK_Q, BLOCK_K)
                 if dropout.seed is not None:
-                    keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False)
+                    keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, False)
                     p, p_ds = p * keep, p_ds * keep
                 v = load_tile(v_pointers + offset * value.row, keys_left, DV, phase != 1)  # (BLOCK_K, VALUE_COLUMNS)
                 acc *= rescale[:, None]

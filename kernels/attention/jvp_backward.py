@@ -21,7 +21,8 @@ from .backward import load_statistics, recompute_p
 from .device import (
     block_list,
     block_start,
-    dropout_stream,
+    dropout_origin,
+    first_position,
     keep_mask,
     load_tile,
     locate,
@@ -107,7 +108,7 @@ def attention_jvp_grad_key_value(
             k, k_tangent, v, v_tangent = load_keys(
                 key, value, tangents, batch, kv_head, first_key, keys_left, D, DV, BLOCK_K, COLUMNS, VALUE_COLUMNS
             )
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         j = (k_start + tl.arange(0, BLOCK_K))[:, None]  # (BLOCK_K, 1)
         # The queries from j - shift - right to j - shift + left see key j.
         last = tl.minimum(k_start + BLOCK_K, k_len) - 1
@@ -122,7 +123,7 @@ def attention_jvp_grad_key_value(
             u_pointers = tile_pointers(grad_out, batch, head, q_first, BLOCK_Q, VALUE_COLUMNS)
             first_row = (batch * sizes.heads + head) * sizes.q_len + q_first
             slope = slope_of(scoring, b, head)
-            seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+            origin = dropout_origin(dropout, sizes, b, head)
             list_start, count = block_list(block_lists, b, head, block)
             for phase in tl.static_range(3):
                 start, stop = phase_bounds(phase, begin, whole, edge, end, count, block_lists is not None, BLOCK_Q)
@@ -162,7 +163,7 @@ def attention_jvp_grad_key_value(
                     if tangents.value is not None:
                         by_tangent = tl.dot(v_tangent, tl.trans(u), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
                     if dropout.seed is not None:
-                        keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, True)
+                        keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, True)
                         by_value *= keep * dropout.keep_scale
                         by_tangent *= keep * dropout.keep_scale
                     w, g, f = score_gradients(
@@ -206,7 +207,7 @@ def attention_jvp_grad_query(
         k_tangent_pointers = tangent_pointers(tangents.key, batch, kv_head, k_first, BLOCK_K, COLUMNS)
         v_pointers = tile_pointers(value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
         v_tangent_pointers = tangent_pointers(tangents.value, batch, kv_head, k_first, BLOCK_K, VALUE_COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         first_row = (batch * sizes.heads + head) * sizes.q_len + first_query
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, rows_left, BLOCK_Q, True)
@@ -214,7 +215,7 @@ def attention_jvp_grad_query(
             lse_tangent, tangent_delta, row_max, first_row, rows_left, BLOCK_Q, True
         )  # (BLOCK_Q,) each
         slope = slope_of(scoring, b, head)
-        seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        origin = dropout_origin(dropout, sizes, b, head)
         CLAMPED: tl.constexpr = not SCALE_ONLY or q.dtype == tl.float32  # As in the backward.
         acc = tl.zeros([BLOCK_Q, COLUMNS], tl.float32)
         last = tl.minimum(q_start + BLOCK_Q, q_len) - 1
@@ -248,7 +249,7 @@ def attention_jvp_grad_query(
                     v_tangent = load_tangent(v_tangent_pointers, tangents.value, k_start, keys_left, DV, phase != 1)
                     by_tangent = tl.dot(u, tl.trans(v_tangent), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 if dropout.seed is not None:
-                    keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
+                    keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
                     by_value *= keep
                     by_tangent *= keep
                 _, g, f = score_gradients(

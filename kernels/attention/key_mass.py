@@ -9,7 +9,17 @@ import triton
 import triton.language as tl
 
 from .backward import load_statistics, recompute_p
-from .device import block_list, block_start, load_tile, locate, phase_bounds, seen_range, slope_of, tile_pointers
+from .device import (
+    block_list,
+    block_start,
+    first_position,
+    load_tile,
+    locate,
+    phase_bounds,
+    seen_range,
+    slope_of,
+    tile_pointers,
+)
 
 
 @triton.jit
@@ -32,7 +42,7 @@ def attention_key_mass(
         k_pointers = tile_pointers(key, batch, kv_head, k_first + k_start, BLOCK_K, COLUMNS)
         k = load_tile(k_pointers, keys_left, D, True)  # (BLOCK_K, COLUMNS)
         q_pointers = tile_pointers(query, batch, head, q_first, BLOCK_Q, COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         j = k_start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
         # The queries from j - shift - right to j - shift + left see key j.
         last = tl.minimum(k_start + BLOCK_K, k_len) - 1
@@ -81,7 +91,7 @@ def attention_mass_mean(
         q_pointers = tile_pointers(query, batch, head, q_first + q_start, BLOCK_Q, COLUMNS)
         q = load_tile(q_pointers, rows_left, D, True)  # (BLOCK_Q, COLUMNS)
         k_pointers = tile_pointers(key, batch, kv_head, k_first, BLOCK_K, COLUMNS)
-        shift = k_len - q_len  # Query i has the position of key i + shift.
+        shift = first_position(sizes.places, b, q_len, k_len)  # Query i has the position of key i + shift.
         i = q_start + tl.arange(0, BLOCK_Q)  # (BLOCK_Q,)
         first_row = (batch * sizes.heads + head) * sizes.q_len + q_first
         # (BLOCK_Q,) each

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .backward import load_statistics, recompute_log2_p
-from .device import dropout_stream, keep_mask, mask_scores, slope_of, tile_pointers
+from .device import dropout_origin, first_position, keep_mask, mask_scores, slope_of, tile_pointers
 from .jvp_backward import load_tangent_statistics, score_gradients
 from .stats import load_key_grads, load_row_grads, score_grads
 from .tangents import score_tangents
@@ -12,25 +12,27 @@ from .tangents import score_tangents
 
 @triton.jit
 def attention_block_lists(
-    mask, blocks, counts, mask_heads, q_len, k_len, left, right,
+    mask, blocks, counts, mask_heads, q_len, k_len, places, left, right,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BY_KEYS: tl.constexpr,
 ):  # fmt: skip
     """List the blocks of keys that mask and window leave something of, for one block of queries.
 
-    BY_KEYS swaps the two sides: it lists blocks of queries for one block of keys.
+    BY_KEYS swaps the two sides: it lists blocks of queries for one block of keys. The mask has lists for each of its examples
+    and heads, and for each example of the call with places (Sizes), which move the window.
     """
     q_blocks, k_blocks = tl.cdiv(q_len, BLOCK_Q), tl.cdiv(k_len, BLOCK_K)
     own, other = (k_blocks, q_blocks) if BY_KEYS else (q_blocks, k_blocks)
     block, batch_head = tl.program_id(0) % own, tl.program_id(0) // own
     batch, head = (batch_head // mask_heads).to(tl.int64), batch_head % mask_heads
     list_start = blocks + tl.program_id(0).to(tl.int64) * other
+    shift = first_position(places, batch, q_len, k_len)
     count = 0
     for n in range(other):
         q_block, k_block = (n, block) if BY_KEYS else (block, n)
         i = (q_block * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
         j = (k_block * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
         zeros = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        s = mask_scores(zeros, mask, batch, head, i + k_len - q_len, i, j, q_len, k_len, left, right)
+        s = mask_scores(zeros, mask, batch, head, i + shift, i, j, q_len, k_len, left, right)
         tl.store(list_start + count, n)  # The next block overwrites n if this one holds nothing.
         something = tl.where(s == float("-inf"), 0, 1)  # NaN is something.
         count += tl.max(tl.max(something, 1), 0)
@@ -104,6 +106,7 @@ def attention_grad_mask(
         head_n = n // (k_sharing * q_sharing)
         b, head = own_b + head_n // heads_sharing, own_head + head_n % heads_sharing
         batch, kv_head, q_left, k_left = b.to(tl.int64), head // sizes.group, q_len - q_start, k_len - k_start
+        shift = first_position(sizes.places, b, q_len, k_len)
         s, products = products_by_chunk(
             query, key, query_tangent, key_tangent, batch, head, kv_head, q_start, k_start, q_left, k_left,
             D, COLUMNS, BLOCK_Q, BLOCK_K, PRECISION,
@@ -112,7 +115,7 @@ def attention_grad_mask(
         row_max, log2_sum, delta_tile = load_statistics(statistics, delta, first_row, q_left, BLOCK_Q, True)
         i, j = q_start + tl.arange(0, BLOCK_Q), (k_start + tl.arange(0, BLOCK_K))[None, :]  # (BLOCK_Q,), (1, BLOCK_K)
         log2_p, softcap_grad, _ = recompute_log2_p(
-            s, row_max[:, None], log2_sum[:, None], mask, batch, head, (i + k_len - q_len)[:, None], i[:, None], j,
+            s, row_max[:, None], log2_sum[:, None], mask, batch, head, (i + shift)[:, None], i[:, None], j,
             q_len, k_len, slope_of(scoring, b, head), scoring, False, True, True,
         )  # fmt: skip
         p = tl.exp2(log2_p)  # (BLOCK_Q, BLOCK_K)
@@ -120,9 +123,9 @@ def attention_grad_mask(
             grad_out, value, None, value_tangent, batch, head, kv_head, q_start, k_start, q_left, k_left,
             DV, VALUE_COLUMNS, BLOCK_Q, BLOCK_K, PRECISION,
         )  # (BLOCK_Q, BLOCK_K) each  # fmt: skip
-        seed, stream = dropout_stream(dropout, b, head, sizes.heads)
+        origin = dropout_origin(dropout, sizes, b, head)
         if dropout.seed is not None:
-            keep = keep_mask(dropout, seed, stream, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
+            keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, False) * dropout.keep_scale
             dp *= keep
             by_tangent *= keep
         if tangents is None:

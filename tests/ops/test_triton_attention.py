@@ -249,7 +249,7 @@ def test_tensors_on_a_cpu_run_there_unless_triton_is_named():
 
 def test_opcheck_and_compile():
     tensors = [seeded_normal(i, (1, 2, 9, 16), torch.float32).to(DEVICE).requires_grad_() for i in range(3)]
-    args = (*(t.detach() for t in tensors), *[None] * 6, 2, 0, 0.3, 0.0, 0.0)
+    args = (*(t.detach() for t in tensors), *[None] * 7, 2, 0, 0.3, 0.0, 0.0)
     torch.library.opcheck(torch.ops.fastlm.triton_attention.default, args, raise_exception=True)
 
     def loss(*tensors):

@@ -217,7 +217,7 @@ def test_products_with_a_hessian(product):
 
 def test_opcheck():
     tensors = [seeded_normal(i, (1, 2, 9, 16), torch.float32).to(DEVICE) for i in range(3)]
-    call, tangents = (*tensors, *[None] * 6, 2, 0, 0.3, 0.0, 0.0), (tensors[0], None, tensors[2], None, None)
+    call, tangents = (*tensors, *[None] * 7, 2, 0, 0.3, 0.0, 0.0), (tensors[0], None, tensors[2], None, None)
     ops = torch.ops.fastlm
     torch.library.opcheck(ops.triton_attention_jvp.default, (*call, *tangents), raise_exception=True)
     out, lse, *rest = ops.triton_attention_jvp(*call, *tangents)

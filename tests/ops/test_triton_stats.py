@@ -182,7 +182,7 @@ def test_nothing_is_read_outside_the_tensors(dtype):
 
 def test_opcheck():
     tensors = [seeded_normal(i, (1, 2, 9, 16), torch.float32).to(DEVICE) for i in range(3)]
-    call = (*tensors, *[None] * 6, 2, 0, 0.3, 0.0, 0.0)
+    call = (*tensors, *[None] * 7, 2, 0, 0.3, 0.0, 0.0)
     ops = torch.ops.fastlm
     for wanted in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops.triton_attention_stats.default, (*wanted, *call), raise_exception=True)

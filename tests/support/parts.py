@@ -60,6 +60,13 @@ def attention_in_parts(
     return _cat((_cat((of_head(b, h) for h in range(kv_heads)), dim=1) for b in range(batch)), dim=0)
 
 
+def attention_at(*, seed=None, return_stats=(), backend=None, **fields) -> tuple:
+    """Return (out, lse) of the record of a call with these fields, places among them, and its statistics where asked for."""
+    unset = dict.fromkeys(AttentionCall._fields) | {"scale": 0.3, "softcap": 0.0, "dropout_p": 0.0}
+    out, lse, stats = run("attention", AttentionCall(**unset | fields), seed, backend, frozenset(return_stats))
+    return (out, lse, stats) if return_stats else (out, lse)
+
+
 def _slices(length: int, cuts: tuple[int, ...]) -> list[slice]:
     bounds = [0, *(cut for cut in cuts if cut < length), length]
     return [slice(begin, end) for begin, end in zip(bounds, bounds[1:])]
