@@ -1,6 +1,6 @@
 """Provide fused attention and VAE kernels for PyTorch language models, as drop-in replacements."""
 
-from . import nn
+from . import distributed, nn
 from .backend import UnsupportedError, backends, explain
 from .nn.replace import replace, restore
 from .nn.use import disable, enable, use
@@ -25,6 +25,7 @@ __all__ = [
     "attention_weights",
     "backends",
     "disable",
+    "distributed",
     "enable",
     "explain",
     "gaussian_kl",

@@ -13,6 +13,8 @@ struct Latent {
   const int64_t* seeds;                     // one per stream
   int64_t stream;  // elements per stream in one sample: the noise of element e is from stream e / stream
   int64_t samples;
+  // Sample k begins at element first + k * sample_stride of each stream: 0 and `stream`, but for a part of a larger call.
+  int64_t first, sample_stride;
   double free_bits, low, high, temperature;
 };
 

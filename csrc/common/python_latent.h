@@ -71,12 +71,14 @@ inline int64_t product(const Shape& shape, int first_dim = 0) {
   return n;
 }
 
-using LatentNumbers = std::tuple<double, double, double, double>;
+using LatentSamples = std::tuple<int64_t, int64_t, int64_t>;       // their number, first and sample_stride
+using LatentNumbers = std::tuple<double, double, double, double>;  // free_bits, low, high, temperature
 
 // inputs: mu, logvar, prior_mu and prior_logvar; the priors are expanded to mu's shape, or None. seeds: int64, one for all or
-// one for each entry of mu's leading dimensions; or None if no noise is drawn.
-inline void fill(Latent& a, const TensorView& mu, const py::tuple& inputs, const TensorView& seeds, int64_t samples,
-                 const LatentNumbers& numbers) {
+// one for each entry of mu's leading dimensions; or None if no noise is drawn. 0 samples are one without a leading dimension; a
+// sample_stride of 0 means that of a whole call.
+inline void fill(Latent& a, const TensorView& mu, const py::tuple& inputs, const TensorView& seeds,
+                 const LatentSamples& samples, const LatentNumbers& numbers) {
   a.shape = shape_of(mu);
   a.elements = product(a.shape);
   a.mu = view_of("mu", mu, mu);
@@ -89,7 +91,9 @@ inline void fill(Latent& a, const TensorView& mu, const py::tuple& inputs, const
   const int64_t streams = seeds.given ? seeds.elements() : 1;
   a.seeds = reinterpret_cast<const int64_t*>(array_of("seed", seeds, mu, kInt64, streams));
   a.stream = a.elements / std::max<int64_t>(streams, 1);
-  a.samples = std::max<int64_t>(samples, 1);  // 0 means one sample without a leading dimension
+  std::tie(a.samples, a.first, a.sample_stride) = samples;
+  a.samples = std::max<int64_t>(a.samples, 1);
+  if (a.sample_stride == 0) a.sample_stride = a.stream;
   std::tie(a.free_bits, a.low, a.high, a.temperature) = numbers;
 }
 
@@ -107,7 +111,7 @@ inline int64_t events_of(const TensorView& mu, int event_dims) {
 }
 
 inline LatentForward latent_forward_of(const py::tuple& inputs, py::handle z, py::handle kl, py::handle seed, int event_dims,
-                                       int64_t samples, const LatentNumbers& numbers) {
+                                       const LatentSamples& samples, const LatentNumbers& numbers) {
   LatentForward a;
   const TensorView mu(inputs[0]), seeds(seed);
   fill(a, mu, inputs, seeds, samples, numbers);
@@ -121,15 +125,15 @@ inline LatentForward latent_forward_of(const py::tuple& inputs, py::handle z, py
 }
 
 inline LatentBackward latent_backward_of(const py::tuple& inputs, py::handle grad_z, py::handle grad_kl,
-                                         const py::tuple& outputs, py::handle seed, int event_dims, int64_t samples,
-                                         const LatentNumbers& numbers) {
+                                         const py::tuple& outputs, py::handle seed, int event_dims,
+                                         const LatentSamples& samples, const LatentNumbers& numbers) {
   LatentBackward a;
   const TensorView mu(inputs[0]), seeds(seed), of_z(grad_z), of_kl(grad_kl);
   fill(a, mu, inputs, seeds, samples, numbers);
-  const int skip = samples > 0 ? 1 : 0;
+  const int skip = std::get<0>(samples) > 0 ? 1 : 0;
   a.grad_z = view_of("grad_z", of_z, mu, skip);
   expect(!of_z.given || (of_z.dtype == mu.dtype && seeds.given), "grad_z", of_z, "z's dtype, and a seed with it");
-  expect(!of_z.given || !skip || of_z.shape[0] == samples, "grad_z", of_z, "as many samples as z");
+  expect(!of_z.given || !skip || of_z.shape[0] == a.samples, "grad_z", of_z, "as many samples as z");
   a.grad_z_sample = skip && of_z.data ? of_z.stride[0] : 0;
   a.event = event_of(mu, event_dims);
   a.grad_kl = array_of("grad_kl", of_kl, mu, accumulation_dtype(mu.dtype), events_of(mu, event_dims));

@@ -13,7 +13,8 @@ constexpr int64_t kShortTile = 1024;
 // Returns whether every group consists of whole blocks of the noise, in every sample: four neighbours of one stream that start
 // at a multiple of four.
 static bool draws_blocks(const Latent& a) {
-  return (a.stream == a.elements || a.stream % 4 == 0) && (a.samples == 1 || a.stream % 4 == 0);
+  const bool one_sample = a.samples == 1 || a.sample_stride % 4 == 0;
+  return (a.stream == a.elements || a.stream % 4 == 0) && one_sample && a.first % 4 == 0;
 }
 
 static Packed packed_inputs(const Latent& a, int group) {

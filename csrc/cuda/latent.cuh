@@ -44,19 +44,20 @@ static_assert(sizeof(ForwardArguments) <= 4096 && sizeof(BackwardArguments) <= 4
 // Draws the noise of the group's elements in sample k into eps (N,).
 template <int N>
 FASTLM_DEVICE void draw(const Latent& a, bool blocks, int64_t k, const Group& group, float (&eps)[N]) {
+  const int64_t sample = a.first + k * a.sample_stride;
   if (blocks) {
     FASTLM_UNROLL(2)
     for (int i = 0; i < N; i += 4) {
       if (i >= group.high) return;
       const int64_t stream = quotient(group.first + i, a.stream), position = group.first + i - stream * a.stream;
-      normal_block(uint64_t(a.seeds[stream]), uint64_t(k * a.stream + position) / 4, eps + i);
+      normal_block(uint64_t(a.seeds[stream]), uint64_t(sample + position) / 4, eps + i);
     }
     return;
   }
   FASTLM_ROLLED
   for (int i = group.low; i < group.high; ++i) {
     const int64_t stream = quotient(group.first + i, a.stream), position = group.first + i - stream * a.stream;
-    put(eps, i, normal_at(uint64_t(a.seeds[stream]), uint64_t(k * a.stream + position)));
+    put(eps, i, normal_at(uint64_t(a.seeds[stream]), uint64_t(sample + position)));
   }
 }
 

@@ -17,8 +17,8 @@ void check(const char* error) {
 }
 
 void reparameterize_forward(const py::tuple& inputs, const py::object& z, const py::object& kl, const py::object& seed,
-                            int event_dims, int64_t samples, const LatentNumbers& numbers, const py::function& allocate,
-                            intptr_t stream) {
+                            int event_dims, const LatentSamples& samples, const LatentNumbers& numbers,
+                            const py::function& allocate, intptr_t stream) {
   LatentForward a = latent_forward_of(inputs, z, kl, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::object room;  // must live until the launch; the allocator reuses it only for later work of this stream
@@ -32,7 +32,7 @@ void reparameterize_forward(const py::tuple& inputs, const py::object& z, const 
 }
 
 void reparameterize_backward(const py::tuple& inputs, const py::object& grad_z, const py::object& grad_kl,
-                             const py::tuple& outputs, const py::object& seed, int event_dims, int64_t samples,
+                             const py::tuple& outputs, const py::object& seed, int event_dims, const LatentSamples& samples,
                              const LatentNumbers& numbers, const py::function&, intptr_t stream) {
   const LatentBackward a = latent_backward_of(inputs, grad_z, grad_kl, outputs, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;

@@ -97,10 +97,12 @@ def move_rows(ranks: Ranks, tensor: Tensor, have: Sequence[Sequence[Range]], wan
     per_row = batch * heads * columns
     flat = exchange(ranks, pieces, [per_row * sum(end - begin for begin, end in ranges) for ranges in arriving])
     ranges = [found for of_rank in arriving for found in of_rank]
-    parts = flat.view(-1, batch, heads, columns).split([end - begin for begin, end in ranges])
+    lengths = [end - begin for begin, end in ranges]
+    flat = flat.view(sum(lengths), batch, heads, columns)  # There may be no heads, as in a shard of a DTensor.
+    parts = flat.split(lengths)
     places = _local(want[ranks.rank], ranges)
     ordered = [part for _, part in sorted(zip(places, parts), key=lambda pair: pair[0])]
-    rows = torch.cat(ordered) if len(ordered) > 1 else flat.view(-1, batch, heads, columns)
+    rows = torch.cat(ordered) if len(ordered) > 1 else flat
     return rows.permute(1, 2, 0, 3)
 
 

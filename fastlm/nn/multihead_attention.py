@@ -17,7 +17,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     A call is fused: it reads queries, keys and values where the projection leaves them, and never stores the scores or a mask
     of their size. A query that sees no key gets zeros. With ``need_weights``, torch's default, the weights that are returned
     are a tensor that is computed when somebody reads it. torch's own code runs in these cases: calls that ask for few weights,
-    or for weights with ``add_zero_attn`` or under torch.compile, nested tensors, subclasses of Tensor (such as DTensor), calls
+    or for weights with ``add_zero_attn`` or under torch.compile, nested tensors, subclasses of Tensor (but DTensor), calls
     inside ``sdpa_kernel(SDPBackend.MATH)``, torch.jit.trace, torch.jit.script, dtypes and devices that no kernel takes, and bad
     input, for which torch raises its own errors. torch.fx.symbolic_trace makes one node of the module, as it does of torch's.
     """

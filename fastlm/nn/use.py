@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function
 from ..ops.attention import has_kernel, scaled_dot_product_attention
 from ..ops.checks import DTYPES
 from ..ops.latent import standard_normal
+from ..ops.tensor_classes import are_known
 from ..ops.torch_op import PLAIN, is_eager
 from . import blocks, handwritten
 from .entry_points import EntryPoints
@@ -50,8 +51,8 @@ class use:  # noqa: N801 (read as a verb: `with fastlm.use():`)
     from a seed of torch's generator, too: torch.manual_seed repeats them, but they are not torch's.
 
     torch's own function runs what kernels cannot do: other dtypes and devices, other nested tensors and subclasses of Tensor
-    (such as DTensor), calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad input, for which torch raises
-    its own errors.
+    (but DTensor), calls inside ``sdpa_kernel(SDPBackend.MATH)`` or torch.jit.trace, and bad input, for which torch raises its
+    own errors.
 
     Args:
         handwritten: whether to look for attention that is spelled out.
@@ -138,6 +139,8 @@ def _routed(theirs: Callable, attend: Callable, attend_classes: Callable) -> Cal
         if torch._C._is_torch_function_mode_enabled():  # Each mode of the user's sees the call first, and calls ours again.
             return handle_torch_function(ours, (*args, *kwargs.values()), *args, **kwargs)
         given = _overriding((*args, *kwargs.values()), PLAIN)
+        if given and are_known(given):
+            given = []  # so that fastlm's function runs, and not _leave_classes
         out, reason = attend_classes(args, kwargs, given) if given else attend(args, kwargs)
         block._count(reason)
         if reason is None:

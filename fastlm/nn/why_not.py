@@ -5,14 +5,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..ops.torch_op import are_plain, constant_when_compiled
+from ..ops.tensor_classes import are_known
+from ..ops.torch_op import constant_when_compiled
 
 SUBCLASS = "a subclass of Tensor"
 
 
 def call_why_not(tensors: Iterable[Tensor | None]) -> str | None:
     """Return why torch's own code must run a call with these tensors, including masks and weights, or None."""
-    if not are_plain(tensors):
+    if not are_known(tensors):
         return SUBCLASS
     if torch.jit.is_tracing():
         return "torch.jit.trace records torch's own ops"

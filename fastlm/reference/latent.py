@@ -80,17 +80,19 @@ def reparameterize(
     logvar_clamp: tuple[float, float] | None = None,
     num_samples: int | None = None,
     temperature: float = 1.0,
+    first: int = 0,
+    sample_stride: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (z, kl) of a Gaussian latent; z is None without a ``seed`` and kl is None unless ``with_kl``.
 
     The arguments are those of ``fastlm.reparameterize_with_kl``, already checked. The seed is an int64 tensor, 0-d or (B,);
-    noise ``eps`` that was drawn elsewhere may take its place.
+    noise ``eps`` that was drawn elsewhere may take its place. ``first`` and ``sample_stride`` are those of `normal_like`.
     """
     if logvar_clamp is not None:
         logvar = clamp(logvar.to(accumulation_dtype(mu.dtype)), *logvar_clamp)
     z = kl = None
     if seed is not None:
-        eps = normal_like(mu, seed, num_samples or 1)
+        eps = normal_like(mu, seed, num_samples or 1, first, sample_stride)
         eps = eps[0] if num_samples is None else eps
     if eps is not None:
         z = sample(mu, logvar, eps, temperature=temperature)

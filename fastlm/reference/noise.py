@@ -52,15 +52,16 @@ def normal(seed: Tensor, position: Tensor) -> Tensor:
     return (radius * torch.where(second_of_pair, torch.sin(angle), torch.cos(angle))).float()
 
 
-def normal_like(x: Tensor, seed: Tensor, num_samples: int = 1) -> Tensor:
+def normal_like(x: Tensor, seed: Tensor, num_samples: int = 1, first: int = 0, sample_stride: int | None = None) -> Tensor:
     """Return the noise of ``num_samples`` draws for a tensor shaped like ``x``: float32 (num_samples, *x.shape).
 
     ``seed`` is 0-d, or has the shape of leading dimensions of ``x``: (B,) gives each example a stream of its own. Sample k of
-    element e (counted in row-major order within its stream) sits at position k * (elements of x in the stream) + e.
+    element e (counted in row-major order within its stream) sits at position first + k * sample_stride + e. The stride is the
+    number of x's elements in a stream; if x is a part of a larger tensor, it is that one's.
     """
     streams = seed.numel()
     length = x.numel() // max(1, streams)
     element = torch.arange(length, device=x.device)
     sample = torch.arange(num_samples, device=x.device)
-    position = sample[:, None, None] * length + element  # (K, 1, length)
+    position = first + sample[:, None, None] * (sample_stride or length) + element  # (K, 1, length)
     return normal(seed.reshape(1, -1, 1), position.expand(-1, streams, -1)).reshape(num_samples, *x.shape)

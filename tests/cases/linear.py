@@ -26,6 +26,10 @@ def _with_gaps(shape, seed, dtype):
     return seeded_normal(seed, (*shape[:-2], 2 * shape[-2], shape[-1] + 3), dtype)[..., ::2, 1 : 1 + shape[-1]]
 
 
+def _with_gaps_between_matrices(shape, seed, dtype):
+    return seeded_normal(seed, (shape[0], shape[1] + 1, shape[2] + 2), dtype)[:, : shape[1], 2:]
+
+
 def _by_columns(shape, seed, dtype):
     return seeded_normal(seed, (*shape[:-2], shape[-1], shape[-2]), dtype).mT
 
@@ -51,6 +55,8 @@ _CASES = {
     "depth of 1": _case(50, depth=1, out=9),
     "depth of 1, few rows": _case(2, depth=1, out=9, transposed=True),
     "no depth": _case(20, depth=0, out=9),
+    "gaps between matrices": _case(4, 30, input=_with_gaps_between_matrices, depth=50, out=30),
+    "no depth, gaps between matrices": _case(4, 3, depth=0, out=9, input=_with_gaps_between_matrices),
     "no depth, few rows": _case(2, depth=0, out=9, bias=False),
     "no rows": _case(0, 3, depth=8, out=9),
     "one column": _case(33, depth=129, out=1),

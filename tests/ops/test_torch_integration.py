@@ -25,21 +25,29 @@ def normals(*shape, seed=1, dtype=torch.float32):
 # ---- the ops as torch.library sees them -------------------------------------------------------------------------------------
 
 INF = float("inf")
-# (mu, logvar, prior_mu, prior_logvar, seed), (with_kl, event_dims, free_bits, low, high, num_samples, temperature)
+# (mu, logvar, prior_mu, prior_logvar, seed), (with_kl, event_dims, free_bits, low, high, num_samples,
+# temperature, first, sample_stride)
 OP_CALLS = {
-    "plain": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, None, 1.0)),
-    "samples": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, 4, 1.0)),
-    "one sample": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, 1, 1.0)),
-    "no seed": ((normals(3, 5), normals(3, 5), None, None, None), (True, 2, 0.0, -INF, INF, None, 1.0)),
-    "no kl": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (False, 0, 0.0, -INF, INF, None, 0.5)),
-    "prior": ((normals(3, 5), normals(3, 5), normals(5), normals(3, 1), torch.tensor(1)), (True, 1, 0.1, -1.0, 1.0, None, 1.0)),
+    "plain": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, None, 1.0, 0, None)),
+    "samples": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, 4, 1.0, 0, None)),
+    "one sample": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, 1, 1.0, 0, None)),
+    "no seed": ((normals(3, 5), normals(3, 5), None, None, None), (True, 2, 0.0, -INF, INF, None, 1.0, 0, None)),
+    "no kl": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (False, 0, 0.0, -INF, INF, None, 0.5, 0, None)),
+    "prior": (
+        (normals(3, 5), normals(3, 5), normals(5), normals(3, 1), torch.tensor(1)),
+        (True, 1, 0.1, -1.0, 1.0, None, 1.0, 0, None),
+    ),
     "mixed dtypes": (
         (*(normals(3, 5, dtype=torch.bfloat16) for _ in range(2)), normals(5), normals(5).double(), torch.arange(3)),
-        (True, 0, 0.0, -INF, INF, 2, 1.0),
+        (True, 0, 0.0, -INF, INF, 2, 1.0, 0, None),
     ),
-    "strided": ((*normals(3, 10).chunk(2, 1), None, normals(5, 3).T, torch.arange(3)), (True, 1, 0.0, -INF, INF, None, 1.0)),
-    "empty": ((normals(0, 5), normals(0, 5), normals(5), None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, None, 1.0)),
-    "one number": ((normals(), normals(), None, normals(), torch.tensor(1)), (True, 0, 0.0, -INF, INF, None, 1.0)),
+    "strided": (
+        (*normals(3, 10).chunk(2, 1), None, normals(5, 3).T, torch.arange(3)),
+        (True, 1, 0.0, -INF, INF, None, 1.0, 0, None),
+    ),
+    "empty": ((normals(0, 5), normals(0, 5), normals(5), None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, None, 1.0, 0, None)),
+    "one number": ((normals(), normals(), None, normals(), torch.tensor(1)), (True, 0, 0.0, -INF, INF, None, 1.0, 0, None)),
+    "a part": ((normals(3, 5), normals(3, 5), None, None, torch.tensor(1)), (True, 1, 0.0, -INF, INF, 4, 1.0, 35, 70)),
 }
 
 

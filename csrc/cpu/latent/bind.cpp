@@ -11,7 +11,7 @@ namespace fastlm {
 namespace {
 
 void reparameterize_forward(const py::tuple& inputs, py::handle z, py::handle kl, py::handle seed, int event_dims,
-                            int64_t samples, const LatentNumbers& numbers) {
+                            const LatentSamples& samples, const LatentNumbers& numbers) {
   LatentForward a = latent_forward_of(inputs, z, kl, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::gil_scoped_release nogil;
@@ -19,7 +19,7 @@ void reparameterize_forward(const py::tuple& inputs, py::handle z, py::handle kl
 }
 
 void reparameterize_backward(const py::tuple& inputs, py::handle grad_z, py::handle grad_kl, const py::tuple& outputs,
-                             py::handle seed, int event_dims, int64_t samples, const LatentNumbers& numbers) {
+                             py::handle seed, int event_dims, const LatentSamples& samples, const LatentNumbers& numbers) {
   LatentBackward a = latent_backward_of(inputs, grad_z, grad_kl, outputs, seed, event_dims, samples, numbers);
   if (a.elements == 0) return;
   py::gil_scoped_release nogil;
@@ -29,6 +29,7 @@ void reparameterize_backward(const py::tuple& inputs, py::handle grad_z, py::han
 // ---- calls without options, at the least cost -------------------------------------------------------------------------------
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+const LatentSamples kOneSample{0, 0, 0};
 const LatentNumbers kNoOptions{0, -kInfinity, kInfinity, 1};  // free_bits, low, high, temperature
 
 // Returns a tuple of what belongs to mu, what belongs to logvar, and None for both priors.
@@ -41,7 +42,7 @@ PyObject* plain_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return with_python_errors([&] {
     if (count != 6) throw py::type_error("latent_plain_forward takes 6 arguments");
     const int event_dims = int(integer(args[3]));
-    reparameterize_forward(without_priors(args[0], args[1]), args[4], args[5], args[2], event_dims, 0, kNoOptions);
+    reparameterize_forward(without_priors(args[0], args[1]), args[4], args[5], args[2], event_dims, kOneSample, kNoOptions);
     return py::none().release().ptr();
   });
 }
@@ -52,7 +53,7 @@ PyObject* plain_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (count != 8) throw py::type_error("latent_plain_backward takes 8 arguments");
     const int event_dims = int(integer(args[3]));
     reparameterize_backward(without_priors(args[0], args[1]), args[4], args[5], without_priors(args[6], args[7]), args[2],
-                            event_dims, 0, kNoOptions);
+                            event_dims, kOneSample, kNoOptions);
     return py::none().release().ptr();
   });
 }

@@ -19,10 +19,11 @@ namespace fastlm::FASTLM_ISA {
 
 // Draws the noise of elements [first, first + count) of sample k into eps (count,), one stream after the other.
 static void draw(const Latent& a, int64_t k, int64_t first, int64_t count, float* eps) {
+  const int64_t sample = a.first + k * a.sample_stride;
   for (int64_t done = 0; done < count;) {
     const int64_t stream = (first + done) / a.stream, position = (first + done) % a.stream;
     const int64_t left = a.stream - position, run = left < count - done ? left : count - done;
-    normals(uint64_t(a.seeds[stream]), uint64_t(k * a.stream + position), run, eps + done);
+    normals(uint64_t(a.seeds[stream]), uint64_t(sample + position), run, eps + done);
     done += run;
   }
 }

@@ -9,7 +9,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ...distributed import context
 from ...ops.attention import attention
-from ...ops.torch_op import are_plain
+from ...ops.tensor_classes import are_known
 from .mask import as_eager_mask, read_mask
 from .packing import attend_packed, is_packed
 from .traits import Traits, traits_of
@@ -50,7 +50,7 @@ def attend(
     traits = traits_of(type(module))
     collected = _active_collector.get()  # some models collect weights without asking for them
     output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
-    plain = not torch.jit.is_tracing() and are_plain((query, key, value, attention_mask, s_aux, position_bias))
+    plain = not torch.jit.is_tracing() and are_known((query, key, value, attention_mask, s_aux, position_bias))
     if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
         if reason is not None:

@@ -16,6 +16,7 @@ from ...backend import DEFAULT, Implementation, select
 from ...reference import attention as reference
 from ..checks import autocast
 from ..noise import check_seed, seed_tensor
+from ..tensor_classes import runner
 from ..torch_op import export_only, reference_only
 from . import cpu, observer, triton
 from .call import DIFFERENTIABLE, TENSORS, AttentionCall
@@ -124,6 +125,9 @@ def run(
 
     The seed is drawn after the choice, so that explain() leaves torch's generator alone.
     """
+    elsewhere = runner("attention", call[:TENSORS])
+    if elsewhere is not None:
+        return elsewhere(run, op, call, seed, backend, wanted)
     deciding = call.query, call.value
     observers = observer.current() if observer.any_open() else ()
     if not wanted:

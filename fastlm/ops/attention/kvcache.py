@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...backend import Implementation, select
 from ...reference import attention as reference
+from ..tensor_classes import runner
 from ..torch_op import reference_only
 from . import cpu, observer, triton
 from .call import KVCACHE_TENSORS, KVCacheCall
@@ -90,11 +91,19 @@ def kvcache_attention(
     call = KVCacheCall(
         query, key_cache, value_cache, cache_seqlens, key, value, block_table, sinks, alibi_slopes, left, right, scale, softcap
     )
-    barred = reference_only(*call[:KVCACHE_TENSORS])
-    attend = select("kvcache_attention", IMPLEMENTATIONS, (query, value_cache), backend, barred)
-    observer.miss("fastlm.kvcache_attention has no statistics")
-    out, lse = attend(call)
+    out, lse = _run(call, backend)
     return (out, lse) if return_lse else out
+
+
+def _run(call: KVCacheCall, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Choose the backend and run the call."""
+    tensors = call[:KVCACHE_TENSORS]
+    elsewhere = runner("kvcache_attention", tensors)
+    if elsewhere is not None:
+        return elsewhere(lambda local: _run(local, backend), call)
+    attend = select("kvcache_attention", IMPLEMENTATIONS, (call.query, call.value_cache), backend, reference_only(*tensors))
+    observer.miss("fastlm.kvcache_attention has no statistics")
+    return attend(call)
 
 
 def _check_appended(query: Tensor, key: Tensor, value: Tensor, outer: tuple[int, int], value_dim: int) -> None:

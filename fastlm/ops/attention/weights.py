@@ -1,11 +1,14 @@
 """Look at attention's weights without the whole matrix: those of chosen queries, or the largest of every query."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...backend import Implementation, select
 from ...reference import attention_weights as reference
 from ..checks import check_integer, check_tensor
+from ..tensor_classes import runner
 from ..torch_op import define_op, export_only
 from . import cpu
 from .call import AttentionCall
@@ -56,10 +59,13 @@ def attention_weights(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    options = _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks)
+    numbers = _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks)
     _check_chosen(rows, query)
-    with torch.autocast(query.device.type, enabled=False):
-        return reference.weights_of_rows(query, key, lse, rows.long(), *options)
+
+    def run(query, key, lse, mask, sinks, alibi_slopes, rows):
+        return (reference.weights_of_rows(query, key, lse, rows.long(), mask, sinks, alibi_slopes, *numbers),)
+
+    return _run(run, query, key, lse, mask, sinks, alibi_slopes, rows)[0]
 
 
 def top_keys(
@@ -92,11 +98,22 @@ def top_keys(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    options = _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks)
+    numbers = _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks)
     k = check_integer("k", k, 1, MOST_KEYS)
-    run = select("top_keys", IMPLEMENTATIONS, (query, key), backend, export_only())
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return run(query, key, lse, *options, k)
+
+    def run(query, key, lse, mask, sinks, alibi_slopes, _):
+        chosen = select("top_keys", IMPLEMENTATIONS, (query, key), backend, export_only())
+        return chosen(query, key, lse, mask, sinks, alibi_slopes, *numbers, k)
+
+    with torch.no_grad():
+        return _run(run, query, key, lse, mask, sinks, alibi_slopes, None)
+
+
+def _run(run: Callable, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Call ``run(*tensors)`` outside of autocast, for DTensors on this rank's parts."""
+    elsewhere = runner("attention_weights", tensors)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return run(*tensors) if elsewhere is None else elsewhere(run, *tensors)
 
 
 def _run_on_cpu(query, key, lse, mask, sinks, alibi_slopes, left, right, scale, softcap, k):
@@ -126,7 +143,7 @@ IMPLEMENTATIONS = (
 
 
 def _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes, sinks) -> tuple:
-    """Check the arguments of both functions, and return mask, sinks, alibi_slopes, left, right, scale and softcap."""
+    """Check the arguments of both functions, and return left, right, scale and softcap."""
     check_rows("query", query, BATCHED)
     check_rows("key", key, BATCHED)
     check_like("key", key, "query", query)
@@ -143,7 +160,7 @@ def _checked(query, key, lse, mask, causal, window, scale, softcap, alibi_slopes
     check_per_head(alibi_slopes, sinks, batch, query, heads)
     check_no_gradient(alibi_slopes)
     left, right = window_bounds(causal, window)
-    return mask, sinks, alibi_slopes, left, right, *score_options(scale, softcap, head_dim)
+    return left, right, *score_options(scale, softcap, head_dim)
 
 
 def _check_chosen(rows: Tensor, query: Tensor) -> None:

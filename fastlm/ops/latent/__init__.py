@@ -21,9 +21,10 @@ from ...backend import cpu as native
 from ...backend import cuda as cuda_kernels
 from ..checks import check_integer, check_number, check_tensor
 from ..noise import check_seed, seed_tensor
+from ..tensor_classes import runner
 from ..torch_op import export_only
 from . import cpu
-from .call import LatentCall
+from .call import DIFFERENTIABLE, LatentCall
 from .derivatives import run_in_torch
 from .op import latent_op
 
@@ -96,7 +97,7 @@ def reparameterize(
     mu, logvar = _posterior(mu, logvar)
     call = LatentCall.sample(mu, logvar, None, check_number("temperature", temperature, 0.0))
     check_seed(seed, mu)
-    return _run("reparameterize", call, seed, backend)[0]
+    return run("reparameterize", call, seed, backend)[0]
 
 
 def reparameterize_with_kl(
@@ -141,7 +142,7 @@ def reparameterize_with_kl(
     mu, logvar = _posterior(mu, logvar)
     call = _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp, num_samples)
     check_seed(seed, mu)
-    return _run("reparameterize_with_kl", call, seed, backend)
+    return run("reparameterize_with_kl", call, seed, backend)
 
 
 def gaussian_kl(
@@ -161,7 +162,7 @@ def gaussian_kl(
     """
     mu, logvar = _posterior(mu, logvar)
     call = _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp)
-    return _run("gaussian_kl", call, _NO_SAMPLE, backend)[1]
+    return run("gaussian_kl", call, _NO_SAMPLE, backend)[1]
 
 
 def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, logvar_clamp, num_samples=None) -> LatentCall:
@@ -171,7 +172,7 @@ def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, log
     event_dims = check_integer("event_dims", event_dims, 0, mu.dim())
     free_bits = check_number("free_bits", free_bits, 0.0)
     return LatentCall(
-        mu, logvar, prior_mu, prior_logvar, None, True, event_dims, free_bits, *_clamp(logvar_clamp), num_samples, 1.0
+        mu, logvar, prior_mu, prior_logvar, None, True, event_dims, free_bits, *_clamp(logvar_clamp), num_samples, 1.0, 0, None
     )
 
 
@@ -194,13 +195,16 @@ def _exported_noise(call: LatentCall) -> Tensor:
 _NO_SAMPLE = object()  # Stands in place of a seed if only the KL is wanted.
 
 
-def _run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
+def run(op: str, call: LatentCall, seed, backend: str | None) -> tuple:
     """Choose the backend, draw the seed, and run the call. In this order, explain() leaves torch's generator alone."""
+    elsewhere = runner("latent", call[:DIFFERENTIABLE])
+    if elsewhere is not None:
+        return elsewhere(lambda local, seed: run(op, local, seed, backend), call, seed, seed is not _NO_SAMPLE)
     exports = export_only()
-    run = select(op, IMPLEMENTATIONS, (call.mu,), backend, exports)
+    sample = select(op, IMPLEMENTATIONS, (call.mu,), backend, exports)
     if seed is None and exports:
         return run_in_torch(call, _exported_noise(call))
-    return run(call if seed is _NO_SAMPLE else call.with_seed(seed_tensor(seed, call.mu)))
+    return sample(call if seed is _NO_SAMPLE else call.with_seed(seed_tensor(seed, call.mu)))
 
 
 def standard_normal(shape: tuple[int, ...], dtype: torch.dtype, seed: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class LatentCall(NamedTuple):
     high: float
     num_samples: int | None
     temperature: float
+    first: int  # Sample k begins at element first + k * sample_stride of each stream, as a part of a larger call does.
+    sample_stride: int | None  # None: the elements that the call itself has of a stream
 
     def requires_grad(self) -> bool:
         """Tell whether one of the differentiable tensors requires a gradient."""
@@ -32,7 +34,7 @@ class LatentCall(NamedTuple):
     @classmethod
     def sample(cls, mu: Tensor, logvar: Tensor, seed: Tensor | None, temperature: float) -> "LatentCall":
         """Return a call for one sample and no KL."""
-        return cls(mu, logvar, None, None, seed, False, 0, 0.0, -math.inf, math.inf, None, temperature)
+        return cls(mu, logvar, None, None, seed, False, 0, 0.0, -math.inf, math.inf, None, temperature, 0, None)
 
     def with_seed(self, seed: Tensor) -> "LatentCall":
         """Return the call with that seed, in half the time of ``_replace``."""
@@ -47,7 +49,8 @@ class LatentCall(NamedTuple):
 
 INPUTS = (
     "Tensor mu, Tensor logvar, Tensor? prior_mu, Tensor? prior_logvar, Tensor? seed, "
-    "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature"
+    "bool with_kl, int event_dims, float free_bits, float low, float high, SymInt? num_samples, float temperature, "
+    "SymInt first, SymInt? sample_stride"
 )
 TENSORS = 5  # The first 5 fields are the tensors.
 DIFFERENTIABLE = 4  # The first 4 of them have gradients.

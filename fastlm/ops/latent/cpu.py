@@ -38,7 +38,7 @@ class _Plain(torch.autograd.Function):
     def backward(ctx, grad_z, grad_kl):
         mu, logvar, seed = ctx.saved_tensors
         if torch.is_grad_enabled() or not may_bypass_dispatcher(grad_z, grad_kl, mu, logvar, seed):
-            call = LatentCall(mu, logvar, None, None, seed, True, ctx.event_dims, 0.0, -math.inf, math.inf, None, 1.0)
+            call = LatentCall(mu, logvar, None, None, seed, True, ctx.event_dims, 0.0, -math.inf, math.inf, None, 1.0, 0, None)
             return *gradients(grad_z, grad_kl, False, False, *call)[:2], None, None
         if grad_kl is not None and not grad_kl.is_contiguous():
             grad_kl = grad_kl.contiguous()

@@ -26,6 +26,8 @@ def run_in_torch(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | 
         logvar_clamp=None if (call.low, call.high) == (-math.inf, math.inf) else (call.low, call.high),
         num_samples=call.num_samples,
         temperature=call.temperature,
+        first=call.first,
+        sample_stride=call.sample_stride,
     )
 
 
@@ -33,8 +35,9 @@ def _draw_noise(call: LatentCall) -> Tensor:
     """Return the noise of a call with a sample by the kernel, as the sample of a standard normal."""
     # The dtype in which a kernel adds the noise, so that it is not rounded.
     zero = call.seed.new_zeros((), dtype=accumulation_dtype(call.mu.dtype)).expand(call.mu.shape)
-    call = LatentCall.sample(zero, zero, call.seed, 1.0)._replace(num_samples=call.num_samples)
-    return torch.ops.fastlm.reparameterize.default(*call)[0]
+    standard = LatentCall.sample(zero, zero, call.seed, 1.0)
+    place = {"num_samples": call.num_samples, "first": call.first, "sample_stride": call.sample_stride}
+    return torch.ops.fastlm.reparameterize.default(*standard._replace(**place))[0]
 
 
 def run_with_tangents(call: LatentCall) -> tuple[Tensor | None, Tensor | None]:

@@ -36,7 +36,8 @@ def _tensor_args(view: Callable, call: LatentCall) -> tuple:
 
 
 def _kernel_options(call: LatentCall) -> tuple:
-    return call.event_dims, call.num_samples or 0, (call.free_bits, call.low, call.high, call.temperature)
+    samples = call.num_samples or 0, call.first, call.sample_stride or 0
+    return call.event_dims, samples, (call.free_bits, call.low, call.high, call.temperature)
 
 
 def _forward(kernels: ModuleType, call: LatentCall) -> tuple[Tensor, Tensor]:
