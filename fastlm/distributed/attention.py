@@ -9,12 +9,13 @@ from torch import Tensor
 from ..backend import UnsupportedError
 from ..ops.attention.batched import attention as whole_attention
 from ..ops.attention.batched import batched_call, results
-from ..ops.attention.call import DIFFERENTIABLE, AttentionCall
+from ..ops.attention.call import DIFFERENTIABLE, TENSORS, AttentionCall
 from ..ops.attention.checks import check_mask
 from ..ops.attention.stats import AttentionStats, check_return_stats
 from ..ops.attention.varlen import packed_results, varlen_call
 from ..ops.attention.varlen import varlen_attention as whole_varlen_attention
 from ..ops.noise import check_seed, seed_tensor
+from ..ops.torch_op import are_plain
 from . import all_to_all, ring
 from .ranks import Checked, Ranks, agree, ranks_of
 from .sequences import Shards
@@ -209,6 +210,8 @@ def _check(
     """Check a rank's arguments. The result is its call, with a mask of 4 dimensions, and the statistics that are wanted."""
     _check_method(method)
     call, wanted = checked_call(), check_return_stats(return_stats)
+    if not are_plain(call[:TENSORS]):
+        raise TypeError("query, key and value must be plain tensors, this rank's rows; fastlm.attention takes DTensors")
     query, key, value, mask = call[:4]
     of_mask = 0, 0
     if mask is not None:

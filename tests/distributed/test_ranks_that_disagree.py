@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import ranks
+from torch.distributed.tensor import distribute_tensor
 
 import fastlm
 from fastlm.distributed import attention, varlen_attention
@@ -138,6 +139,16 @@ def wrong_groups(rank: int, world: int) -> list[str]:
     group = dist.group.WORLD
     arguments = [{"group": group, "mesh": mesh["dp"]}, {"mesh": mesh}, {"mesh": "cp"}, {"group": "cp"}, {"group": other}]
     return [raised(attention, **qkv(), **given) for given in arguments]
+
+
+def of_dtensors(rank: int, world: int) -> str:
+    mesh = dist.init_device_mesh("cpu", (world,))
+    return raised(attention, **{name: distribute_tensor(tensor, mesh) for name, tensor in qkv().items()})
+
+
+def test_dtensors_are_refused():
+    for error in ranks.run(of_dtensors, 2):
+        assert error.startswith("TypeError: query, key and value must be plain tensors")
 
 
 def test_wrong_groups_are_refused():
