@@ -210,14 +210,14 @@ def _check(
     """Check a rank's arguments. The result is its call, with a mask of 4 dimensions, and the statistics that are wanted."""
     _check_method(method)
     call, wanted = checked_call(), check_return_stats(return_stats)
-    if not are_plain(call[:TENSORS]):
-        raise TypeError("query, key and value must be plain tensors, this rank's rows; fastlm.attention takes DTensors")
     query, key, value, mask = call[:4]
     of_mask = 0, 0
     if mask is not None:
         of_mask = ((1, 1, *mask.shape)[-2:]) if isinstance(mask, Tensor) else of_mask
         check_mask(mask, (*query.shape[:2], *of_mask), query.device)
         call = call._replace(mask=mask[(None,) * (4 - mask.dim())])
+    if not are_plain(call[:TENSORS]):
+        raise TypeError("query, key and value must be plain tensors, this rank's rows; fastlm.attention takes DTensors")
     drawn = int(seed_tensor(None, call.query)) if call.dropout_p and seed is None else 0
     same = {
         "query's batch size, heads and head_dim": (*query.shape[:2], query.shape[3]),
