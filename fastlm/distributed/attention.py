@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backend import UnsupportedError
+from ..ops.attention import observer
 from ..ops.attention.batched import attention as whole_attention
 from ..ops.attention.batched import batched_call, results
 from ..ops.attention.call import DIFFERENTIABLE, TENSORS, AttentionCall
@@ -177,11 +178,12 @@ def _attend(
         drawn = told[0].seed if seed is None else seed
         call = call._replace(seed=seed_tensor(drawn, call.query))
     method = _chosen(method, call, shards, wanted)
-    if method == "all-to-all":
-        return all_to_all.attend(shards, call, backend, wanted, return_lse)
-    if wanted:
+    if wanted and method == "ring":
         raise UnsupportedError("return_stats needs method='all-to-all', and so a query head for each rank")
-    return *ring.attend(shards, call, backend), None
+    with observer.missed(observer.SPREAD):
+        if method == "all-to-all":
+            return all_to_all.attend(shards, call, backend, wanted, return_lse)
+        return *ring.attend(shards, call, backend), None
 
 
 def _check_method(method: str) -> None:

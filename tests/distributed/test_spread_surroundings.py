@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from support import ranks
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 import fastlm
@@ -103,6 +104,30 @@ def test_statistics_are_those_of_one_process():
     out, lse, stats = fastlm.attention(**whole(), causal=True, return_lse=True, return_stats=STATS)
     for result, golden in zip(map(joined, zip(*ranks.run(statistics, 2))), (out, lse, *stats)):
         assert torch.equal(result, golden)
+
+
+def watched(rank: int, world: int) -> list[str]:
+    """Return the tables of a watch around a module whose attention is spread, and around one with DTensors."""
+    mesh = dist.init_device_mesh("cpu", (world,))
+
+    class Spread(torch.nn.Module):
+        def forward(self, method, query, key, value):
+            if method == "dtensor":
+                return fastlm.attention(*(DTensor.from_local(t, mesh, [Shard(0)]) for t in (query, key, value)))
+            return attention(query, key, value, method=method)
+
+    tables, model = [], Spread()
+    for method in (*METHODS, "dtensor"):
+        with fastlm.watch(model) as stats:
+            model(method, *own(whole(), rank, world).values())
+        tables.append(stats.table())
+    return tables
+
+
+def test_a_watch_tells_that_it_cannot_see_spread_calls():
+    for tables in ranks.run(watched, 2):
+        for table in tables:
+            assert "spread over ranks" in table and "entropy" not in table.split("spread")[1]
 
 
 # ---- with the rest of torch -------------------------------------------------------------------------------------------------

@@ -127,7 +127,8 @@ def run(
     """
     elsewhere = runner("attention", call[:TENSORS])
     if elsewhere is not None:
-        return elsewhere(run, op, call, seed, backend, wanted)
+        with observer.missed(observer.SPREAD):
+            return elsewhere(run, op, call, seed, backend, wanted)
     deciding = call.query, call.value
     observers = observer.current() if observer.any_open() else ()
     if not wanted:

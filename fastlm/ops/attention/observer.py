@@ -5,7 +5,8 @@ observers of a call, computes the statistics if there are any, and tells them. W
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -94,3 +95,20 @@ def miss(reason: str) -> None:
     """Tell whoever watches of a call without statistics."""
     for observer in current() if any_open() else ():
         observer.miss(reason)
+
+
+SPREAD = "they were spread over ranks, each of which sees a part"
+
+
+@contextmanager
+def missed(reason: str) -> Iterator[None]:
+    """Tell whoever watches of a call without statistics, and hide the calls that it consists of."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    miss(reason)
+    hidden, _stack.observers = _stack.observers, []
+    try:
+        yield
+    finally:
+        _stack.observers = hidden
