@@ -7,6 +7,7 @@ lm.train("model", "corpus")
 model, tokenizer = lm.load("model")
 lm.generate(model, tokenizer, 3, prompt="The function")
 lm.classify("model", "stars", "reviews.csv", fields=("review", "stars"))
+lm.predict("stars", ["A fine film."])
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ _missing = [
         "safetensors",
         "sklearn",
         "tokenizers",
+        "torchmetrics",
         "tqdm",
         "transformers",
     )
@@ -39,6 +41,9 @@ _MODULES = {
     "evaluate": "model.evaluate",
     "classify": "finetuning.classify",
     "translate": "finetuning.translate",
+    "answer": "finetuning.answer",
+    "predict": "finetuning.predict",
+    "neighbours": "model.neighbours",
 }
 __all__ = list(_MODULES)
 

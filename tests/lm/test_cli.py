@@ -69,7 +69,10 @@ def run(*arguments):
         (["--help"], 0, 1.0),
         (["doctor", "fly"], 2, 1.0),
         (["lm", "--help"], 0, 2.0),
-        *((["lm", name, "--help"], 0, 2.0) for name in ("prepare", "train", "finetune", "generate", "evaluate", "attend")),
+        *(
+            (["lm", name, "--help"], 0, 2.0)
+            for name in ("prepare", "train", "finetune", "predict", "generate", "evaluate", "attend", "neighbours")
+        ),
         (["lm", "train", "--epochs", "many"], 2, 2.0),
     ],
     ids=str,

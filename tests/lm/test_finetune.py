@@ -406,5 +406,12 @@ def test_help_tells_the_options(capsys):
     with pytest.raises(SystemExit):
         run("--help")
     out = " ".join(capsys.readouterr().out.split())
-    for part in ("{classify,translate}", "CHECKPOINT", "--lora RANK", "(default: 5.0)", "examples:", "--fields NAME NAME"):
+    for part in (
+        "{classify,translate,answer}",
+        "CHECKPOINT",
+        "--lora RANK",
+        "(default: 5.0)",
+        "examples:",
+        "--fields NAME [NAME ...]",
+    ):
         assert part in out

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from ..data.prepare import prepare
 from ..data.read import UNITS
+from ..data.tokenizer import VOCABULARIES
 from .attend import add_attend
 from .command import command
 from .finetune import add_finetune
 from .generate import add_generate, add_interpolate
+from .neighbours import add_neighbours
+from .predict import add_predict
 from .train import add_evaluate, add_train
 
 PREPARE = """\
@@ -50,7 +53,8 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
     option("overlap", "characters that two windows of one text share at most", type=int, metavar="N")
     option("validation", "share of the texts to choose settings by", type=float, metavar="SHARE")
     option("test", "share of the texts for the last word", type=float, metavar="SHARE")
-    option("vocab-size", "tokens of the vocabulary, a byte-level BPE; 0 for none", type=int, metavar="N")
+    option("vocab-size", "tokens of the vocabulary; 0 for none", type=int, metavar="N")
+    option("vocabulary", "a byte-level BPE, or words, for train --vectors", choices=VOCABULARIES)
 
 
 def run_prepare(arguments: argparse.Namespace) -> None:
@@ -68,7 +72,8 @@ def main(arguments: list[str], load_package: Callable[[], None] = lambda: None) 
     """
     parser = argparse.ArgumentParser(prog="fastlm lm", description="The language model, from text files to generated text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_prepare, add_train, add_finetune, add_generate, add_interpolate, add_evaluate, add_attend):
+    writing = (add_generate, add_interpolate)
+    for add in (add_prepare, add_train, add_finetune, add_predict, *writing, add_evaluate, add_attend, add_neighbours):
         add(commands)
     parsed = parser.parse_args(arguments)
     load_package()

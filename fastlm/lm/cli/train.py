@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data.prepare import SPLITS
 from ..model.sizes import KINDS, PRESETS
 from ..training.schedules import SCHEDULES
-from ..training.settings import Settings, settings_of
+from ..training.settings import CONTINUED, Settings, settings_of
 from .command import command
 from .generate import show
 
@@ -23,6 +23,8 @@ TRAIN_EXAMPLES = """\
 examples:
   fastlm lm train                                          to try things out
   fastlm lm train --corpus books --output model            on a corpus that fastlm lm prepare made
+  fastlm lm train --from model --corpus law --output new   go on from a trained model, on other texts
+  fastlm lm train --corpus books --vectors glove.300d.txt  with pre-trained word vectors in its embedding
   fastlm lm train --output model --resume                  go on where Ctrl-C or a crash stopped it
   torchrun --nproc-per-node 2 --no-python fastlm lm train  in two processes, which share the texts of each batch
   torchrun --nproc-per-node 2 --no-python fastlm lm train --context-parallel 2
@@ -53,6 +55,15 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
     parser.add_argument("--output", default="model", help="folder for the model (default: model)")
     parser.add_argument("--corpus", help="folder that fastlm lm prepare made (default: Python's own documentation)")
+    what = (
+        "go on from this trained model, with its kind, size and vocabulary. The weight of the KL is whole from the beginning "
+    )
+    what += f"and the learning rate {CONTINUED['learning_rate']}, unless other ones are given"
+    parser.add_argument("--from", dest="start", metavar="CHECKPOINT", default=argparse.SUPPRESS, help=what)
+    what = "a word2vec or GloVe file, whose vectors the embedding begins with where a token of the vocabulary is a word of it"
+    parser.add_argument("--vectors", metavar="FILE", default=argparse.SUPPRESS, help=what)
+    what = "leave these vectors as they are, which costs likelihood, as the output layer shares them"
+    parser.add_argument("--freeze-vectors", action="store_true", default=argparse.SUPPRESS, help=what)
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, with its own settings")
     option("model", "a variational autoencoder, or the decoder without a latent", choices=KINDS)
     option("preset", "how large", choices=PRESETS)
@@ -80,7 +91,10 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     output = Path(arguments.output)
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
-    settings = replace(settings_of(output)[0] if arguments.resume else Settings(), **given)
+    if "start" in given and (own := [name for name in ("model", "preset") if name in given]):
+        raise ValueError(f"--from goes on with a model as it is: leave out --{own[0]}")
+    new = Settings(**CONTINUED) if "start" in given else Settings()
+    settings = replace(settings_of(output)[0] if arguments.resume else new, **given)
     train(output, arguments.corpus, settings, resume=arguments.resume, context_parallel=arguments.context_parallel)
     if int(os.environ.get("RANK", 0)) == 0:  # the first process of torchrun
         print(f"The model is in {output.resolve()}. It writes, for example:\n")

@@ -21,19 +21,28 @@ def default_corpus() -> Iterator[Document]:
     the topic. The library is parsed, not imported.
 
     Raises:
-        FileNotFoundError: this Python was installed without the source of its library.
+        FileNotFoundError: as `library_files`.
     """
     for name in sorted(topics):
         yield Document(topics[name], "pydoc_data.topics", f"pydoc_data.topics:{name}")
-    library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(file for name in sys.stdlib_module_names - LEFT_OUT for file in _sources(library, name))
-    if not files:
-        raise FileNotFoundError(f"{library} has no source of Python's library: give a path to a corpus of your own")
-    for file in files:
-        parts = file.relative_to(library).with_suffix("").parts
+    for file in library_files():
+        parts = file.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         for text, line in _docstrings(file):
             yield Document(text, parts[0], f"{module}:{line}")
+
+
+def library_files() -> list[Path]:
+    """Return the source files of the standard library, sorted.
+
+    Raises:
+        FileNotFoundError: this Python was installed without them.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(file for name in sys.stdlib_module_names - LEFT_OUT for file in _sources(library, name))
+    if not files:
+        raise FileNotFoundError(f"{library} has no source of Python's library: give texts of your own")
+    return files
 
 
 def _sources(library: Path, name: str) -> list[Path]:

@@ -18,7 +18,7 @@ from .default_corpus import default_corpus
 from .duplicates import Duplicates, normal_form
 from .read import SHOWN, Document, Problems, documents
 from .tokenizer import FILE as TOKENIZER
-from .tokenizer import check_bpe_size, train_bpe
+from .tokenizer import VOCABULARIES, check_bpe_size
 from .windows import windows
 
 SPLITS = ("train", "validation", "test")
@@ -92,6 +92,7 @@ def prepare(
     validation: float = 0.05,
     test: float = 0.05,
     vocab_size: int = 4096,
+    vocabulary: str = "bpe",
 ) -> Report:
     """Make a corpus of text files: train.jsonl, validation.jsonl, test.jsonl, tokenizer.json and report.json in ``output``.
 
@@ -109,7 +110,8 @@ def prepare(
         similarity: texts with at least this Jaccard index are near duplicates; above 0.5, or 1 to keep near duplicates.
         window, overlap: the most characters of a record, and the most characters that two windows of a document share.
         validation, test: the shares of the documents in these splits.
-        vocab_size: the number of tokens of the byte-level BPE that is trained on the training split; 0 trains none.
+        vocab_size: the number of tokens of the vocabulary that is trained on the training split; 0 trains none.
+        vocabulary: "bpe", of bytes, or "words", for pre-trained word vectors.
 
     Raises:
         ValueError: an argument is bad; ``output`` and a path lie one inside the other; a file cannot be read; no text is left
@@ -118,7 +120,9 @@ def prepare(
     """
     settings = {name: value for name, value in locals().items() if name not in ("paths", "output")}
     _check(paths, validation, test, window, overlap)
-    if vocab_size:
+    if vocabulary not in VOCABULARIES:
+        raise ValueError(f"vocabulary must be one of {', '.join(VOCABULARIES)}; got {vocabulary!r}")
+    if vocab_size and vocabulary == "bpe":
         check_bpe_size(vocab_size)
     output = Path(output)
     _check_apart(paths or (), output)
@@ -136,7 +140,7 @@ def prepare(
         if not report.splits["train"]["records"]:
             raise ValueError(f"no text is left to train on in {', '.join(report.sources)}:\n{report}")
         if vocab_size:
-            tokenizer = train_bpe(_texts(folder / "train.jsonl"), vocab_size)
+            tokenizer = VOCABULARIES[vocabulary](_texts(folder / "train.jsonl"), vocab_size)
             (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), "utf-8")  # raises an OSError if the disk is full
             report.vocabulary = tokenizer.get_vocab_size()
         with _create(folder / REPORT) as file:

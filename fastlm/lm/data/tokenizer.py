@@ -68,6 +68,9 @@ def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = Fals
     return _filled(tokenizer, vocab_size)
 
 
+VOCABULARIES = {"bpe": train_bpe, "words": train_words}
+
+
 def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     if (size := tokenizer.get_vocab_size()) < vocab_size:
         raise ValueError(

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..data.prepare import read_split
+from ..data.prepare import SPLITS, read_split
 from ..data.read import Problems
+from ..data.ready import sentiment
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import TextVAE
@@ -39,6 +40,7 @@ from .common import (
     results,
     write_results,
 )
+from .tuning import READY
 
 FIELDS = ("text", "label")
 HEADS = {EuroBertForSequenceClassification: ("dense", "classifier"), LlamaForSequenceClassification: ("score",)}
@@ -85,7 +87,7 @@ def classify(
     *,
     test: str | os.PathLike | None = None,
     fields: Sequence[str] = FIELDS,
-    corpus: str | os.PathLike = "corpus",
+    corpus: str | os.PathLike | None = None,
     classes: int = 10,
     tuning: Tuning | None = None,
 ) -> Classification:
@@ -97,7 +99,7 @@ def classify(
     Args:
         checkpoint: the folder of a `TextVAE`, whose encoder is taken, or of a decoder.
         data: a .csv, .tsv or .jsonl file; None for the texts and labels of ``corpus``, which are the modules in Python's
-            documentation.
+            documentation, or, without a corpus either, for the reviews that ship with fastlm (`fastlm.lm.data.ready`).
         test, fields: see `fastlm.lm.finetuning.common.read_examples`; ``fields`` are the names of the text and of the label.
         corpus: a folder that `prepare` made.
         classes: take this many of the corpus's labels, the most frequent ones.
@@ -108,8 +110,13 @@ def classify(
         FileNotFoundError: there is no such checkpoint, file or corpus.
         OSError: the disk is full; ``output`` is unchanged.
     """
-    output, tuning = check_new(output), tuning or Tuning()
-    examples = read_examples(data, fields, test) if data else corpus_examples(corpus, classes)
+    output, tuning = check_new(output), tuning or (READY["classify"] if data is None and corpus is None else Tuning())
+    if data is not None:
+        examples = read_examples(data, fields, test)
+    elif corpus is not None:
+        examples = corpus_examples(corpus, classes)
+    else:
+        examples = Examples(*(list(sentiment(split)) for split in SPLITS))
     labels = labels_of(examples, data or corpus)
     base, tokenizer = load(checkpoint)
     model = classifier_of(base, labels, tuning.seed)
@@ -188,15 +195,21 @@ def accuracy(evaluated) -> dict[str, float]:
     return {"accuracy": accuracy_score(evaluated.label_ids, np.argmax(evaluated.predictions, 1))}
 
 
-@torch.inference_mode()
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[str]:
     """Return the predicted label of each text."""
+    return [found for found, _ in label(model, tokenizer, texts)]
+
+
+@torch.inference_mode()
+def label(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Return the likeliest label of each text, and its probability."""
     found = []
     for start in range(0, len(texts), BATCH):
         batch = tokenizer(list(texts[start : start + BATCH]), truncation=True, padding=True, return_tensors="pt")
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        found += model(input_ids=ids, attention_mask=mask).logits.argmax(1).tolist()
-    return [model.config.id2label[index] for index in found]
+        best = model(input_ids=ids, attention_mask=mask).logits.float().softmax(1).max(1)
+        found += zip(best.indices.tolist(), best.values.tolist())
+    return [(model.config.id2label[index], probability) for index, probability in found]
 
 
 def scores(examples: Examples, found: Sequence[str]) -> dict[str, float]:

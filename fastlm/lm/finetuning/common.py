@@ -1,4 +1,4 @@
-"""The common steps of fine-tuning for classification and for translation, from the file of examples to the checkpoint."""
+"""The common steps of fine-tuning for each task, from the file of examples to the checkpoint."""
 
 import csv
 import json
@@ -148,6 +148,7 @@ def fit(
     *,
     score: str = "loss",
     compute_metrics: Callable | None = None,
+    label_names: Sequence[str] = ("labels",),
 ) -> torch.nn.Module:
     """Train a model with transformers' Trainer, and return that of the best epoch, in evaluation mode.
 
@@ -156,6 +157,7 @@ def fit(
         folder: takes the checkpoints of the epochs.
         score: the validation score that determines the best epoch: "loss", the lower the better, or a name of
             ``compute_metrics``, the higher the better.
+        label_names: the names of the batch's tensors that the loss compares with.
 
     Raises:
         OSError: the disk is full.
@@ -182,7 +184,7 @@ def fit(
         prediction_loss_only=compute_metrics is None,
         use_cpu=not torch.accelerator.is_available(),
         remove_unused_columns=False,
-        label_names=["labels"],
+        label_names=list(label_names),
         disable_tqdm=True,
         report_to="none",
     )

@@ -28,3 +28,6 @@ class Tuning:
         for name in ("lora", "seed"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must not be negative; got {value}")
+
+
+READY = {"classify": Tuning(epochs=12, learning_rate=2e-3), "answer": Tuning(learning_rate=2e-3)}  # for a task's ready examples

@@ -8,6 +8,8 @@ from ..model.sizes import KINDS, PRESETS
 from .schedules import SCHEDULES
 
 SETTINGS = "settings.json"
+# What suits a model that goes on from another: its latent is in use, and its weights are not to be forgotten.
+CONTINUED = {"learning_rate": 5e-4, "kl_schedule": "constant", "warm_start": 0.0}
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Settings:
         span_masking: the share of the tokens that are hidden from the encoder.
         seed: determines the weights, the order of the texts and the noise.
         bfloat16: train in mixed precision.
+        start: the folder of a model to go on from, with its kind, size and vocabulary instead of ``model`` and ``preset``; ""
+            for a new model.
+        vectors: a file of word vectors for the embedding of a new model (`fastlm.lm.model.vectors`); "" for none.
+        freeze_vectors: whether they stay as they are. The rows of words that the file lacks are trained in either case.
     """
 
     model: str = "vae"
@@ -43,6 +49,9 @@ class Settings:
     span_masking: float = 0.0
     seed: int = 0
     bfloat16: bool = False
+    start: str = ""
+    vectors: str = ""
+    freeze_vectors: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in {"model": KINDS, "preset": PRESETS, "kl_schedule": SCHEDULES}.items():
@@ -57,6 +66,10 @@ class Settings:
         for name in ("warm_start", "word_dropout", "span_masking"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be from 0 to 1; got {value}")
+        if self.start and self.vectors:
+            raise ValueError("vectors are for a new model, and start is a model that has an embedding: give one of them")
+        if self.freeze_vectors and not self.vectors:
+            raise ValueError("freeze_vectors needs vectors")
 
 
 def settings_of(output: Path) -> tuple[Settings, Path]:
@@ -71,6 +84,7 @@ def settings_of(output: Path) -> tuple[Settings, Path]:
         raise FileNotFoundError(f"{output} holds no run, as it lacks {SETTINGS}: fastlm lm train")
     try:
         kept = json.loads(path.read_text("utf-8"))
-        return Settings(**{field.name: kept[field.name] for field in fields(Settings)}), Path(kept["corpus"])
+        given = {field.name: kept[field.name] for field in fields(Settings) if field.name in kept}  # a newer version has more
+        return Settings(**given), Path(kept["corpus"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error

@@ -1,4 +1,4 @@
-"""Pre-training of a `TextVAE`, or of the decoder alone, on a prepared corpus, with transformers' Trainer."""
+"""Pre-training of a `TextVAE`, or of the decoder alone, new or from a checkpoint, on a prepared corpus, by the Trainer."""
 
 import json
 import os
@@ -9,19 +9,20 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments, set_seed
 
 from ..data.batches import Collator, Texts
 from ..data.prepare import REPORT, prepare
 from ..data.tokenizer import FILE as TOKENIZER
 from ..data.tokenizer import load_tokenizer
-from ..model.checkpoint import CONFIG, WEIGHTS, check_whole, quiet, save
+from ..model.checkpoint import CONFIG, WEIGHTS, check_whole, load, quiet, save
 from ..model.presets import build
-from ..model.sizes import PRESETS
+from ..model.text_vae import TextVAE
+from ..model.vectors import use_vectors
 from .context_parallel import PartCollator, groups_of, own_group
 from .curves import write_curves
 from .settings import SETTINGS, Settings, settings_of
-from .trainer import Annealing, Interrupt, Progress, TextTrainer, last_checkpoint
+from .trainer import Annealing, Frozen, Interrupt, Progress, TextTrainer, last_checkpoint
 
 LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint is written every SAVE_STEPS steps, or after each epoch if that is earlier
 
@@ -72,12 +73,12 @@ def train(
             corpus = output / "corpus"
             if not (corpus / REPORT).exists():
                 prepare(None, corpus)
-    tokenizer = load_tokenizer(corpus)
+    model, tokenizer, frozen = _model(settings, corpus, say=first and not resume)
     kept = asdict(settings) | {"corpus": str(Path(corpus).resolve()), "corpus_digest": digest_of(corpus)}
     last = _last_checkpoint(output, kept) if resume else None
     interrupt = Interrupt()
     shown = [Progress()] * first if callbacks is None else callbacks
-    trainer = _trainer(settings, corpus, tokenizer, arguments, [interrupt, *shown], group)
+    trainer = _trainer(settings, corpus, model, tokenizer, arguments, [*frozen, interrupt, *shown], group)
     if first and not resume:
         output.mkdir(parents=True, exist_ok=True)
         (output / SETTINGS).write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
@@ -131,18 +132,37 @@ def digest_of(corpus: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def _model(
+    settings: Settings, corpus: Path, say: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[TrainerCallback]]:
+    """Return the model to begin with, its tokenizer, and what keeps its frozen vectors; if ``say``, tell what they match."""
+    if settings.start:
+        model, tokenizer = load(settings.start)
+        if isinstance(model, TextVAE):
+            model.config.free_bits = model.latent.free_bits = settings.free_bits
+        return model, tokenizer, []
+    tokenizer = load_tokenizer(corpus)
+    model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
+    if not settings.vectors:
+        return model, tokenizer, []
+    matched = use_vectors(model, tokenizer, settings.vectors, frozen=settings.freeze_vectors)
+    if say:
+        print(f"{settings.vectors}: {matched}")
+    return model, tokenizer, [Frozen(matched.ids, matched.vectors)] if settings.freeze_vectors else []
+
+
 def _trainer(
     settings: Settings,
     corpus: str | os.PathLike,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     arguments: TrainingArguments,
     callbacks: Sequence[TrainerCallback],
     group: "torch.distributed.ProcessGroup | None",
 ) -> TextTrainer:
     set_seed(settings.seed)
-    vae = settings.model == "vae"
-    model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
-    most = PRESETS[settings.preset].max_tokens
+    vae = isinstance(model, TextVAE)
+    most = model.config.get_text_config().max_position_embeddings
     texts, validation = (Texts(corpus, split, tokenizer, most, settings.seed) for split in ("train", "validation"))
     arguments.eval_steps = arguments.save_steps = min(SAVE_STEPS, -(-len(texts) // settings.batch_size))
     collate = Collator(tokenizer, encoder=vae, dropout=settings.word_dropout, masking=settings.span_masking)
@@ -173,6 +193,7 @@ def _arguments(output: Path, settings: Settings, shares: int) -> TrainingArgumen
         seed=settings.seed,
         logging_steps=LOG_STEPS,
         eval_strategy="steps",
+        eval_on_start=bool(settings.start),  # to compare with
         save_strategy="steps",
         eval_steps=SAVE_STEPS,
         save_steps=SAVE_STEPS,

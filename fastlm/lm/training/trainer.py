@@ -108,6 +108,23 @@ class Annealing(TrainerCallback):
         model.kl_weight = kl_weight(self.schedule, state.global_step / state.max_steps, **self.options)
 
 
+class Frozen(TrainerCallback):
+    """Put rows of the embedding back after each step, as neither a gradient of zero nor a mask holds off weight decay.
+
+    Args:
+        ids: (rows,).
+        vectors: (rows, width).
+    """
+
+    def __init__(self, ids: torch.Tensor, vectors: torch.Tensor):
+        self.ids, self.vectors = ids, vectors
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            weight = model.get_input_embeddings().weight
+            weight[self.ids.to(weight.device)] = self.vectors.to(weight)
+
+
 class Interrupt(TrainerCallback):
     """End training after the current step, with a checkpoint, on Ctrl-C or a cluster's SIGTERM; at once on a second Ctrl-C."""
 
