@@ -165,9 +165,9 @@ def test_questions_that_can_not_be_used_are_problems(tmp_path):
     problems = Problems()
     assert list(read_questions(tmp_path / "in.csv", answering.FIELDS, problems)) == [Question("who", "a cat, a cat", "cat", 2)]
     assert problems.first == [
-        f"{tmp_path}/in.csv:2: the answer 'dog' is not in the context",
-        f"{tmp_path}/in.csv:3: the answer '' is empty",
-        f"{tmp_path}/in.csv:4: the answer 'cat' has no question",
+        f"{tmp_path}/in.csv:2: the answer is not in the context: 'dog'",
+        f"{tmp_path}/in.csv:3: the answer is empty: ''",
+        f"{tmp_path}/in.csv:4: the answer has no question: 'cat'",
     ]
 
 
@@ -185,7 +185,7 @@ def test_the_questions_on_the_documentation_are_answered_in_it():
 
 def test_too_few_questions_are_refused(tmp_path, checkpoints):
     write(tmp_path / "in.csv", [("who", "a cat", "dog")])
-    with pytest.raises(ValueError, match="(?s)in.csv has too few questions, none for train.*'dog' is not in the context"):
+    with pytest.raises(ValueError, match="(?s)in.csv has too few questions, none for train.*is not in the context: 'dog'"):
         answer(checkpoints / "vae", tmp_path / "out", tmp_path / "in.csv")
     assert not (tmp_path / "out").exists()
 

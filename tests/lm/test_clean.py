@@ -1,5 +1,6 @@
 """Repair, filters and windows of fastlm.lm."""
 
+import time
 import unicodedata
 
 import pytest
@@ -19,6 +20,9 @@ PROSE = "The quick brown fox jumps over the lazy dog, and then it sleeps until t
         ("e\u0301te\u0301", "été"),
         ("a\x00b \x07 c\ufeff\x1f d", "ab c d"),
         ("a \t\u00a0\u3000b  \n  c\n\n\n\nd \r\n e\n", "a b\nc\n\nd\ne"),
+        ("one\x0ctwo\x0bthree\n\x0cfour \x1cfive — six\x0cseven", "one two three\nfour five — six seven"),
+        ("mac\rlines\u2028and others", "mac\nlines\nand others"),
+        ("\x1b[31mred\x1b[0m and ﬁne", "red and fine"),
         ("他说：“你好，世界！”", "他说：“你好，世界！”"),
         ("&amp; is how HTML writes &", "&amp; is how HTML writes &"),
         ("\ud800 alone", "\ufffd alone"),
@@ -93,6 +97,19 @@ def test_a_sentence_longer_than_a_window_is_cut_at_a_blank():
     words = "word " * 100
     assert all(words[start:end].endswith("word ") for start, end in windows(words, 52, 10))
     assert windows("x" * 25, 10, 5) == [(0, 10), (10, 20), (20, 25)]
+
+
+@pytest.mark.parametrize("run", ["!", '."', "?)", "…", "。", "! ", "\n", "é", "\x0c"])
+def test_runs_of_one_mark_take_linear_time(run):
+    """Four times the text takes less than ten times as long, and a mebibyte a few seconds."""
+
+    def seconds(count):
+        text, start = run * count + "x", time.process_time()
+        windows(text, 1000, 200)
+        clean(text)
+        return time.process_time() - start
+
+    assert seconds(1 << 20) < max(10 * seconds(1 << 18), 1)
 
 
 @pytest.mark.parametrize(("size", "overlap", "name"), [(0, 0, "size"), (10, 6, "overlap"), (10, -1, "overlap")])

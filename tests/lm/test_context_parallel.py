@@ -266,12 +266,23 @@ class Death(TrainerCallback):
             os._exit(1)
 
 
+class Halfway(TrainerCallback):
+    """Copy a run as it is after its first checkpoint into a folder beside it: "half_of_" and its name."""
+
+    def __init__(self, folder):
+        self.folder, self.copy = folder, folder.with_name(f"half_of_{folder.name}")
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and not self.copy.exists():
+            shutil.copytree(self.folder, self.copy)
+
+
 def trainings(rank, world, runs, last):
     """Train each (folder, corpus, settings, resume), one after the other; in the last one the second rank dies."""
     as_torchrun(rank, world)
     train_module.LOG_STEPS = 1
     for folder, corpus, settings, resume in runs:
-        train(folder, corpus, settings, resume=resume, callbacks=(), context_parallel=world)
+        train(folder, corpus, settings, resume=resume, callbacks=[Halfway(folder)], context_parallel=world)
     try:
         train(*last, callbacks=[Death()] * rank, context_parallel=world)
     except RuntimeError as error:
@@ -292,23 +303,14 @@ def assert_same_curves(folder, expected):
             assert not want[name] or float(row[name]) == pytest.approx(float(want[name]), rel=2e-4), name
 
 
-def half_of(folder, copy):
-    """Copy a run as it was after its first checkpoint."""
-    shutil.copytree(folder, copy)
-    last = max((copy / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    shutil.rmtree(last)
-    (copy / "model.safetensors").unlink()
-    return copy
-
-
 def test_training_and_its_checkpoints_are_those_of_one_process(corpus, tmp_path, monkeypatch):
     """Train in one process and in two, and each to the end from the other's checkpoint. Then let a rank die."""
     monkeypatch.setattr(train_module, "LOG_STEPS", 1)
-    one = train(tmp_path / "one", corpus, SETTINGS, callbacks=())
-    two, to_two = tmp_path / "two", half_of(one, tmp_path / "to_two")
+    one = train(tmp_path / "one", corpus, SETTINGS, callbacks=[Halfway(tmp_path / "one")])
+    two, to_two = tmp_path / "two", tmp_path / "half_of_one"
     runs = [(two, corpus, SETTINGS, False), (to_two, None, None, True)]
     error, _ = run(trainings, 2, runs, (tmp_path / "dead", corpus, SETTINGS), dead=(1,))
-    to_one = train(half_of(two, tmp_path / "to_one"), resume=True, callbacks=())
+    to_one = train(tmp_path / "half_of_two", resume=True, callbacks=())
     for folder in (two, to_two, to_one):
         assert_same_curves(folder, one)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())

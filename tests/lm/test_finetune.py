@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import fastlm.lm.finetuning.common as shared
+from fastlm.cli import main
 from fastlm.lm.cli.finetune import add_finetune
 from fastlm.lm.data.batches import encode_text
 from fastlm.lm.data.prepare import prepare
@@ -22,7 +23,9 @@ from fastlm.lm.finetuning.classify import classifier_of, classify, write_confusi
 from fastlm.lm.finetuning.common import Examples, Tuning, adapted, fit, frame, read_examples
 from fastlm.lm.finetuning.translate import Pairs, decoder_of, generate, translate
 from fastlm.lm.model.checkpoint import load, save
+from fastlm.lm.model.generate import TextGenerator
 from fastlm.lm.model.presets import build
+from fastlm.lm.training.trainer import Interrupted
 
 SEA = ["wave", "harbour", "salt", "sail", "tide", "anchor"]
 ROOM = ["lamp", "carpet", "shelf", "door", "curtain", "chair"]
@@ -185,7 +188,7 @@ def translated(tmp_path_factory, checkpoints, pairs):
 def test_a_simple_translation_is_learned(translated):
     result, output = translated
     assert result.exact > 0.7 and result.bleu > 50
-    assert "tok:13a" in str(result)
+    assert "tok:13a" in str(result) and f"chrF         {result.chrf:.2f}" in str(result) and result.chrf > 50
 
 
 def test_bleu_is_sacrebleus(translated):
@@ -194,6 +197,7 @@ def test_bleu_is_sacrebleus(translated):
     assert header == ["source", "target", "predicted"] and len(rows) == result.test
     _, targets, predicted = map(list, zip(*rows))
     assert result.bleu == pytest.approx(sacrebleu.corpus_bleu(predicted, [targets]).score, rel=1e-12)
+    assert result.chrf == pytest.approx(sacrebleu.corpus_chrf(predicted, [targets]).score, rel=1e-12)
     assert result.exact == sum(map(str.__eq__, targets, predicted)) / len(rows)
 
 
@@ -205,6 +209,43 @@ def test_transformers_alone_generates_the_same(translated):
         ids = tokenizer(source, return_tensors="pt")["input_ids"]
         made = model.generate(ids, do_sample=False)[0, ids.shape[1] :]
         assert tokenizer.decode(made, skip_special_tokens=True).strip() == predicted
+
+
+def test_the_text_generator_gives_the_target_alone(translated):
+    """It gives the prediction of the test, also in pieces, without its source, and asks for one; it draws where told to."""
+    _, output = translated
+    rows = table(output / "predictions.csv")[1:6]
+    generator = TextGenerator(*load(output))
+    assert generator.sample(prompt=[source for source, _, _ in rows]) == [predicted for _, _, predicted in rows]
+    assert "".join(generator.stream(rows[0][0])).strip() == rows[0][2]
+    assert len(set(generator.sample(20, prompt=rows[0][0], temperature=3.0, top_p=1.0))) > 1
+    with pytest.raises(ValueError, match="goes from a source to a target: give it the source as the prompt"):
+        generator.sample()
+    with pytest.raises(ValueError, match="a prompt must have at most 125 tokens"):
+        generator.sample(prompt="wave " * 200)
+
+
+def test_the_command_generate_translates(translated, capsys):
+    _, output = translated
+    source, _, predicted = table(output / "predictions.csv")[1]
+    assert main(["lm", "generate", str(output), source]) == 0
+    assert capsys.readouterr().out == f"{predicted}\n"
+
+
+@pytest.mark.parametrize(
+    ("targets", "tokenizer"),
+    [
+        (["今天天气很好，我们去公园散步。", "他说：“你好，世界！”"], "zh"),
+        (["今日は天気がいいので、公園を散歩しました。"], "char"),
+        (["วันนี้อากาศดี"], "char"),
+        (["The weather is fine today.", "He visited 北京 once, and went home by train."], "13a"),
+        (["오늘은 날씨가 좋습니다."], "13a"),
+    ],
+)
+def test_a_perfect_translation_has_a_score_of_100_in_every_language(targets, tokenizer):
+    found = translation.scores(targets, targets)
+    assert found["bleu"] == pytest.approx(100) and found["chrf"] == pytest.approx(100)
+    assert f"tok:{tokenizer}" in found["signature"] and found["chrf_signature"].startswith("nrefs:1")
 
 
 def test_the_source_is_no_label(checkpoints):
@@ -380,7 +421,46 @@ def test_a_failure_leaves_no_checkpoint(tmp_path, checkpoints, corpus, monkeypat
     monkeypatch.setattr(shared, "save", full)
     with pytest.raises(OSError, match="No space left"):
         translate(checkpoints / "decoder", tmp_path / "out", corpus=corpus, tuning=Tuning(epochs=0.1))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"], "which is there to go on with"
+    with pytest.raises(ValueError, match="output must be a new folder; .*out holds a run to go on with: --resume"):
+        translate(checkpoints / "decoder", tmp_path / "out", corpus=corpus, tuning=Tuning(epochs=0.1))
+    monkeypatch.undo()
+    translate(checkpoints / "decoder", tmp_path / "out", corpus=corpus, tuning=Tuning(epochs=0.1), resume=True)
+    assert load(tmp_path / "out") and not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("task", [classify, translate])
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, checkpoints, corpus, monkeypatch, task, lora):
+    """It is interrupted in its second epoch of three, and goes on from the end of the first."""
+    tuning = Tuning(epochs=3, lora=lora)
+    whole, run, steps, step_end = tmp_path / "whole", tmp_path / "run", [], shared.Epochs.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        steps.append(state.global_step)
+        if state.epoch > 1.3:
+            raise KeyboardInterrupt
+
+    task(checkpoints / "vae", whole, corpus=corpus, tuning=tuning)
+    monkeypatch.setattr(shared.Epochs, "on_step_end", interrupt)
+    with pytest.raises(Interrupted, match=f"a checkpoint is in {run}/checkpoints/checkpoint-"):
+        task(checkpoints / "vae", run, corpus=corpus, tuning=tuning)
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+    for wrong, message in ((Tuning(epochs=3, lora=lora, seed=1), "another seed"), (Tuning(lora=lora), "another epochs")):
+        with pytest.raises(ValueError, match=f"a run is resumed with its own settings and examples; {run} has {message}"):
+            task(checkpoints / "vae", run, corpus=corpus, tuning=wrong, resume=True)
+    monkeypatch.undo()
+    task(checkpoints / "vae", run, corpus=corpus, tuning=tuning, resume=True)
+    for name in ("model.safetensors", "metrics.json", "predictions.csv"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_there_must_be_a_run_to_resume(tmp_path, checkpoints, corpus):
+    with pytest.raises(FileNotFoundError, match="out holds no run to resume"):
+        translate(checkpoints / "decoder", tmp_path / "out", corpus=corpus, resume=True)
+    assert not (tmp_path / "out").exists()
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,20 @@
 """A prepared corpus has no duplicates, is split by content and made in a stream, and is written whole or not at all."""
 
 import json
+import multiprocessing
+import os
 import random
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.processes import printed, python
+from tqdm import tqdm
 
 from fastlm.cli import main
+from fastlm.lm.data import in_processes
 from fastlm.lm.data.duplicates import SHINGLE, Duplicates, normal_form, signature
 from fastlm.lm.data.prepare import SPLITS, prepare, read_split, split_of
 from fastlm.lm.data.tokenizer import load_tokenizer
@@ -90,6 +95,30 @@ def test_how_many_near_duplicates_are_found(tmp_path):
             assert jaccard(text, " ".join(words)) > 0.9 and seen.add(" ".join(words), 3 * number + 2) == "near duplicate"
 
 
+def test_texts_of_a_template_take_linear_time_and_near_duplicates_among_them_are_found(tmp_path):
+    """All texts share four fifths of a template. Twice the texts take less than thrice as long."""
+    rng = random.Random(13)
+    template = rng.choices(WORDS, k=60)
+
+    def filled():
+        return [
+            rng.choice("abcdefg") * 3 + rng.choice(WORDS) if number % 5 == 0 else word for number, word in enumerate(template)
+        ]
+
+    def seconds(count, path):
+        start = time.process_time()
+        with Duplicates(path) as seen:
+            for number in range(count):
+                words = filled()
+                seen.add(" ".join(words), number)
+                if number % 20 == 0:
+                    words[59] = "changed"
+                    assert seen.add(" ".join(words), count + number) is not None
+        return time.process_time() - start
+
+    assert seconds(3000, tmp_path / "large") < max(3 * seconds(1500, tmp_path / "small"), 1)
+
+
 # ---- the corpus -------------------------------------------------------------------------------------------------------------
 
 TEXTS = st.lists(st.lists(st.sampled_from(["One is here. ", "Two follows it. ", "Three, then. ", "4\n\n", "ONE IS HERE. "])))
@@ -126,6 +155,52 @@ def test_near_duplicates_do_not_cross_splits(tmp_path):
     assert all(len(found[split]) > 5 for split in SPLITS)
 
 
+def test_a_small_corpus_takes_what_vocabulary_there_is_and_says_so(tmp_path, capsys):
+    rng = random.Random(14)
+    source = write(tmp_path / "in.jsonl", [sentence(rng) for _ in range(200)])
+    assert main(["lm", "prepare", str(source), "--output", str(tmp_path / "out")]) == 0
+    size = load_tokenizer(tmp_path / "out").vocab_size
+    assert 260 < size < 4096
+    assert f"warning     the vocabulary was to have 4096 tokens, and the texts yield {size}" in capsys.readouterr().out
+
+
+def test_six_files_give_texts_of_every_split_or_a_warning(tmp_path):
+    rng = random.Random(15)
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.txt").write_text(" ".join(sentence(rng) for _ in range(40)))
+    options = {"unit": "file", "validation": 0.01, "test": 0.01}
+    report = prepare([tmp_path / "in"], tmp_path / "out", **options)
+    found = records(tmp_path / "out")  # which checks the sizes of the files
+    assert [split["documents"] for split in report.splits.values()] == [4, 1, 1] and len(report.warnings) == 3
+    for name, split in report.splits.items():
+        assert split["records"] == len(found[name]) and split["characters"] == sum(len(it["text"]) for it in found[name])
+        assert split["documents"] == len({record["document"] for record in found[name]})
+    for count, name in ((6, "validation"), (5, "test")):
+        assert f"of {count} documents none fell to {name} by chance; one was moved there: " in str(report)
+    again = prepare([tmp_path / "in" / f"{number}.txt" for number in (5, 2, 0, 1, 4, 3)], tmp_path / "again", **options)
+    assert again.splits == report.splits, "whatever their order"
+    for number in range(2, 6):
+        (tmp_path / "in" / f"{number}.txt").unlink()
+    report = prepare([tmp_path / "in"], tmp_path / "out", **options | {"validation": 0}, vocab_size=0)
+    assert [split["documents"] for split in report.splits.values()] == [2, 0, 0]
+    (warning,) = report.warnings
+    assert warning.startswith("the corpus has no test texts") and "take paragraphs" in warning
+
+
+def test_progress_is_shown_on_a_terminal_alone(tmp_path, capsys, monkeypatch):
+    rng = random.Random(16)
+    source = write(tmp_path / "in.jsonl", [sentence(rng) for _ in range(30)])
+    for shown in (True, False):
+        if shown:
+            monkeypatch.setattr("fastlm.lm.data.prepare.tqdm", lambda **options: tqdm(**options | {"disable": False}))
+        else:
+            monkeypatch.undo()
+        prepare([source], tmp_path / "out", vocab_size=0, progress=True)
+        err = capsys.readouterr().err
+        assert ("reading" in err and "30 documents" in err) if shown else not err
+
+
 def test_splits_depend_on_content_alone():
     rng = random.Random(5)
     texts = [sentence(rng) for _ in range(4000)]
@@ -158,7 +233,9 @@ def test_the_report_counts_everything(tmp_path):
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report.documents == 84 and written["dropped"] == {"exact duplicate": 1, "too short": 1, "too few letters": 1}
     assert written["examples"]["too short"] == [f"{source}:3: 'no'"]
-    assert written["problems"]["count"] == 7 and len(written["problems"]["first"]) == 5
+    assert written["problems"]["count"] == 7 and written["problems"]["files"] == {str(source): {"not JSON": 7}}
+    dropped = {"dropped: exact duplicate": 1, "dropped: too short": 1, "dropped: too few letters": 1}
+    assert written["files"] == {str(source): {"documents": 84, **dropped}}
     assert written["sources"] == [str(source)] and written["settings"]["window"] == 1000
     assert report.splits == written["splits"] and sum(split["documents"] for split in report.splits.values()) == 81
     found = [record for split in records(tmp_path / "out").values() for record in split]
@@ -208,8 +285,6 @@ def test_what_fails_leaves_the_last_good_corpus(tmp_path):
     source, out = write(tmp_path / "in.jsonl", [sentence(rng) for _ in range(50)]), tmp_path / "out"
     prepare([source], out, vocab_size=280)
     before = contents(out)
-    with pytest.raises(ValueError, match="too small for its vocabulary: vocab_size is 9999, and it yields"):
-        prepare([source], out, vocab_size=9999)
     with pytest.raises(ValueError, match="no text is left to train on in(.|\n)*50: too short"):
         prepare([source], out, min_characters=1000)
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
@@ -285,6 +360,41 @@ for megabytes in (2, 30):
     few, before, many, after = map(int, printed(code, OMP_NUM_THREADS="1").split())
     assert many - few > 25e6
     assert after - before < (many - few) / 3
+
+
+@pytest.fixture(scope="module")
+def paragraphs(tmp_path_factory):
+    """Write 2 MB of paragraphs, a third of them not ASCII, with some noise, duplicates and long ones."""
+    rng, path = random.Random(17), tmp_path_factory.mktemp("paragraphs") / "in.txt"
+    texts = [" ".join(sentence(rng) for _ in range(rng.choice([1, 8, 8, 8, 30]))) for _ in range(2800)]
+    texts = [text.replace(".", "…”") if number % 3 == 0 else text for number, text in enumerate(texts)]
+    path.write_text("\n\n".join([*texts, *texts[::50], *["1 2 3 4"] * 20]))
+    return path
+
+
+def test_several_processes_give_the_bytes_of_one(tmp_path, paragraphs, monkeypatch):
+    reports = []
+    for name, alone in (("one", 1 << 30), ("several", 1)):
+        monkeypatch.setattr(in_processes, "ALONE", alone)
+        reports.append(prepare([paragraphs], tmp_path / name, vocab_size=0))
+    assert reports[0] == reports[1] and reports[0].dropped["exact duplicate"] > 50
+    assert contents(tmp_path / "one") == contents(tmp_path / "several")
+    assert not multiprocessing.active_children()
+
+
+def test_what_stops_the_reading_stops_the_processes(tmp_path, paragraphs, monkeypatch):
+    monkeypatch.setattr(in_processes, "ALONE", 1)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+        prepare([paragraphs, tmp_path / "nowhere"], tmp_path / "out", vocab_size=0)
+    assert not multiprocessing.active_children() and list((tmp_path / "out").iterdir()) == []
+
+
+def test_two_megabytes_take_two_seconds_of_two_processors(tmp_path, paragraphs):
+    """The limit is that time, doubled for machines that do other things, too."""
+    before = os.times()
+    prepare([paragraphs], tmp_path / "out", vocab_size=0)
+    spent = sum(os.times()[:4]) - sum(before[:4])
+    assert spent < 2 * 2 * paragraphs.stat().st_size / 2e6
 
 
 # ---- reading it, and bad arguments ------------------------------------------------------------------------------------------

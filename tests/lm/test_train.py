@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fastlm.cli import main
-from fastlm.lm.model.checkpoint import load
+from fastlm.lm.model.checkpoint import FILES, load
 from fastlm.lm.model.text_vae import TextVAE
 from fastlm.lm.training import trainer as trainer_module
 from fastlm.lm.training.schedules import kl_weight
@@ -64,6 +64,14 @@ def test_it_learns_and_leaves_a_model(whole, corpus):
     assert isinstance(model, TextVAE) and not model.training and model.kl_weight == 1.0 and len(tokenizer) == 290
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((whole / "settings.json").read_text())["corpus"] == str(corpus.resolve())
+
+
+def test_a_finished_model_has_no_checkpoints_and_is_left_as_it_is(whole):
+    files = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    assert set(files) == {*FILES, "settings.json", "curves.csv", "curves.png"}
+    (whole / "checkpoints").mkdir()  # as of a process that was killed before it removed them
+    train(whole, resume=True, callbacks=())
+    assert {path.name: path.stat().st_mtime_ns for path in whole.iterdir()} == files
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(whole, corpus, tmp_path):
@@ -130,13 +138,20 @@ def test_what_is_refused_before_anything_is_overwritten(whole, corpus, tmp_path)
         train(whole, settings=Settings(**vars(SETTINGS) | {"epochs": 3.0, "seed": 5}), resume=True)
     with pytest.raises(FileNotFoundError, match="holds no run"):
         train(tmp_path / "none", resume=True)
-    with pytest.raises(FileNotFoundError, match="no such tokenizer"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{tmp_path} is no prepared corpus: make one, fastlm lm prepare TEXTS --output"
+    ):
+        train(tmp_path / "run", tmp_path, SETTINGS)
+    (tmp_path / "report.json").touch()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no vocabulary, as its --vocab-size was 0"):
         train(tmp_path / "run", tmp_path, SETTINGS)
     assert not (tmp_path / "run" / "settings.json").exists()
 
 
 def test_a_run_is_not_resumed_from_what_is_damaged_or_has_changed(whole, corpus, tmp_path):
-    run = shutil.copytree(whole, tmp_path / "run")
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(run, corpus, SETTINGS, callbacks=[At(3, lambda: os.kill(os.getpid(), signal.SIGINT))])
     last = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     for name, message in {"optimizer.pt": "optimizer.pt is damaged", "model.safetensors": "damaged or cut short"}.items():
         content = (last / name).read_bytes()
@@ -206,6 +221,12 @@ def test_the_command_trains_a_decoder_and_evaluates_both(whole, corpus, tmp_path
     figures = json.loads(found.read_text())
     assert figures[str(run)]["kl"] is None and figures[str(whole)]["samples"] == 4
     assert figures[str(run)]["tokens"] == figures[str(whole)]["tokens"] > 0
+    assert main(["lm", "evaluate", str(run), "--against", f"{run}/../{run.name}"]) == 1
+    assert "fastlm lm evaluate: --against must be another model than CHECKPOINT; both are" in capsys.readouterr().err
+    assert main(["lm", "train", "--corpus", "nope", "--output", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == (
+        "fastlm lm train: nope is no prepared corpus: make one, fastlm lm prepare TEXTS --output nope\n"
+    )
 
 
 def test_the_command_says_how_to_go_on_after_an_interruption(corpus, tmp_path, capsys, monkeypatch):

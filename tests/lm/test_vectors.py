@@ -1,5 +1,7 @@
 """Word vectors of word2vec and GloVe files become an embedding; damaged files are refused, and named."""
 
+import gzip
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,24 @@ def test_a_binary_file_cut_anywhere_is_refused(tmp_path, cut):
     content = as_binary([(f"word{i}", [i, 1, 2]) for i in range(20)], end=b"")
     with pytest.raises(ValueError, match="vectors"):
         read(tmp_path, content[: cut % len(content)], binary=True)
+
+
+@pytest.mark.parametrize("write", [as_text, as_binary, lambda vectors: as_text(vectors, header=False)])
+def test_gzipped_files_and_byte_order_marks(tmp_path, write):
+    vectors = [("the", [1.0, 2.0]), ("语言", [3.0, 4.0])]
+    content = write(vectors)
+    for changed in (gzip.compress(content), b"\xef\xbb\xbf" + content, gzip.compress(b"\xef\xbb\xbf" + content)):
+        assert [(word, list(vector)) for word, vector in read(tmp_path, changed)] == vectors
+    with pytest.raises(ValueError, match="vectors is damaged or cut short"):
+        read(tmp_path, gzip.compress(content)[:-6])
+
+
+def test_words_in_another_encoding_name_the_way_out(tmp_path):
+    content = "2 2\n我们 1 2\n语言 3 4\n".encode("gb18030")
+    with pytest.raises(
+        ValueError, match="line 2: the word .* is not UTF-8; convert the file to UTF-8: iconv -f gb18030 -t utf-8"
+    ):
+        read(tmp_path, content)
 
 
 def test_missing_and_misnamed_files(tmp_path):

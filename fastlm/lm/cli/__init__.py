@@ -24,11 +24,12 @@ at sentence ends, split them into training, validation and test texts, and make 
 EXAMPLES = """\
 examples:
   fastlm lm prepare                              the documentation inside Python, to try things out
-  fastlm lm prepare books/ --output corpus       every .txt, .md, .rst, .jsonl and .csv file of a folder
+  fastlm lm prepare books/ --output corpus       every .txt, .md, .rst, .jsonl, .json, .csv and .parquet file of a
+                                                 folder, gzipped (.gz) or not
   fastlm lm prepare reviews.csv --text-field review --label-field stars --output reviews
 
 The folder then holds train.jsonl, validation.jsonl and test.jsonl (a text a line), tokenizer.json (the vocabulary) and
-report.json: what was read, what was dropped, and why."""
+report.json: what was read, what was dropped or skipped, and why, file by file."""
 
 
 def add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -40,10 +41,12 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
         default = defaults[name.replace("-", "_")]
         parser.add_argument(f"--{name}", default=default, help=f"{what} (default: {default})", **kind)
 
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="text, JSONL or CSV files, or folders (default: Python's own)")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="text, JSONL, JSON, CSV or Parquet files, or folders (default: Python's own)"
+    )
     parser.add_argument("--output", default="corpus", help="folder for the corpus; replaces an earlier one (default: corpus)")
     option("unit", "what is one text of a text file: a paragraph ends at an empty line", choices=UNITS)
-    option("text-field", "which field or column of JSONL and CSV files holds the text", metavar="NAME")
+    option("text-field", "which field or column holds the text, in files that have them", metavar="NAME")
     option("label-field", "which one holds the label, where there is one", metavar="NAME")
     option("encoding", "of the files", metavar="NAME")
     option("min-characters", "drop shorter texts", type=int, metavar="N")
@@ -53,13 +56,13 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
     option("overlap", "characters that two windows of one text share at most", type=int, metavar="N")
     option("validation", "share of the texts to choose settings by", type=float, metavar="SHARE")
     option("test", "share of the texts for the last word", type=float, metavar="SHARE")
-    option("vocab-size", "tokens of the vocabulary; 0 for none", type=int, metavar="N")
+    option("vocab-size", "tokens of the vocabulary at most; 0 for none", type=int, metavar="N")
     option("vocabulary", "a byte-level BPE, or words, for train --vectors", choices=VOCABULARIES)
 
 
 def run_prepare(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command", "paths", "output")}
-    report = str(prepare(arguments.paths, arguments.output, **options))
+    report = str(prepare(arguments.paths, arguments.output, **options, progress=True))
     print(report.encode(errors="backslashreplace").decode())  # file names may contain lone surrogates
     print(f"\nThe corpus is in {Path(arguments.output).resolve()}")
 

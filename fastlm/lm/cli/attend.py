@@ -13,9 +13,9 @@ Of a model with a latent it also shows what the most active units of the latent 
 
 EXAMPLES = """\
 examples:
-  fastlm lm attend run "The value is returned as a list."
-  fastlm lm attend run "The value is returned as a list." --corpus reviews --output attend.html
-  fastlm lm attend run "$(cat chapter.txt)" --output chapter.html"""
+  fastlm lm attend model "The value is returned as a list."
+  fastlm lm attend model "The value is returned as a list." --corpus reviews --output attend.html
+  fastlm lm attend model "$(cat chapter.txt)" --output chapter.html"""
 
 
 def add_attend(commands: argparse._SubParsersAction) -> None:

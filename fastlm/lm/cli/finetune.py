@@ -47,7 +47,10 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the folder of a trained model: fastlm lm train")
     parser.add_argument("task", choices=TASKS, help="what to teach it")
     parser.add_argument(
-        "data", nargs="?", metavar="DATA", help="a CSV or JSONL file of examples (default: ready ones, see the examples)"
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="a CSV, JSONL, JSON or Parquet file of examples (default: ready ones, see the examples)",
     )
     parser.add_argument("--output", default="finetuned", help="a new folder for the result (default: finetuned)")
     parser.add_argument("--test", metavar="FILE", help="examples to test on (default: a tenth of DATA, kept apart)")
@@ -56,6 +59,9 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--fields", nargs="+", metavar="NAME", help=fields)
     corpus = "a prepared corpus to make examples of, for classify and translate (default: ready ones, and for translate corpus)"
     parser.add_argument("--corpus", metavar="FOLDER", help=corpus)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after the last epoch of an interrupted run, given as it was"
+    )
     option("lora", "rank of the small matrices that LoRA trains instead of all weights; 0 for all", type=int, metavar="RANK")
     option("epochs", "how often all examples are read; the best epoch is kept", type=float, metavar="N")
     option("batch-size", "examples of a step", type=int, metavar="N")
@@ -64,7 +70,7 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def run_finetune(arguments: argparse.Namespace) -> None:
-    options = {name: value for name in ("test", "fields", "corpus") if (value := getattr(arguments, name))}
+    options = {name: value for name in ("test", "fields", "corpus", "resume") if (value := getattr(arguments, name))}
     settings = {field.name: getattr(arguments, field.name) for field in fields_of(Tuning) if hasattr(arguments, field.name)}
     task, fields = arguments.task, TASKS[arguments.task]
     if len(options.get("fields", fields)) != len(fields):

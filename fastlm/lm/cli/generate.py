@@ -9,15 +9,17 @@ from .command import command
 
 GENERATE = """\
 Write texts with a trained model: new ones, continuations of a prompt, or, with a model that has a latent (fastlm lm train
---model vae), a text again as the model remembers it, or variations of it."""
+--model vae), a text again as the model remembers it, or variations of it. A model of fastlm lm finetune ... translate gets its
+source as the prompt, and writes the likeliest target."""
 
 GENERATE_EXAMPLES = """\
 examples:
-  fastlm lm generate run --count 3                          three new texts
-  fastlm lm generate run "The function returns" --stream    go on from here, and show the words as they come
-  fastlm lm generate run "A list" "A file" --temperature 0  the likeliest continuation of each
-  fastlm lm generate run --reconstruct "A list is sorted."  what the latent keeps of a text
-  fastlm lm generate run --vary "A list is sorted." --count 5
+  fastlm lm generate model --count 3                          three new texts
+  fastlm lm generate model "The function returns" --stream    go on from here, and show the words as they come
+  fastlm lm generate model "A list" "A file" --temperature 0  the likeliest continuation of each
+  fastlm lm generate finetuned "The source to translate."     with a model of fastlm lm finetune model translate
+  fastlm lm generate model --reconstruct "A list is sorted."  what the latent keeps of a text
+  fastlm lm generate model --vary "A list is sorted." --count 5
 
 The same seed gives the same texts. A text ends where the model ends it, or at the length that the model was made for."""
 
@@ -27,7 +29,7 @@ is written as a text, the two ends included."""
 
 INTERPOLATE_EXAMPLES = """\
 example:
-  fastlm lm interpolate run "The file is closed." "A list is sorted in place." --steps 7
+  fastlm lm interpolate model "The file is closed." "A list is sorted in place." --steps 7
 
 It needs a model with a latent: fastlm lm train --model vae."""
 
@@ -52,8 +54,11 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     def option(name: str, what: str, kind: type) -> None:
         default = getattr(defaults, name.replace("-", "_"))
         shown = "as many as the model can" if default is None else default
+        shown = f"{shown}; 0 where the model translates" if name == "temperature" else shown
         metavar = "N" if kind is int else "X"
-        drawing.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=f"{what} (default: {shown})")
+        # An option that is not given is absent, so that the model decides.
+        help = f"{what} (default: {shown})"
+        drawing.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help)
 
     option("temperature", "below 1: likelier texts; 0: always the likeliest token, without chance", float)
     option("top-k", "of this many of the likeliest tokens only; 0 for all", int)
@@ -69,7 +74,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise ValueError("a PROMPT goes with neither --reconstruct nor --vary")
     if arguments.stream and (len(arguments.prompts) > 1 or arguments.count != 1):
         raise ValueError("--stream writes one text: at most one PROMPT, and no --count")
-    sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling)}
+    sampling = {field.name: getattr(arguments, field.name) for field in fields(Sampling) if hasattr(arguments, field.name)}
     Sampling(**sampling)  # raises its errors before the model is loaded
     generator, prompts = TextGenerator(*load(arguments.checkpoint)), arguments.prompts or [""]
     if arguments.reconstruct:

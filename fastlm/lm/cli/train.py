@@ -31,7 +31,7 @@ examples:
                                                            in two processes, which share the tokens of each text
 
 The folder then holds the model, in transformers' format, and the course of the loss, curves.png and curves.csv. While it
-trains, its last two checkpoints are in the folder's checkpoints/."""
+trains, its last two checkpoints are in the folder's checkpoints/, which is removed when the model is whole."""
 
 EVALUATE = """\
 How good a model is on texts that it has not seen: its negative log-likelihood and perplexity; and of a variational autoencoder,
@@ -40,6 +40,7 @@ whether its latent says something of the text or has collapsed."""
 EVALUATE_EXAMPLES = """\
 examples:
   fastlm lm evaluate model
+  fastlm lm train --model decoder --output decoder
   fastlm lm evaluate model --against decoder     beside a model without a latent, on the same texts"""
 
 
@@ -118,6 +119,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     from ..model.evaluate import evaluate
 
     folders = [Path(folder) for folder in (arguments.checkpoint, arguments.against) if folder]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"--against must be another model than CHECKPOINT; both are {arguments.against}")
     corpus = Path(arguments.corpus) if arguments.corpus else settings_of(folders[0])[1]
     found = {}
     for folder in folders:

@@ -42,7 +42,7 @@ class Texts(Dataset):
                 np.array(ids, np.int32).tofile(file)
                 ends.append(ends[-1] + len(ids))
             if len(ends) == 1:
-                raise ValueError(f"{corpus} has no {split} texts")
+                raise ValueError(f"{corpus} has no {split} texts: prepare it of more documents, or with a larger --{split}")
             file.flush()
             self.ids = np.memmap(file, np.int32, "r")  # the map keeps the file alive
         self.ends = np.array(ends)

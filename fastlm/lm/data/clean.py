@@ -10,9 +10,10 @@ import ftfy
 # The repairs that change the meaning or the look of well-formed text are off: Chinese needs its full-width punctuation, quotes
 # stay curly, and a text about HTML may be about "&amp;".
 _REPAIR = ftfy.TextFixerConfig(unescape_html=False, uncurl_quotes=False, fix_character_width=False, normalization=None)
+_SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1f]")  # vertical tabs, form feeds and the like are white space
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
-_BLANK = re.compile(r"[^\S\n]+")
-_AROUND_LINE_END = re.compile(r" ?\n ?")
+_BLANK = re.compile(r" [^\S\n]+|[^\S\n ][^\S\n]*")  # what is not one blank already
+_AROUND_LINE_END = re.compile(r" \n ?|\n ")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 
 MIN_PACKED = 200  # bytes; compression says nothing of the repetition in a shorter text
@@ -25,8 +26,10 @@ def clean(text: str) -> str:
 
     A run of white space becomes one blank, or one line end if it contains one, or one empty line if it contains more.
     """
-    text = ftfy.fix_text(text.replace("\r\n", "\n"), _REPAIR)
-    text = _BLANK.sub(" ", _CONTROL.sub("", text))
+    text = _SEPARATOR.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not text.isascii() or _CONTROL.search(text):  # ASCII has no wrong decodings
+        text = _CONTROL.sub("", ftfy.fix_text(text, _REPAIR))
+    text = _BLANK.sub(" ", text)
     text = _EMPTY_LINES.sub("\n\n", _AROUND_LINE_END.sub("\n", text))
     return unicodedata.normalize("NFC", text.strip())
 
@@ -40,8 +43,10 @@ def why_noise(text: str, *, min_characters: int = 20, min_letters: float = 0.6) 
     """
     if len(text) < min_characters:
         return "too short"
-    kinds = Counter(map(unicodedata.category, text))
-    white = sum(map(str.isspace, text))
+    kinds, white = Counter(), 0
+    for character, count in Counter(text).items():
+        kinds[unicodedata.category(character)] += count
+        white += count * character.isspace()
     letters = sum(count for kind, count in kinds.items() if kind[0] in "LM")
     if letters < min_letters * (len(text) - white):
         return "too few letters"

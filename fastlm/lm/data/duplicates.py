@@ -5,17 +5,25 @@ Datasets", chapter 3). The index is a SQLite file; datasketch's is a dictionary 
 """
 
 import sqlite3
+from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 SHINGLE = 9  # characters, not words: some languages have no blanks between words
 # At a similarity of 0.8, 99.8% of pairs agree in a band. At 0.5, 27% do; comparing their signatures then rules them out.
 BANDS, ROWS = 20, 6
+# Texts of one template share bands with all the others. A band remembers the last text of each slot, and a text is compared
+# with those seen texts alone that share the most bands with it, so that a text costs the same however many came before.
+SLOTS, CANDIDATES = 16, 32
 CACHE = 16  # MiB of the index to keep in memory
-_factors, _shifts = np.random.default_rng(0).integers(0, 1 << 64, (2, BANDS * ROWS), dtype=np.uint64)
-_factors |= np.uint64(1)
+BLOCK = 1 << 10  # shingles that are hashed at a time
+_factors, _shifts = np.random.default_rng(0).integers(0, 1 << 32, (2, BANDS * ROWS, 1), dtype=np.uint32)
+_factors |= np.uint32(1)
+_powers = np.array([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(SHINGLE)], dtype=np.uint64)
+_places = np.random.default_rng(1).integers(0, 1 << 64, (BANDS, ROWS), dtype=np.uint64)
 
 
 def normal_form(text: str) -> str:
@@ -29,12 +37,12 @@ def signature(form: str) -> np.ndarray:
     The share of equal elements of two signatures estimates the Jaccard index of the texts' shingles.
     """
     points = np.frombuffer(form.encode("utf-32-le"), dtype=np.uint32).astype(np.uint64)
-    shingles = np.zeros(max(len(points) - SHINGLE + 1, 1), dtype=np.uint64)
-    for offset in range(min(SHINGLE, len(points))):  # a shingle's hash is a polynomial in an odd base, mod 2^64
-        shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + points[offset : offset + len(shingles)]
-    shingles = _mixed(np.unique(shingles))
-    minima = [(shingles * factor + shift).min() for factor, shift in zip(_factors, _shifts)]
-    return (np.array(minima, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
+    if not len(points):
+        points = np.zeros(1, dtype=np.uint64)
+    shingles = np.convolve(points, _powers[: len(points)], "valid")  # a polynomial in an odd base, mod 2^64
+    shingles = (_mixed(shingles) >> np.uint64(32)).astype(np.uint32)
+    blocks = (shingles[start : start + BLOCK] for start in range(0, len(shingles), BLOCK))
+    return np.min([(block * _factors + _shifts).min(1) for block in blocks], axis=0)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -42,6 +50,24 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+class Marks(NamedTuple):
+    """What a text is compared by: a digest of its normal form, and the signature with the keys of its bands.
+
+    The latter two are None where exact duplicates alone count.
+    """
+
+    digest: bytes
+    signature: np.ndarray | None = None
+    bands: list[int] | None = None
+
+
+def marks_of(text: str, near: bool = True) -> Marks:
+    """Return what a text is compared by; ``near`` says whether near duplicates count."""
+    form = normal_form(text)
+    digest = blake2b(form.encode(), digest_size=16).digest()
+    return Marks(digest, mine := signature(form), band_keys(mine)) if near else Marks(digest)
 
 
 class Duplicates:
@@ -61,7 +87,7 @@ class Duplicates:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{CACHE * 1024};
             CREATE TABLE texts (number INTEGER PRIMARY KEY, owner INTEGER, signature BLOB);
             CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID;
-            CREATE TABLE bands (band INTEGER, number INTEGER, PRIMARY KEY (band, number)) WITHOUT ROWID;
+            CREATE TABLE bands (band INTEGER, slot INTEGER, number INTEGER, PRIMARY KEY (band, slot)) WITHOUT ROWID;
             BEGIN;
         """)
 
@@ -71,39 +97,38 @@ class Duplicates:
     def __exit__(self, *_) -> None:
         self._index.close()
 
-    def add(self, text: str, owner: int) -> str | None:
-        """Add a text: return None if it is new, or else what it is, an "exact duplicate" or a "near duplicate".
+    def add(self, text: str | Marks, owner: int) -> str | None:
+        """Add a text, or its marks: return None if it is new, or else what it is, an "exact duplicate" or a "near duplicate".
 
-        Texts of one owner are never near duplicates of each other, as the windows of a document overlap.
+        Texts of one owner are never near duplicates of each other, as the windows of a document overlap. Of texts that share
+        most of their bands with many others, as those of a template do, a near duplicate may be missed.
         """
-        form = normal_form(text)
-        digest = blake2b(form.encode(), digest_size=16).digest()
-        if self._index.execute("SELECT 1 FROM digests WHERE digest = ?", [digest]).fetchone():
+        marks = marks_of(text) if isinstance(text, str) else text
+        if self._index.execute("SELECT 1 FROM digests WHERE digest = ?", [marks.digest]).fetchone():
             return "exact duplicate"
-        if self.similarity < 1 and self._near(form, owner):
+        if self.similarity < 1 and self._near(marks.signature, marks.bands, owner):
             return "near duplicate"
-        self._index.execute("INSERT INTO digests VALUES (?)", [digest])
+        self._index.execute("INSERT INTO digests VALUES (?)", [marks.digest])
         return None
 
-    def _near(self, form: str, owner: int) -> bool:
-        """Return whether a seen text is a near duplicate; if none is, add this one."""
-        mine = signature(form)
-        bands = [_band_key(index, band) for index, band in enumerate(mine.reshape(BANDS, ROWS))]
-        compared = set()
-        for band in bands:
-            for number, owned_by, theirs in self._index.execute(
-                "SELECT number, owner, signature FROM bands JOIN texts USING (number) WHERE band = ?", [band]
-            ):
-                if owned_by == owner or number in compared:
-                    continue
-                compared.add(number)
-                if np.mean(mine == np.frombuffer(theirs, dtype=np.uint32)) >= self.similarity:
-                    return True
+    def _near(self, mine: np.ndarray, bands: list[int], owner: int) -> bool:
+        """Return whether a seen text is a near duplicate of that with this signature; if none is, add this one."""
+        sharing = self._index.execute(f"SELECT number FROM bands WHERE band IN ({', '.join('?' * BANDS)})", bands)
+        candidates = [number for (number,), _ in Counter(sharing).most_common(CANDIDATES)]
+        if candidates:
+            theirs = self._index.execute(
+                f"SELECT signature FROM texts WHERE owner != ? AND number IN ({', '.join('?' * len(candidates))})",
+                [owner, *candidates],
+            )
+            signatures = np.frombuffer(b"".join(found for (found,) in theirs), np.uint32).reshape(-1, len(mine))
+            if (np.mean(signatures == mine, axis=1) >= self.similarity).any():
+                return True
         number = self._index.execute("INSERT INTO texts (owner, signature) VALUES (?, ?)", [owner, mine.tobytes()]).lastrowid
-        self._index.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?)", [(band, number) for band in bands])
+        slot = owner % SLOTS  # the windows of a document take one slot
+        self._index.executemany("INSERT OR REPLACE INTO bands VALUES (?, ?, ?)", [(band, slot, number) for band in bands])
         return False
 
 
-def _band_key(index: int, band: np.ndarray) -> int:
-    digest = blake2b(band.tobytes(), digest_size=8, salt=index.to_bytes(2, "little")).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def band_keys(mine: np.ndarray) -> list[int]:
+    """Return a key for each band of a signature: a hash of the band and its place."""
+    return _mixed((mine.reshape(BANDS, ROWS) * _places).sum(1)).astype(np.int64).tolist()

@@ -17,13 +17,13 @@ _BYTES = 256
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE on a stream of texts; decoding restores every text, in any language, exactly.
+    """Train a byte-level BPE of at most ``vocab_size`` tokens; decoding restores every text, in any language, exactly.
 
     The tokenizer adds no token before or after a text: the training of a model adds <|bos|> and <|eos|>. Memory grows with the
     number of different words. The same texts give the same vocabulary.
 
     Raises:
-        ValueError: ``vocab_size`` has no room for the bytes, or ``texts`` are too few to fill it.
+        ValueError: ``vocab_size`` has no room for the bytes.
     """
     check_bpe_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
@@ -37,7 +37,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _filled(tokenizer, vocab_size)
+    return tokenizer
 
 
 def check_bpe_size(vocab_size: int) -> None:
@@ -50,10 +50,11 @@ def check_bpe_size(vocab_size: int) -> None:
 def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = False, min_frequency: int = 2) -> Tokenizer:
     """Train a vocabulary of the most frequent words and punctuation marks of ``texts``; all others become <|unk|>.
 
-    Each Chinese character is a word. White space is lost: decoding puts one blank between words.
+    Each Chinese character is a word. White space is lost: decoding puts one blank between words. There are fewer than
+    ``vocab_size`` tokens where fewer words occur ``min_frequency`` times.
 
     Raises:
-        ValueError: ``texts`` have fewer words that occur ``min_frequency`` times than ``vocab_size`` needs.
+        ValueError: ``vocab_size`` has no room for a word.
     """
     special = [*SPECIAL.values(), UNKNOWN]
     if vocab_size <= len(special):
@@ -65,19 +66,10 @@ def train_words(texts: Iterable[str], vocab_size: int, *, lowercase: bool = Fals
         vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _filled(tokenizer, vocab_size)
+    return tokenizer
 
 
 VOCABULARIES = {"bpe": train_bpe, "words": train_words}
-
-
-def _filled(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    if (size := tokenizer.get_vocab_size()) < vocab_size:
-        raise ValueError(
-            f"the corpus is too small for its vocabulary: vocab_size is {vocab_size}, and it yields {size} tokens; "
-            f"give more text, or a vocab_size of at most {size}"
-        )
-    return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
@@ -99,4 +91,5 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     if missing := [token for token in SPECIAL.values() if tokenizer.token_to_id(token) is None]:
         raise ValueError(f"{path} is no tokenizer of fastlm.lm: it lacks {', '.join(missing)}")
     unknown = {"unk_token": UNKNOWN} if tokenizer.token_to_id(UNKNOWN) is not None else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **SPECIAL, **unknown)
+    options = {"clean_up_tokenization_spaces": False, "split_special_tokens": True}  # a text's own "<|eos|>" is a text
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options, **SPECIAL, **unknown)

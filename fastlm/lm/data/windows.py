@@ -3,8 +3,9 @@
 import re
 from bisect import bisect_left, bisect_right
 
-# A match ends where the next sentence begins. Chinese and Japanese put no blank after a sentence.
-_END = re.compile(r"""(?:[.!?…؟।]+["'”’»)\]]*(?=\s)|[。！？｡]+["'”’」』）]*|\n\n)\s*""")
+# A match ends where the next sentence begins. Chinese and Japanese put no blank after a sentence. A match begins where a run of
+# punctuation does: one from each of its marks would read to its end.
+_END = re.compile(r"""(?:(?<![.!?…؟।])[.!?…؟।]+["'”’»)\]]*(?=\s)|[。！？｡]+["'”’」』）]*|\n\n)\s*""")
 
 
 def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
@@ -20,6 +21,8 @@ def windows(text: str, size: int, overlap: int) -> list[tuple[int, int]]:
         raise ValueError(f"size (of a window) must be at least 1 character; got {size}")
     if not 0 <= overlap <= size // 2:
         raise ValueError(f"overlap must be from 0 to half of the window of {size} characters; got {overlap}")
+    if len(text) <= size:
+        return [(0, len(text))]
     ends = [match.end() for match in _END.finditer(text)]
     if not ends or ends[-1] < len(text):
         ends.append(len(text))

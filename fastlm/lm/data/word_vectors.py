@@ -6,13 +6,17 @@ lines, and allocates as much memory as a wrong header claims. This reader holds 
 
 import os
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
+from gzip import GzipFile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .lines import likely_encoding, reading
 
 MAX_WIDTH = 1 << 14
 MAX_WORD = 1 << 12  # bytes
@@ -21,6 +25,8 @@ _MAX_LINE = MAX_WORD + 32 * MAX_WIDTH
 
 def read_vectors(path: str | os.PathLike, *, binary: bool | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (word, float32 (width,)) for each vector of a word2vec file (text or binary) or a GloVe file (text, no header).
+
+    The file may be gzipped, and begin with a byte order mark.
 
     Args:
         binary: whether the file is binary; None detects it by the file's beginning.
@@ -32,7 +38,9 @@ def read_vectors(path: str | os.PathLike, *, binary: bool | None = None) -> Iter
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of word vectors")
-    with open(path, "rb") as file:
+    with reading(path) as file:
+        start = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        file.seek(start)
         first = file.readline(_MAX_LINE)
         header = re.fullmatch(rb"\s*(\d{1,12})\s+(\d{1,6})\s*", first)
         if header:
@@ -41,7 +49,7 @@ def read_vectors(path: str | os.PathLike, *, binary: bool | None = None) -> Iter
                 raise ValueError(f"{path}: a header of {count} vectors of {width} numbers; expected 1 to {MAX_WIDTH} numbers")
         else:
             count, width = None, len(_fields(first)) - 1
-            file.seek(0)
+            file.seek(start)
         if binary is None:
             binary = header is not None and not _starts_as_text(file)
         if binary and not header:
@@ -102,7 +110,9 @@ def _text(file: BinaryIO, path: Path, count: int | None, width: int) -> Iterator
 
 def _binary(file: BinaryIO, path: Path, count: int, width: int) -> Iterator[tuple[str, np.ndarray]]:
     left = os.fstat(file.fileno()).st_size - file.tell()
-    if left < count * (4 * width + 2):  # a word has at least one byte, and a blank follows it
+    if not isinstance(file, GzipFile) and left < count * (
+        4 * width + 2
+    ):  # a word has at least one byte, and a blank follows it
         raise ValueError(f"{path} is cut short: its header says {count} vectors of {width} numbers, and {left} bytes follow")
     for number in range(1, count + 1):
         where = f"{path}, vector {number} of {count}"
@@ -125,7 +135,8 @@ def _word(raw: bytes, where: str) -> str:
     try:
         word = raw.decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{where}: the word {raw[:20]!r} is not UTF-8") from None
+        way_out = f"convert the file to UTF-8: iconv -f {likely_encoding(raw)} -t utf-8"
+        raise ValueError(f"{where}: the word {raw[:20]!r} is not UTF-8; {way_out}") from None
     if not word:
         raise ValueError(f"{where}: the word is missing")
     return word

@@ -35,7 +35,7 @@ from ..data.ready.questions import Question, documented_questions
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import TextVAE
-from .common import BATCH, HELD_OUT, Tuning, check_new, finetune, problem_lines, results, write_results
+from .common import BATCH, HELD_OUT, Examples, Tuning, check_new, course_of, finetune, problem_lines, results, write_results
 from .tuning import READY
 
 FIELDS = ("question", "context", "answer")
@@ -89,6 +89,7 @@ def answer(
     test: str | os.PathLike | None = None,
     fields: Sequence[str] = FIELDS,
     tuning: Tuning | None = None,
+    resume: bool = False,
 ) -> Answering:
     """Teach a checkpoint of `fastlm.lm` to find the answers to questions in texts, and test it.
 
@@ -100,11 +101,13 @@ def answer(
         data: a .csv, .tsv or .jsonl file; None for questions on Python's own documentation (`documented_questions`).
         test: a separate file to test on; None to keep a tenth of ``data`` apart, with all questions on the same context.
         fields: the names of the question, the context and the answer, which stands in the context; the first place counts.
+        resume: go on after the last whole epoch of an interrupted run, to the same bits as without the interruption.
 
     Raises:
         ValueError: ``output`` holds a checkpoint; a file cannot be read, or a part of the examples is empty.
         FileNotFoundError: there is no such checkpoint or file.
-        OSError: the disk is full; ``output`` is unchanged.
+        OSError: the disk is full; ``output`` has no new model.
+        Interrupted: Ctrl-C stopped the training after an epoch, whose checkpoint is left.
     """
     output, problems = check_new(output), Problems()
     tuning = tuning or (READY["answer"] if data is None else Tuning())
@@ -121,9 +124,9 @@ def answer(
     frame_pairs(tokenizer, places)
     train, validation = (items_of(parts[split], tokenizer) for split in ("train", "validation"))
     collate = Spans(tokenizer.pad_token_id)
-    with results(output) as folder:
-        options = {"label_names": LABELS}
-        model = finetune(model, tuning, ("qa_outputs",), train, validation, collate, folder / "epochs", **options)
+    examples = Examples(*(parts[split] for split in SPLITS))
+    with results(output, course_of("answer", checkpoint, examples, tuning), resume) as (folder, epochs):
+        model = finetune(model, tuning, ("qa_outputs",), train, validation, collate, epochs, label_names=LABELS)
         asked = parts["test"]
         found = [text for text, _ in find(model, tokenizer, [each[:2] for each in asked])]
         counts = {split: len(parts[split]) for split in SPLITS}
@@ -146,7 +149,7 @@ def read_questions(path: str | os.PathLike, fields: Sequence[str], problems: Pro
             yield Question(question, context, wanted, start)
         else:
             why = "is empty" if not wanted else "is not in the context" if start < 0 else "has no question"
-            problems.add(f"{path}:{line}", f"the answer {wanted[:40]!r} {why}")
+            problems.add(Path(path), f"the answer {why}", line=line, detail=f": {wanted[:40]!r}")
 
 
 def split_questions(questions: Iterable[Question], test: float) -> dict[str, list[Question]]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..data.prepare import SPLITS, read_split
-from ..data.read import Problems
+from ..data.problems import Problems
 from ..data.ready import sentiment
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION, on_kernels
@@ -32,6 +32,7 @@ from .common import (
     Examples,
     Tuning,
     check_new,
+    course_of,
     examples_of,
     finetune,
     frame,
@@ -90,6 +91,7 @@ def classify(
     corpus: str | os.PathLike | None = None,
     classes: int = 10,
     tuning: Tuning | None = None,
+    resume: bool = False,
 ) -> Classification:
     """Make a classifier of a checkpoint of `fastlm.lm`, and test it.
 
@@ -98,17 +100,20 @@ def classify(
 
     Args:
         checkpoint: the folder of a `TextVAE`, whose encoder is taken, or of a decoder.
-        data: a .csv, .tsv or .jsonl file; None for the texts and labels of ``corpus``, which are the modules in Python's
-            documentation, or, without a corpus either, for the reviews that ship with fastlm (`fastlm.lm.data.ready`).
+        data: a .csv, .tsv, .jsonl, .json or .parquet file; None for the texts and labels of ``corpus``, which are the modules
+            in Python's documentation, or, without a corpus either, for the reviews that ship with fastlm
+            (`fastlm.lm.data.ready`).
         test, fields: see `fastlm.lm.finetuning.common.read_examples`; ``fields`` are the names of the text and of the label.
         corpus: a folder that `prepare` made.
+        resume: go on after the last whole epoch of an interrupted run, to the same bits as without the interruption.
         classes: take this many of the corpus's labels, the most frequent ones.
 
     Raises:
         ValueError: ``output`` holds a checkpoint; there are fewer than two labels, or no text to train on has a label of a
             held-out text; as `fastlm.lm.finetuning.common.read_examples` and `fastlm.lm.model.checkpoint.load`.
         FileNotFoundError: there is no such checkpoint, file or corpus.
-        OSError: the disk is full; ``output`` is unchanged.
+        OSError: the disk is full; ``output`` has no new model.
+        Interrupted: Ctrl-C stopped the training after an epoch, whose checkpoint is left.
     """
     output, tuning = check_new(output), tuning or (READY["classify"] if data is None and corpus is None else Tuning())
     if data is not None:
@@ -124,8 +129,8 @@ def classify(
     train, validation = (items_of(part, tokenizer, labels) for part in (examples.train, examples.validation))
     collate = DataCollatorWithPadding(tokenizer)
     best = {"score": "accuracy", "compute_metrics": accuracy}
-    with results(output) as folder:
-        model = finetune(model, tuning, HEADS[type(model)], train, validation, collate, folder / "epochs", **best)
+    with results(output, course_of("classify", checkpoint, examples, tuning), resume) as (folder, epochs):
+        model = finetune(model, tuning, HEADS[type(model)], train, validation, collate, epochs, **best)
         texts, wanted = zip(*examples.test)
         found = predict(model, tokenizer, texts)
         result = Classification(**examples.counts, labels=labels, **scores(examples, found), problems=examples.problems)

@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -23,10 +25,12 @@ from transformers import (
 
 from ..data.clean import clean
 from ..data.prepare import SPLITS, read_split, split_of
-from ..data.read import Problems, rows
+from ..data.problems import Problems
+from ..data.rows import rows
 from ..files import replaced_together
 from ..model.checkpoint import CONFIG, FILES, quiet, save
-from ..training.trainer import Progress
+from ..training.settings import SETTINGS
+from ..training.trainer import CHECKPOINTS, Interrupted, Progress, last_checkpoint
 from .tuning import Tuning
 
 METRICS, PREDICTIONS, CONFUSION = "metrics.json", "predictions.csv", "confusion.png"
@@ -60,14 +64,13 @@ class Examples:
 
 def problem_lines(problems: Problems) -> str:
     """Return lines that report the rows that could not be read, or "" if there are none."""
-    if not problems.count:
-        return ""
-    return "\n".join([f"\nunreadable  {problems.count} rows; the first are", *(f"            {it}" for it in problems.first)])
+    return "".join(f"\n{line}" for line in problems.lines())
 
 
 def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os.PathLike | None = None) -> Examples:
-    """Read the examples of a JSONL or CSV file; `fastlm.lm.data.clean.clean` repairs both fields, and neither may be empty.
+    """Read the examples of a JSONL, JSON, CSV or Parquet file.
 
+    `fastlm.lm.data.clean.clean` repairs both fields, and neither may be empty.
     A tenth is for validation and a tenth for the test, by a hash of the input, so that equal inputs are in one part.
 
     Args:
@@ -94,7 +97,7 @@ def _read(path: Path, fields: Sequence[str], problems: Problems) -> Iterator[Exa
         if all(example):
             yield example
         else:
-            problems.add(f"{path}:{line}", f"the field {fields[example.index('')]!r} is missing or empty")
+            problems.add(path, f"the field {fields[example.index('')]!r} is missing or empty", line=line)
 
 
 def examples_of(corpus: str | os.PathLike, make: Callable[[Iterable[dict]], Iterable[Example]]) -> Examples:
@@ -154,7 +157,7 @@ def fit(
 
     Args:
         train, validation: items for ``collate``, whose lengths are those of their ``input_ids``.
-        folder: takes the checkpoints of the epochs.
+        folder: takes the checkpoints of the epochs; training goes on from the last one there is.
         score: the validation score that determines the best epoch: "loss", the lower the better, or a name of
             ``compute_metrics``, the higher the better.
         label_names: the names of the batch's tensors that the loss compares with.
@@ -177,7 +180,6 @@ def fit(
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=1,
-        save_only_model=True,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{score}",
         greater_is_better=score != "loss",
@@ -194,11 +196,12 @@ def fit(
         "eval_dataset": validation,
         "compute_metrics": compute_metrics,
     }
+    last = last_checkpoint(folder)
     with quiet():
         trainer = Trainer(model, arguments, callbacks=[Epochs(score)], **keywords)
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=last and str(last))
         except SafetensorError as error:
             raise OSError(f"{folder}: the weights could not be written: {error}") from error
     return model.eval()
@@ -239,9 +242,54 @@ def write_results(
     save(model, tokenizer, folder)
 
 
-def results(output: Path) -> AbstractContextManager[Path]:
-    """Return a context manager of a temporary folder, whose results replace those of ``output`` if the block succeeds.
+@contextmanager
+def results(output: Path, course: dict, resume: bool) -> Iterator[tuple[Path, Path]]:
+    """Give the block a temporary folder, whose results replace those of ``output`` if it succeeds, and one for `fit`.
 
-    config.json is replaced last.
+    config.json is replaced last. The folder for `fit` is removed then; if the block fails after an epoch, it stays.
+
+    Args:
+        course: what makes the run, as JSON: a run is resumed with the same.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing to resume, or a run of another course; or, without ``resume``, there
+            is a run to resume.
+        Interrupted: Ctrl-C stopped the block after an epoch.
     """
-    return replaced_together(output, [METRICS, PREDICTIONS, CONFUSION, *FILES])
+    checkpoints = output / CHECKPOINTS
+    _begin(checkpoints, course, resume)
+    try:
+        with replaced_together(output, [METRICS, PREDICTIONS, CONFUSION, *FILES]) as folder:
+            yield folder, checkpoints
+    except BaseException as stop:
+        last = last_checkpoint(checkpoints)
+        if last is None:
+            shutil.rmtree(checkpoints)
+        elif isinstance(stop, KeyboardInterrupt):
+            raise Interrupted(f"a checkpoint is in {last}") from None
+        raise
+    shutil.rmtree(checkpoints)
+
+
+def _begin(checkpoints: Path, course: dict, resume: bool) -> None:
+    path, text = checkpoints / SETTINGS, json.dumps(course)
+    if not resume:
+        if path.exists():
+            raise ValueError(f"output must be a new folder; {checkpoints.parent} holds a run to go on with: --resume")
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"{checkpoints.parent} holds no run to resume")
+    before = json.loads(path.read_text("utf-8"))
+    if differ := [name for name, value in json.loads(text).items() if value != before.get(name)]:
+        raise ValueError(
+            f"a run is resumed with its own settings and examples; {checkpoints.parent} has another {', '.join(differ)}"
+        )
+
+
+def course_of(task: str, checkpoint: str | os.PathLike, examples: Examples, tuning: Tuning) -> dict:
+    """Return what makes a run: the task, the checkpoint, a digest of the examples, and the settings."""
+    every = json.dumps([getattr(examples, split) for split in SPLITS])
+    digest = blake2b(every.encode(), digest_size=16).hexdigest()
+    return {"task": task, "checkpoint": str(Path(checkpoint).resolve()), "examples": digest, **asdict(tuning)}

@@ -6,16 +6,17 @@ A decoder reads the source and continues with the target, which begins after the
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..data.batches import padded
-from ..data.read import Problems
+from ..data.problems import Problems
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import IGNORED, TextVAE
@@ -24,6 +25,7 @@ from .common import (
     Example,
     Tuning,
     check_new,
+    course_of,
     examples_of,
     finetune,
     frame,
@@ -34,6 +36,9 @@ from .common import (
 )
 
 FIELDS = ("source", "target")
+# Scripts without blanks between words. sacrebleu's tokenizer for Chinese splits no kana, and that for Japanese needs MeCab.
+_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_OTHERS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")  # Thai, Lao, Burmese, Khmer, kana
 
 
 @dataclass
@@ -43,7 +48,8 @@ class Translation:
     Attributes:
         train, validation, test: the numbers of pairs to train on, to choose the epoch by and to test on.
         bleu: sacrebleu's BLEU of the test pairs, 0 to 100. It counts up to four words in a row, and is 0 if no target has four.
-        signature: sacrebleu's description of how it computed the BLEU.
+        chrf: sacrebleu's chrF, 0 to 100, which counts up to six characters in a row, in any language and in short targets, too.
+        signature, chrf_signature: sacrebleu's descriptions of how it computed them; see `bleu_tokenizer`.
         exact: the share of the test pairs whose prediction is the target.
         problems: the rows that could not be read.
     """
@@ -52,7 +58,9 @@ class Translation:
     validation: int
     test: int
     bleu: float
+    chrf: float
     signature: str
+    chrf_signature: str
     exact: float
     problems: Problems
 
@@ -60,6 +68,7 @@ class Translation:
         lines = [
             f"pairs        {self.train} to train on, {self.validation} to choose the epoch by, {self.test} to test on",
             f"BLEU         {self.bleu:.2f} ({self.signature})",
+            f"chrF         {self.chrf:.2f} ({self.chrf_signature})",
             f"exact match  {self.exact:.1%} of the test pairs",
         ]
         return "\n".join(lines) + problem_lines(self.problems)
@@ -74,6 +83,7 @@ def translate(
     fields: Sequence[str] = FIELDS,
     corpus: str | os.PathLike = "corpus",
     tuning: Tuning | None = None,
+    resume: bool = False,
 ) -> Translation:
     """Teach a checkpoint of `fastlm.lm` to go from source to target, and test it.
 
@@ -83,15 +93,17 @@ def translate(
 
     Args:
         checkpoint: the folder of a decoder, or of a `TextVAE`, whose decoder is taken.
-        data: a .csv, .tsv or .jsonl file; None for the summaries of ``corpus``: see `summaries`.
+        data: a .csv, .tsv, .jsonl, .json or .parquet file; None for the summaries of ``corpus``: see `summaries`.
         test, fields: see `fastlm.lm.finetuning.common.read_examples`; ``fields`` are the names of the source and the target.
         corpus: a folder that `prepare` made.
+        resume: go on after the last whole epoch of an interrupted run, to the same bits as without the interruption.
 
     Raises:
         ValueError: ``output`` holds a checkpoint; as `fastlm.lm.finetuning.common.read_examples` and
             `fastlm.lm.model.checkpoint.load`.
         FileNotFoundError: there is no such checkpoint, file or corpus.
-        OSError: the disk is full; ``output`` is unchanged.
+        OSError: the disk is full; ``output`` has no new model.
+        Interrupted: Ctrl-C stopped the training after an epoch, whose checkpoint is left.
     """
     output, tuning = check_new(output), tuning or Tuning()
     examples = read_examples(data, fields, test) if data else examples_of(corpus, summaries)
@@ -102,8 +114,8 @@ def translate(
     tokenizer.padding_side = "left"
     train, validation = (items_of(part, tokenizer, places) for part in (examples.train, examples.validation))
     model.generation_config.max_new_tokens = max(map(answer, train))  # training has no longer target
-    with results(output) as folder:
-        model = finetune(model, tuning, (), train, validation, Pairs(tokenizer.pad_token_id), folder / "epochs")
+    with results(output, course_of("translate", checkpoint, examples, tuning), resume) as (folder, epochs):
+        model = finetune(model, tuning, (), train, validation, Pairs(tokenizer.pad_token_id), epochs)
         sources, targets = zip(*examples.test)
         found = generate(model, tokenizer, sources)
         result = Translation(**examples.counts, **scores(targets, found), problems=examples.problems)
@@ -173,8 +185,22 @@ def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source
 
 
 def scores(targets: Sequence[str], found: Sequence[str]) -> dict[str, float | str]:
-    """Return ``bleu``, ``signature`` and ``exact`` of the outputs ``found``."""
-    metric = BLEU()
-    bleu = metric.corpus_score(list(found), [list(targets)]).score
+    """Return ``bleu``, ``chrf``, their signatures and ``exact`` of the outputs ``found``."""
+    bleu, chrf = BLEU(tokenize=bleu_tokenizer(targets)), CHRF()
+    by_words, by_characters = (metric.corpus_score(list(found), [list(targets)]).score for metric in (bleu, chrf))
+    signatures = {"signature": str(bleu.get_signature()), "chrf_signature": str(chrf.get_signature())}
     exact = sum(map(str.__eq__, targets, found)) / len(targets)
-    return {"bleu": bleu, "signature": str(metric.get_signature()), "exact": exact}
+    return {"bleu": by_words, "chrf": by_characters, **signatures, "exact": exact}
+
+
+def bleu_tokenizer(targets: Iterable[str]) -> str:
+    """Return the name of sacrebleu's tokenizer for the targets' language, by its script.
+
+    "13a" splits words and punctuation marks, "zh" Chinese characters, too, and "char" all characters, for the other languages
+    that put no blanks between words.
+    """
+    text = "".join(targets)
+    han, others = (len(script.findall(text)) for script in (_HAN, _OTHERS))
+    if 10 * (han + others) < len(text):  # some foreign names
+        return "13a"
+    return "char" if 10 * others > han + others else "zh"

@@ -61,6 +61,9 @@ class TextGenerator:
     A text with its prompt has at most ``max_tokens`` tokens, the length that the model was made for; generation stops there.
     The same seed gives the same texts, whatever else is in the batch. torch's global generator is not used.
 
+    A model of `fastlm.lm.translate` gets its source as the prompt, between the special tokens of its training, and gives the
+    target alone, by default the likeliest one.
+
     Args:
         model, tokenizer: as `fastlm.lm.model.checkpoint.load` returns them.
     """
@@ -68,6 +71,7 @@ class TextGenerator:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_tokens = model.config.get_text_config().max_position_embeddings
+        self.translates = tokenizer("")["input_ids"] == 2 * [tokenizer.bos_token_id]  # see `fastlm.lm.finetuning.translate`
 
     def sample(self, count: int = 1, *, prompt: str | Sequence[str] = "", seed: int = 0, **sampling) -> list[str]:
         """Return new texts; with a `TextVAE` each has its own latent from the prior N(0, 1).
@@ -83,7 +87,7 @@ class TextGenerator:
         check_at_least(1, count=count)
         prompts = [ids for ids in map(self._prompt, _listed(prompt)) for _ in range(count)]
         seeds = seeds_of(seed, count) * (len(prompts) // count)
-        return self.generate(prompts, self._prior(seeds), seeds, Sampling(**sampling))
+        return self.generate(prompts, self._prior(seeds), seeds, self._sampling(sampling))
 
     def stream(self, prompt: str = "", *, seed: int = 0, **sampling) -> Iterator[str]:
         """Yield the one text that `sample` returns with these arguments in pieces, each as soon as its words are whole.
@@ -91,7 +95,7 @@ class TextGenerator:
         An error in the generation is raised in the consumer of the pieces. Closing the iterator stops the generation.
         """
         seeds = seeds_of(seed, 1)
-        return self._pieces(self._inputs([self._prompt(prompt)], self._prior(seeds), seeds, Sampling(**sampling)))
+        return self._pieces(self._inputs([self._prompt(prompt)], self._prior(seeds), seeds, self._sampling(sampling)))
 
     def reconstruct(self, texts: str | Sequence[str]) -> list[str]:
         """Reconstruct each text: decode the mean of its posterior greedily. Tokens beyond ``max_tokens`` are ignored.
@@ -149,11 +153,16 @@ class TextGenerator:
 
     def _prompt(self, text: str) -> list[int]:
         _check_text(text)
-        ids = [self.tokenizer.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        if len(ids) >= self.max_tokens:
-            most = self.max_tokens - 2  # beside <|bos|> and a token to write
-            raise ValueError(f"a prompt must have at most {most} tokens; that of {text[:40]!r}… has {len(ids) - 1}")
-        return ids
+        if self.translates and not text.strip():
+            raise ValueError("this model goes from a source to a target: give it the source as the prompt")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        frame = [self.tokenizer.bos_token_id] * (1 + self.translates)
+        if (most := self.max_tokens - len(frame) - 1) < len(ids):  # beside the frame and a token to write
+            raise ValueError(f"a prompt must have at most {most} tokens; that of {text[:40]!r}… has {len(ids)}")
+        return [*frame[:1], *ids, *frame[1:]]
+
+    def _sampling(self, given: dict) -> Sampling:
+        return Sampling(**({"temperature": GREEDY.temperature} if self.translates else {}) | given)
 
     def decode(self, latents: Tensor) -> list[str]:
         """Return the text of each latent of (B, D), decoded greedily."""
@@ -168,8 +177,9 @@ class TextGenerator:
             with quiet():  # transformers would warn of rows that are too long with their padding
                 rows = self.model.generate(**inputs)
             for prompt, row in zip(prompts[part], rows):
-                ids = [*prompt, *row[width : width + self._room(prompt, sampling)].tolist()]
-                texts.append(self.tokenizer.decode(ids, skip_special_tokens=True))
+                made = row[width : width + self._room(prompt, sampling)].tolist()
+                text = self.tokenizer.decode(made if self.translates else [*prompt, *made], skip_special_tokens=True)
+                texts.append(text.strip() if self.translates else text)
         return texts
 
     def _inputs(self, prompts: list[list[int]], latents: Tensor | None, seeds: list[int], sampling: Sampling) -> dict:
@@ -188,11 +198,13 @@ class TextGenerator:
         return inputs if latents is None else inputs | {"latents": latents}
 
     def _room(self, prompt: list[int], sampling: Sampling) -> int:
+        most = sampling.max_new_tokens or self.model.generation_config.max_new_tokens  # that of `translate`, or None
         room = self.max_tokens - len(prompt)
-        return room if sampling.max_new_tokens is None else min(room, sampling.max_new_tokens)
+        return room if most is None else min(room, most)
 
     def _pieces(self, inputs: dict) -> Iterator[str]:
-        streamer, enough = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True), Event()
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=self.translates, skip_special_tokens=True)
+        enough = Event()
 
         def stop(ids: Tensor, scores: Tensor, **rest) -> Tensor:
             return torch.full((len(ids),), enough.is_set(), device=ids.device)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,13 +23,9 @@ from ..model.vectors import use_vectors
 from .context_parallel import PartCollator, groups_of, own_group
 from .curves import write_curves
 from .settings import SETTINGS, Settings, settings_of
-from .trainer import Annealing, Frozen, Interrupt, Progress, TextTrainer, last_checkpoint
+from .trainer import CHECKPOINTS, Annealing, Frozen, Interrupt, Interrupted, Progress, TextTrainer, last_checkpoint
 
 LOG_STEPS, SAVE_STEPS = 10, 1000  # a checkpoint is written every SAVE_STEPS steps, or after each epoch if that is earlier
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped the training, which has left a checkpoint."""
 
 
 def train(
@@ -42,13 +39,14 @@ def train(
 ) -> Path:
     """Train a model, and write its checkpoint, settings.json, curves.csv and curves.png into ``output``.
 
-    During training, ``output``/checkpoints has checkpoints to resume from. Under torchrun all processes call this function.
+    During training, ``output``/checkpoints has checkpoints to resume from; they are removed when the model is whole. Under
+    torchrun all processes call this function.
 
     Args:
         corpus: a folder that `prepare` made; None for Python's own documentation, prepared in ``output``/corpus.
         settings: None for the defaults, or, where a run is resumed, for that run's settings.
         resume: go on from the last checkpoint, or from the beginning if there is none yet; the result has the same bits as that
-            of a run without the interruption.
+            of a run without the interruption. A run that is complete is left as it is.
         callbacks: the Trainer's callbacks; None for a progress bar.
         context_parallel: how many of torchrun's processes, in a row, share the tokens of each text; such groups share the texts
             of a batch. A run may be resumed with other numbers of both: the losses are the same, to rounding.
@@ -65,6 +63,9 @@ def train(
     """
     output = Path(output)
     settings, corpus = _course(output, corpus, settings, resume)
+    if resume and (output / CONFIG).exists():
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        return output
     arguments = _arguments(output, settings, groups_of(context_parallel))
     group = own_group(context_parallel, arguments.ddp_timeout)
     first = arguments.process_index == 0
@@ -73,6 +74,7 @@ def train(
             corpus = output / "corpus"
             if not (corpus / REPORT).exists():
                 prepare(None, corpus)
+    check_prepared(corpus)
     model, tokenizer, frozen = _model(settings, corpus, say=first and not resume)
     kept = asdict(settings) | {"corpus": str(Path(corpus).resolve()), "corpus_digest": digest_of(corpus)}
     last = _last_checkpoint(output, kept) if resume else None
@@ -87,10 +89,12 @@ def train(
     if first:
         write_curves(trainer.state.log_history, output)
     if interrupt.asked:
-        raise Interrupted(f"a checkpoint is in {last_checkpoint(output / 'checkpoints')}")
+        raise Interrupted(f"a checkpoint is in {last_checkpoint(output / CHECKPOINTS)}")
     if first:
         save(trainer.model, tokenizer, output)
     trainer.accelerator.wait_for_everyone()
+    if first:
+        shutil.rmtree(output / CHECKPOINTS)  # optimizer states of twice the model's size, and pickles
     return output
 
 
@@ -115,13 +119,21 @@ def _last_checkpoint(output: Path, kept: dict) -> Path | None:
     """Return the checkpoint to resume from, after checking that it is whole, or None if there is none yet."""
     if json.loads((output / SETTINGS).read_text("utf-8")) != kept:
         raise ValueError(f"{kept['corpus']} has changed since {output} was begun: a run is resumed on its own corpus")
-    last = last_checkpoint(output / "checkpoints")
+    last = last_checkpoint(output / CHECKPOINTS)
     if last is not None:
         check_whole(last / WEIGHTS)
         for path in last.glob("*.pt*"):
             if not zipfile.is_zipfile(path):
                 raise ValueError(f"{path} is damaged or cut short: remove {last}, and resume from the checkpoint before it")
     return last
+
+
+def check_prepared(corpus: str | os.PathLike) -> None:
+    """Raise a FileNotFoundError unless ``corpus`` is a prepared corpus with a vocabulary."""
+    if not (Path(corpus) / REPORT).is_file():
+        raise FileNotFoundError(f"{corpus} is no prepared corpus: make one, fastlm lm prepare TEXTS --output {corpus}")
+    if not (Path(corpus) / TOKENIZER).is_file():
+        raise FileNotFoundError(f"{corpus} has no vocabulary, as its --vocab-size was 0: prepare it again with one")
 
 
 def digest_of(corpus: str | os.PathLike) -> str:
@@ -181,7 +193,7 @@ def _arguments(output: Path, settings: Settings, shares: int) -> TrainingArgumen
         raise ValueError(f"batch_size must be a multiple of the {shares} processes that share it; got {settings.batch_size}")
     on_cpu = not torch.accelerator.is_available()
     return TrainingArguments(
-        output_dir=str(output / "checkpoints"),
+        output_dir=str(output / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size // shares,
         learning_rate=settings.learning_rate,

@@ -19,7 +19,12 @@ from ..model.evaluate import elbo
 from ..model.text_vae import targets_of
 from .schedules import kl_weight
 
+CHECKPOINTS = "checkpoints"  # the folder, in that of the model
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the training, which has left a checkpoint."""
 
 
 class TextTrainer(Trainer):
