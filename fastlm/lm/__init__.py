@@ -8,8 +8,11 @@ model, tokenizer = lm.load("model")
 lm.generate(model, tokenizer, 3, prompt="The function")
 lm.classify("model", "stars", "reviews.csv", fields=("review", "stars"))
 lm.predict("stars", ["A fine film."])
+
+After ``import fastlm.lm`` transformers' AutoModel, AutoModelForCausalLM and pipelines load a `TextVAE` by its folder's name.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -44,8 +47,13 @@ _MODULES = {
     "answer": "finetuning.answer",
     "predict": "finetuning.predict",
     "neighbours": "model.neighbours",
+    "transcribe": "finetuning.speech",
+    "export": "model.export",
 }
 __all__ = list(_MODULES)
+
+if "torch" in sys.modules:  # not in a help text of the command line, which takes no torch
+    import_module(f"{__name__}.model.presets")
 
 
 def __getattr__(name: str):

@@ -71,7 +71,18 @@ def run(*arguments):
         (["lm", "--help"], 0, 2.0),
         *(
             (["lm", name, "--help"], 0, 2.0)
-            for name in ("prepare", "train", "finetune", "predict", "generate", "evaluate", "attend", "neighbours")
+            for name in (
+                "prepare",
+                "train",
+                "finetune",
+                "predict",
+                "generate",
+                "evaluate",
+                "attend",
+                "neighbours",
+                "export",
+                "serve",
+            )
         ),
         (["lm", "train", "--epochs", "many"], 2, 2.0),
     ],

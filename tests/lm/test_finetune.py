@@ -487,7 +487,7 @@ def test_help_tells_the_options(capsys):
         run("--help")
     out = " ".join(capsys.readouterr().out.split())
     for part in (
-        "{classify,translate,answer}",
+        "{classify,translate,answer,speech}",
         "CHECKPOINT",
         "--lora RANK",
         "(default: 5.0)",

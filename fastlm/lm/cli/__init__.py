@@ -11,6 +11,7 @@ from ..data.read import UNITS
 from ..data.tokenizer import VOCABULARIES
 from .attend import add_attend
 from .command import command
+from .deploy import add_export, add_serve
 from .finetune import add_finetune
 from .generate import add_generate, add_interpolate
 from .neighbours import add_neighbours
@@ -75,14 +76,14 @@ def main(arguments: list[str], load_package: Callable[[], None] = lambda: None) 
     """
     parser = argparse.ArgumentParser(prog="fastlm lm", description="The language model, from text files to generated text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    writing = (add_generate, add_interpolate)
-    for add in (add_prepare, add_train, add_finetune, add_predict, *writing, add_evaluate, add_attend, add_neighbours):
+    using = (add_generate, add_interpolate, add_predict, add_evaluate, add_attend, add_neighbours, add_export, add_serve)
+    for add in (add_prepare, add_train, add_finetune, *using):
         add(commands)
     parsed = parser.parse_args(arguments)
     load_package()
     try:
         parsed.run(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"fastlm lm {parsed.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:  # training's own, `Interrupted`, says where its checkpoint is

@@ -5,13 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if TYPE_CHECKING:  # preparing a corpus needs no transformers, which take a second to import
     from transformers import PreTrainedTokenizerFast
 
 FILE = "tokenizer.json"
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}  # ids 0 to 3
+# A model of texts knows no roles: a dialogue is one text to it, which it goes on with.
+CHAT = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 UNKNOWN = "<|unk|>"  # id 4 of a vocabulary of words; a vocabulary of bytes needs none
 _BYTES = 256
 
@@ -93,3 +95,13 @@ def load_tokenizer(path: str | os.PathLike) -> "PreTrainedTokenizerFast":
     unknown = {"unk_token": UNKNOWN} if tokenizer.token_to_id(UNKNOWN) is not None else {}
     options = {"clean_up_tokenization_spaces": False, "split_special_tokens": True}  # a text's own "<|eos|>" is a text
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options, **SPECIAL, **unknown)
+
+
+def begin_texts(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Make a tokenizer put <|bos|> before a text, and give it a chat template.
+
+    transformers' pipelines and server then hand a model what it was trained on, because the tokenizer is saved with it.
+    """
+    single, tokens = [tokenizer.bos_token, "$A"], [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    tokenizer.chat_template = CHAT

@@ -80,12 +80,19 @@ def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os
     Raises:
         FileNotFoundError, ValueError: as `fastlm.lm.data.read.rows`, or a part has no example.
     """
-    examples = Examples([], [], [])
-    for given, wanted in _read(Path(data), fields, examples.problems):
-        getattr(examples, split_of(given, HELD_OUT, 0 if test else HELD_OUT)).append((given, wanted))
+    problems = Problems()
+    examples = split_examples(_read(Path(data), fields, problems), 0 if test else HELD_OUT, problems)
     if test:
         examples.test += _read(Path(test), fields, examples.problems)
     examples.check(data)
+    return examples
+
+
+def split_examples(pairs: Iterable[Example], test: float = HELD_OUT, problems: Problems | None = None) -> Examples:
+    """Return the examples in parts, a tenth for validation and ``test`` for the test, by a hash of the input."""
+    examples = Examples([], [], [], problems or Problems())
+    for given, wanted in pairs:
+        getattr(examples, split_of(given, HELD_OUT, test)).append((given, wanted))
     return examples
 
 
@@ -135,9 +142,9 @@ def frame(tokenizer: PreTrainedTokenizerFast, end: str, max_tokens: int) -> None
 
 def adapted(model: PreTrainedModel, rank: int, heads: Sequence[str] = ()) -> torch.nn.Module:
     """Add LoRA to every linear layer of a model except its ``heads``, which are trained in full; freeze all other weights."""
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=[*heads], modules_to_save=[*heads]
-    )
+    kept_whole = {model.get_output_embeddings(), *map(model.get_submodule, heads)}
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module not in kept_whole]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, modules_to_save=[*heads])
     return get_peft_model(model, config)
 
 
@@ -235,11 +242,16 @@ def write_results(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, result, header: Sequence[str], table: Iterable
 ) -> None:
     """Write the checkpoint, metrics.json and predictions.csv."""
+    write_report(folder, result, header, table)
+    save(model, tokenizer, folder)
+
+
+def write_report(folder: Path, result, header: Sequence[str], table: Iterable) -> None:
+    """Write metrics.json and predictions.csv."""
     text = json.dumps(asdict(result), ensure_ascii=False, indent=1)
     (folder / METRICS).write_text(text + "\n", "utf-8")
     with open(folder / PREDICTIONS, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *table])
-    save(model, tokenizer, folder)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..data.batches import padded
+from ..data.numbers import WHAT, number_pairs
 from ..data.problems import Problems
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION, on_kernels
@@ -23,6 +24,7 @@ from ..model.text_vae import IGNORED, TextVAE
 from .common import (
     BATCH,
     Example,
+    Examples,
     Tuning,
     check_new,
     course_of,
@@ -32,6 +34,7 @@ from .common import (
     problem_lines,
     read_examples,
     results,
+    split_examples,
     write_results,
 )
 
@@ -39,6 +42,7 @@ FIELDS = ("source", "target")
 # Scripts without blanks between words. sacrebleu's tokenizer for Chinese splits no kana, and that for Japanese needs MeCab.
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _OTHERS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")  # Thai, Lao, Burmese, Khmer, kana
+CHAT = "{{ bos_token }}{{ messages[-1]['content'] }}{{ bos_token }}"  # the last message is the source, and the reply the target
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Translation:
     """The results of a model on the test pairs, stored beside it as metrics.json.
 
     Attributes:
+        data: what the pairs are.
         train, validation, test: the numbers of pairs to train on, to choose the epoch by and to test on.
         bleu: sacrebleu's BLEU of the test pairs, 0 to 100. It counts up to four words in a row, and is 0 if no target has four.
         chrf: sacrebleu's chrF, 0 to 100, which counts up to six characters in a row, in any language and in short targets, too.
@@ -54,6 +59,7 @@ class Translation:
         problems: the rows that could not be read.
     """
 
+    data: str
     train: int
     validation: int
     test: int
@@ -66,6 +72,7 @@ class Translation:
 
     def __str__(self) -> str:
         lines = [
+            f"data         {self.data}",
             f"pairs        {self.train} to train on, {self.validation} to choose the epoch by, {self.test} to test on",
             f"BLEU         {self.bleu:.2f} ({self.signature})",
             f"chrF         {self.chrf:.2f} ({self.chrf_signature})",
@@ -81,7 +88,7 @@ def translate(
     *,
     test: str | os.PathLike | None = None,
     fields: Sequence[str] = FIELDS,
-    corpus: str | os.PathLike = "corpus",
+    corpus: str | os.PathLike | None = None,
     tuning: Tuning | None = None,
     resume: bool = False,
 ) -> Translation:
@@ -93,7 +100,8 @@ def translate(
 
     Args:
         checkpoint: the folder of a decoder, or of a `TextVAE`, whose decoder is taken.
-        data: a .csv, .tsv, .jsonl, .json or .parquet file; None for the summaries of ``corpus``: see `summaries`.
+        data: a .csv, .tsv, .jsonl, .json or .parquet file; None for the summaries of ``corpus`` (see `summaries`), or without
+            one for numbers in words: `fastlm.lm.data.numbers`.
         test, fields: see `fastlm.lm.finetuning.common.read_examples`; ``fields`` are the names of the source and the target.
         corpus: a folder that `prepare` made.
         resume: go on after the last whole epoch of an interrupted run, to the same bits as without the interruption.
@@ -106,21 +114,38 @@ def translate(
         Interrupted: Ctrl-C stopped the training after an epoch, whose checkpoint is left.
     """
     output, tuning = check_new(output), tuning or Tuning()
-    examples = read_examples(data, fields, test) if data else examples_of(corpus, summaries)
+    if data is None and test is not None:
+        raise ValueError(f"test goes with data; got test={str(test)!r} and no data")
+    examples, what = pairs_of(data, test, fields, corpus)
     base, tokenizer = load(checkpoint)
     model = decoder_of(base)
     places = model.config.max_position_embeddings
     frame(tokenizer, tokenizer.bos_token, places // 2)
     tokenizer.padding_side = "left"
+    tokenizer.chat_template = CHAT
     train, validation = (items_of(part, tokenizer, places) for part in (examples.train, examples.validation))
     model.generation_config.max_new_tokens = max(map(answer, train))  # training has no longer target
     with results(output, course_of("translate", checkpoint, examples, tuning), resume) as (folder, epochs):
         model = finetune(model, tuning, (), train, validation, Pairs(tokenizer.pad_token_id), epochs)
         sources, targets = zip(*examples.test)
         found = generate(model, tokenizer, sources)
-        result = Translation(**examples.counts, **scores(targets, found), problems=examples.problems)
+        result = Translation(data=what, **examples.counts, **scores(targets, found), problems=examples.problems)
         write_results(folder, model, tokenizer, result, (*FIELDS, "predicted"), zip(sources, targets, found))
     return result
+
+
+def pairs_of(
+    data: str | os.PathLike | None,
+    test: str | os.PathLike | None,
+    fields: Sequence[str] = FIELDS,
+    corpus: str | os.PathLike | None = None,
+) -> tuple[Examples, str]:
+    """Return the pairs of a file, of a corpus, or numbers in words, and what they are."""
+    if data is not None:
+        return read_examples(data, fields, test), str(data)
+    if corpus is not None:
+        return examples_of(corpus, summaries), f"the first lines of the documents of {corpus}, from the rest of each"
+    return split_examples(number_pairs()), WHAT
 
 
 def summaries(records: Iterable[dict]) -> Iterator[Example]:

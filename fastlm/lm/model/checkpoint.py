@@ -18,7 +18,7 @@ from .presets import ATTENTION, on_kernels
 from .text_vae import TextVAE
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FILES = (WEIGHTS, TOKENIZER, "tokenizer_config.json", "generation_config.json", CONFIG)
+FILES = (WEIGHTS, TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "generation_config.json", CONFIG)
 MODELS: dict[str, type[PreTrainedModel]] = {cls.config_class.model_type: cls for cls in (TextVAE, LlamaForCausalLM)}
 
 
@@ -32,7 +32,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: str
         try:
             with quiet():
                 model.save_pretrained(unfinished)
-                tokenizer.save_pretrained(unfinished)
+                with _special_tokens_in_texts(tokenizer):
+                    tokenizer.save_pretrained(unfinished)
             shutil.copymode(unfinished / CONFIG, unfinished / WEIGHTS)  # safetensors makes it readable by the owner alone
         except SafetensorError as error:
             raise OSError(f"{folder}: the weights could not be written: {error}") from error
@@ -72,6 +73,17 @@ def load(
     if len(tokenizer) != (size := model.get_input_embeddings().num_embeddings):
         raise ValueError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, and the model {size}")
     return on_kernels(model).eval(), tokenizer
+
+
+@contextmanager
+def _special_tokens_in_texts(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Save a tokenizer as transformers' chat templates need it, which write special tokens as text; ours are read by `load`."""
+    kept = tokenizer.init_kwargs.get("split_special_tokens", False)
+    tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens = False
+    try:
+        yield
+    finally:
+        tokenizer.init_kwargs["split_special_tokens"] = tokenizer.split_special_tokens = kept
 
 
 def kind_of(folder: Path) -> str:

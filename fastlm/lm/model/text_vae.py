@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     EuroBertConfig,
@@ -100,7 +101,7 @@ class TextVAEOutput(ModelOutput):
 
 
 class TextVAE(PreTrainedModel, GenerationMixin):
-    """The model that the top of this file describes. ``generate(ids, latents=z)`` continues ``ids`` (B, L) given z (B, D).
+    """The model that the top of this file describes.
 
     ``kl_weight`` is the beta of the loss; training changes it from step to step. In evaluation the loss is the negative ELBO.
 
@@ -157,6 +158,14 @@ class TextVAE(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor]:
         """Return (mu, logvar), each (B, D), of the texts ``ids`` (B, L)."""
         return self.latent.parameters_of(self.encode(ids, attention_mask, position_ids))
+
+    def generate(self, inputs: Tensor | None = None, *arguments, latents: Tensor | None = None, **options):
+        """Generate as transformers does, given ``latents`` (B, D), or drawing them from the prior by torch's generator."""
+        if latents is None:
+            ids = options.get("input_ids") if inputs is None else inputs
+            batch = 1 if ids is None else len(ids)
+            latents = torch.randn(batch, self.config.latent_dim, device=self.device, dtype=self.dtype)
+        return super().generate(inputs, *arguments, latents=latents, **options)
 
     def forward(
         self,
@@ -231,7 +240,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         """Return (logits, cache). z is entry 0 of the cache, but takes no position: the tokens' positions count from 0."""
         cache = DynamicCache(config=self.config.decoder) if cache is None else cache
         if context.has_start() and not cache.get_seq_length():
-            self._remember(cache, latents)
+            self.remember(cache, latents)
         if context.has_start() and attention_mask is not None:
             attention_mask = F.pad(attention_mask, (1, 0), value=1)
         if position_ids is None:
@@ -248,7 +257,7 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         )
         return outputs.logits, outputs.cache
 
-    def _remember(self, cache: Cache, latents: Tensor) -> None:
+    def remember(self, cache: Cache, latents: Tensor) -> None:
         """Put z (B, D) into an empty cache, as one key and one value per layer and head."""
         config = self.config.decoder
         shape = (latents.shape[0], config.num_hidden_layers, config.num_key_value_heads, 1, config.head_dim)
@@ -276,3 +285,4 @@ def _check_beside(name: str, tensor: Tensor | None, part: Tensor | None) -> None
 
 AutoConfig.register(TextVAEConfig.model_type, TextVAEConfig)
 AutoModel.register(TextVAEConfig, TextVAE)
+AutoModelForCausalLM.register(TextVAEConfig, TextVAE)

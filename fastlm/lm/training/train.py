@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from ..data.batches import Collator, Texts
 from ..data.prepare import REPORT, prepare
 from ..data.tokenizer import FILE as TOKENIZER
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import begin_texts, load_tokenizer
 from ..model.checkpoint import CONFIG, WEIGHTS, check_whole, load, quiet, save
 from ..model.presets import build
 from ..model.text_vae import TextVAE
@@ -154,6 +154,7 @@ def _model(
             model.config.free_bits = model.latent.free_bits = settings.free_bits
         return model, tokenizer, []
     tokenizer = load_tokenizer(corpus)
+    begin_texts(tokenizer)
     model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
     if not settings.vectors:
         return model, tokenizer, []

@@ -1,0 +1,9 @@
+"""The check that the libraries of an extra of fastlm are installed. This file brings no other."""
+
+from importlib.util import find_spec
+
+
+def require(extra: str, *libraries: str) -> None:
+    """Raise an ImportError that names the extra to install if one of its libraries is missing."""
+    if missing := [library for library in libraries if find_spec(library) is None]:
+        raise ImportError(f"this needs {', '.join(missing)}: pip install 'fastlm[{extra}]'")
