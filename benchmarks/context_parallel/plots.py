@@ -66,7 +66,7 @@ def measured(found: dict) -> Figure:
         axis.remove()
     for axis in axes[-1]:
         axis.set_xlabel("rows of the whole sequence")
-    figure.supylabel(f"throughput, over that of one process", fontsize=12)
+    figure.supylabel("throughput, over that of one process", fontsize=12)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(
