@@ -6,7 +6,6 @@ one process's to the bit, and all derivatives are those of fastlm.attention.
 Source: Jacobs et al., "DeepSpeed Ulysses" (2023).
 """
 
-import torch
 from torch import Tensor
 
 from ..ops.attention.batched import run
@@ -39,11 +38,10 @@ def attend(
     """Return out, lse (if asked for) and statistics of this rank's rows, from the call of its rows."""
     ranks = shards.ranks
     own, shared = head_split(call.query.shape[1], call.key.shape[1], ranks.size)
-    heads, sequences = own[ranks.rank], Sequences.of(call, shards)
-    places = None
+    heads, places = own[ranks.rank], None
     if call.dropout_p:
         whole = (0, sum(shards.queries)), (0, sum(shards.keys))
-        places = part_of(sequences, *whole, heads.start).places.to(call.query.device)
+        places = part_of(Sequences.of(call, shards), *whole, heads.start).places.to(call.query.device)
     of_heads = call._replace(
         query=rows_to_heads(ranks, call.query, own, shards.queries),
         key=rows_to_heads(ranks, call.key, shared, shards.keys),
@@ -53,7 +51,7 @@ def attend(
         alibi_slopes=None if call.alibi_slopes is None else call.alibi_slopes[..., heads],
         places=places,
     )
-    op = "varlen_attention" if sequences.packed else "attention"
+    op = "attention" if call.cu_seqlens_q is None else "varlen_attention"
     out, lse, stats = run(op, of_heads, call.seed, backend, wanted)
 
     def rows_of(tensor: Tensor | None, lengths: tuple[int, ...]) -> Tensor | None:
@@ -73,7 +71,4 @@ def _mask_of_heads(shards: Shards, mask: Tensor, own: list[slice]) -> Tensor:
     ranks, is_per_head = shards.ranks, mask.shape[1] > 1
     if not shards.mask_has_rows:
         return mask[:, own[ranks.rank]] if is_per_head else mask
-    heads = own if is_per_head else [slice(0, 1)] * ranks.size
-    if mask.dtype == torch.bool:
-        return rows_to_heads(ranks, mask.view(torch.uint8), heads, shards.queries).view(torch.bool)
-    return rows_to_heads(ranks, mask, heads, shards.queries)
+    return rows_to_heads(ranks, mask, own if is_per_head else [slice(0, 1)] * ranks.size, shards.queries)

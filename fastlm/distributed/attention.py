@@ -76,17 +76,15 @@ def attention(
         torch.distributed's errors, where a process has died or takes longer than the group's timeout.
     """
     ranks = ranks_of(group, mesh)
-    options = mask, causal, window, scale, softcap, alibi_slopes, sinks, dropout_p
+    options = {"mask": mask, "causal": causal, "window": window, "scale": scale, "softcap": softcap}
+    options |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p}
     if ranks.size == 1:
         _check_method(method)
-        return whole_attention(
-            query, key, value, mask=mask, causal=causal, window=window, scale=scale, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
-            return_stats=return_stats, backend=backend,
-        )  # fmt: skip
+        more = {"seed": seed, "return_lse": return_lse, "return_stats": return_stats, "backend": backend}
+        return whole_attention(query, key, value, **options, **more)
 
     def checked_call() -> AttentionCall:
-        call = batched_call(query, key, value, *options)
+        call = batched_call(query, key, value, **options)
         check_seed(seed, query)
         return call
 
@@ -132,17 +130,15 @@ def varlen_attention(
         As `attention`.
     """
     ranks = ranks_of(group, mesh)
-    options = causal, window, scale, softcap, alibi_slopes, sinks, dropout_p
+    options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+    options |= {"alibi_slopes": alibi_slopes, "sinks": sinks, "dropout_p": dropout_p}
     if ranks.size == 1:
         _check_method(method)
-        return whole_varlen_attention(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, causal=causal, window=window, scale=scale, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed, return_lse=return_lse,
-            return_stats=return_stats, backend=backend,
-        )  # fmt: skip
+        more = {"seed": seed, "return_lse": return_lse, "return_stats": return_stats, "backend": backend}
+        return whole_varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, **options, **more)
 
     def checked_call() -> AttentionCall:
-        call = varlen_call(query, key, value, cu_seqlens_q, cu_seqlens_k, *options)
+        call = varlen_call(query, key, value, cu_seqlens_q, cu_seqlens_k, **options)
         if seed is not None:
             check_seed(seed, cu_seqlens_q[1:])
         return call

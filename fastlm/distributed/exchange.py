@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.attention.op import is_transposed
 from .ranks import Ranks
 
 Range = tuple[int, int]  # rows from the first up to the second
@@ -48,6 +49,16 @@ def exchange(ranks: Ranks, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Te
     return _Exchange.apply(ranks, list(sizes), *pieces)
 
 
+def rows_first(tensor: Tensor) -> Tensor:
+    """Return (B, H, L, D) as (L, B, H, D)."""
+    return tensor.permute(2, 0, 1, 3)
+
+
+def rows_third(tensor: Tensor) -> Tensor:
+    """Return (L, B, H, D) as (B, H, L, D)."""
+    return tensor.permute(1, 2, 0, 3)
+
+
 # ---- all rows of some heads -------------------------------------------------------------------------------------------------
 
 
@@ -59,9 +70,9 @@ def rows_to_heads(ranks: Ranks, tensor: Tensor, heads: Sequence[slice], lengths:
     batch, _, _, columns = tensor.shape
     own = heads[ranks.rank]
     shape = batch, own.stop - own.start, columns
-    pieces = [tensor[:, of_rank].permute(2, 0, 1, 3) for of_rank in heads]
+    pieces = [rows_first(tensor[:, of_rank]) for of_rank in heads]
     flat = exchange(ranks, pieces, [length * shape[0] * shape[1] * shape[2] for length in lengths])
-    return flat.view(sum(lengths), *shape).permute(1, 2, 0, 3)
+    return rows_third(flat.view(sum(lengths), *shape))
 
 
 def heads_to_rows(ranks: Ranks, tensor: Tensor, heads: Sequence[slice], lengths: Sequence[int], like: Tensor) -> Tensor:
@@ -73,11 +84,11 @@ def heads_to_rows(ranks: Ranks, tensor: Tensor, heads: Sequence[slice], lengths:
     rows = lengths[ranks.rank]
     shapes = [(rows, batch, of_rank.stop - of_rank.start, columns) for of_rank in heads]
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    flat = exchange(ranks, [piece.permute(2, 0, 1, 3) for piece in tensor.split(list(lengths), dim=2)], sizes)
+    flat = exchange(ranks, list(map(rows_first, tensor.split(list(lengths), dim=2))), sizes)
     parts = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes)]
-    if like.shape[1] > 1 and like.shape[2] > 1 and like.stride(1) < like.stride(2):  # the transpose of (B, L, H, D)
+    if is_transposed(like):
         return torch.cat([part.transpose(0, 1) for part in parts], dim=2).transpose(1, 2)
-    return torch.cat([part.permute(1, 2, 0, 3) for part in parts], dim=1)
+    return torch.cat(list(map(rows_third, parts)), dim=1)
 
 
 # ---- other rows of all heads ------------------------------------------------------------------------------------------------
@@ -92,7 +103,7 @@ def move_rows(ranks: Ranks, tensor: Tensor, have: Sequence[Sequence[Range]], wan
     pieces = []
     for wanted in want:
         rows = [tensor[:, :, begin:end] for begin, end in _local(have[ranks.rank], _overlaps(have[ranks.rank], wanted))]
-        pieces.append(torch.cat(rows, dim=2).permute(2, 0, 1, 3) if rows else tensor[:, :, :0].permute(2, 0, 1, 3))
+        pieces.append(rows_first(torch.cat(rows, dim=2) if rows else tensor[:, :, :0]))
     arriving = [_overlaps(had, want[ranks.rank]) for had in have]
     per_row = batch * heads * columns
     flat = exchange(ranks, pieces, [per_row * sum(end - begin for begin, end in ranges) for ranges in arriving])
@@ -103,7 +114,7 @@ def move_rows(ranks: Ranks, tensor: Tensor, have: Sequence[Sequence[Range]], wan
     places = _local(want[ranks.rank], ranges)
     ordered = [part for _, part in sorted(zip(places, parts), key=lambda pair: pair[0])]
     rows = torch.cat(ordered) if len(ordered) > 1 else flat
-    return rows.permute(1, 2, 0, 3)
+    return rows_third(rows)
 
 
 def _overlaps(have: Sequence[Range], want: Sequence[Range]) -> list[Range]:

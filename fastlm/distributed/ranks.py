@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 
 class Ranks(NamedTuple):
@@ -86,8 +85,3 @@ def _raise_on_all(ranks: Ranks, error: Exception | None, same: dict[str, Any]) -
         for name, value in first.items():
             if other[name] != value:
                 raise ValueError(f"{name} must be the same on all ranks; rank 0 has {value}, and rank {rank} {other[name]}")
-
-
-def known(tensor: Tensor | None) -> list | None:
-    """Return the numbers of an index tensor or of seeds, to compare them between ranks."""
-    return None if tensor is None else tensor.tolist()

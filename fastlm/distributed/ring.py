@@ -22,23 +22,40 @@ from ..backend import select
 from ..ops.attention.call import DIFFERENTIABLE, AttentionCall
 from ..ops.attention.parts import PASSES, PartPasses, first, join
 from ..ops.torch_op import differentiable_once, reference_only
-from .exchange import Range, move_rows
+from .exchange import Range, move_rows, rows_first, rows_third
 from .ranks import Ranks
-from .sequences import Sequences, Shards, align_to_counters, part_of, split, visible
+from .sequences import Part, Sequences, Shards, align_to_counters, part_of, ranges_of, split, visible
 
 # ---- who computes what ------------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """Hold a piece of this rank's queries and the piece of a rank's keys that it attends to."""
+
+    i: int  # the number of the piece of queries
+    j: int  # and of the piece of keys
+    rows: slice  # of the queries in this rank's tensors
+    columns: slice  # of the keys in the rows of all ranks
+    placed: Part
+    has_sink: bool  # A sink counts once, with the first keys of all that a rank computes with.
+
+    def of_mask(self, mask: Tensor | None, has_rows: bool) -> Tensor | None:
+        """Return the view of a mask, or of its gradient, for these rows and keys."""
+        if mask is None:
+            return None
+        return mask[:, :, self.rows if has_rows else slice(None), self.columns if mask.shape[3] > 1 else slice(None)]
 
 
 class Plan(NamedTuple):
     """Hold which rows each rank has while it computes, in one or two pieces, and which of them others need."""
 
     shards: Shards
-    sequences: Sequences
     passes: PartPasses
     queries: list[list[Range]]  # of each rank
     keys: list[list[Range]]  # of each rank
     sees: list[list[list[bool]]]  # [rank][i][j]: whether this rank's piece i of queries sees that rank's piece j of keys
     sends: list[list[bool]]  # [rank][j]: whether that rank sees this rank's piece j of keys
+    parts: list[list[_Part]]  # [rank]: what this rank computes with that rank's keys
 
     def needs(self, source: int) -> list[bool]:
         """Tell for each piece of a rank's keys whether this rank sees it."""
@@ -48,18 +65,45 @@ class Plan(NamedTuple):
 def make_plan(shards: Shards, call: AttentionCall, passes: PartPasses) -> Plan:
     """Divide the work of a call among the ranks."""
     (_, rank, size), sequences = shards.ranks, Sequences.of(call, shards)
-    left, right = call.left, call.right
+    left, right, total = call.left, call.right, sum(shards.keys)
     queries, keys = shards.query_ranges(), shards.key_ranges()
     # Under a window of a share w of the keys, the mean rank has 1 - w / 2 of the work of the last.
-    zigzag = right is not None and (left is None or left + right > sum(shards.keys) // 4)
+    zigzag = right is not None and right < total and (left is None or left + right > total // 4)
     if zigzag:
-        queries, keys = split(sum(shards.queries), 2 * size), split(sum(shards.keys), 2 * size)
+        queries, keys = split(sum(shards.queries), 2 * size), split(total, 2 * size)
     if call.dropout_p:
         keys = align_to_counters(sequences, keys)
     queries, keys = ([[p[r], p[-1 - r]] if zigzag else [p[r]] for r in range(size)] for p in (queries, keys))
     sees = [visible(sequences, queries[rank], of_rank, left, right) for of_rank in keys]
     sends = [_any_of_each(visible(sequences, of_rank, keys[rank], left, right)) for of_rank in queries]
-    return Plan(shards, sequences, passes, queries, keys, sees, sends)
+    parts = [
+        _parts(sequences, queries[rank], of_rank, seen, source == rank, call.query.device)
+        for source, (of_rank, seen) in enumerate(zip(keys, sees))
+    ]
+    return Plan(shards, passes, queries, keys, sees, sends, parts)
+
+
+def _places(pieces: list[Range]) -> list[slice]:
+    """Return where the pieces of a rank's rows lie in its tensors."""
+    return [slice(*rows) for rows in ranges_of(tuple(end - begin for begin, end in pieces))]
+
+
+def _parts(
+    sequences: Sequences, queries: list[Range], keys: list[Range], sees: list[list[bool]], own: bool, device: torch.device
+) -> list[_Part]:
+    """Return what a rank computes with the pieces of keys of another, or, if ``own``, with its own.
+
+    With its own first piece of keys there is a part in any case, so that each row has a result.
+    """
+    found = []
+    for i, rows in enumerate(_places(queries)):
+        for j, columns in enumerate(keys):
+            is_first = own and j == 0
+            if sees[i][j] or is_first:
+                placed = part_of(sequences, queries[i], columns)
+                placed = Part(*(None if tensor is None else tensor.to(device) for tensor in placed))
+                found.append(_Part(i, j, rows, slice(*columns), placed, is_first))
+    return found
 
 
 def _any_of_each(rows: list[list[bool]]) -> list[bool]:
@@ -76,8 +120,6 @@ def attend(shards: Shards, call: AttentionCall, backend: str | None) -> tuple[Te
         have = [[rows] for rows in ranges]
         if have == wanted:
             return tensor
-        if tensor.dtype == torch.bool:
-            return moved(tensor.view(torch.uint8), ranges, wanted, back).view(torch.bool)
         return move_rows(shards.ranks, tensor, wanted, have) if back else move_rows(shards.ranks, tensor, have, wanted)
 
     of_queries, of_keys = (shards.query_ranges(), plan.queries), (shards.key_ranges(), plan.keys)
@@ -93,69 +135,9 @@ def attend(shards: Shards, call: AttentionCall, backend: str | None) -> tuple[Te
     return moved(out, *of_queries, back=True), moved(lse[..., None], *of_queries, back=True).squeeze(3)
 
 
-# ---- one part: a piece of this rank's queries with a piece of keys ----------------------------------------------------------
-
-
-def _places(pieces: list[Range]) -> list[slice]:
-    """Return where the pieces of a rank's rows lie in its tensors."""
-    found, at = [], 0
-    for begin, end in pieces:
-        found.append(slice(at, at + end - begin))
-        at += end - begin
-    return found
-
-
-class _Part(NamedTuple):
-    """Hold a piece of this rank's queries and the piece of keys that it attends to."""
-
-    queries: Range
-    keys: Range
-    rows: slice  # of the queries in this rank's tensors
-    has_sink: bool  # A sink counts once, with the first keys of all that a rank computes with.
-
-    def of_mask(self, mask: Tensor | None, has_rows: bool) -> Tensor | None:
-        """Return the view of a mask, or of its gradient, for these rows and keys."""
-        if mask is None:
-            return None
-        columns = slice(*self.keys) if mask.shape[3] > 1 else slice(None)
-        return mask[:, :, self.rows if has_rows else slice(None), columns]
-
-
-def _parts(plan: Plan, source: int) -> list[tuple[int, int, _Part]]:
-    """Return (i, j, part) of the pieces i of this rank's queries that see pieces j of a rank's keys.
-
-    With this rank's own first piece of keys there is a part in any case, so that each row has a result.
-    """
-    rank = plan.shards.ranks.rank
-    own = plan.queries[rank]
-    return [
-        (i, j, _Part(own[i], keys, rows, source == rank and j == 0))
-        for i, rows in enumerate(_places(own))
-        for j, keys in enumerate(plan.keys[source])
-        if plan.sees[source][i][j] or (source == rank and j == 0)
-    ]
-
-
-def _call_of(plan: Plan, part: _Part, query: Tensor, pair: "Pair", mask: Tensor | None, sinks: Tensor | None, rest: list):
-    """Return the call of a part, with a pair of keys and values."""
-    placed, device = part_of(plan.sequences, part.queries, part.keys), query.device
-    of_mask = part.of_mask(mask, plan.shards.mask_has_rows)
-    key, value = map(_rows_third, pair)
-    call = AttentionCall(query[:, :, part.rows], key, value, of_mask, sinks if part.has_sink else None, *rest)
-    return call._replace(**{name: None if tensor is None else tensor.to(device) for name, tensor in placed._asdict().items()})
-
-
 # ---- keys and values on their way -------------------------------------------------------------------------------------------
 
 Pair = tuple[Tensor, Tensor]  # of keys and of values, (L, B, H, D) and contiguous: a piece of rows is sent where it lies
-
-
-def _rows_first(tensor: Tensor) -> Tensor:
-    return tensor.permute(2, 0, 1, 3)
-
-
-def _rows_third(tensor: Tensor) -> Tensor:
-    return tensor.permute(1, 2, 0, 3)
 
 
 def _transfer(ranks: Ranks, target: int, sent: Sequence[Tensor], source: int, received: Sequence[Tensor]) -> list[dist.Work]:
@@ -241,18 +223,27 @@ class _Homecoming:
 # ---- all steps --------------------------------------------------------------------------------------------------------------
 
 
+def _call_of(plan: Plan, part: _Part, tensors: Sequence[Tensor | None], pair: Pair, rest: list) -> AttentionCall:
+    """Return the call of a part of this rank's tensors, with a pair of keys and values."""
+    query, _, _, mask, sinks = tensors
+    key, value = map(rows_third, pair)
+    of_mask = part.of_mask(mask, plan.shards.mask_has_rows)
+    call = AttentionCall(query[:, :, part.rows], key, value, of_mask, sinks if part.has_sink else None, *rest)
+    return call._replace(**part.placed._asdict())
+
+
 class _Ring(Function):
     """Attend to the keys of all ranks. The tensors are this rank's, in the pieces of the plan."""
 
     @staticmethod
     def forward(ctx, plan: Plan, rest: list, *tensors: Tensor | None):
-        query, key, value, mask, sinks = tensors
+        query, key, value, *_ = tensors
         joined = {}
         for source, pairs in _circulate(plan, _pairs(plan, key, value)):
-            for i, j, part in _parts(plan, source):
-                call = _call_of(plan, part, query, pairs[j], mask, sinks, rest)
-                result = plan.passes.forward(call)
-                joined[i] = join(joined[i], *result, plan.passes.unit(call)) if i in joined else first(*result)
+            for part in plan.parts[source]:
+                call = _call_of(plan, part, tensors, pairs[part.j], rest)
+                result, before = plan.passes.forward(call), joined.get(part.i)
+                joined[part.i] = first(*result) if before is None else join(before, *result, plan.passes.unit(call))
         out, lse, statistics = (torch.cat(pieces, dim=2) for pieces in zip(*(joined[i] for i in sorted(joined))))
         out = out.to(query.dtype)
         ctx.save_for_backward(*tensors, out, lse, statistics)
@@ -273,7 +264,7 @@ class _Ring(Function):
 def _pairs(plan: Plan, key: Tensor, value: Tensor) -> list[Pair]:
     """Return this rank's pieces of keys and values."""
     places = _places(plan.keys[plan.shards.ranks.rank])
-    return [tuple(_rows_first(tensor[:, :, rows]).contiguous() for tensor in (key, value)) for rows in places]
+    return [tuple(rows_first(tensor[:, :, rows]).contiguous() for tensor in (key, value)) for rows in places]
 
 
 def _gradients(
@@ -289,19 +280,19 @@ def _gradients(
     home = _Homecoming(plan, own)
     for source, pairs in _circulate(plan, own):
         of_pairs: list[Pair | None] = [None] * len(pairs)
-        for _, j, part in _parts(plan, source):
-            call = _call_of(plan, part, query, pairs[j], mask, sinks, rest)
+        for part in plan.parts[source]:
+            call = _call_of(plan, part, tensors, pairs[part.j], rest)
             of_part = (None if tensor is None else tensor[:, :, part.rows] for tensor in of_rows)
             need_sinks = needed[1] and part.has_sink
             of_query, *of_pair, of_mask, of_sinks = plan.passes.backward(*of_part, needed[0], need_sinks, call)
             grad_query[:, :, part.rows] += of_query
-            of_pairs[j] = _sum(of_pairs[j], tuple(map(_rows_first, of_pair)))
+            of_pairs[part.j] = _sum(of_pairs[part.j], tuple(map(rows_first, of_pair)))
             if needed[0]:
                 part.of_mask(grad_mask, plan.shards.mask_has_rows).add_(of_mask)
             if need_sinks:
                 grad_sinks += of_sinks
         home.add(of_pairs) if source == rank else home.exchange(source, of_pairs)
-    grads = (_rows_third(torch.cat(of_pieces)) for of_pieces in zip(*home.finish()))
+    grads = (rows_third(torch.cat(of_pieces)) for of_pieces in zip(*home.finish()))
     return grad_query, *grads, grad_mask, grad_sinks
 
 

@@ -37,10 +37,16 @@ from .derivatives import Ops, differentiable
 # ---- layout: results lie in memory as the tensors that they belong to -------------------------------------------------------
 
 
+def is_transposed(tensor: Tensor) -> bool:
+    """Tell whether a tensor (B, H, L, D) lies in memory as the transpose of a (B, L, H, D), as models have it."""
+    _, heads, rows, _ = tensor.shape
+    return heads > 1 and rows > 1 and tensor.stride(1) < tensor.stride(2)
+
+
 def empty_like(tensor: Tensor, columns: int, make: Callable) -> Tensor:
     """Make (B, H, L, columns) by ``make(tensor, shape)``; if ``tensor`` is transposed from (B, L, H, D), so is the result."""
     batch, heads, rows, _ = tensor.shape
-    if heads > 1 and rows > 1 and tensor.stride(1) < tensor.stride(2):
+    if is_transposed(tensor):
         return make(tensor, (batch, rows, heads, columns)).transpose(1, 2)
     return make(tensor, (batch, heads, rows, columns))
 
