@@ -14,27 +14,24 @@ After ``import fastlm.lm`` transformers' AutoModel, AutoModelForCausalLM and pip
 
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 
-_missing = [
-    library
-    for library in (
-        "accelerate",
-        "ftfy",
-        "matplotlib",
-        "peft",
-        "sacrebleu",
-        "safetensors",
-        "sklearn",
-        "tokenizers",
-        "torchmetrics",
-        "tqdm",
-        "transformers",
-    )
-    if find_spec(library) is None
-]
-if _missing:
-    raise ImportError(f"fastlm.lm needs {', '.join(_missing)}: pip install 'fastlm[lm]'")
+from .extras import require
+
+require(
+    "lm",
+    "accelerate",
+    "ftfy",
+    "matplotlib",
+    "peft",
+    "sacrebleu",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+    "torchmetrics",
+    "tqdm",
+    "transformers",
+    what="fastlm.lm",
+)
 
 _MODULES = {
     "prepare": "data.prepare",

@@ -118,7 +118,7 @@ def test_a_long_question_leaves_room_for_the_context(framed):
 
 
 def test_the_likeliest_span_ends_after_its_start_and_is_not_too_long(monkeypatch):
-    """The largest sum of the logits alone, 9 and 9, is of a span that ends before it starts."""
+    """Choose among logits whose largest sum, 9 and 9, is that of a span that ends before it starts."""
     starts, ends = torch.tensor([0.0, 7, 1, 2, 9, 50]), torch.tensor([0.0, 0, 9, 5, 2, 50])
     start, end, probability = best_span(starts, ends, [1, 2, 3, 4])  # the last is none of the context
     assert (start, end) == (1, 2)
@@ -179,8 +179,8 @@ def test_the_questions_on_the_documentation_are_answered_in_it():
     assert asked["What does all_tasks return?"] == "a set of all tasks for the loop"
     assert any(each.question.startswith("When does ") for each in questions)
     parts = answering.split_questions(questions, 0.1)
-    contexts = [{each.context for each in part} for part in parts.values()]
-    assert not (contexts[0] & contexts[1] or contexts[0] & contexts[2]) and 0.07 < len(parts["test"]) / len(questions) < 0.13
+    contexts = [{each.context for each in part} for part in (parts.train, parts.validation, parts.test)]
+    assert not (contexts[0] & contexts[1] or contexts[0] & contexts[2]) and 0.07 < len(parts.test) / len(questions) < 0.13
 
 
 def test_too_few_questions_are_refused(tmp_path, checkpoints):

@@ -1,6 +1,8 @@
 """Predictions of classifiers, and the ready reviews that one learns from."""
 
 import csv
+import gzip
+import json
 
 import pytest
 import torch
@@ -53,6 +55,13 @@ def test_a_file_of_texts(folder, tmp_path, capsys):
     assert header == ["review", "predicted", "probability"] and [row[0] for row in rows] == ["one, two", "three"]
     for row, expected in zip(rows, predict(classifier, ["one, two", "three"])):
         assert row[1] == expected.found and float(row[2]) == expected.probability
+
+
+def test_gzipped_files_with_fields_are_read(folder, tmp_path, capsys):
+    with gzip.open(tmp_path / "in.json.gz", "wt") as file:
+        json.dump([{"text": "one"}, {"text": "two"}], file)
+    assert main(["lm", "predict", str(folder / "vae-classifier"), "--file", f"{tmp_path}/in.json.gz"]) == 0
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.splitlines()] == ["one", "two"]
 
 
 def test_what_is_no_classifier_is_refused(folder, tmp_path, capsys):

@@ -30,7 +30,9 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model that fastlm lm finetune made")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="a text to label, or a question")
     parser.add_argument("--context", metavar="TEXT", help="the text that holds the answers to the questions")
-    parser.add_argument("--file", metavar="FILE", help="a CSV or JSONL file of texts, or a text file with one on each line")
+    parser.add_argument(
+        "--file", metavar="FILE", help="a CSV, JSONL, JSON or Parquet file of texts, or a text file with one on each line"
+    )
     fields = "the fields or columns of the file (default: text; for questions, question context)"
     parser.add_argument("--fields", nargs="+", metavar="NAME", help=fields)
     parser.add_argument("--output", metavar="FILE", help="a CSV file for the predictions (default: they are printed)")
@@ -63,7 +65,10 @@ def run_predict(arguments: argparse.Namespace) -> None:
 
 def _rows(arguments: argparse.Namespace, predictor: "Predictor") -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the names of the inputs, and the inputs: (text,), or (question, context), each."""
-    from ..data.read import CSV, JSONL, Lines, Problems, check_file, rows
+    from ..data.lines import Lines, check_file, suffix_of
+    from ..data.problems import Problems
+    from ..data.read import WITH_FIELDS
+    from ..data.rows import rows
 
     default = ("question", "context") if predictor.reads else ("text",)
     if arguments.texts:
@@ -72,10 +77,10 @@ def _rows(arguments: argparse.Namespace, predictor: "Predictor") -> tuple[tuple[
     names, path, problems = tuple(arguments.fields or default), Path(arguments.file), Problems()
     if len(names) != len(default):
         raise ValueError(f"--fields must be {len(default)} names, as {' '.join(default)}; got {' '.join(names)}")
-    if path.suffix.lower() in CSV | JSONL:
+    if suffix_of(path) in WITH_FIELDS:
         given = [tuple(row[name] for name in names) for _, row in rows(path, names, problems)]
     elif arguments.fields:
-        raise ValueError(f"--fields is for CSV and JSONL files; {path} is text, with one on each line")
+        raise ValueError(f"--fields is for files that have fields; {path} is text, with one on each line")
     elif predictor.reads and arguments.context is None:
         raise ValueError(f"{path} has a question on each line: give the --context that holds the answers")
     else:

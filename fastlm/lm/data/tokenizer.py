@@ -102,6 +102,11 @@ def begin_texts(tokenizer: "PreTrainedTokenizerFast") -> None:
 
     transformers' pipelines and server then hand a model what it was trained on, because the tokenizer is saved with it.
     """
-    single, tokens = [tokenizer.bos_token, "$A"], [(tokenizer.bos_token, tokenizer.bos_token_id)]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+    frame_texts(tokenizer, [tokenizer.bos_token, "$A"])
     tokenizer.chat_template = CHAT
+
+
+def frame_texts(tokenizer: "PreTrainedTokenizerFast", single: list[str], **pair: list[str]) -> None:
+    """Make a tokenizer put <|bos|> and <|eos|> around a text, or a ``pair`` of texts, as templates of tokenizers say it."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special, **pair)

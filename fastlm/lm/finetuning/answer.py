@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torchmetrics.functional.text import squad
 from transformers import (
@@ -29,13 +29,26 @@ from transformers.modeling_layers import GenericForQuestionAnswering
 
 from ..data.batches import padded_ids
 from ..data.clean import clean
-from ..data.prepare import SPLITS, split_of
-from ..data.read import Problems, rows
+from ..data.problems import Problems
 from ..data.ready.questions import Question, documented_questions
+from ..data.rows import rows
+from ..data.tokenizer import frame_texts
 from ..model.checkpoint import load
 from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import TextVAE
-from .common import BATCH, HELD_OUT, Examples, Tuning, check_new, course_of, finetune, problem_lines, results, write_results
+from .common import (
+    BATCH,
+    HELD_OUT,
+    Examples,
+    Tuning,
+    check_new,
+    course_of,
+    finetune,
+    problem_lines,
+    results,
+    split_examples,
+    write_results,
+)
 from .tuning import READY
 
 FIELDS = ("question", "context", "answer")
@@ -112,26 +125,21 @@ def answer(
     output, problems = check_new(output), Problems()
     tuning = tuning or (READY["answer"] if data is None else Tuning())
     questions = read_questions(data, fields, problems) if data else documented_questions()
-    parts = split_questions(questions, 0 if test else HELD_OUT)
+    examples = split_questions(questions, 0 if test else HELD_OUT, problems)
     if test:
-        parts["test"] = list(read_questions(test, fields, problems))
-    for split, part in parts.items():
-        if not part:
-            raise ValueError(f"{data} has too few questions, none for {split}{problem_lines(problems)}")
+        examples.test += read_questions(test, fields, problems)
+    examples.check(data, "questions")
     base, tokenizer = load(checkpoint)
     model = reader_of(base, tuning.seed)
     places = model.config.max_position_embeddings
     frame_pairs(tokenizer, places)
-    train, validation = (items_of(parts[split], tokenizer) for split in ("train", "validation"))
+    train, validation = (items_of(part, tokenizer) for part in (examples.train, examples.validation))
     collate = Spans(tokenizer.pad_token_id)
-    examples = Examples(*(parts[split] for split in SPLITS))
     with results(output, course_of("answer", checkpoint, examples, tuning), resume) as (folder, epochs):
         model = finetune(model, tuning, ("qa_outputs",), train, validation, collate, epochs, label_names=LABELS)
-        asked = parts["test"]
-        found = [text for text, _ in find(model, tokenizer, [each[:2] for each in asked])]
-        counts = {split: len(parts[split]) for split in SPLITS}
-        result = Answering(**counts, **scores(parts["train"], asked, found), problems=problems)
-        table = ((*each[:3], text) for each, text in zip(asked, found))
+        found = [text for text, _ in find(model, tokenizer, [each[:2] for each in examples.test])]
+        result = Answering(**examples.counts, **scores(examples.train, examples.test, found), problems=problems)
+        table = ((*each[:3], text) for each, text in zip(examples.test, found))
         write_results(folder, model, tokenizer, result, (*FIELDS, "predicted"), table)
     return result
 
@@ -152,12 +160,9 @@ def read_questions(path: str | os.PathLike, fields: Sequence[str], problems: Pro
             problems.add(Path(path), f"the answer {why}", line=line, detail=f": {wanted[:40]!r}")
 
 
-def split_questions(questions: Iterable[Question], test: float) -> dict[str, list[Question]]:
-    """Return the questions of each split: see `SPLITS`. All questions on a context are in one."""
-    parts: dict[str, list[Question]] = {split: [] for split in SPLITS}
-    for question in questions:
-        parts[split_of(question.context, HELD_OUT, test)].append(question)
-    return parts
+def split_questions(questions: Iterable[Question], test: float, problems: Problems | None = None) -> Examples:
+    """Return the questions in parts: all on a context are in one."""
+    return split_examples(questions, test, problems, by=attrgetter("context"))
 
 
 def reader_of(base: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -175,10 +180,7 @@ def reader_of(base: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def frame_pairs(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
     """Make a tokenizer put <|bos|> before a pair of texts and <|eos|> after each, and cut to ``max_tokens``."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    ids = list(zip((bos, eos), tokenizer.convert_tokens_to_ids([bos, eos])))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[bos, "$A", eos], pair=[bos, "$A", eos, "$B:1", f"{eos}:1"], special_tokens=ids
-    )
+    frame_texts(tokenizer, [bos, "$A", eos], pair=[bos, "$A", eos, "$B:1", f"{eos}:1"])
     tokenizer.model_max_length = max_tokens
 
 

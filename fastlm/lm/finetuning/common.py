@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,6 +27,7 @@ from ..data.clean import clean
 from ..data.prepare import SPLITS, read_split, split_of
 from ..data.problems import Problems
 from ..data.rows import rows
+from ..data.tokenizer import frame_texts
 from ..files import replaced_together
 from ..model.checkpoint import CONFIG, FILES, quiet, save
 from ..training.settings import SETTINGS
@@ -54,12 +55,12 @@ class Examples:
     def counts(self) -> dict[str, int]:
         return {split: len(getattr(self, split)) for split in SPLITS}
 
-    def check(self, source: object) -> None:
+    def check(self, source: object, what: str = "examples") -> None:
         """Raise a ValueError that names ``source`` if a part is empty."""
         for split, count in self.counts.items():
             if not count:
                 counts = ", ".join(f"{name} {number}" for name, number in self.counts.items())
-                raise ValueError(f"{source} has too few examples, none for {split} ({counts}){problem_lines(self.problems)}")
+                raise ValueError(f"{source} has too few {what}, none for {split} ({counts}){problem_lines(self.problems)}")
 
 
 def problem_lines(problems: Problems) -> str:
@@ -71,7 +72,7 @@ def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os
     """Read the examples of a JSONL, JSON, CSV or Parquet file.
 
     `fastlm.lm.data.clean.clean` repairs both fields, and neither may be empty.
-    A tenth is for validation and a tenth for the test, by a hash of the input, so that equal inputs are in one part.
+    A tenth is for validation and a tenth for the test: see `split_examples`.
 
     Args:
         fields: the names of the input and of the target.
@@ -88,11 +89,16 @@ def read_examples(data: str | os.PathLike, fields: Sequence[str], test: str | os
     return examples
 
 
-def split_examples(pairs: Iterable[Example], test: float = HELD_OUT, problems: Problems | None = None) -> Examples:
-    """Return the examples in parts, a tenth for validation and ``test`` for the test, by a hash of the input."""
+def split_examples(
+    found: Iterable[Example], test: float = HELD_OUT, problems: Problems | None = None, by: Callable = itemgetter(0)
+) -> Examples:
+    """Return the examples in parts, a tenth for validation and ``test`` for the test, by a hash of ``by(example)``.
+
+    That is the input by default, so that equal inputs are in one part.
+    """
     examples = Examples([], [], [], problems or Problems())
-    for given, wanted in pairs:
-        getattr(examples, split_of(given, HELD_OUT, test)).append((given, wanted))
+    for example in found:
+        getattr(examples, split_of(by(example), HELD_OUT, test)).append(example)
     return examples
 
 
@@ -133,10 +139,7 @@ def frame(tokenizer: PreTrainedTokenizerFast, end: str, max_tokens: int) -> None
 
     transformers' pipelines then do as training did, because the tokenizer is saved with the model.
     """
-    template, ids = [tokenizer.bos_token, "$A", end], tokenizer.convert_tokens_to_ids([tokenizer.bos_token, end])
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template, special_tokens=list(dict(zip((tokenizer.bos_token, end), ids)).items())
-    )
+    frame_texts(tokenizer, [tokenizer.bos_token, "$A", end])
     tokenizer.model_max_length = max_tokens
 
 

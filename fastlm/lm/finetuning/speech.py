@@ -22,7 +22,7 @@ from transformers.audio_utils import load_audio
 
 from ..data.clean import clean
 from ..data.numbers import NUMBERS, english
-from ..data.read import Problems
+from ..data.problems import Problems
 from ..extras import require
 from ..files import replaced_together
 from ..model.checkpoint import CONFIG, kind_of, quiet
@@ -161,12 +161,12 @@ def recordings(folder: Path, problems: Problems) -> Iterator[tuple[str, str]]:
         try:
             text = clean(written.read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
-            problems.add(str(path), f"{written.name} has no text: {error}")
+            problems.add(path, f"{written.name} has no text", detail=f": {error}")
             continue
         if text:
             yield path.relative_to(folder).as_posix(), text
         else:
-            problems.add(str(path), f"{written.name} is empty")
+            problems.add(path, f"{written.name} is empty")
 
 
 def items_of(
@@ -177,8 +177,8 @@ def items_of(
     for path, text in pairs:
         try:
             audio = load_audio(str(folder / path), sampling_rate=rate, backend="soundfile")
-        except Exception as error:  # soundfile has a class of its own, which is no OSError
-            problems.add(str(folder / path), f"no recording: {error}")
+        except (OSError, RuntimeError, ValueError) as error:  # soundfile's own are RuntimeErrors
+            problems.add(folder / path, "no recording", detail=f": {error}")
             continue
         ids = processor.tokenizer(_spelled(text, processor)).input_ids
         items.append({"file": path, "text": text, "audio": np.asarray(audio, np.float32), "input_ids": ids})

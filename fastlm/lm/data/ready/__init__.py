@@ -8,7 +8,8 @@ the nearest text to train on would have the other label.
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..read import Problems, rows
+from ..problems import Problems
+from ..rows import rows
 
 
 def sentiment(split: str) -> Iterator[tuple[str, str]]:
