@@ -89,7 +89,7 @@ def run(*arguments):
     ids=str,
 )
 def test_help_and_usage_errors_take_no_torch(arguments, code, most_seconds):
-    """The limits are in seconds of the CPU, which a busy machine hardly stretches. Importing torch alone takes longer."""
+    """Hold each to seconds of the CPU, which a busy machine hardly stretches; importing torch alone takes longer."""
     measure = "print(sorted({'torch', 'transformers'} & sys.modules.keys()), sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
     *_, line = printed(f"{PROGRAM}\nassert run(*{arguments}) == {code}\n{measure}").splitlines()
     heavy, _, seconds = line.rpartition(" ")

@@ -57,7 +57,7 @@ print(AutoTokenizer.from_pretrained({str(checkpoints / "vae")!r}).bos_token)
 
 
 def test_a_pipeline_goes_on_as_the_model_was_trained(checkpoints):
-    """The tokenizer puts <|bos|> before the prompt, as training does."""
+    """Compare with a prompt that begins with <|bos|>, as texts did in training."""
     found = pipeline("text-generation", str(checkpoints / "decoder"), device="cpu")("the cat", **SETTINGS)
     model, tokenizer = load(checkpoints / "decoder")
     ids = [tokenizer.bos_token_id, *tokenizer("the cat", add_special_tokens=False)["input_ids"]]
@@ -158,7 +158,7 @@ def test_the_decoder_writes_the_same_tokens(onnx, checkpoints):
 
 
 def test_a_decoder_alone(tmp_path, checkpoints, capsys, monkeypatch):
-    """A file that writes other tokens than the model is refused."""
+    """Export one, and see a file refused that writes other tokens than the model."""
     torch.use_deterministic_algorithms(False)
     result = export(checkpoints / "decoder", tmp_path / "out")
     assert {path.name for path in result.files} == {"decoder.onnx", "tokenizer.json", "config.json"} and result.tokens > 1

@@ -115,7 +115,7 @@ def test_the_metrics_are_those_of_the_predictions(classified, topics):
 
 
 def test_transformers_pipeline_predicts_the_same(classified):
-    """The saved tokenizer adds the special tokens of training."""
+    """Hold the saved tokenizer to the special tokens of training, by what a pipeline predicts with it."""
     _, output = classified
     _, *rows = table(output / "predictions.csv")
     found = pipeline("text-classification", str(output), device="cpu")([text for text, _, _ in rows])

@@ -54,7 +54,7 @@ def test_the_pairs_are_split_and_cover_all_digits():
 
 
 def test_without_a_file_the_numbers_are_translated(tmp_path, capsys, monkeypatch):
-    """The command says what it takes. Of 90 numbers that differ in their tens, a tiny model learns most in a few seconds."""
+    """Read what the command takes, and train a tiny model for a few seconds, which learns most of the numbers."""
     train_bpe([text for pair in number_pairs() for text in pair], 400).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     begin_texts(tokenizer)

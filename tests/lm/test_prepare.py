@@ -49,7 +49,7 @@ def jaccard(one, other):
 
 
 def test_signatures_agree_in_about_the_jaccard_index():
-    """A share of 120 hashes has a standard deviation of at most 0.046, and the mean error of 40 pairs one of at most 0.0073."""
+    """Allow the errors of chance: a share of 120 hashes deviates by 0.046 at most, the mean of 40 pairs by 0.0073."""
     rng, errors = random.Random(0), []
     for changed in range(40):
         words = rng.choices(WORDS, k=100)
@@ -259,7 +259,7 @@ def test_the_same_corpus_gives_the_same_bytes(tmp_path):
 
 
 def test_names_and_labels_that_are_no_unicode(tmp_path, capsys):
-    """A lone surrogate in a label and a file name that is not UTF-8 are kept, and printed with escapes."""
+    """Keep a lone surrogate in a label and a file name that is not UTF-8, and print them with escapes."""
     source = tmp_path / "in\udcff.jsonl"
     write(source, ["A text that is long enough.", "short"], ["odd \ud800", None])
     assert main(["lm", "prepare", str(source), "--output", str(tmp_path / "out"), "--vocab-size", "0"]) == 0
