@@ -112,6 +112,24 @@ FASTLM_SIMD void in_row_steps(int64_t first, int64_t count, const F& f) {
   }
 }
 
+// The same for rows that meet the same matrix one step after the other: the first step is given `prefetch`, and the others what
+// does nothing.
+template <class Prefetch, class F>
+FASTLM_SIMD void in_row_steps(int64_t count, const Prefetch& prefetch, const F& f) {
+  in_row_steps(0, count, [&](auto m, int64_t row) FASTLM_LAMBDA {
+    row == 0 ? f(m, row, prefetch) : f(m, row, [](int64_t) FASTLM_LAMBDA {});
+  });
+}
+
+// Returns what prefetches a line of each of N rows, the one at a place that it is given.
+template <int N>
+FASTLM_SIMD auto prefetch_rows(const char* const (&rows)[N]) {
+  return [&rows](int64_t at) FASTLM_LAMBDA {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) prefetch_line(rows[n] + at);
+  };
+}
+
 // ---- dot products along the rows -------------------------------------------------------------------------------------------
 
 // Adds to sums (M, N) the products of the rows of a and N rows, of which b is one step.
@@ -123,18 +141,19 @@ FASTLM_SIMD void add_step_of_dots(const typename Row::Elem* a, int64_t a_row, co
   for (int part = 0; part < Row::parts; ++part) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const V a_m = V::load(a + m * a_row + part * V::lanes);
+      V a_m = V::load(a + m * a_row + part * V::lanes);
+      hold(a_m);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) sums[m][n] = mul_add(a_m, b[n][part], sums[m][n]);
     }
   }
 }
 
-// Adds to sums (M, N) the products of the rows of a and N rows, over the bytes [begin, end) of the latter, whole vectors, and
-// prefetches the same bytes of `ahead`. `a` points to the elements for `begin`. Sums may have more rows.
-template <class Row, int M, int N, int R>
-FASTLM_SIMD void add_dots(const typename Row::Elem* a, int64_t a_row, const char* const (&row)[N],
-                          const char* const (&ahead)[N], int64_t begin, int64_t end, Float (&sums)[R][N]) {
+// Adds to sums (M, N) the products of the rows of a and N rows, over the bytes [begin, end) of the latter, whole vectors. For
+// each line of them it calls prefetch(at) before. `a` points to the elements for `begin`. Sums may have more rows.
+template <class Row, int M, int N, int R, class Prefetch>
+FASTLM_SIMD void add_dots(const typename Row::Elem* a, int64_t a_row, const char* const (&row)[N], Prefetch& prefetch,
+                          int64_t begin, int64_t end, Float (&sums)[R][N]) {
   using V = typename Row::V;
   const auto add = [&](int64_t at) FASTLM_LAMBDA {
     V b[N][Row::parts];
@@ -142,10 +161,6 @@ FASTLM_SIMD void add_dots(const typename Row::Elem* a, int64_t a_row, const char
     for (int n = 0; n < N; ++n) Row::load(row[n] + at, b[n]);
     add_step_of_dots<Row, M>(a, a_row, b, sums);
     a += Row::elems;
-  };
-  const auto prefetch = [&](int64_t at) FASTLM_LAMBDA {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) prefetch_line(ahead[n] + at);
   };
   int64_t at = begin;
   for (; at + kLine <= end; at += kLine) {
@@ -169,11 +184,11 @@ FASTLM_SIMD void add_last_dots(const typename Row::Elem* a, int64_t a_row, const
 
 // ---- sums of rows ----------------------------------------------------------------------------------------------------------
 
-// Adds weights (M, K) value (K, dim) to out (M, dim), whose rows are padded to kLanes. The weights stay in registers. With
-// kPrefetch, it prefetches the rows at `ahead` meanwhile.
-template <class Row, int M, int K, bool kPrefetch>
-static void add_values(const float* weights, int64_t weights_row, const char* const* rows, const char* const* ahead,
-                       int64_t dim, float* out, int64_t out_row) {
+// Adds weights (M, K) value (K, dim) to out (M, dim), whose rows are padded to kLanes. For each line of the values it calls
+// prefetch(at) before.
+template <class Row, int M, int K, class Prefetch>
+static void add_values(const float* weights, int64_t weights_row, const char* const* rows, Prefetch prefetch, int64_t dim,
+                       float* out, int64_t out_row) {
   const int64_t vectors = dim / Row::values, whole = vectors * Row::step, left = dim % Row::values;
   const char* value[K];
   Float weight[M][K];
@@ -196,34 +211,32 @@ static void add_values(const float* weights, int64_t weights_row, const char* co
       }
     }
   };
-  for (int64_t at = 0; at < whole; at += Row::step) {
+  const auto add_step = [&](int64_t at) FASTLM_LAMBDA {
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-      if constexpr (kPrefetch) prefetch_line(ahead[k] + at);
-      Row::load(value[k] + at, values[k]);
-    }
+    for (int k = 0; k < K; ++k) Row::load(value[k] + at, values[k]);
     add();
+  };
+  int64_t at = 0;
+  for (; at + kLine <= whole; at += kLine) {
+    prefetch(at);
+#pragma GCC unroll 8
+    for (int64_t within = 0; within < kLine; within += Row::step) add_step(at + within);
   }
+  if (at < whole || left) prefetch(at);
+  for (; at < whole; at += Row::step) add_step(at);
   if (left == 0) return;
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) Row::load(value[k] + whole, left, values[k]);
   add();
 }
 
-// The same for `count` rows of weights and of out, as many at a time as registers hold weights of; the first of them prefetch.
-template <class Row, int K>
+// The same for `count` rows of weights and of out, of which the first ones prefetch.
+template <class Row, int K, class Prefetch>
 FASTLM_SIMD void add_values_to_rows(const float* weights, int64_t weights_row, int64_t count, const char* const* rows,
-                                    const char* const* ahead, int64_t dim, float* out, int64_t out_row) {
-  constexpr int kMostRows = kGemvWeights / K < kGemvRowsAtOnce ? kGemvWeights / K : kGemvRowsAtOnce;
-  in_row_steps<kMostRows>(0, count, [&](auto m, int64_t row) FASTLM_LAMBDA {
-    constexpr int M = decltype(m)::value;
-    const float* w = weights + row * weights_row;
-    float* to = out + row * out_row;
-    if (row == 0) {
-      add_values<Row, M, K, true>(w, weights_row, rows, ahead, dim, to, out_row);
-    } else {
-      add_values<Row, M, K, false>(w, weights_row, rows, ahead, dim, to, out_row);
-    }
+                                    const Prefetch& prefetch, int64_t dim, float* out, int64_t out_row) {
+  in_row_steps(count, prefetch, [&](auto m, int64_t row, const auto& before) FASTLM_LAMBDA {
+    add_values<Row, decltype(m)::value, K>(weights + row * weights_row, weights_row, rows, before, dim, out + row * out_row,
+                                           out_row);
   });
 }
 

@@ -55,8 +55,9 @@ static void dot_tile(const typename Row::Elem* a, int64_t a_row, const char* b_a
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[m][n] = Float(0.0f);
   }
-  add_dots<Row, M>(a, a_row, row, ahead, 0, near * Row::step, sums);
-  add_dots<Row, M>(a + near * Row::elems, a_row, row, next, near * Row::step, whole, sums);
+  const auto before = prefetch_rows(ahead), before_next = prefetch_rows(next);
+  add_dots<Row, M>(a, a_row, row, before, 0, near * Row::step, sums);
+  add_dots<Row, M>(a + near * Row::elems, a_row, row, before_next, near * Row::step, whole, sums);
   if (left) add_last_dots<Row, M>(a + vectors * Row::elems, a_row, row, whole, left, sums);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -102,7 +103,8 @@ static int64_t add_strip(const Linear& l, const float* a, int64_t column, int64_
       rows[k] = l.b.data + column * int64_t(sizeof(T)) + (first + k) * l.b.depth;
       ahead[k] = rows[k] + (first + k + kStripAhead < l.depth ? kStripAhead * l.b.depth : 0);
     }
-    add_values_to_rows<typename FloatRow<T>::type, K>(a + first, a_row, l.a.rows, rows, ahead, count, tile, kStripColumns);
+    add_values_to_rows<typename FloatRow<T>::type, K>(a + first, a_row, l.a.rows, rows, prefetch_rows(ahead), count, tile,
+                                                      kStripColumns);
   }
   return first;
 }

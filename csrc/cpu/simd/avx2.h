@@ -9,8 +9,8 @@ namespace fastlm::FASTLM_ISA {
 constexpr int kGemmRows = 6, kGemmVectors = 1;
 // Dot products of 4 rows with 2 others take 8 registers.
 constexpr int kGemvColumns = 2;
-// Sums of rows keep so many weights in registers.
-constexpr int kGemvWeights = 8;
+// Where a few rows meet keys and values, these are prefetched so many bytes ahead, into the first-level cache.
+constexpr int kGemvAhead = 2048, kGemvCache = 1;
 constexpr bool kBFloat16Pairs = false;
 
 struct Word {
@@ -92,6 +92,9 @@ FASTLM_SIMD Float sum_each(const Float* a) {
   const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4].v, a[5].v), _mm256_hadd_ps(a[6].v, a[7].v));
   return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
+// Has a value stay in a register that the compiler would load again for each use, from memory that is busy enough.
+FASTLM_SIMD void hold(Float& a) { asm("" : "+x"(a.v)); }
+FASTLM_SIMD void hold(Word&) {}
 FASTLM_SIMD Float sqrt(Float a) { return _mm256_sqrt_ps(a.v); }
 FASTLM_SIMD bool any_less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0; }
 FASTLM_SIMD bool any_nan(Float a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0; }

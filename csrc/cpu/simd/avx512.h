@@ -11,8 +11,8 @@ namespace fastlm::FASTLM_ISA {
 constexpr int kGemmRows = 6, kGemmVectors = 4;
 // Dot products of 4 rows with 4 others take 16 registers.
 constexpr int kGemvColumns = 4;
-// Sums of rows keep so many weights in registers.
-constexpr int kGemvWeights = 16;
+// Where a few rows meet keys and values, these are prefetched so many bytes ahead, into the second-level cache.
+constexpr int kGemvAhead = 8192, kGemvCache = 2;
 
 struct Word {
   using Scalar = uint32_t;
@@ -106,6 +106,8 @@ FASTLM_SIMD Float sum_each(const Float* a) {
   const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pairs01, pairs23, 0x44), _mm512_shuffle_ps(pairs01, pairs23, 0xee));
   return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
 }
+FASTLM_SIMD void hold(Float&) {}  // there are registers enough
+FASTLM_SIMD void hold(Word&) {}
 FASTLM_SIMD Float sqrt(Float a) { return _mm512_sqrt_ps(a.v); }
 FASTLM_SIMD Float scale2(Float a, Float n) { return _mm512_scalef_ps(a.v, n.v); }
 FASTLM_SIMD bool any_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }

@@ -3,8 +3,7 @@
 
 namespace fastlm::FASTLM_ISA {
 
-constexpr int kGemvColumns = 2;  // dot products of 4 rows with 2 others
-constexpr int kGemvWeights = 8;  // sums of rows keep so many weights in registers
+constexpr int kGemvColumns = 2, kGemvAhead = 2048, kGemvCache = 1;  // as with AVX2
 
 #if defined(__x86_64__)
 // gemm accumulates in 2 rows of 16 lanes: 8 of the 16 registers.
@@ -106,6 +105,8 @@ FASTLM_SIMD float largest(Float a) {
 FASTLM_SIMD float sum(Float a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 // Returns the sum of each of 4 vectors in a lane of its own.
 FASTLM_SIMD Float sum_each(const Float* a) { return f32x4{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
+FASTLM_SIMD void hold(Float&) {}
+FASTLM_SIMD void hold(Word&) {}
 FASTLM_SIMD Float sqrt(Float a) {
   f32x4 r;
   for (int i = 0; i < 4; ++i) r[i] = __builtin_sqrtf(a.v[i]);

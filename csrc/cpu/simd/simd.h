@@ -22,8 +22,11 @@ constexpr int kLanes = 16;
 // `count` rounded up to whole vectors.
 FASTLM_SIMD int64_t padded(int64_t count) { return round_up(count, kLanes); }
 
-// Prefetches a line into the second-level cache. The first-level cache can wait for few lines at a time.
-FASTLM_SIMD void prefetch_line(const char* at) { __builtin_prefetch(at, 0, 2); }
+// Prefetches a line into the cache of that level. The first-level cache can wait for few lines at a time.
+template <int kCache = 2>
+FASTLM_SIMD void prefetch_line(const char* at) {
+  __builtin_prefetch(at, 0, kCache == 1 ? 3 : 2);
+}
 
 }  // namespace fastlm
 
