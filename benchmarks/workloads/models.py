@@ -15,7 +15,7 @@ from suite.rows import Step
 from torch import Tensor, nn
 
 import fastlm
-from workloads import spelled_out
+from workloads import serving, spelled_out
 from workloads.model_peers import compiled_by_zentorch, read_by_llama_cpp
 from workloads.text_vae import noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
 from workloads.timm_alone import import_timm
@@ -391,6 +391,7 @@ MODELS = (
     _decoding(*_QWEN2, 4, 1024, _FLOAT32),
     _decoding(*_QWEN2, 1, 4096, ("bfloat16",)),
     *(_decoding(*_QWEN2, *size) for size in ((1, 64), (4, 64), (8, 64), (4, 4096))),
+    *(Model(**serving.continuous_batching(requests), put_in=IN_TRANSFORMERS) for requests in (8, 32)),
     Model(
         name="TextVAE, small, training",
         workload="B32 S72",

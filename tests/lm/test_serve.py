@@ -8,6 +8,10 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import openai
 import pytest
@@ -20,16 +24,21 @@ from fastlm.lm.model.checkpoint import load, save
 from fastlm.lm.model.generate import TextGenerator
 from fastlm.lm.model.presets import build
 
-# The server says that attention runs on fastlm, and how often.
+# The server says that attention runs on fastlm, and how often. Its paged cache is small, because to set one up takes long.
 SERVER = """
 import sys
-import fastlm.integrations.transformers.attention as attention
-calls, run = [], attention.attention
-def counted(*arguments, **options):
-    calls.append(1)
-    print("attention ran on fastlm", len(calls), file=sys.stderr, flush=True)
-    return run(*arguments, **options)
-attention.attention = counted
+from functools import partial
+import transformers.cli.serve as cli
+from fastlm.integrations.transformers import attention, continuous_batching
+def count(module, name):
+    run = getattr(module, name)
+    def counted(*arguments, **options):
+        print(name, "ran on fastlm", file=sys.stderr, flush=True)
+        return run(*arguments, **options)
+    setattr(module, name, counted)
+count(attention, "attention")
+count(continuous_batching, "kvcache_attention")
+cli.Serve = partial(cli.Serve, cb_num_blocks=64, cb_max_batch_tokens=256)
 from fastlm.cli import main
 sys.exit(main(["lm", "serve", *sys.argv[1:]]))
 """
@@ -43,14 +52,14 @@ def folder(tmp_path_factory, corpus):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder):
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[tuple[str, Path]]:
     """Start ``fastlm lm serve`` on a free port; yield its address and the file of what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address, log = f"http://127.0.0.1:{port}", folder.parent / "log"
-    command = [sys.executable, "-c", SERVER, str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    address, log = f"http://127.0.0.1:{port}", folder.parent / f"log{port}"
+    command = [sys.executable, "-c", SERVER, str(folder), "--host", "127.0.0.1", "--port", str(port), *flags]
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
@@ -62,6 +71,12 @@ def server(folder):
     finally:
         process.terminate()
         process.wait(HANG)
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(folder) as served:
+        yield served
 
 
 def _answers(url: str) -> bool:
@@ -83,6 +98,20 @@ def test_openai_s_client_gets_the_model_s_text(server, folder):
     pieces = client.chat.completions.create(messages=messages, stream=True, **options)
     assert "the cat" + "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == expected
     assert log.read_text().count("attention ran on fastlm") >= 3 * 6 * 2, "two layers, six tokens, three times"
+
+
+def test_requests_that_come_together_are_one_batch(folder):
+    prompts = ["the cat", "the dog sat", "a", "a dog and a cat"]
+    writer = TextGenerator(*load(folder))
+    expected = [writer.sample(prompt=prompt, temperature=0, max_new_tokens=6)[0].removeprefix(prompt) for prompt in prompts]
+    with serving(folder, "--continuous-batching") as (address, log), ThreadPoolExecutor(len(prompts)) as threads:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def ask(prompt: str) -> str:
+            return client.completions.create(model=str(folder), max_tokens=6, temperature=0, prompt=prompt).choices[0].text
+
+        assert list(threads.map(ask, prompts)) == expected
+        assert "kvcache_attention ran on fastlm" in log.read_text(), "pages are read in place"
 
 
 def test_transformers_chat_talks_to_it(server, folder, tmp_path):

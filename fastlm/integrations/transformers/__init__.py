@@ -22,6 +22,9 @@ After `fastlm.replace`, caches of `generate` grow in place (cache.py), and encod
 batches (packing.py). Their output is zeros there, where eager has numbers without a meaning, so give padding no labels (-100,
 as transformers' collators do). Models that read it, as those for question answering, compute it.
 
+Continuous batching (``model.generate_batch``, ``fastlm lm serve --continuous-batching``) takes "fastlm", on CPUs too: requests
+that decode are attended to in their pages (continuous_batching.py).
+
 A model on fastlm can be pickled, or sent to a worker, and used where fastlm has not been imported: its pickle imports it. (For
 this the class of transformers' configs gets a ``__getstate__``.)
 
@@ -42,7 +45,7 @@ require("transformers")
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel  # noqa: E402
 
-from . import cache, packing  # noqa: E402
+from . import cache, continuous_batching, packing  # noqa: E402
 from . import conv1d as conv1d  # noqa: E402  (registers its swap)
 from .attention import attend  # noqa: E402
 from .mask import make_mask  # noqa: E402
@@ -206,6 +209,7 @@ def __getattr__(name: str):
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
+continuous_batching.admit(attend)
 PreTrainedConfig.__getstate__ = _state
 register(AttentionSwap())
 register(CacheSwap())

@@ -10,6 +10,7 @@ from transformers.utils.output_capturing import _active_collector
 from ...distributed import context
 from ...ops.attention import attention
 from ...ops.tensor_classes import are_known
+from .continuous_batching import attend_batch, is_batched
 from .mask import as_eager_mask, read_mask
 from .packing import attend_packed, is_packed
 from .traits import Traits, traits_of
@@ -35,7 +36,7 @@ def attend(
         module: the attention, whose training flag switches the dropout.
         query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
         attention_mask: a mask of `make_mask`, or a user's own, bool or float. None hides nothing, as in eager: ``is_causal``
-            and ``sliding_window`` among ``kwargs`` add nothing to the mask.
+            and ``sliding_window`` among ``kwargs`` add nothing to the mask, but in continuous batching, where there is none.
         dropout: the probability to drop a weight in training.
         s_aux: (Hq,), the heads' sinks.
         position_bias: floating, broadcastable to (B, Hq, Lq, Lk). It is added to the scores, and gets a gradient.
@@ -44,18 +45,20 @@ def attend(
         The output (B, Lq, Hq, Dv), contiguous, and None, or the weights if the call asks for them.
 
     Raises:
-        NotImplementedError: the module prepares its mask for other implementations only, or
-            `fastlm.distributed.context_parallel` is open and fastlm cannot take the call.
+        NotImplementedError: the module prepares its mask for other implementations only; or fastlm cannot take the call, and
+            `fastlm.distributed.context_parallel` is open, or requests are batched continuously.
     """
     traits = traits_of(type(module))
     collected = _active_collector.get()  # some models collect weights without asking for them
     output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
+    batched = is_batched(kwargs)
     plain = not torch.jit.is_tracing() and are_known((query, key, value, attention_mask, s_aux, position_bias))
     if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
         if reason is not None:
-            if context.is_open():
-                raise NotImplementedError(f"{type(module).__name__} cannot run in context_parallel: {reason}")
+            where = "in context_parallel" if context.is_open() else "in continuous batching" if batched else None
+            if where is not None:
+                raise NotImplementedError(f"{type(module).__name__} cannot run {where}: {reason}")
             options = {
                 "dropout": dropout,
                 "scaling": scaling,
@@ -65,7 +68,10 @@ def attend(
             }
             options |= {"output_attentions": output_attentions, **kwargs}
             return _attend_eagerly(module, traits.eager, reason, query, key, value, attention_mask, options)
-    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout if module.training else 0.0}
+    options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if batched:
+        return attend_batch(query, key, value, kwargs, **options), None
+    options["dropout_p"] = dropout if module.training else 0.0
     if is_packed(attention_mask):
         return attend_packed(query, key, value, attention_mask, **options), None
     causal, window, attention_mask = read_mask(attention_mask)

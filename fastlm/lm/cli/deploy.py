@@ -47,9 +47,11 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a trained decoder (train --model decoder)")
     parser.add_argument("--host", default="localhost", metavar="NAME", help="address to listen on (default: localhost)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (default: 8000)")
+    batching = "answer requests that come together as one batch, which each joins and leaves by itself"
+    parser.add_argument("--continuous-batching", action="store_true", help=batching)
 
 
 def run_serve(arguments: argparse.Namespace) -> None:
     from ..model.serve import serve
 
-    serve(arguments.checkpoint, arguments.host, arguments.port)
+    serve(arguments.checkpoint, arguments.host, arguments.port, arguments.continuous_batching)

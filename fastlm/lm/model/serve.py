@@ -12,7 +12,7 @@ from .checkpoint import CONFIG, kind_of
 from .text_vae import TextVAE
 
 
-def serve(model: str | os.PathLike, host: str = "localhost", port: int = 8000) -> None:
+def serve(model: str | os.PathLike, host: str = "localhost", port: int = 8000, continuous_batching: bool = False) -> None:
     """Run ``transformers serve`` with a model on fastlm's kernels, until it is interrupted.
 
     That server takes no ``attn_implementation="fastlm"``, as it knows transformers' own names alone. So the model is loaded
@@ -20,6 +20,8 @@ def serve(model: str | os.PathLike, host: str = "localhost", port: int = 8000) -
 
     Args:
         model: the folder of a decoder, or of another model that transformers reads.
+        continuous_batching: whether requests that come together are answered as one batch, which each joins and leaves by
+            itself, with paged caches.
 
     Raises:
         ImportError: the server's libraries are missing.
@@ -41,4 +43,4 @@ def serve(model: str | os.PathLike, host: str = "localhost", port: int = 8000) -
             return loaded
 
     with patch.object(model_manager, "ModelManager", Manager):
-        Serve(str(model), host=host, port=port)
+        Serve(str(model), host=host, port=port, continuous_batching=continuous_batching)
