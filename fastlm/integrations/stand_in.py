@@ -40,18 +40,22 @@ class Package:
         return [other for other in self.modules if other.rpartition(".")[0] == name]
 
 
-def install(package: Package) -> None:
+def is_installed(package: Package) -> bool:
+    """Return whether the package's names are fastlm's."""
+    return _finder_of(package) is not None
+
+
+def install(package: Package) -> bool:
     """Let the package be imported, until `uninstall`. It may have been installed before.
 
-    Raises:
-        RuntimeError: the real one is installed.
+    Returns:
+        Whether the names are fastlm's: not if the real one is installed, which is never replaced.
     """
-    if _finder_of(package) is not None:
-        return
-    for name in package.top_level():
-        if name in sys.modules or find_spec(name) is not None:
-            raise RuntimeError(f"{name} is installed; fastlm stands in for it only where it is not")
-    sys.meta_path.append(_Finder(package))
+    if not is_installed(package):
+        if any(name in sys.modules or find_spec(name) is not None for name in package.top_level()):
+            return False
+        sys.meta_path.append(_Finder(package))
+    return True
 
 
 def uninstall(package: Package) -> None:

@@ -279,8 +279,8 @@ def test_bad_input():
 
 
 def test_install_and_uninstall():
-    xformers.install()
-    xformers.install()
+    assert xformers.install()
+    assert xformers.install()
     try:
         ops = importlib.import_module("xformers.ops")
         assert ops.memory_efficient_attention is memory_efficient_attention
@@ -306,8 +306,7 @@ def test_install_and_uninstall():
 
 
 def test_a_real_package_stays():
-    with pytest.raises(RuntimeError, match="torch is installed"):
-        install_package(Package("torch", "9", {"torch": None}))
+    assert not install_package(Package("torch", "9", {"torch": None}))
 
 
 DIFFUSERS = """

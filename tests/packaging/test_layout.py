@@ -37,7 +37,7 @@ BELOW = {
     "ops": {"reference", "backend"},
     "nn": {"ops"},
     "distributed": {"ops", "backend"},
-    "integrations": {"distributed", "nn", "ops"},
+    "integrations": {"distributed", "nn", "ops", "backend"},
     "lm": {"integrations", "distributed", "nn", "ops"},
     "fastlm_cli": {"cli"},
     "cli": {"lm", "integrations", "nn", "ops", "backend", "fastlm"},

@@ -76,6 +76,11 @@ def _joined_statistics(statistics: tuple[Tensor, Tensor], lses: tuple[Tensor, Te
     return torch.where((maximum == -math.inf)[..., None], statistics[0], joined)
 
 
+def statistics_of(lse: Tensor, unit: float) -> Tensor:
+    """Return statistics (B, Hq, Lq, 2) with the weights exp(score - lse), for parts that others joined by their lse alone."""
+    return torch.stack([lse / unit, torch.zeros_like(lse)], dim=-1)
+
+
 # ---- the reference ----------------------------------------------------------------------------------------------------------
 
 

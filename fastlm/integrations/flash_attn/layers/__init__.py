@@ -1,0 +1,1 @@
+"""Hold the layers of flash_attn that fastlm has: rotary."""

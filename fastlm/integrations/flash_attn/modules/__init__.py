@@ -1,0 +1,1 @@
+"""Hold the modules of flash_attn that fastlm has: mha."""
