@@ -84,6 +84,19 @@ def total(tensor: Tensor) -> Tensor:
     return tensor if _open is None else _Total.apply(tensor, _open.ranks)
 
 
+def has_processes() -> bool:
+    """Return whether this process is one of torch.distributed, in the context or not."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def total_of_all(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, in the context or not; without torch.distributed, the tensor.
+
+    Its gradient is that of the sum of all processes' losses.
+    """
+    return _Total.apply(tensor, ranks_of(None, None)) if has_processes() else tensor
+
+
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, ranks: Ranks) -> Tensor:

@@ -62,7 +62,7 @@ def summed(results, group=None):
 
 def model_of(kind, tokenizer, dtype=torch.float32):
     """Build a model with weights so large that attention is not flat and z matters."""
-    model = build(kind, "tiny", tokenizer, free_bits=0.1)
+    model = build(kind, "tiny", tokenizer, free_bits=0.1, mean_std=0.8)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -224,7 +224,7 @@ def test_an_interrupted_continued_run_is_resumed_to_the_same_bits(tokenizer, oth
     assert all(torch.equal(part[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("option", ["--model=vae", "--preset=tiny"])
+@pytest.mark.parametrize("option", ["--model=vae", "--preset=tiny", "--mean-std=1"])
 def test_the_model_to_go_on_from_is_not_chosen_again(tmp_path, capsys, option):
     assert main(["lm", "train", "--from", "base", option, "--output", str(tmp_path / "run")]) == 1
     assert f"--from goes on with a model as it is: leave out {option.partition('=')[0]}" in capsys.readouterr().err

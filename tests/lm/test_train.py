@@ -177,6 +177,7 @@ def test_a_run_is_not_resumed_from_what_is_damaged_or_has_changed(whole, corpus,
         ({"epochs": 0}, "epochs must be positive; got 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive; got nan"),
         ({"free_bits": -1.0}, "free_bits must not be negative"),
+        ({"mean_std": -0.1}, "mean_std must not be negative; got -0.1"),
         ({"word_dropout": 1.5}, "word_dropout must be from 0 to 1; got 1.5"),
     ],
 )

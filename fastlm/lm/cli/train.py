@@ -76,6 +76,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     option("beta", "the weight of the KL at its highest", type=float, metavar="X")
     option("warm-start", "share of the training without the KL, as a plain autoencoder", type=float, metavar="SHARE")
     option("free-bits", "nats that each dimension of the latent may take for nothing", type=float, metavar="NATS")
+    option("mean-std", "standard deviation of the latent's means over a batch; 0: as they come", type=float, metavar="X")
     option("word-dropout", "share of the tokens hidden from the decoder", type=float, metavar="SHARE")
     option("span-masking", "share of the tokens hidden from the encoder", type=float, metavar="SHARE")
     option("seed", "of the weights, the order of the texts and the noise", type=int, metavar="N")
@@ -92,8 +93,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
     output = Path(arguments.output)
     given = {field.name: getattr(arguments, field.name) for field in fields(Settings) if hasattr(arguments, field.name)}
-    if "start" in given and (own := [name for name in ("model", "preset") if name in given]):
-        raise ValueError(f"--from goes on with a model as it is: leave out --{own[0]}")
+    if "start" in given and (own := [name for name in ("model", "preset", "mean_std") if name in given]):
+        raise ValueError(f"--from goes on with a model as it is: leave out --{own[0].replace('_', '-')}")
     new = Settings(**CONTINUED) if "start" in given else Settings()
     settings = replace(settings_of(output)[0] if arguments.resume else new, **given)
     train(output, arguments.corpus, settings, resume=arguments.resume, context_parallel=arguments.context_parallel)

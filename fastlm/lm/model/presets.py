@@ -13,7 +13,13 @@ ATTENTION = "fastlm"
 
 
 def build(
-    kind: str, preset: str, tokenizer: PreTrainedTokenizerBase, *, free_bits: float = 0.0, seed: int = 0
+    kind: str,
+    preset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    free_bits: float = 0.0,
+    mean_std: float = 0.0,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Build a model with new weights for the tokenizer's vocabulary, on fastlm's kernels; a seed determines the weights.
 
@@ -43,7 +49,8 @@ def build(
             return on_kernels(LlamaForCausalLM._from_config(decoder, attn_implementation=ATTENTION))
         own = {"num_hidden_layers": size.encoder_layers, "mask_token_id": tokenizer.mask_token_id}
         encoder = EuroBertConfig(**common | {"tie_word_embeddings": False}, **own)
-        config = TextVAEConfig(encoder=encoder, decoder=decoder, latent_dim=size.latent_dim, free_bits=free_bits)
+        latent = {"latent_dim": size.latent_dim, "free_bits": free_bits, "mean_std": mean_std}
+        config = TextVAEConfig(encoder=encoder, decoder=decoder, **latent)
         return on_kernels(TextVAE._from_config(config, attn_implementation=ATTENTION))
 
 

@@ -2,6 +2,8 @@
 
     text -> bidirectional encoder -> mean of its tokens -> (mu, logvar) -> z -> autoregressive decoder -> text
 
+mu is normalized over the batch, if the config says so (`fastlm.lm.model.batch_norm`), which keeps the decoder from ignoring z.
+
 The decoder receives z in two ways, after Optimus (Li et al. 2020, arXiv:2004.04092): each layer has a key and a value of z
 before those of the tokens ("memory"), and a projection of z is added to the embedding of each token.
 """
@@ -32,6 +34,7 @@ from transformers.utils import ModelOutput
 from ...distributed import context
 from ...nn import GaussianLatent
 from ...ops.latent import gaussian_kl
+from .batch_norm import BatchNorm
 
 IGNORED = -100  # the label of a token that the loss ignores
 # The posterior's logvar in a new model. With more noise at first, the decoder learns to ignore z.
@@ -50,6 +53,8 @@ class TextVAEConfig(PreTrainedConfig):
         latent_dim: the size D of the latent.
         free_bits: the nats of KL of each dimension of the latent that the loss does not count (Kingma et al. 2016). They keep
             the decoder from learning to ignore the latent.
+        mean_std: the standard deviation of the posterior's means over the texts of a batch, in each dimension (`BatchNorm`); 0
+            leaves them as the encoder makes them. Free bits alone can be spent on posteriors that are narrow and all alike.
     """
 
     model_type = "fastlm_text_vae"
@@ -62,6 +67,7 @@ class TextVAEConfig(PreTrainedConfig):
     decoder: PreTrainedConfig | dict | None = None
     latent_dim: int = 32
     free_bits: float = 0.0
+    mean_std: float = 0.0
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -125,6 +131,8 @@ class TextVAE(PreTrainedModel, GenerationMixin):
         self.encoder = EuroBertModel._from_config(config.encoder)
         self.decoder = LlamaForCausalLM._from_config(decoder)
         self.latent = GaussianLatent(config.encoder.hidden_size, config.latent_dim, free_bits=config.free_bits)
+        if config.mean_std:
+            self.mean_norm = BatchNorm(config.latent_dim, config.mean_std)
         # z has one key and one value for each head of each layer, as a token has in a cache.
         slots = decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
         self.to_keys = nn.Linear(config.latent_dim, slots)
@@ -156,8 +164,12 @@ class TextVAE(PreTrainedModel, GenerationMixin):
     def posterior(
         self, ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return (mu, logvar), each (B, D), of the texts ``ids`` (B, L)."""
-        return self.latent.parameters_of(self.encode(ids, attention_mask, position_ids))
+        """Return (mu, logvar), each (B, D), of the texts ``ids`` (B, L). In training mu is normalized over these texts."""
+        mu, logvar = self.latent.parameters_of(self.encode(ids, attention_mask, position_ids))
+        if self.config.mean_std:
+            # Without its bias, which the norm takes out again: Adam would make steps of a gradient that is rounding alone.
+            mu = self.mean_norm(mu - self.latent.linear.bias[: self.config.latent_dim])
+        return mu, logvar
 
     def generate(self, inputs: Tensor | None = None, *arguments, latents: Tensor | None = None, **options):
         """Generate as transformers does, given ``latents`` (B, D), or drawing them from the prior by torch's generator."""

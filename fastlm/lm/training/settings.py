@@ -24,7 +24,7 @@ class Settings:
         learning_rate: the highest learning rate, after a warm-up; it falls to 0 along a cosine.
         weight_decay: of AdamW.
         kl_schedule, beta, warm_start: see `fastlm.lm.training.schedules.kl_weight`.
-        free_bits: see `fastlm.lm.model.text_vae.TextVAEConfig`.
+        free_bits, mean_std: see `fastlm.lm.model.text_vae.TextVAEConfig`; ``mean_std`` is a new model's.
         word_dropout: the share of the tokens that are hidden from the decoder, so that it needs the latent.
         span_masking: the share of the tokens that are hidden from the encoder.
         seed: determines the weights, the order of the texts and the noise.
@@ -45,6 +45,7 @@ class Settings:
     beta: float = 1.0
     warm_start: float = 0.2
     free_bits: float = 0.5
+    mean_std: float = 0.8
     word_dropout: float = 0.0
     span_masking: float = 0.0
     seed: int = 0
@@ -60,7 +61,7 @@ class Settings:
         for name in ("epochs", "batch_size", "learning_rate"):
             if not (value := getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive; got {value}")
-        for name in ("weight_decay", "beta", "free_bits", "seed"):
+        for name in ("weight_decay", "beta", "free_bits", "mean_std", "seed"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must not be negative; got {value}")
         for name in ("warm_start", "word_dropout", "span_masking"):

@@ -155,7 +155,8 @@ def _model(
         return model, tokenizer, []
     tokenizer = load_tokenizer(corpus)
     begin_texts(tokenizer)
-    model = build(settings.model, settings.preset, tokenizer, free_bits=settings.free_bits, seed=settings.seed)
+    latent = {"free_bits": settings.free_bits, "mean_std": settings.mean_std}
+    model = build(settings.model, settings.preset, tokenizer, **latent, seed=settings.seed)
     if not settings.vectors:
         return model, tokenizer, []
     matched = use_vectors(model, tokenizer, settings.vectors, frozen=settings.freeze_vectors)
