@@ -186,16 +186,18 @@ def _flat(pairs: Sequence[Pair | None]) -> list[Tensor]:
 
 
 class _Homecoming:
-    """Send the gradients of other ranks' keys and values home, and add up those of this rank's own, in the order of steps."""
+    """Send the gradients of other ranks' keys and values home, and add up those of this rank's own, in the order of steps.
+
+    ``totals`` are this rank's, of keys and of values (L, B, H, D), in float32 or better, and ``sums`` their pieces.
+    """
 
     def __init__(self, plan: Plan, own: list[Pair]):
         self.plan, self.own = plan, own
-        self.sums: list[Pair | None] = [None] * len(own)
+        lengths = [len(key) for key, _ in own]
+        dtype = torch.promote_types(own[0][0].dtype, torch.float32)
+        self.totals = tuple(each.new_zeros(sum(lengths), *each.shape[1:], dtype=dtype) for each in own[0])
+        self.sums: list[Pair | None] = list(zip(*(total.split(lengths) for total in self.totals)))
         self.under_way: list[tuple[list[dist.Work], Sequence[Tensor], list[Pair | None]]] = []
-
-    def add(self, grads: Sequence[Pair | None]) -> None:
-        """Add gradients of this rank's pieces."""
-        self.sums = list(map(_sum, self.sums, grads))
 
     def exchange(self, source: int, grads: list[Pair | None]) -> None:
         """Send the gradients of a rank's pieces home, and receive those of the rank that is as far on the other side."""
@@ -203,6 +205,7 @@ class _Homecoming:
         seer = (2 * ranks.rank - source) % ranks.size
         dtype = self.own[0][0].dtype
         sent = [grad.to(dtype).contiguous() for grad in _flat(grads)]
+        del grads  # before memory is taken for those that come
         received = [tuple(map(torch.empty_like, pair)) if seen else None for pair, seen in zip(self.own, self.plan.sends[seer])]
         self.under_way.append((_transfer(ranks, source, sent, seer, _flat(received)), sent, received))
         if len(self.under_way) > 1:
@@ -211,13 +214,14 @@ class _Homecoming:
     def _arrive(self) -> None:
         works, _, received = self.under_way.pop(0)  # What is sent must live until now.
         _wait(works)
-        self.add(received)
+        for total, pair in zip(self.sums, received):
+            _sum(total, pair)
 
-    def finish(self) -> list[Pair]:
-        """Return the sums."""
+    def finish(self) -> Pair:
+        """Return the totals."""
         while self.under_way:
             self._arrive()
-        return [pair or tuple(map(_zeros, own)) for pair, own in zip(self.sums, self.own)]
+        return self.totals
 
 
 # ---- all steps --------------------------------------------------------------------------------------------------------------
@@ -244,8 +248,8 @@ class _Ring(Function):
                 call = _call_of(plan, part, tensors, pairs[part.j], rest)
                 result, before = plan.passes.forward(call), joined.get(part.i)
                 joined[part.i] = first(*result) if before is None else join(before, *result, plan.passes.unit(call))
-        out, lse, statistics = (torch.cat(pieces, dim=2) for pieces in zip(*(joined[i] for i in sorted(joined))))
-        out = out.to(query.dtype)
+        joined = ((out.to(query.dtype), *others) for _, (out, *others) in sorted(joined.items()))
+        out, lse, statistics = (torch.cat(pieces, dim=2) for pieces in zip(*joined))
         ctx.save_for_backward(*tensors, out, lse, statistics)
         ctx.plan, ctx.rest = plan, rest
         ctx.set_materialize_grads(False)
@@ -278,8 +282,9 @@ def _gradients(
     grad_query, grad_mask, grad_sinks = _zeros(query), *(_zeros(t) if n else None for t, n in zip((mask, sinks), needed))
     own = _pairs(plan, key, value)
     home = _Homecoming(plan, own)
-    for source, pairs in _circulate(plan, own):
-        of_pairs: list[Pair | None] = [None] * len(pairs)
+
+    def add_gradients(source: int, pairs: list[Pair | None], of_pairs: list[Pair | None]) -> list[Pair | None]:
+        """Add the gradients of the parts with a rank's keys and values, and return those of these."""
         for part in plan.parts[source]:
             call = _call_of(plan, part, tensors, pairs[part.j], rest)
             of_part = (None if tensor is None else tensor[:, :, part.rows] for tensor in of_rows)
@@ -290,10 +295,15 @@ def _gradients(
             if needed[0]:
                 part.of_mask(grad_mask, plan.shards.mask_has_rows).add_(of_mask)
             if need_sinks:
-                grad_sinks += of_sinks
-        home.add(of_pairs) if source == rank else home.exchange(source, of_pairs)
-    grads = (rows_third(torch.cat(of_pieces)) for of_pieces in zip(*home.finish()))
-    return grad_query, *grads, grad_mask, grad_sinks
+                grad_sinks.add_(of_sinks)
+        return of_pairs
+
+    for source, pairs in _circulate(plan, own):
+        if source == rank:
+            add_gradients(source, pairs, home.sums)
+        else:
+            home.exchange(source, add_gradients(source, pairs, [None] * len(pairs)))
+    return grad_query, *map(rows_third, home.finish()), grad_mask, grad_sinks
 
 
 def _zeros(tensor: Tensor) -> Tensor:
