@@ -141,7 +141,7 @@ def log_density(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     return -0.5 * (math.log(2 * math.pi) + logvar + (z - mu).square() * torch.exp(-logvar)).sum(-1)
 
 
-def mutual_information(mu: Tensor, logvar: Tensor, seeds: Tensor, pairs: int = 1 << 22) -> float:
+def mutual_information(mu: Tensor, logvar: Tensor, seeds: Tensor, pairs: int = 1 << 21) -> float:
     """Estimate the mutual information of texts and latents from the posteriors (N, D) of N texts.
 
     It is the mean of log q(z|x) - log q(z) with one z per text, where q(z) is the mean of all posteriors.
@@ -155,6 +155,7 @@ def mutual_information(mu: Tensor, logvar: Tensor, seeds: Tensor, pairs: int = 1
     precision = torch.exp(-logvar)  # (N, D)
     scaled, constant = mu * precision, (math.log(2 * math.pi) + logvar + mu.square() * precision).sum(-1)  # (N, D), (N,)
     for part in z.split(max(pairs // len(mu), 1)):
-        densities = part @ scaled.T - 0.5 * (part.square() @ precision.T + constant)  # (part, N), log q(z|x)
+        densities = torch.addmm(constant, part.square(), precision.T, beta=-0.5, alpha=-0.5)  # (part, N)
+        densities.addmm_(part, scaled.T)  # log q(z|x)
         total = total - (densities.logsumexp(1) - math.log(len(mu))).sum()
     return float(total) / len(mu)
