@@ -74,7 +74,7 @@ def test_evaluation_takes_the_running_moments():
 
 
 def test_no_encoder_has_a_smaller_kl():
-    """The KL of each dimension is least, std^2 / 2, where the variance is 1; then the means alone tell the texts apart."""
+    """Hold the KL of each dimension to more than std^2 / 2, what the means alone take where the variance is 1."""
     norm = BatchNorm(5, STD).double()
     logvar = seeded_normal(3, (12, 5), torch.float64)
     for scale in (1.0, 1e3, 1e6):

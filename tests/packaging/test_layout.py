@@ -159,7 +159,7 @@ def reached_from(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("csrc/cpu/**/*-inl.h")), ids=name_of)
 def test_code_for_each_instruction_set_includes_no_templates_of_the_standard_library(path):
-    """A std::vector in such code leaked AVX instructions into the baseline through the linker."""
+    """Keep out what a std::vector did in such code: it leaked AVX instructions into the baseline through the linker."""
     for header, origin in reached_from(path).items():
         assert ALLOWED_IN_ISA_CODE.fullmatch(header), f"<{header}>, included by {origin}"
 
@@ -172,13 +172,13 @@ def isa_objects() -> list[Path]:
 
 
 def test_objects_for_each_instruction_set_were_found():
-    """The build leaves them in build/ (make test, pip install -e .). Without them, the next test would test nothing."""
+    """Find what the build leaves in build/ (make test, pip install -e .), without which the next test would test nothing."""
     assert isa_objects()
 
 
 @pytest.mark.parametrize("path", isa_objects(), ids=lambda path: str(path.relative_to(ROOT / "build")))
 def test_objects_for_an_instruction_set_hold_no_weak_symbols(path):
-    """The linker keeps any one copy of a weak symbol, and an AVX-512 copy would crash an AVX2 machine."""
+    """Find no weak symbol: the linker keeps any one copy, and an AVX-512 copy would crash an AVX2 machine."""
     symbols = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
     assert not re.findall(r"^\S+ [WwVvu] .*$", symbols, flags=re.M)
 

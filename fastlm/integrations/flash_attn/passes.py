@@ -16,7 +16,7 @@ from ...ops.attention.varlen import varlen_call
 from ...ops.noise import seed_tensor
 from ...ops.torch_op import reference_only
 from .functions import gather_rows
-from .options import check_call, explain_refusal, window_of
+from .options import check_call, explain_refusal, options_of
 
 Forward = tuple[Tensor, Tensor, None, Tensor | None]
 
@@ -41,7 +41,7 @@ def _flash_attn_forward(
         dropout, a 0-d int64 tensor, or None without dropout.
     """
     window = window_size_left, window_size_right
-    call = _batched_call(q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    call = _call(q, k, v, (), dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     out, lse, seed = _forward("attention", call)
     return out.transpose(1, 2), lse, None, seed
 
@@ -79,7 +79,7 @@ def _flash_attn_varlen_forward(
     if block_table is not None:
         k, v = gather_rows((k, v), block_table, cu_seqlens_k)
     offsets, window = (cu_seqlens_q, cu_seqlens_k), (window_size_left, window_size_right)
-    call = _varlen_call(q, k, v, offsets, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    call = _call(q, k, v, offsets, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     out, lse, seed = _forward("varlen_attention", call)
     return out[0].transpose(0, 1), lse[0], None, seed
 
@@ -110,7 +110,7 @@ def _flash_attn_backward(
     be a part. flash_attn returns softmax_d, which only its own kernels read; None is returned here.
     """
     window = window_size_left, window_size_right
-    call = _batched_call(q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    call = _call(q, k, v, (), dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     grads = _gradients(call._replace(seed=rng_state), dout.transpose(1, 2), out.transpose(1, 2), softmax_lse)
     _write((dq, dk, dv), [grad.transpose(1, 2) for grad in grads])
 
@@ -142,7 +142,7 @@ def _flash_attn_varlen_backward(
 ) -> None:
     """Do what `_flash_attn_backward` does for packed sequences: tensors (total, H, D), softmax_lse (H, total_q)."""
     offsets, window = (cu_seqlens_q, cu_seqlens_k), (window_size_left, window_size_right)
-    call = _varlen_call(q, k, v, offsets, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    call = _call(q, k, v, offsets, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
     grads = _gradients(call._replace(seed=rng_state), _as_batch(dout), _as_batch(out), softmax_lse[None])
     _write((dq, dk, dv), [grad[0].transpose(0, 1) for grad in grads])
 
@@ -150,26 +150,17 @@ def _flash_attn_varlen_backward(
 # ---- calls, and running them ------------------------------------------------------------------------------------------------
 
 
-def _batched_call(q, k, v, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes) -> AttentionCall:
-    """Check the arguments of a batch, and return the call without its seed."""
-    check_call(q, alibi_slopes)
-    rows = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    softcap = softcap if softcap > 0.0 else None
-    options = causal, window_of(window), softmax_scale, softcap, alibi_slopes, None, dropout_p
-    try:
-        return batched_call(*rows, None, *options)
-    except (TypeError, ValueError):
-        explain_refusal(q, k, v)
-        raise
+def _call(q, k, v, offsets: tuple[Tensor, ...], dropout_p: float, *options) -> AttentionCall:
+    """Check the arguments of a batch, or of packed sequences if ``offsets`` are both cu_seqlens, and return the call.
 
-
-def _varlen_call(q, k, v, offsets, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes) -> AttentionCall:
-    """Check the arguments of packed sequences, ``offsets`` being both cu_seqlens; return the call without its seed."""
-    check_call(q, alibi_slopes)
-    softcap = softcap if softcap > 0.0 else None
-    options = causal, window_of(window), softmax_scale, softcap, alibi_slopes, None, dropout_p
+    ``options`` are those of `options_of`.
+    """
+    check_call(q, options[-1])
+    keywords = options_of(*options) | {"sinks": None, "dropout_p": dropout_p}
     try:
-        return varlen_call(q, k, v, *offsets, *options)
+        if offsets:
+            return varlen_call(q, k, v, *offsets, **keywords)
+        return batched_call(*(tensor.transpose(1, 2) for tensor in (q, k, v)), mask=None, **keywords)
     except (TypeError, ValueError):
         explain_refusal(q, k, v, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), offsets)))
         raise
