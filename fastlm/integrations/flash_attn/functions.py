@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...ops.attention import attention, varlen_attention
-from .options import UNLIMITED, check_call, explain_refusal, options_of
+from .options import UNLIMITED, check_call, explain_refusal, window_of
 
 
 def flash_attn_func(
@@ -54,7 +54,11 @@ def flash_attn_func(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            **options_of(softmax_scale, causal, window_size, softcap, alibi_slopes),
+            causal=causal,
+            window=None if window_size == UNLIMITED else window_of(window_size),
+            scale=softmax_scale,
+            softcap=softcap if softcap > 0.0 else None,
+            alibi_slopes=alibi_slopes,
             dropout_p=dropout_p,
             return_lse=return_attn_probs,
         )
@@ -155,7 +159,11 @@ def flash_attn_varlen_func(
             v,
             cu_seqlens_q,
             cu_seqlens_k,
-            **options_of(softmax_scale, causal, window_size, softcap, alibi_slopes),
+            causal=causal,
+            window=None if window_size == UNLIMITED else window_of(window_size),
+            scale=softmax_scale,
+            softcap=softcap if softcap > 0.0 else None,
+            alibi_slopes=alibi_slopes,
             dropout_p=dropout_p,
             return_lse=return_attn_probs,
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...backend import UnsupportedError
 from ...ops.attention import kvcache_attention
 from .layers.rotary import rotate
-from .options import UNLIMITED, check_call, explain_refusal, options_of
+from .options import UNLIMITED, check_call, explain_refusal, window_of
 
 
 def flash_attn_with_kvcache(
@@ -79,7 +79,11 @@ def flash_attn_with_kvcache(
             key=None if k is None else k.transpose(1, 2),
             value=None if v is None else v.transpose(1, 2),
             block_table=table,
-            **options_of(softmax_scale, causal, window_size, softcap, alibi_slopes),
+            causal=causal,
+            window=None if window_size == UNLIMITED else window_of(window_size),
+            scale=softmax_scale,
+            softcap=softcap if softcap > 0.0 else None,
+            alibi_slopes=alibi_slopes,
             return_lse=return_softmax_lse,
         )
     except (TypeError, ValueError):

@@ -43,16 +43,9 @@ def explain_refusal(q: Tensor, k: Tensor, v: Tensor, **indices: Tensor | int | N
             raise RuntimeError(f"{name} must have dtype int32; got {tensor.dtype}")
 
 
-def options_of(
-    softmax_scale: float | None, causal: bool, window_size: tuple[int, int], softcap: float, alibi_slopes: Tensor | None
-) -> dict:
-    """Return fastlm's options for flash_attn's: a negative side of its window sets no limit, and its softcap 0 is none."""
+def window_of(window_size: tuple[int, int]) -> tuple[int | None, int | None] | None:
+    """Return fastlm's window for flash_attn's (left, right), in which a negative side sets no limit."""
     left, right = window_size
-    unlimited = left < 0 and right < 0
-    return {
-        "causal": causal,
-        "window": None if unlimited else (None if left < 0 else left, None if right < 0 else right),
-        "scale": softmax_scale,
-        "softcap": softcap if softcap > 0.0 else None,
-        "alibi_slopes": alibi_slopes,
-    }
+    if left < 0 and right < 0:
+        return None
+    return (None if left < 0 else left), (None if right < 0 else right)

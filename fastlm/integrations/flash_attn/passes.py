@@ -16,7 +16,7 @@ from ...ops.attention.varlen import varlen_call
 from ...ops.noise import seed_tensor
 from ...ops.torch_op import reference_only
 from .functions import gather_rows
-from .options import check_call, explain_refusal, options_of
+from .options import check_call, explain_refusal, window_of
 
 Forward = tuple[Tensor, Tensor, None, Tensor | None]
 
@@ -150,17 +150,17 @@ def _flash_attn_varlen_backward(
 # ---- calls, and running them ------------------------------------------------------------------------------------------------
 
 
-def _call(q, k, v, offsets: tuple[Tensor, ...], dropout_p: float, *options) -> AttentionCall:
-    """Check the arguments of a batch, or of packed sequences if ``offsets`` are both cu_seqlens, and return the call.
-
-    ``options`` are those of `options_of`.
-    """
-    check_call(q, options[-1])
-    keywords = options_of(*options) | {"sinks": None, "dropout_p": dropout_p}
+def _call(
+    q, k, v, offsets: tuple[Tensor, ...], dropout_p, softmax_scale, causal, window, softcap, alibi_slopes
+) -> AttentionCall:
+    """Check the arguments of a batch, or of packed sequences if ``offsets`` are both cu_seqlens, and return the call."""
+    check_call(q, alibi_slopes)
+    softcap = softcap if softcap > 0.0 else None
+    options = causal, window_of(window), softmax_scale, softcap, alibi_slopes, None, dropout_p
     try:
         if offsets:
-            return varlen_call(q, k, v, *offsets, **keywords)
-        return batched_call(*(tensor.transpose(1, 2) for tensor in (q, k, v)), mask=None, **keywords)
+            return varlen_call(q, k, v, *offsets, *options)
+        return batched_call(*(tensor.transpose(1, 2) for tensor in (q, k, v)), None, *options)
     except (TypeError, ValueError):
         explain_refusal(q, k, v, **dict(zip(("cu_seqlens_q", "cu_seqlens_k"), offsets)))
         raise
