@@ -112,8 +112,9 @@ FASTLM_SIMD bool weigh_row(const Attention& a, const Statistic& saved, const Seq
       weigh(min(zero, mul_add(F32::load(scores + k) - most, scale, shift)), k);
     }
   } else {
-    const F32 shift(-(maximum * factor + log_total));
-    for (int64_t k = 0; k < padded(keys); k += kLanes) weigh(mul_add(F32::load(scores + k), scale, shift), k);
+    // In two steps: the shift is the forward's, so that its rounding cancels, as it would not in one sum with log_total.
+    const F32 shift(-(maximum * factor)), total(log_total);
+    for (int64_t k = 0; k < padded(keys); k += kLanes) weigh(mul_add(F32::load(scores + k), scale, shift) - total, k);
   }
   return true;
 }
