@@ -115,6 +115,8 @@ def measure(
         for (case, way), row in rows.items():
             say(f"{text_of(case)}, {way}: memory")
             row["memory"] = measurement.run(steps.memory, case, way)
+            if way != ALONE:
+                row["layer_memory"] = measurement.run(steps.memory_of_layer, case, way)
     return {"link": link, "rows": list(rows.values())}
 
 
@@ -129,9 +131,12 @@ def rate_of(row: dict, seconds: float) -> float:
     return sum(AllToAll(layer, 1).flops(0, backward) for backward in (False, True)) / seconds
 
 
-def bytes_of(row: dict) -> int:
-    """Return the bytes that a process needs at most, its inputs included: the largest of all processes."""
-    return max(each["bytes"] + each["input_bytes"] for each in row["memory"])
+def bytes_of(row: dict, what: str = "memory") -> int:
+    """Return the bytes that a process needs at most, its inputs included: the largest of all processes.
+
+    ``what`` is "memory" of attention alone, or "layer_memory".
+    """
+    return max(each["bytes"] + each["input_bytes"] for each in row[what])
 
 
 def _reference(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -68,13 +68,46 @@ def step_of(case: Case, way: str, attend: Attend) -> tuple[Callable[[], tuple[Te
         leaf.requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
-        if way in (ONE_PROCESS, ALONE):
-            out = fastlm.attention(*leaves, causal=case.causal)
-        else:
-            out = attend(*leaves, causal=case.causal, method=way)
+        out = attended(case, way, attend, *leaves)
         return out.detach(), *torch.autograd.grad(out, leaves, gradient)
 
     return step, sum(tensor.nbytes for tensor in (*leaves, gradient))
+
+
+def attended(case: Case, way: str, attend: Attend, *tensors: Tensor) -> Tensor:
+    """Attend with this process's query, key and value (1, H, L, D) in one of the ways."""
+    if way in (ONE_PROCESS, ALONE):
+        return fastlm.attention(*tensors, causal=case.causal)
+    return attend(*tensors, causal=case.causal, method=way)
+
+
+def layer_step_of(case: Case, way: str, attend: Attend) -> tuple[Callable[[], tuple[Tensor, Tensor]], int]:
+    """Return a forward and backward of an attention layer as models have it, and the bytes of its inputs.
+
+    Rows (1, L, W) of a width of all query heads are projected to queries, keys and values, which nobody else holds, and what
+    is attended to is projected back. Weights and their gradients, which no way divides, stand outside.
+    """
+    ranks = 1 if way == ONE_PROCESS else distributed.get_world_size()
+    first, last = parts(case.sequence, ranks)[distributed.get_rank()]
+    heads, width = [case.query_heads, case.key_heads, case.key_heads], case.query_heads * HEAD_DIM
+    project, unproject = (
+        torch.nn.Linear(width, each * HEAD_DIM, bias=False, dtype=case.dtype) for each in (sum(heads), case.query_heads)
+    )
+    for weight in (project.weight, unproject.weight):
+        weight.grad = torch.zeros_like(weight)
+    rows, gradient = (seeded_normal(i, (1, last - first, width), case.dtype) for i in range(2))
+    rows.requires_grad_()
+
+    def projected() -> list[Tensor]:
+        return project(rows).unflatten(2, (-1, HEAD_DIM)).transpose(1, 2).split(heads, dim=1)
+
+    def step() -> tuple[Tensor, Tensor]:
+        out = unproject(attended(case, way, attend, *projected()).transpose(1, 2).flatten(2))
+        rows.grad = None
+        out.backward(gradient)
+        return out.detach(), rows.grad
+
+    return step, rows.nbytes + gradient.nbytes
 
 
 def answer(case: Case, way: str, attend: Attend) -> tuple[Tensor, ...]:
@@ -94,9 +127,18 @@ def timed(case: Case, way: str, attend: Attend) -> tuple[float, float]:
 
 def memory(case: Case, way: str, attend: Attend) -> dict[str, int]:
     """Return the bytes of this process's inputs, and how far a step raises its resident set, results included."""
-    warm_up, _ = step_of(case._replace(sequence=WARM_UP_ROWS), way, attend)
+    return _memory(step_of, case, way, attend)
+
+
+def memory_of_layer(case: Case, way: str, attend: Attend) -> dict[str, int]:
+    """Return the same for the step of a whole layer."""
+    return _memory(layer_step_of, case, way, attend)
+
+
+def _memory(make_step: Callable, case: Case, way: str, attend: Attend) -> dict[str, int]:
+    warm_up, _ = make_step(case._replace(sequence=WARM_UP_ROWS), way, attend)
     warm_up()
-    step, input_bytes = step_of(case, way, attend)
+    step, input_bytes = make_step(case, way, attend)
     return {"bytes": CPU.peak_bytes(step)[0], "input_bytes": input_bytes}
 
 

@@ -23,7 +23,7 @@ HIDING_TITLE = (
     f"{H100.flops / 1e12:.0f} TFLOP/s"
 )
 CROSSOVER_HEAD = ("link", *(f"{model}, {method}" for model in MODELS for method in METHODS))
-MEASURED_HEAD = ("case", "method", "throughput, of one process", "memory of a process, of one", "the model's")
+MEASURED_HEAD = ("case", "method", "throughput, of one process", "memory in a layer", "of attention alone", "the model's")
 HIDING_HEAD = ("link", *(f"{model}, {name}" for model in MODELS for name in ("forward", "backward")))
 
 
@@ -57,8 +57,9 @@ def measured_rows(found: dict) -> list[tuple[str, ...]]:
         plan = METHODS[row["way"]](layer, measure.RANKS)
         modelled = max(map(plan.memory, range(measure.RANKS))) / one_process_memory(layer)
         throughput = statistics.median(one["seconds"]) / statistics.median(row["seconds"])
-        memory = measure.bytes_of(row) / measure.bytes_of(one)
-        rows.append((measure.text_of(case), row["way"], f"{throughput:.2f}", f"{memory:.2f}", f"{modelled:.2f}"))
+        memory = [measure.bytes_of(row, what) / measure.bytes_of(one, what) for what in ("layer_memory", "memory")]
+        figures = (f"{figure:.2f}" for figure in (throughput, *memory, modelled))
+        rows.append((measure.text_of(case), row["way"], *figures))
     return rows
 
 

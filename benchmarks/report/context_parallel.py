@@ -7,12 +7,14 @@ from suite.units import duration, percentiles, rate, size
 from report.blocks import Block, Code, Heading, Table, Text, Warn, plain
 
 HEAD = ("", "p50", "p20 – p80", "GFLOP/s", f"of one process (goal ≥ {LEAST_THROUGHPUT})")
-HEAD += ("memory of a process", f"of one process (goal ≤ {MOST_MEMORY})")
+HEAD += ("memory in a layer", f"of one process (goal ≤ {MOST_MEMORY})", "attention alone")
 ABOUT = f"""\
 `fastlm.distributed.attention`, forward and backward, in {RANKS} processes of one thread each over gloo, against
 `fastlm.attention` in one process of {RANKS} threads, on the same sequence. Time is from the first process's beginning to the
-last one's end. Memory is what a process needs beyond itself: its inputs, and how far its resident set rises during the call,
-results included. Each answer was checked on a shorter sequence before it was timed."""
+last one's end. Memory is what a process needs for it: inputs, and how far its resident set rises, results included. It is
+given for an attention layer as models have it, where projections make queries, keys and values, and nobody else holds them
+(beside its weights), and for attention alone with its inputs, as a share of one process's. Each answer was checked on a shorter
+sequence before it was timed."""
 
 
 def context_parallel_blocks(found: dict | None) -> list[Block]:
@@ -34,15 +36,17 @@ def context_parallel_blocks(found: dict | None) -> list[Block]:
 def _cells(row: dict, one: dict) -> tuple[str, ...]:
     fast, median, slow = percentiles(row["seconds"])
     figures = duration(median), f"{duration(fast)} – {duration(slow)}", rate(rate_of(row, median) / 1e9)
+    layer = bytes_of(row, "layer_memory")
     if row is one:
-        return ONE_PROCESS, *figures, "", size(bytes_of(row)), ""
-    throughput, memory = percentiles(one["seconds"])[1] / median, bytes_of(row) / bytes_of(one)
+        return ONE_PROCESS, *figures, "", size(layer), "", ""
+    throughput, memory = percentiles(one["seconds"])[1] / median, layer / bytes_of(one, "layer_memory")
     return (
         f"**{RANKS} processes, {row['way']}**",
         *figures,
         _judged(throughput, throughput >= LEAST_THROUGHPUT),
-        size(bytes_of(row)),
+        size(layer),
         _judged(memory, memory <= MOST_MEMORY),
+        f"{bytes_of(row) / bytes_of(one):.2f} ×",
     )
 
 

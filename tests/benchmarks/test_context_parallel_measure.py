@@ -48,6 +48,9 @@ def test_the_right_answer_is_measured():
     assert [each["input_bytes"] for each in one["memory"]] == [(8 + 2 + 2 + 8) * numbers]
     assert [each["input_bytes"] for each in two["memory"]] == [(8 + 2 + 2 + 8) * numbers // RANKS] * RANKS
     assert bytes_of(one) >= 2 * one["memory"][0]["input_bytes"]  # The results are as large.
+    assert [each["input_bytes"] for each in two["layer_memory"]] == [2 * 8 * numbers // RANKS] * RANKS  # rows, out's gradient
+    assert bytes_of(one, "layer_memory") >= (2 + 2 + 8 + 2 + 2 + 8) * numbers  # these, q, k and v, out, and the results
+    assert "layer_memory" not in rows[ALONE]
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
     flops = 7 * 2 * 64 * 8 * (512 * 513 // 2)  # products, operations, head_dim, heads, scores
     assert rate_of(one, 2.0) == flops / 2.0
@@ -64,12 +67,15 @@ def test_the_report_holds_both_methods_to_the_goals():
     shape = SMALL._replace(dtype="float32")._asdict()
 
     def row(way: str, seconds: float, *sizes: int) -> dict:
-        return shape | {"way": way, "seconds": [seconds], "memory": [{"bytes": n, "input_bytes": 100} for n in sizes]}
+        memory = [{"bytes": n, "input_bytes": 100} for n in sizes]
+        alone = [{"bytes": 2 * n, "input_bytes": 0} for n in sizes]
+        return shape | {"way": way, "seconds": [seconds], "layer_memory": memory, "memory": alone}
 
     rows = [row(ONE_PROCESS, 9.0, 900), row("all-to-all", 10.0, 400, 500), row("ring", 10.1, 510, 400)]
     table = context_parallel_blocks({"link": {"bandwidth": 1e9, "latency": 1e-4}, "rows": rows})[-1]
-    judged = [(cells[4], cells[6]) for cells in table.rows]
-    assert judged == [("", ""), ("0.90 × met", "0.60 × met"), ("0.89 × **missed**", "0.61 × **missed**")]
+    judged = [(cells[4], *cells[6:]) for cells in table.rows]
+    assert judged[0] == ("", "", "")
+    assert judged[1:] == [("0.90 × met", "0.60 × met", "0.56 ×"), ("0.89 × **missed**", "0.61 × **missed**", "0.57 ×")]
     assert "no cores" in context_parallel_blocks({"why_not": "no cores"})[-1].text
     assert "Traceback" in context_parallel_blocks({"failed": "Traceback"})[-1].text
     assert context_parallel_blocks(None) == []
