@@ -82,11 +82,11 @@ def _attend(query, key, value, bias, p, scale, op, output_dtype, want_lse: bool)
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
         raise ValueError(f"query, key and value must all have shape (B, M, H, K), (B, M, K) or (B, M, G, H, K); got {shapes}")
     mask, bias = (None, None) if bias is None else _mask_and_bias(bias, layout)
-    rows = _by_heads(query), *_by_heads_once(key, value)
+    rows = query, *_heads_once(key, value)
     if isinstance(mask, _Blocks):
         out, lse = _attend_blocks(*rows, mask, scale, p)
     else:
-        out, lse = _attend_band(*rows, bias, ALL if mask is None else mask.band, scale, p, want_lse)
+        out, lse = _attend_band(*map(_by_heads, rows), bias, ALL if mask is None else mask.band, scale, p, want_lse)
     out = out.transpose(1, 2)
     if layout == 3:
         out = out.squeeze(2)
@@ -114,12 +114,20 @@ def _by_heads(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if layout == 3 else tensor.flatten(2, 3).transpose(1, 2)
 
 
-def _by_heads_once(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values by heads: one of a group, if all heads of a group are the same memory, as `expand` makes them."""
+def _packed(tensor: Tensor) -> Tensor:
+    """Return (M, H, K) of one of xformers' layouts, of a batch of one."""
+    layout, packed = tensor.dim(), tensor.squeeze(0)
+    if layout == 4:
+        return packed
+    return packed.unsqueeze(1) if layout == 3 else packed.flatten(1, 2)
+
+
+def _heads_once(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values with one head of a group, if all heads of a group are the same memory, as `expand` makes them."""
     heads = key.dim() - 2
     if heads > 1 and key.stride(heads) == 0 and value.stride(heads) == 0:
-        key, value = key.narrow(heads, 0, 1), value.narrow(heads, 0, 1)
-    return _by_heads(key), _by_heads(value)
+        return key.narrow(heads, 0, 1), value.narrow(heads, 0, 1)
+    return key, value
 
 
 def _attend_band(query, key, value, bias, band: Band, scale, p: float, want_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -143,11 +151,10 @@ def _attend_blocks(query, key, value, mask: _Blocks, scale, p: float) -> tuple[T
     if not query.shape[0] == key.shape[0] == value.shape[0] == 1:
         batches = query.shape[0], key.shape[0], value.shape[0]
         raise ValueError(f"query, key and value must be batches of one where attn_bias has blocks; got batches of {batches}")
-    packed = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    call = varlen_call(*packed, *mask.offsets(), False, None, scale, None, None, None, p)
+    call = varlen_call(*map(_packed, (query, key, value)), *mask.offsets(), False, None, scale, None, None, None, p)
     left, right, top_left = mask.band
     moved = top_left and mask.q_seqinfo is not mask.k_seqinfo
-    places = _at_first_keys(call.cu_seqlens_q, query.shape[1]) if moved else None
+    places = _at_first_keys(call.cu_seqlens_q, call.query.shape[1]) if moved else None
     return run("varlen_attention", call._replace(left=left, right=right, places=places), None, None)[:2]
 
 
