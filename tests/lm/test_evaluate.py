@@ -10,7 +10,15 @@ from torch.distributions import Normal
 
 from fastlm.lm.data.batches import Texts, encode_text
 from fastlm.lm.data.prepare import read_split
-from fastlm.lm.model.evaluate import ACTIVE, evaluate, importance_nll, log_density, mutual_information
+from fastlm.lm.model.evaluate import (
+    ACTIVE,
+    evaluate,
+    importance_nll,
+    log_density,
+    mutual_information,
+    reconstruction_scores,
+)
+from fastlm.lm.model.generate import TextGenerator
 from fastlm.lm.model.presets import build
 from fastlm.ops.latent import reparameterize_with_kl
 
@@ -98,7 +106,8 @@ def test_a_decoder_s_likelihood_text_by_text(corpus, tokenizer):
     assert found.nll_per_token == pytest.approx(total / tokens, rel=1e-5)
     assert found.nll_per_word == pytest.approx(total / words, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(total / words), rel=1e-3)
-    assert found.kl is found.active_units is found.mutual_information is None and "KL" not in str(found)
+    assert found.kl is found.active_units is found.mutual_information is found.bleu is None
+    assert "KL" not in str(found) and "BLEU" not in str(found)
 
 
 def test_a_text_vae(corpus, tokenizer):
@@ -119,6 +128,20 @@ def test_a_text_vae(corpus, tokenizer):
     units = int((variance > ACTIVE).sum())
     assert many.active_units == units and 0 < units <= 8
     assert 0 < many.mutual_information <= math.log(len(texts)) + 1e-6
+    assert 0 <= many.bleu < 100 and "chrF" in str(many)
+
+
+def test_reconstructions_are_scored(corpus, tokenizer, monkeypatch):
+    """Texts that come back whole have BLEU and chrF of 100; one text for all is far below, and not distinct."""
+    model, texts = build("vae", "tiny", tokenizer), Texts(corpus, "test", tokenizer, 128)
+    short = [text for text in (record["text"] for record in read_split(corpus, "test")) if len(text) <= 60][:100]
+    monkeypatch.setattr(TextGenerator, "reconstruct", lambda self, wanted: list(wanted))
+    found = reconstruction_scores(model, tokenizer, texts)
+    assert found["bleu"] == pytest.approx(100) and found["chrf"] == pytest.approx(100)
+    assert found["distinct"] == len(set(short)) / len(short)
+    monkeypatch.setattr(TextGenerator, "reconstruct", lambda self, wanted: [wanted[0]] * len(wanted))
+    found = reconstruction_scores(model, tokenizer, texts)
+    assert found["bleu"] < 50 and found["distinct"] == 1 / len(short)
 
 
 def test_a_collapsed_latent_is_called_so(corpus, tokenizer):

@@ -6,12 +6,10 @@ A decoder reads the source and continues with the target, which begins after the
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,6 +17,7 @@ from ..data.batches import padded
 from ..data.numbers import WHAT, number_pairs
 from ..data.problems import Problems
 from ..model.checkpoint import load
+from ..model.overlap import scores
 from ..model.presets import ATTENTION, on_kernels
 from ..model.text_vae import IGNORED, TextVAE
 from .common import (
@@ -39,9 +38,6 @@ from .common import (
 )
 
 FIELDS = ("source", "target")
-# Scripts without blanks between words. sacrebleu's tokenizer for Chinese splits no kana, and that for Japanese needs MeCab.
-_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_OTHERS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")  # Thai, Lao, Burmese, Khmer, kana
 CHAT = "{{ bos_token }}{{ messages[-1]['content'] }}{{ bos_token }}"  # the last message is the source, and the reply the target
 
 
@@ -54,7 +50,7 @@ class Translation:
         train, validation, test: the numbers of pairs to train on, to choose the epoch by and to test on.
         bleu: sacrebleu's BLEU of the test pairs, 0 to 100. It counts up to four words in a row, and is 0 if no target has four.
         chrf: sacrebleu's chrF, 0 to 100, which counts up to six characters in a row, in any language and in short targets, too.
-        signature, chrf_signature: sacrebleu's descriptions of how it computed them; see `bleu_tokenizer`.
+        signature, chrf_signature: sacrebleu's descriptions of how it computed them; see `fastlm.lm.model.overlap`.
         exact: the share of the test pairs whose prediction is the target.
         problems: the rows that could not be read.
     """
@@ -207,25 +203,3 @@ def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, source
         made = model.generate(input_ids=ids, attention_mask=mask, do_sample=False)[:, ids.shape[1] :]
         found |= zip(part, map(str.strip, tokenizer.batch_decode(made, skip_special_tokens=True)))
     return [found[index] for index in range(len(sources))]
-
-
-def scores(targets: Sequence[str], found: Sequence[str]) -> dict[str, float | str]:
-    """Return ``bleu``, ``chrf``, their signatures and ``exact`` of the outputs ``found``."""
-    bleu, chrf = BLEU(tokenize=bleu_tokenizer(targets)), CHRF()
-    by_words, by_characters = (metric.corpus_score(list(found), [list(targets)]).score for metric in (bleu, chrf))
-    signatures = {"signature": str(bleu.get_signature()), "chrf_signature": str(chrf.get_signature())}
-    exact = sum(map(str.__eq__, targets, found)) / len(targets)
-    return {"bleu": by_words, "chrf": by_characters, **signatures, "exact": exact}
-
-
-def bleu_tokenizer(targets: Iterable[str]) -> str:
-    """Return the name of sacrebleu's tokenizer for the targets' language, by its script.
-
-    "13a" splits words and punctuation marks, "zh" Chinese characters, too, and "char" all characters, for the other languages
-    that put no blanks between words.
-    """
-    text = "".join(targets)
-    han, others = (len(script.findall(text)) for script in (_HAN, _OTHERS))
-    if 10 * (han + others) < len(text):  # some foreign names
-        return "13a"
-    return "char" if 10 * others > han + others else "zh"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,15 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...distributed import context
 from ...ops.latent import reparameterize_with_kl
 from ..data.batches import Collator, Texts
+from .generate import TextGenerator
+from .overlap import scores
 from .text_vae import IGNORED, TextVAE, nll_of, targets_of
 
 ACTIVE = 0.01  # a unit is active if the variance of its mu over texts is larger (Burda et al. 2016, arXiv:1509.00519)
 BATCH = 32
+RECONSTRUCTED, SHORT = 100, 60  # so many texts of at most so many characters are reconstructed
 
 
 @dataclass
 class Evaluation:
-    """The results of a model on held-out texts, in nats. The last five are None without a latent.
+    """The results of a model on held-out texts, in nats. The last eight are None without a latent.
 
     Attributes:
         texts, tokens, words: their numbers. The tokens include each text's end; white space separates the words.
@@ -30,6 +34,9 @@ class Evaluation:
         active_units: the number of dimensions of the latent whose mean varies from text to text.
         mutual_information: of text and latent, estimated over the texts (He et al. 2019, arXiv:1901.05534); at most ln(texts).
         samples: the number of importance samples, which are latents, drawn for each text.
+        bleu, chrf: sacrebleu's, 0 to 100, of greedy reconstructions of the first 100 texts of at most 60 characters; None if
+            there are none.
+        distinct: how many of these reconstructions differ, as a share.
     """
 
     texts: int
@@ -43,6 +50,9 @@ class Evaluation:
     active_units: int | None = None
     mutual_information: float | None = None
     samples: int | None = None
+    bleu: float | None = None
+    chrf: float | None = None
+    distinct: float | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -58,6 +68,10 @@ class Evaluation:
                 f"active units        {self.active_units}",
                 f"mutual information  {self.mutual_information:.2f} nats (at most {math.log(self.texts):.2f})",
             ]
+        if self.bleu is not None:
+            lines.append(
+                f"reconstructions     BLEU {self.bleu:.1f}, chrF {self.chrf:.1f}, {self.distinct:.0%} distinct, of short texts"
+            )
         return "\n".join(lines)
 
 
@@ -117,7 +131,21 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
         units = int((mu.var(0) > ACTIVE).sum())
         information = mutual_information(mu, logvar, seeds)
         found |= {"active_units": units, "mutual_information": information, "samples": samples}
+        found |= reconstruction_scores(model, tokenizer, texts)
     return Evaluation(len(texts), tokens, words, nll / tokens, nll / words, math.exp(min(nll / words, 700)), **found)
+
+
+def reconstruction_scores(model: TextVAE, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> dict[str, float]:
+    """Return ``bleu``, ``chrf`` and ``distinct`` of reconstructions of short texts, or nothing if none is short."""
+    rows = (ids for ids, _ in map(texts.__getitem__, range(len(texts))) if ids[-1] == tokenizer.eos_token_id)  # not cut
+    wanted = list(
+        islice((text for text in (tokenizer.decode(ids[1:-1]) for ids in rows) if 0 < len(text) <= SHORT), RECONSTRUCTED)
+    )
+    if not wanted:
+        return {}
+    found = TextGenerator(model, tokenizer).reconstruct(wanted)
+    both = scores(wanted, found)
+    return {"bleu": both["bleu"], "chrf": both["chrf"], "distinct": len(set(found)) / len(found)}
 
 
 def importance_nll(
