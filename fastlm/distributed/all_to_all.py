@@ -41,7 +41,7 @@ def attend(
     heads, places = own[ranks.rank], None
     if call.dropout_p:
         whole = (0, sum(shards.queries)), (0, sum(shards.keys))
-        places = part_of(Sequences.of(call, shards), *whole, heads.start).places.to(call.query.device)
+        places = part_of(Sequences.of(call, shards), *whole, call.query.device, heads.start).places
     of_heads = call._replace(
         query=rows_to_heads(ranks, call.query, own, shards.queries),
         key=rows_to_heads(ranks, call.key, shared, shards.keys),

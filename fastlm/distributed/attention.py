@@ -17,11 +17,11 @@ from ..ops.attention.varlen import packed_results, varlen_call
 from ..ops.attention.varlen import varlen_attention as whole_varlen_attention
 from ..ops.noise import check_seed, seed_tensor
 from ..ops.torch_op import are_plain
-from . import all_to_all, ring
+from . import all_gather, all_to_all, ring
 from .ranks import Checked, Ranks, agree, ranks_of
 from .sequences import Shards
 
-METHODS = ("auto", "all-to-all", "ring")
+METHODS = ("auto", "all-to-all", "all-gather", "ring")
 
 
 def attention(
@@ -56,9 +56,11 @@ def attention(
         mesh: the processes as a DeviceMesh of one dimension, in place of a group.
         method: "all-to-all" gives each rank all rows of some heads: the results and gradients are one process's to the bit,
             with all derivatives, on up to Hq ranks (with fewer key heads than ranks, the gradients of keys and values are
-            right to rounding). "ring" sends keys and values round: any number of heads, transfers behind the computation,
-            right to rounding, differentiable once, no return_stats. "auto" takes all-to-all, unless there are more ranks than
-            query heads, or a mask with a row for each query, all of which every rank would hold.
+            right to rounding). "all-gather" gives each rank all keys and values: any number of heads, right to rounding, with
+            all derivatives. "ring" sends keys and values round: any number of heads, the least memory, transfers behind the
+            computation, right to rounding, differentiable once, no return_stats. "auto" takes all-to-all, unless there are
+            more ranks than query heads, or a mask with a row for each query, all of which every rank would hold: then
+            all-gather for return_stats, else ring.
         mask: as in `fastlm.attention`, of this rank's rows over the keys of all ranks: broadcastable to (B, Hq, L, sum of Lk).
             Its gradient is this rank's part where it is the same for all queries: sum it over the ranks, as a parameter's.
         sinks: (Hq,), the same on all ranks, and alibi_slopes. The gradient of sinks is this rank's part, to be summed.
@@ -175,11 +177,12 @@ def _attend(
         call = call._replace(seed=seed_tensor(drawn, call.query))
     method = _chosen(method, call, shards, wanted)
     if wanted and method == "ring":
-        raise UnsupportedError("return_stats needs method='all-to-all', and so a query head for each rank")
+        raise UnsupportedError("return_stats needs method='all-to-all' or 'all-gather'; got 'ring'")
     with observer.missed(observer.SPREAD):
-        if method == "all-to-all":
-            return all_to_all.attend(shards, call, backend, wanted, return_lse)
-        return *ring.attend(shards, call, backend), None
+        if method == "ring":
+            return *ring.attend(shards, call, backend), None
+        by = all_to_all if method == "all-to-all" else all_gather
+        return by.attend(shards, call, backend, wanted, return_lse)
 
 
 def _check_method(method: str) -> None:
@@ -275,6 +278,8 @@ def _chosen(method: str, call: AttentionCall, shards: Shards, wanted: frozenset[
     heads, size = call.query.shape[1], shards.ranks.size
     if method == "all-to-all" and heads < size:
         raise ValueError(f"method='all-to-all' needs a query head for each of the {size} ranks; got {heads}")
-    if method == "auto":
-        return "ring" if heads < size or (shards.mask_has_rows and not wanted) else "all-to-all"
-    return method
+    if method != "auto":
+        return method
+    if heads >= size and not shards.mask_has_rows:
+        return "all-to-all"
+    return "all-gather" if wanted else "ring"

@@ -117,6 +117,14 @@ def move_rows(ranks: Ranks, tensor: Tensor, have: Sequence[Sequence[Range]], wan
     return rows_third(rows)
 
 
+def summed_rows(ranks: Ranks, tensor: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the sum over ranks of this rank's ``lengths[rank]`` rows, (B, H, L), from what each has of all, (B, H, S)."""
+    *outer, _ = tensor.shape
+    own = [*outer, lengths[ranks.rank]]
+    pieces = tensor.split(list(lengths), dim=2)
+    return exchange(ranks, pieces, [torch.Size(own).numel()] * ranks.size).view(ranks.size, *own).sum(dim=0)
+
+
 def _overlaps(have: Sequence[Range], want: Sequence[Range]) -> list[Range]:
     """Return the ranges that are in both, in the order of ``want``, and there of ``have``."""
     found = [(max(a, c), min(b, d)) for c, d in want for a, b in have]

@@ -24,7 +24,18 @@ from ..ops.attention.parts import PASSES, PartPasses, first, join
 from ..ops.torch_op import differentiable_once, reference_only
 from .exchange import Range, move_rows, rows_first, rows_third
 from .ranks import Ranks
-from .sequences import Part, Sequences, Shards, align_to_counters, part_of, ranges_of, split, visible
+from .sequences import (
+    Part,
+    Sequences,
+    Shards,
+    align_to_counters,
+    is_lopsided,
+    of_ranks,
+    part_of,
+    places_of,
+    split,
+    visible,
+)
 
 # ---- who computes what ------------------------------------------------------------------------------------------------------
 
@@ -67,13 +78,11 @@ def make_plan(shards: Shards, call: AttentionCall, passes: PartPasses) -> Plan:
     (_, rank, size), sequences = shards.ranks, Sequences.of(call, shards)
     left, right, total = call.left, call.right, sum(shards.keys)
     queries, keys = shards.query_ranges(), shards.key_ranges()
-    # Under a window of a share w of the keys, the mean rank has 1 - w / 2 of the work of the last.
-    zigzag = right is not None and right < total and (left is None or left + right > total // 4)
-    if zigzag:
+    if is_lopsided(call, total):
         queries, keys = split(sum(shards.queries), 2 * size), split(total, 2 * size)
     if call.dropout_p:
         keys = align_to_counters(sequences, keys)
-    queries, keys = ([[p[r], p[-1 - r]] if zigzag else [p[r]] for r in range(size)] for p in (queries, keys))
+    queries, keys = of_ranks(queries, size), of_ranks(keys, size)
     sees = [visible(sequences, queries[rank], of_rank, left, right) for of_rank in keys]
     sends = [_any_of_each(visible(sequences, of_rank, keys[rank], left, right)) for of_rank in queries]
     parts = [
@@ -81,11 +90,6 @@ def make_plan(shards: Shards, call: AttentionCall, passes: PartPasses) -> Plan:
         for source, (of_rank, seen) in enumerate(zip(keys, sees))
     ]
     return Plan(shards, passes, queries, keys, sees, sends, parts)
-
-
-def _places(pieces: list[Range]) -> list[slice]:
-    """Return where the pieces of a rank's rows lie in its tensors."""
-    return [slice(*rows) for rows in ranges_of(tuple(end - begin for begin, end in pieces))]
 
 
 def _parts(
@@ -96,12 +100,11 @@ def _parts(
     With its own first piece of keys there is a part in any case, so that each row has a result.
     """
     found = []
-    for i, rows in enumerate(_places(queries)):
+    for i, rows in enumerate(places_of(queries)):
         for j, columns in enumerate(keys):
             is_first = own and j == 0
             if sees[i][j] or is_first:
-                placed = part_of(sequences, queries[i], columns)
-                placed = Part(*(None if tensor is None else tensor.to(device) for tensor in placed))
+                placed = part_of(sequences, queries[i], columns, device)
                 found.append(_Part(i, j, rows, slice(*columns), placed, is_first))
     return found
 
@@ -267,7 +270,7 @@ class _Ring(Function):
 
 def _pairs(plan: Plan, key: Tensor, value: Tensor) -> list[Pair]:
     """Return this rank's pieces of keys and values."""
-    places = _places(plan.keys[plan.shards.ranks.rank])
+    places = places_of(plan.keys[plan.shards.ranks.rank])
     return [tuple(rows_first(tensor[:, :, rows]).contiguous() for tensor in (key, value)) for rows in places]
 
 

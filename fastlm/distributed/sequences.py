@@ -42,6 +42,25 @@ def split(total: int, parts: int) -> list[Range]:
     return [(i * total // parts, (i + 1) * total // parts) for i in range(parts)]
 
 
+def of_ranks(ranges: list[Range], size: int) -> list[list[Range]]:
+    """Return each rank's ranges: one, or of twice as many ranges as ranks those of numbers r and 2n - 1 - r ("zigzag")."""
+    return [[ranges[r], ranges[-1 - r]] if len(ranges) == 2 * size else [ranges[r]] for r in range(size)]
+
+
+def places_of(ranges: list[Range]) -> list[slice]:
+    """Return where the ranges of a rank's rows lie in its tensors."""
+    return [slice(*rows) for rows in ranges_of(tuple(end - begin for begin, end in ranges))]
+
+
+def is_lopsided(call: AttentionCall, keys: int) -> bool:
+    """Tell whether the last of all rows have much more work than the first, of so many keys.
+
+    Under a window of a share w of the keys, the mean rank has 1 - w / 2 of the work of the last.
+    """
+    left, right = call.left, call.right
+    return right is not None and right < keys and (left is None or left + right > keys // 4)
+
+
 class Sequences(NamedTuple):
     """Hold where each sequence begins and ends in the rows of all ranks: int64 (B,) on the CPU."""
 
@@ -75,7 +94,7 @@ class Part(NamedTuple):
     cu_seqlens_k: Tensor | None
 
 
-def part_of(sequences: Sequences, queries: Range, keys: Range, first_head: int = 0) -> Part:
+def part_of(sequences: Sequences, queries: Range, keys: Range, device: torch.device, first_head: int = 0) -> Part:
     """Return the part of the sequences that has these rows of queries and of keys, and heads from ``first_head`` on."""
     s = sequences
     (q_from, q_to), (k_from, k_to) = _cut(s.q_begin, s.q_end, queries), _cut(s.k_begin, s.k_end, keys)
@@ -86,7 +105,7 @@ def part_of(sequences: Sequences, queries: Range, keys: Range, first_head: int =
         stream += s.heads * torch.arange(len(position))
     places = torch.stack(Place(position, first_query, first_key, stream), dim=1)
     cu_seqlens = (_offsets(q_from, q_to), _offsets(k_from, k_to)) if s.packed else (None, None)
-    return Part(places, *cu_seqlens)
+    return Part(*(None if tensor is None else tensor.to(device) for tensor in (places, *cu_seqlens)))
 
 
 def visible(

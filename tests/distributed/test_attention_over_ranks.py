@@ -1,7 +1,7 @@
 """Test attention over a sequence that is spread over 2 and 4 processes: it is one process's, whatever the features.
 
-All-to-all has one process's bits; the ring is held to the rule of errors. One run of processes computes all cases of a method,
-and the test of each case compares what came of it.
+All-to-all has one process's bits; all-gather and the ring are held to the rule of errors. One run of processes computes all
+cases of a method, and the test of each case compares what came of it.
 """
 
 import functools
@@ -19,12 +19,11 @@ CASES = {
     for name in ("attention", "varlen_attention")
     for case, make in SPECS[name].cases.items()
 }
-METHODS = ("all-to-all", "ring")
 
 
 def fits(method: str, world: int, call: dict) -> bool:
     """Tell whether a method can spread a call over so many ranks."""
-    return method == "ring" or call["query"].shape[1] >= world
+    return method != "all-to-all" or call["query"].shape[1] >= world
 
 
 def spread_call(function, call: dict, rank: int, world: int, method: str, uneven: bool) -> Results:
@@ -94,10 +93,10 @@ def test_all_to_all_has_the_bits_of_one_process(world, uneven, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_ring_is_as_good_as_plain_pytorch(world, uneven, case):
+@pytest.mark.parametrize(("method", "world"), [("ring", 2), ("ring", 4), ("all-gather", 4)])
+def test_the_others_are_as_good_as_plain_pytorch(method, world, uneven, case):
     function, make = CASES[case]
     for dtype in (torch.float32, torch.bfloat16):
         call = make(dtype)
         oracle = Oracle(function, call, DIFFERENTIABLE, set(), of_rows)
-        oracle.compare(found(case, world, dtype, "ring", uneven))
+        oracle.compare(found(case, world, dtype, method, uneven))

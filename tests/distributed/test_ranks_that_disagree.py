@@ -104,7 +104,7 @@ def one_dies(rank: int, world: int, when: str, method: str) -> tuple[str, float]
 
 
 @pytest.mark.parametrize("when", ["before", "between"])
-@pytest.mark.parametrize("method", ["all-to-all", "ring"])
+@pytest.mark.parametrize("method", ["all-to-all", "all-gather", "ring"])
 def test_a_rank_that_dies_is_an_error_on_the_others(when, method):
     *found, _ = ranks.run(one_dies, 3, when, method, dead=(2,))
     for error, seconds in found:
@@ -161,7 +161,8 @@ def one_rank(rank: int, world: int) -> list[bool]:
     mesh = dist.init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "cp"))["cp"]
     expected, seed = fastlm.attention(**qkv(), dropout_p=0.5, seed=3), {"dropout_p": 0.5, "seed": 3}
     return [
-        torch.equal(attention(**qkv(), mesh=mesh, method=method, **seed), expected) for method in ("auto", "ring", "all-to-all")
+        torch.equal(attention(**qkv(), mesh=mesh, method=method, **seed), expected)
+        for method in ("auto", "ring", "all-to-all", "all-gather")
     ] + ["method must be" in raised(attention, **qkv(), mesh=mesh, method="rings")]
 
 

@@ -1,6 +1,7 @@
 """Test spread attention in its surroundings: seeds, derivatives, autocast, checkpoints, groups, and what travels."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from fastlm.distributed.ranks import Ranks
 from fastlm.distributed.sequences import Shards
 from fastlm.ops.attention.call import AttentionCall
 from fastlm.ops.attention.parts import PASSES
-from fastlm.testing import seeded_normal
+from fastlm.testing import GRADIENT_FACTOR, assert_as_good_as_plain, seeded_normal
 
-METHODS = ("all-to-all", "ring")
+METHODS = ("all-to-all", "all-gather", "ring")
 NAMES = ("query", "key", "value")
 ROWS = 24
+on_reference = partial(fastlm.attention, backend="reference")
 
 
 def whole(dtype=torch.float32, heads=4) -> dict:
@@ -81,29 +83,48 @@ def derivatives(rank: int, world: int):
         error = ""
     except RuntimeError as raised:
         error = str(raised)
-    return second_order(call, attention), forward_mode(call, attention), error
+    gather = partial(attention, method="all-gather")
+    by_gathering = second_order(call, gather), forward_mode(call, gather)
+    return second_order(call, attention), forward_mode(call, attention), *by_gathering, error
 
 
-def test_all_to_all_has_all_derivatives_and_the_ring_one():
-    second, tangents, errors = zip(*ranks.run(derivatives, 2))
+def test_all_derivatives_but_of_the_ring_which_has_one():
+    second, tangents, second_by_gathering, tangents_by_gathering, errors = zip(*ranks.run(derivatives, 2))
     for result, golden in zip(map(joined, zip(*second)), second_order(whole(), fastlm.attention)):
         torch.testing.assert_close(result, golden)
     assert torch.equal(joined(tangents), forward_mode(whole(), fastlm.attention))
+    plain, golden = (second_order(whole(dtype), on_reference) for dtype in (torch.float32, torch.float64))
+    for result, *of_one in zip(map(joined, zip(*second_by_gathering)), plain, golden):
+        assert_as_good_as_plain(result, *of_one, GRADIENT_FACTOR)
+    torch.testing.assert_close(joined(tangents_by_gathering), forward_mode(whole(), fastlm.attention))
     assert all("no derivatives of this order" in error for error in errors)
-
-
-def statistics(rank: int, world: int):
-    out, lse, stats = attention(**own(whole(), rank, world), causal=True, return_lse=True, return_stats=STATS)
-    return out, lse, *stats
 
 
 STATS = ("entropy", "max_logit", "key_mass")
 
 
+def with_statistics(call: dict, function) -> list[torch.Tensor]:
+    """Return out, lse, the statistics, and the gradients that a sum of their squares has."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in call.items()}
+    out, lse, stats = function(**leaves, causal=True, return_lse=True, return_stats=STATS)
+    results = out, lse, *stats
+    grads = torch.autograd.grad(sum((result**2).sum() for result in results), list(leaves.values()))
+    return [*(result.detach() for result in results), *grads]
+
+
+def statistics(rank: int, world: int, heads: int):
+    return with_statistics(own(whole(heads=heads), rank, world), attention)
+
+
 def test_statistics_are_those_of_one_process():
-    out, lse, stats = fastlm.attention(**whole(), causal=True, return_lse=True, return_stats=STATS)
-    for result, golden in zip(map(joined, zip(*ranks.run(statistics, 2))), (out, lse, *stats)):
+    for result, golden in zip(map(joined, zip(*ranks.run(statistics, 2, 4))), with_statistics(whole(), fastlm.attention)):
         assert torch.equal(result, golden)
+
+
+def test_statistics_of_fewer_heads_than_ranks_are_right_to_rounding():
+    plain, golden = (with_statistics(whole(dtype, heads=1), on_reference) for dtype in (torch.float32, torch.float64))
+    for result, *of_one in zip(map(joined, zip(*ranks.run(statistics, 2, 1))), plain, golden):
+        assert_as_good_as_plain(result, *of_one, GRADIENT_FACTOR)
 
 
 def watched(rank: int, world: int) -> list[str]:
