@@ -1,7 +1,8 @@
 """Compile the Triton kernels for GPUs that are not here, and print what they are made of.
 
-python benchmarks/gpu_kernels.py                    # every GPU, pass, head_dim and dtype, causal or not
+python benchmarks/gpu_kernels.py                    # every GPU, pass, head_dim and dtype, causal or not; the latent's passes
 python benchmarks/gpu_kernels.py --cover            # a subset: every GPU, pass, head_dim and dtype; few passes with tangents
+python benchmarks/gpu_kernels.py --latent           # the latent's passes: a subset of its dtypes and kinds of calls
 python benchmarks/gpu_kernels.py --features         # every feature once; a line for each kernel
 python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, from the hot loop's instructions
 
@@ -13,8 +14,9 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Iterator
 
-from gpu import features, roofline, variants
+from gpu import features, latent, roofline, variants
 from rich.console import Console
 
 
@@ -22,6 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--cover", action="store_true", help="the subset")
+    what.add_argument("--latent", action="store_true", help="a subset of the latent's")
     what.add_argument("--features", action="store_true", help="every feature once")
     what.add_argument("--predict", action="store_true", help="a table of predicted shares of peak")
     parser.add_argument("--gpu", action="append", choices=variants.GPUS, help="only for this GPU; may be given several times")
@@ -34,12 +37,24 @@ def main() -> int:
         asked = roofline.default_variants(tuple(options.gpu or roofline.DEFAULT_GPUS))
         Console().print(roofline.table(roofline.table_rows(asked)))
         return 0
-    asked = variants.covering_variants() if options.cover else variants.every_variant()
     failed = 0
-    for row in variants.inspect_all([v for v in asked if not options.gpu or v.arch in options.gpu], options.jobs):
+    for row in _rows(options):
         failed += "error" in row
         print(json.dumps(row), flush=True)
     return 1 if failed else 0
+
+
+def _rows(options: argparse.Namespace) -> Iterator[dict]:
+    """Yield the rows of the variants that are asked for."""
+
+    def chosen(asked: list) -> list:
+        return [variant for variant in asked if not options.gpu or variant.arch in options.gpu]
+
+    if not options.latent:
+        asked = variants.covering_variants() if options.cover else variants.every_variant()
+        yield from variants.inspect_all(chosen(asked), options.jobs)
+    if not options.cover:
+        yield from map(latent.inspect, chosen(latent.covering_variants() if options.latent else latent.every_variant()))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Compile every feature of attention's Triton kernels once, because the interpreter does not know the compiler's rules."""
+"""Compile every feature of the Triton kernels once, because the interpreter does not know the compiler's rules."""
 
 import torch
 from fastlm.kernels import attention
 from torch import Tensor
 
-from gpu import ahead_of_time
+from gpu import ahead_of_time, latent
 
 
 def _tensor(*shape: int, dtype=torch.float16) -> Tensor:
@@ -60,7 +60,7 @@ def _kvcache(query: Tensor, cache: Tensor, arch: str, **options) -> list[attenti
 
 
 def features(arch: str) -> dict[str, list[attention.Launch]]:
-    """Return the launches of calls that between them have every option, and of the smallest calls."""
+    """Return attention's launches of calls that between them have every option, and of the smallest calls."""
     query, key, value = _tensor(2, 8, 300, 64), _tensor(2, 2, 333, 64), _tensor(2, 2, 333, 40)
     packed = _tensor(1, 8, 900, 64), _tensor(1, 2, 900, 64), _tensor(1, 2, 900, 64)
     single = [_tensor(2, 2, 64, 64, dtype=torch.float32)] * 3
@@ -128,7 +128,7 @@ def features(arch: str) -> dict[str, list[attention.Launch]]:
 def failures(arch: str) -> int:
     """Compile every feature for a GPU, print a line for each kernel, and return how many kernels did not compile."""
     failed = 0
-    for name, launches in features(arch).items():
+    for name, launches in (features(arch) | latent.features(arch)).items():
         for launch in launches:
             line = f"{arch}: {name}: {launch.kernel.__name__}"
             try:

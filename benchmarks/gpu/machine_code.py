@@ -64,6 +64,12 @@ def usage(binary, arch: str) -> Usage:
     return Usage(registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]), shared)
 
 
+def wide_loads(binary, arch: str) -> int:
+    """Return how many instructions of a kernel load 16 bytes for each thread."""
+    opcodes = (name for kind, name in _lines(binary, arch) if kind == "op")
+    return sum(bool(re.match(r"LDG\b.*\.128|(global|buffer|flat)_load_(dwordx4|b128)", opcode)) for opcode in opcodes)
+
+
 def hot_loop(binary, arch: str) -> Loop:
     """Return the hot loop: of the loops with matrix products, the one that does least besides, which is the one without masks.
 

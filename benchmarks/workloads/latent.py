@@ -46,7 +46,7 @@ def _gpu_section(name: str, numbers: int, differentiable: tuple[str, ...]) -> Be
     return Benchmark(
         name=f"{ON_GPU}reparameterize_with_kl, {name}",
         dtypes=(torch.float32, torch.bfloat16),
-        backends=("cuda",),
+        backends=("cuda", "triton"),
         workloads=tuple(sized(*shape) for shape in _GPU_SHAPES),
         sized=sized,
         differentiable=differentiable,

@@ -19,6 +19,18 @@ def attention():
     return importlib.import_module("fastlm.kernels.attention")
 
 
+@functools.cache
+def latent():
+    """Return the module that launches the latent's kernels."""
+    return importlib.import_module("fastlm.kernels.latent")
+
+
+@functools.cache
+def noise():
+    """Return the module that launches the kernel of the noise."""
+    return importlib.import_module("fastlm.kernels.noise")
+
+
 def interpreted() -> bool:
     """Tell whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backend import Implementation, select
 from ..backend import cpu as native
 from ..backend import cuda as cuda_kernels
+from ..backend import triton as triton_kernels
 from ..reference import noise as reference
 from .checks import check_integer, is_integer
 from .torch_op import define_op, may_bypass_dispatcher
@@ -56,9 +57,9 @@ def _fake(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
     return seed.new_empty(shape, dtype=torch.float32)
 
 
-def _normal_op(draw: Callable, device: str) -> Callable[[Tensor, tuple[int, ...], int], Tensor]:
-    """Make a backend's ``run(seed, shape, position)`` by the torch op on that device, with ``draw`` as its implementation."""
-    op = define_op("normal", "(Tensor seed, SymInt[] shape, int position) -> Tensor", draw, _fake, (device,))
+def _normal_op(draw: Callable, *devices: str, name: str = "normal") -> Callable[[Tensor, tuple[int, ...], int], Tensor]:
+    """Make a backend's ``run(seed, shape, position)`` by the torch op on those devices, with ``draw`` as its implementation."""
+    op = define_op(name, "(Tensor seed, SymInt[] shape, int position) -> Tensor", draw, _fake, devices)
 
     def run(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
         return (draw if may_bypass_dispatcher(seed) else op)(seed, shape, position)
@@ -79,6 +80,14 @@ def _draw_cuda(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
     return out
 
 
+def _draw_triton(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
+    """Draw on the GPU, where the kernel reads the seed."""
+    out, kernels = seed.new_empty(shape, dtype=torch.float32), triton_kernels.noise()
+    with torch.cuda.device_of(out):
+        kernels.run(kernels.plan_normal(seed, position, out))
+    return out
+
+
 def _draw_reference(seed: Tensor, shape: tuple[int, ...], position: int) -> Tensor:
     element = torch.arange(position, position + math.prod(shape), device=seed.device)
     return reference.normal(seed, element).to(torch.float32).reshape(shape)
@@ -87,6 +96,7 @@ def _draw_reference(seed: Tensor, shape: tuple[int, ...], position: int) -> Tens
 IMPLEMENTATIONS = (
     Implementation("cuda", _normal_op(_draw_cuda, "CUDA"), cuda_kernels.why_not),
     Implementation("cpu", _normal_op(_draw_cpu, "CPU"), native.why_not),
+    Implementation("triton", _normal_op(_draw_triton, "CPU", "CUDA", name="triton_normal"), triton_kernels.why_not),
     Implementation("reference", _draw_reference, lambda tensor: None),
 )
 

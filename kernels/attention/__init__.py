@@ -5,16 +5,15 @@ A call is planned before it runs. `plan_forward`, `plan_backward`, `plan_key_mas
 Ahead-of-time compilation and its tests read the same plans.
 """
 
-from collections.abc import Iterable
-
 import torch
 import triton
 from torch import Tensor
 
+from ..common.launch import Launch, make_launch
+from ..common.launch import run as run
 from .arguments import (
     Call,
     JvpResults,
-    Launch,
     TangentTensors,
     choose_tile,
     columns_of,
@@ -25,7 +24,6 @@ from .arguments import (
     is_fused,
     is_scale_only,
     is_specialized,
-    make_launch,
     make_scoring,
     mask_of,
     needs_reload,
@@ -66,14 +64,6 @@ from .tiles import (
     architecture,
     tile_for,
 )
-
-
-def run(launches: Iterable[Launch]) -> None:
-    """Start the kernels in their order."""
-    for kernel, grid, arguments, options in launches:
-        if grid:
-            kernel[(grid,)](**arguments, **options)
-
 
 # ---- the passes -------------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Make the arguments of attention's kernels: a call's tensors with their strides, its options, its tiles and its blocks."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,15 +43,6 @@ class JvpResults(NamedTuple):
     lse_tangent: Tensor  # like lse
 
 
-class Launch(NamedTuple):
-    """A kernel with its grid, arguments and compiler options."""
-
-    kernel: Any
-    grid: int
-    arguments: dict
-    options: dict
-
-
 class Call(NamedTuple):
     """A call of attention.
 
@@ -77,12 +68,6 @@ class Call(NamedTuple):
     keep_scale: float = 1.0
     allow_tf32: bool = False
     arch: str | None = None  # The GPU to plan for; None means the query's.
-
-
-def make_launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int = 1) -> Launch:
-    # Kernels write `fma` themselves, and the compiler fuses nothing: a maximum minus itself, fused with the product that it
-    # came from, would not be 0.
-    return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False})
 
 
 # ---- kernel arguments -------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ _BOTH_CASES = {
 
 _PRIOR_NAMES = ("prior_mu", "prior_logvar")
 
-_BACKENDS = ("cuda", "cpu")
+_BACKENDS = ("cuda", "triton", "cpu")
 SPECS = (
     Spec("reparameterize_with_kl", reparameterize_with_kl, FLOATS, _BACKENDS, ("mu", "logvar", *_PRIOR_NAMES), _BOTH_CASES),
     Spec("reparameterize", reparameterize, FLOATS, _BACKENDS, ("mu", "logvar"), _SAMPLE_CASES),

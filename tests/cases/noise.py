@@ -10,7 +10,7 @@ SPECS = (
         name="normal",
         function=normal,
         dtypes=(torch.float32,),
-        backends=("cuda", "cpu"),
+        backends=("cuda", "triton", "cpu"),
         differentiable=(),
         cases={
             "small": lambda dtype: {"shape": (3, 5), "seed": 7},

@@ -12,7 +12,7 @@ CALLS = [
     for case in spec.cases
     for dtype in spec.dtypes
     for backend in spec.backends
-    if backend == "cpu"  # test_cuda.py and test_triton_attention.py test the others.
+    if backend == "cpu"  # test_cuda.py, test_triton_attention.py and test_triton_latent.py test the others.
 ]
 
 

@@ -11,6 +11,7 @@ from cases import SPECS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import cuda_host
+from support.banded import Banded
 from support.cuda_host import CUDA, DEVICE, ON_GPU
 from support.oracle import Oracle, noisy_results, output_gradients, run
 from test_cases import oracle
@@ -177,39 +178,12 @@ def test_what_is_not_a_number_stays_where_it_is():
 
 # ---- nothing outside the tensors --------------------------------------------------------------------------------------------
 
-BAND = 64  # Elements.
-
-
-class Banded:
-    """Put tensors between two bands, at an address that is a multiple of 16 bytes, or only of their element's size."""
-
-    def __init__(self, shift: int):
-        self.shift, self.whole = shift, []
-
-    def empty(self, like, shape, dtype=None):
-        count = math.prod(shape)
-        whole = torch.full((count + 2 * BAND + self.shift,), 12.5, dtype=dtype or like.dtype, device=like.device)
-        self.whole.append((whole, count))
-        return whole[BAND + self.shift :][:count].fill_(math.nan).view(tuple(shape))
-
-    def put(self, tensor):
-        """Copy a tensor, with NaN around it."""
-        around = torch.full((tensor.numel() + 2 * BAND + self.shift,), math.nan, dtype=tensor.dtype)
-        around[BAND + self.shift :][: tensor.numel()] = tensor.flatten()
-        return around.to(DEVICE)[BAND + self.shift :][: tensor.numel()].view(tensor.shape)
-
-    def check(self):
-        for whole, count in self.whole:
-            begin, end = BAND + self.shift, BAND + self.shift + count
-            assert (whole[:begin] == 12.5).all() and (whole[end:] == 12.5).all(), "a write outside"
-            assert not whole[begin:end].isnan().any(), "an element was not written, or a read outside"
-
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 64), (2, 2051), (1030,)])
 @DTYPES
 def test_nothing_is_read_or_written_outside(dtype, shape, shift, monkeypatch):
-    bands = Banded(shift)
+    bands = Banded(shift, DEVICE)
     call = latent(dtype, *shape, prior_mu=shape[-1:], prior_logvar=shape, num_samples=2)
     leaves = {name: bands.put(value).requires_grad_() for name, value in call.items() if isinstance(value, torch.Tensor)}
     with cuda_host.use():

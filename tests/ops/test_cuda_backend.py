@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastlm
 from fastlm import backend
 from fastlm.backend import cuda as cuda_kernels
+from fastlm.backend import triton as triton_kernels
 
 OPS = [fastlm.reparameterize, fastlm.reparameterize_with_kl, fastlm.gaussian_kl]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the other tests run on it")
@@ -61,9 +62,18 @@ def test_a_tensor_on_a_gpu_gets_the_cuda_kernels(op, gpu, pretend):
     assert fastlm.backends()["cuda"] == "available (a GPU; built for 90)"
 
 
-def test_without_the_module_the_reference_runs_and_one_warning_says_how_to_get_it(gpu, pretend):
+@pytest.mark.parametrize("op", OPS)
+def test_without_the_module_the_triton_kernels_run(op, gpu, pretend):
+    pytest.importorskip("triton")
+    pretend(None)
+    explanation = fastlm.explain(op, gpu, gpu)
+    assert explanation.backend == "triton" and "nvcc" in explanation.why_not["cuda"]
+
+
+def test_without_triton_too_the_reference_runs_and_one_warning_says_how_to_get_them(gpu, pretend, monkeypatch):
     op = fastlm.gaussian_kl  # The noise's reference would need a real GPU.
     pretend(None)
+    monkeypatch.setattr(triton_kernels, "NOT_INSTALLED", "Triton is not installed: pip install triton")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -72,17 +82,19 @@ def test_without_the_module_the_reference_runs_and_one_warning_says_how_to_get_i
     message = str(caught[0].message)
     assert "gaussian_kl on cuda runs on the slow PyTorch reference" in message
     assert "fastlm._cuda cannot be loaded" in message and "nvcc" in message and "pip install nvidia-cuda-nvcc" in message
+    assert "pip install triton" in message
     assert cuda_kernels.GET_THEM in fastlm.backends()["cuda"]
     with pytest.raises(fastlm.UnsupportedError, match="nvcc"):
         op(gpu, gpu, backend="cuda")
 
 
-def test_a_gpu_that_the_module_is_not_for_gets_the_reference(gpu, pretend):
+def test_a_gpu_that_the_module_is_not_for_gets_the_triton_kernels(gpu, pretend):
+    pytest.importorskip("triton")
     module = a_module()
     module.why_not = lambda: "no kernel image is available for execution on the device"
     pretend(module)
     explanation = fastlm.explain(fastlm.gaussian_kl, gpu, gpu)
-    assert explanation.backend == "reference"
+    assert explanation.backend == "triton"
     assert explanation.why_not["cuda"] == f"cuda:0 cannot run fastlm._cuda, built for 90: {module.why_not()}"
     assert fastlm.backends()["cuda"] == explanation.why_not["cuda"]
 

@@ -6,6 +6,7 @@ from support.wrapped_tensor import Wrapped
 
 import fastlm
 from fastlm.backend import cpu as native
+from fastlm.backend import triton as triton_kernels
 from fastlm.ops.latent import cpu
 from fastlm.testing import FLOATS, seeded_normal
 
@@ -244,5 +245,6 @@ def test_the_default_backend_is_heeded(default, monkeypatch):
 def test_without_the_module_the_reference_runs(monkeypatch):
     monkeypatch.setattr(native, "C", None)
     monkeypatch.setattr(native, "load_error", "it is missing")
+    monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
     assert fastlm.explain(fastlm.reparameterize_with_kl, MU, MU).backend == "reference"
     assert cpu.fast_path(MU, MU, 1, 1, None) is None

@@ -1,4 +1,5 @@
 """Teach Triton's interpreter bfloat16: its own `dot` multiplies bit patterns, and its conversion truncates where a GPU rounds.
+It also gets twice as fast, as a function within a kernel need not be made ready to be interpreted at each call.
 
 An import of this module, before any kernel is imported, turns the interpreter on if there is no GPU. The interpreter computes
 whole tiles in NumPy, so it does not show layouts, races between threads, and TF32.
@@ -18,6 +19,17 @@ if not ON_GPU:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    _patch_lang = interpreter._patch_lang
+
+    def _patch_once(function) -> object:
+        """Make ready what a function uses of Triton's language, unless it is: the interpreter does it at every call."""
+        used = (value for value in function.__globals__.values() if value in (tl, tl.core))
+        return _patch_lang(function) if any(map(_is_compiled, used)) else interpreter._LangPatchScope()
+
+    def _is_compiled(language) -> bool:
+        return tl.core.is_builtin(language.load)
+
+    interpreter._patch_lang = _patch_once
     _convert_float, _create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def _to_float32(bits: np.ndarray) -> np.ndarray:

@@ -19,11 +19,12 @@ from torch import Tensor
 from ...backend import Implementation, select
 from ...backend import cpu as native
 from ...backend import cuda as cuda_kernels
+from ...backend import triton as triton_kernels
 from ..checks import check_integer, check_number, check_tensor
 from ..noise import check_seed, seed_tensor
 from ..tensor_classes import runner
 from ..torch_op import export_only
-from . import cpu
+from . import cpu, triton
 from .call import DIFFERENTIABLE, LatentCall
 from .derivatives import run_in_torch
 from .op import latent_op
@@ -85,7 +86,7 @@ def reparameterize(
         seed: an int, a 0-d int64 tensor, or an int64 tensor (B,), B = mu.shape[0]. The last gives each example a stream of its
             own, so that its noise does not depend on the batch around it. None draws a seed from torch's default generator.
         temperature: multiplies the standard deviation; 0 returns ``mu``.
-        backend: 'cpu', 'cuda' or 'reference'; None picks the fastest one that can run the call.
+        backend: 'cpu', 'cuda', 'triton' or 'reference'; None picks the fastest one that can run the call.
 
     Returns:
         z, contiguous, with ``mu``'s shape and dtype. The same seed gives the same noise on every backend.
@@ -180,8 +181,9 @@ def _call_with_kl(mu, logvar, prior_mu, prior_logvar, event_dims, free_bits, log
 
 
 IMPLEMENTATIONS = (
-    Implementation("cuda", latent_op(cuda_kernels, "CUDA"), cuda_kernels.why_not),
-    Implementation("cpu", latent_op(native, "CPU"), native.why_not),
+    Implementation("cuda", latent_op(cuda_kernels, ("CUDA",)), cuda_kernels.why_not),
+    Implementation("cpu", latent_op(native, ("CPU",)), native.why_not),
+    Implementation("triton", latent_op(triton, ("CPU", "CUDA"), "triton_"), triton_kernels.why_not),
     Implementation("reference", run_in_torch, lambda tensor: None),
 )
 

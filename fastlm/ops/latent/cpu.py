@@ -13,7 +13,7 @@ from ..checks import DTYPES
 from ..noise import SEED_RANGE, seed_tensor
 from ..torch_op import direct_apply, may_bypass_dispatcher
 from .call import LatentCall
-from .derivatives import gradients
+from .derivatives import Ops, gradients
 
 
 def _forward(mu: Tensor, logvar: Tensor, seed: Tensor, event_dims: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,8 @@ class _Plain(torch.autograd.Function):
         mu, logvar, seed = ctx.saved_tensors
         if torch.is_grad_enabled() or not may_bypass_dispatcher(grad_z, grad_kl, mu, logvar, seed):
             call = LatentCall(mu, logvar, None, None, seed, True, ctx.event_dims, 0.0, -math.inf, math.inf, None, 1.0, 0, None)
-            return *gradients(grad_z, grad_kl, False, False, *call)[:2], None, None
+            ops = Ops(torch.ops.fastlm.reparameterize.default, torch.ops.fastlm.reparameterize_backward.default)
+            return *gradients(ops, grad_z, grad_kl, False, False, *call)[:2], None, None
         if grad_kl is not None and not grad_kl.is_contiguous():
             grad_kl = grad_kl.contiguous()
         shape = mu.shape

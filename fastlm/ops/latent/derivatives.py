@@ -5,6 +5,8 @@ on tensors of mu's size. The kernel draws the noise again, which no derivative c
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ from ...reference import latent as reference
 from ...reference.latent import accumulation_dtype
 from ..torch_op import may_have_tangents
 from .call import DIFFERENTIABLE, TENSORS, LatentCall
+
+
+class Ops(NamedTuple):
+    """Hold a backend's torch ops."""
+
+    forward: Callable
+    backward: Callable
 
 
 def run_in_torch(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -31,18 +40,18 @@ def run_in_torch(call: LatentCall, eps: Tensor | None = None) -> tuple[Tensor | 
     )
 
 
-def _draw_noise(call: LatentCall) -> Tensor:
+def _draw_noise(ops: Ops, call: LatentCall) -> Tensor:
     """Return the noise of a call with a sample by the kernel, as the sample of a standard normal."""
     # The dtype in which a kernel adds the noise, so that it is not rounded.
     zero = call.seed.new_zeros((), dtype=accumulation_dtype(call.mu.dtype)).expand(call.mu.shape)
     standard = LatentCall.sample(zero, zero, call.seed, 1.0)
     place = {"num_samples": call.num_samples, "first": call.first, "sample_stride": call.sample_stride}
-    return torch.ops.fastlm.reparameterize.default(*standard._replace(**place))[0]
+    return ops.forward(*standard._replace(**place))[0]
 
 
-def run_with_tangents(call: LatentCall) -> tuple[Tensor | None, Tensor | None]:
+def run_with_tangents(ops: Ops, call: LatentCall) -> tuple[Tensor | None, Tensor | None]:
     """Return (z, kl) of a call in forward mode."""
-    return run_in_torch(call.with_seed(None), None if call.seed is None else _draw_noise(call))
+    return run_in_torch(call.with_seed(None), None if call.seed is None else _draw_noise(ops, call))
 
 
 # ---- the derivatives of the gradients ---------------------------------------------------------------------------------------
@@ -51,15 +60,15 @@ _GRADS = 2  # grad_z and grad_kl come before the tensors.
 
 
 def _gradients_in_torch(
-    grad_z: Tensor | None, grad_kl: Tensor | None, need_prior_mu: bool, need_prior_logvar: bool, call: LatentCall
+    ops: Ops, grad_z: Tensor | None, grad_kl: Tensor | None, need_prior_mu: bool, need_prior_logvar: bool, call: LatentCall
 ) -> tuple[Tensor, ...]:
-    """Return what the op fastlm::reparameterize_backward returns, by the reference."""
+    """Return what the backward op returns, by the reference."""
     grad_z, grad_kl = grad_z if call.seed is not None else None, grad_kl if call.with_kl else None
     *grads, of_prior_mu, of_prior_logvar = reference.gradients(
         grad_z,
         grad_kl,
         *call[:DIFFERENTIABLE],
-        None if grad_z is None else _draw_noise(call),
+        None if grad_z is None else _draw_noise(ops, call),
         event_dims=call.event_dims,
         free_bits=call.free_bits,
         logvar_clamp=(call.low, call.high),
@@ -75,11 +84,12 @@ class _Gradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args):
-        return torch.ops.fastlm.reparameterize_backward.default(*args)
+    def forward(ops, *args):
+        return ops.backward(*args)
 
     @staticmethod
     def setup_context(ctx, args, outputs):
+        ctx.ops, *args = args
         grads, needed, call = args[:_GRADS], args[_GRADS : 2 * _GRADS], LatentCall._make(args[2 * _GRADS :])
         ctx.save_for_backward(*grads, *call[:TENSORS])
         ctx.needed, ctx.options = needed, call[TENSORS:]
@@ -92,20 +102,20 @@ class _Gradients(torch.autograd.Function):
         def gradients(*tensors):
             filled = dict(zip(given, tensors))
             grad_z, grad_kl, *call = (filled.get(i) for i in range(len(inputs)))
-            return _gradients_in_torch(grad_z, grad_kl, *ctx.needed, LatentCall(*call, seed, *ctx.options))
+            return _gradients_in_torch(ctx.ops, grad_z, grad_kl, *ctx.needed, LatentCall(*call, seed, *ctx.options))
 
         _, pullback = torch.func.vjp(gradients, *(inputs[i] for i in given))
         found = dict(zip(given, pullback(cotangents)))
         grad_z, grad_kl, *grads = (found.get(i) for i in range(len(inputs)))
-        return grad_z, grad_kl, None, None, *grads, None, *(None,) * len(ctx.options)
+        return None, grad_z, grad_kl, None, None, *grads, None, *(None,) * len(ctx.options)
 
 
 def gradients(
-    grad_z: Tensor | None, grad_kl: Tensor | None, need_prior_mu: bool, need_prior_logvar: bool, *call
+    ops: Ops, grad_z: Tensor | None, grad_kl: Tensor | None, need_prior_mu: bool, need_prior_logvar: bool, *call
 ) -> tuple[Tensor, ...]:
-    """Return what the op fastlm::reparameterize_backward returns, with derivatives where anybody may ask for them."""
+    """Return what the backward op returns, with derivatives where anybody may ask for them."""
     if may_have_tangents(grad_z, grad_kl, *call[:TENSORS]):
-        return _gradients_in_torch(grad_z, grad_kl, need_prior_mu, need_prior_logvar, LatentCall._make(call))
+        return _gradients_in_torch(ops, grad_z, grad_kl, need_prior_mu, need_prior_logvar, LatentCall._make(call))
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Gradients.apply(grad_z, grad_kl, need_prior_mu, need_prior_logvar, *call)
-    return torch.ops.fastlm.reparameterize_backward.default(grad_z, grad_kl, need_prior_mu, need_prior_logvar, *call)
+        return _Gradients.apply(ops, grad_z, grad_kl, need_prior_mu, need_prior_logvar, *call)
+    return ops.backward(grad_z, grad_kl, need_prior_mu, need_prior_logvar, *call)

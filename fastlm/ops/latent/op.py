@@ -1,10 +1,12 @@
 """Make the torch ops of the Gaussian latent: schema, fake tensors, vmap and autograd around a backend's kernels.
 
 fastlm::reparameterize returns (z, kl). fastlm::reparameterize_backward returns the gradients of the four tensors. An unwanted
-output is an empty tensor, because an op cannot return None.
+output is an empty tensor, because an op cannot return None. The Triton kernels have ops of their own, because they serve the
+same devices as the others.
 """
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -21,8 +23,8 @@ from ..torch_op import (
     with_gradient,
 )
 from .call import DIFFERENTIABLE, INPUTS, TENSORS, LatentCall
+from .derivatives import Ops, run_with_tangents
 from .derivatives import gradients as differentiable_gradients
-from .derivatives import run_with_tangents
 
 # ---- forward and backward by a backend's kernels, which all take the same arguments -----------------------------------------
 
@@ -164,10 +166,11 @@ def _backward_vmap(op, info, in_dims, grad_z, grad_kl, *args):
 # ---- a backend's ops --------------------------------------------------------------------------------------------------------
 
 
-def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[Tensor, Tensor]]:
-    """Make a backend's ``run(call)``, which returns (z, kl) by the torch op on that device, with the required gradients.
+def latent_op(kernels: ModuleType, devices: tuple[str, ...], prefix: str = "") -> Callable[[LatentCall], tuple[Tensor, Tensor]]:
+    """Make a backend's ``run(call)``, which returns (z, kl) by the torch op on those devices, with the required gradients.
 
     ``kernels`` is the backend's module. It makes outputs (empty), describes tensors (view) and runs kernels (launch).
+    ``prefix`` begins the names of its ops.
     """
 
     def forward(*args):
@@ -177,18 +180,19 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
         return _backward(kernels, *args[:_GRADIENTS], LatentCall._make(args[_GRADIENTS:]))
 
     forward_op = define_op(
-        "reparameterize", f"({INPUTS}) -> (Tensor z, Tensor kl)", forward, _fake_forward, (device,), _forward_vmap
+        f"{prefix}reparameterize", f"({INPUTS}) -> (Tensor z, Tensor kl)", forward, _fake_forward, devices, _forward_vmap
     )
-    define_op(
-        "reparameterize_backward",
+    backward_op = define_op(
+        f"{prefix}reparameterize_backward",
         f"(Tensor? grad_z, Tensor? grad_kl, bool need_prior_mu, bool need_prior_logvar, {INPUTS}) "
         "-> (Tensor grad_mu, Tensor grad_logvar, Tensor grad_prior_mu, Tensor grad_prior_logvar)",
         backward,
         _fake_backward,
-        (device,),
+        devices,
         _backward_vmap,
         differentiated=False,
     )
+    ops = Ops(forward_op, backward_op)
 
     def save(ctx, args, outputs) -> None:
         ctx.save_for_backward(*args[:TENSORS])
@@ -198,14 +202,15 @@ def latent_op(kernels: ModuleType, device: str) -> Callable[[LatentCall], tuple[
     def gradients(ctx, grad_z, grad_kl) -> tuple:
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:DIFFERENTIABLE]
         direct = may_bypass_dispatcher(grad_z, grad_kl, *tensors) and not torch.is_grad_enabled()
-        grads = (backward if direct else differentiable_gradients)(grad_z, grad_kl, *needed[2:], *tensors, *ctx.options)
+        run = backward if direct else partial(differentiable_gradients, ops)
+        grads = run(grad_z, grad_kl, *needed[2:], *tensors, *ctx.options)
         return *(grad if need else None for grad, need in zip(grads, needed)), *(None,) * (1 + len(ctx.options))
 
     run_direct, run_dispatched = with_gradient(forward, forward_op, save, gradients, once=False)
 
     def run(call: LatentCall) -> tuple[Tensor | None, Tensor | None]:
         if may_have_tangents(*call[:TENSORS]):
-            return run_with_tangents(call)
+            return run_with_tangents(ops, call)
         leave_gradients_to_eager()
         direct = may_bypass_dispatcher(*call[:TENSORS])
         if torch.is_grad_enabled() and call.requires_grad():
