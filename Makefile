@@ -10,7 +10,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help test bench doctor lint format sanitize gpu-kernels smoke wheel clean
+.PHONY: help test bench doctor lint format sanitize gpu-kernels gpu smoke wheel clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -50,6 +50,10 @@ sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer 
 
 gpu-kernels: $(VENV)/installed ## compile every Triton kernel for every GPU, and print what each is made of
 	$(BIN)/python benchmarks/gpu_kernels.py
+
+# It makes no environment and installs nothing into one: a torch for the GPU is this Python's own.
+gpu: ## on a machine with a GPU: check, time and tune every kernel (PYTHON=..., STEP="smoke tests", GPU="--resume")
+	$(PYTHON) benchmarks/on_gpu.py $(STEP) $(GPU)
 
 TORCHES ?= 2.11.0 2.13.0 2.14.1
 smoke: ## build the sdist and the wheel as a release, and try the wheel under each torch of TORCHES, in fresh environments

@@ -12,23 +12,25 @@ pytest-benchmark's format. While it runs, what is finished is in bench.jsonl. Th
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from context_parallel.section import run_section
 from digits.compare_latents import run_digits
+from gpu.steps import GPU_LOST
 from report import DEFAULT_OUT, RUN, compare, warning, write_report
 from rich.console import Console
 from suite import machine
 from suite.budget import Budget
 from suite.catalog import rows_of, sections, settings
-from suite.device import CUDA
+from suite.device import CUDA, stand_in_for_gpu
 from suite.journal import Journal
 from suite.memory import SECONDS, peak_extra_bytes
 from suite.rows import Filter, Row
 from suite.terminal import Activity
-from suite.timing import benchmark_json, time_rows
+from suite.timing import GPULost, benchmark_json, time_rows
 from suite.units import size
 from workloads.workload import ON_GPU
 
@@ -42,6 +44,7 @@ EVERYTHING = "rows", "context_parallel", "digits", "predictions"
 RUN_SECONDS = 640.0  # A whole run takes so many before its report, and so ends within twelve minutes.
 LEAST = 8.0  # The memory of a row is measured for so many seconds at least.
 AFTER_ROWS, AFTER_MEMORY = 185.0, 115.0  # So many seconds are kept for what follows.
+PART_AFTER_ROWS = 0.2  # The same, where nothing but the memory of rows follows, as a part of the run's time.
 
 
 def main() -> int:
@@ -54,6 +57,9 @@ def main() -> int:
     except ValueError as error:
         print(f"fastlm bench: {error}", file=sys.stderr)
         return 2
+    except GPULost as lost:
+        print(f"\nfastlm bench: {lost}; what is finished is kept, and --resume goes on behind it", file=sys.stderr)
+        return GPU_LOST
     except KeyboardInterrupt:
         print("\nfastlm bench: interrupted; what is finished is kept, and --resume goes on", file=sys.stderr)
         return 130
@@ -66,6 +72,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", default="", help="in place of OP's own, with commas between: 1x8x512x64,1x8x1024x64")
     parser.add_argument("--only", choices=PARTS, help="one part of the run; the report has that part alone")
+    parser.add_argument("--seconds", type=float, help="the time of the whole run; rows that do not fit in say so")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a GPU's sections in Triton's interpreter, at one tiny size each"
+    )
     parser.add_argument("--full", action="store_true", help="the long sizes and every dtype too")
     parser.add_argument("--resume", action="store_true", help="go on with a run of the same options that was interrupted")
     parser.add_argument("--publish", action="store_true", help="also write benchmarks/RESULTS.md and its pictures")
@@ -74,6 +84,12 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"default: {DEFAULT_OUT}")
     options = parser.parse_args()
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
+        stand_in_for_gpu()
+        options.op = options.op or ON_GPU
+        if ON_GPU not in options.op:
+            parser.error(f"--dry-run is for the sections of a GPU, whose names begin with {ON_GPU!r}")
     if options.sizes and not options.op:
         parser.error("--sizes needs OP, the section that they are sizes of")
     if options.publish and (options.op or options.only):
@@ -84,14 +100,15 @@ def parse_options() -> argparse.Namespace:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Measure what was asked for and report it. Return 1 where an answer was wrong, else 0."""
     gpu_alone = options.only == "gpu" and CUDA.available()
-    row_filter = Filter(options.full, ON_GPU if gpu_alone else options.op, tuple(filter(None, options.sizes.split(","))))
+    sizes = tuple(filter(None, options.sizes.split(",")))
+    row_filter = Filter(options.full, ON_GPU if gpu_alone else options.op, sizes, options.dry_run)
     settings(row_filter)  # It raises where there is no such section or size, before anything is measured.
     parts = ("rows",) if options.op else ("rows", "predictions") if gpu_alone else PARTS.get(options.only, EVERYTHING)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    what = {"op": row_filter.only, "sizes": row_filter.sizes, "full": row_filter.full, "parts": parts}
+    what = {"op": row_filter.only, "sizes": row_filter.sizes, "tiny": row_filter.tiny, "full": row_filter.full, "parts": parts}
     journal = Journal(out / "bench.jsonl", what | {"commit": machine.commit(), "torch": torch.__version__}, options.resume)
-    limit = None if options.full or options.op else RUN_SECONDS
+    limit = options.seconds or (None if options.full or options.op else RUN_SECONDS)
     right = measure(journal, row_filter, parts, console, out, Budget(limit))
     console.rule("Report")
     content = benchmark_json(journal) | {"memory": journal.of("memory")} | {name: journal.one(name) for name in ONCE}
@@ -124,11 +141,13 @@ def measure(journal: Journal, row_filter: Filter, parts: tuple[str, ...], consol
     if "rows" in parts:
         console.rule("Is the answer right, and how fast is it? (medians)")
         with machine.OthersShare() as others:
-            right &= time_rows(journal, row_filter, budget.before(AFTER_ROWS))
+            # A run of rows alone has nothing but their memory to come.
+            kept = AFTER_ROWS if len(parts) > 1 or budget.unlimited else PART_AFTER_ROWS * budget.seconds
+            right &= time_rows(journal, row_filter, budget.before(kept))
         journal.add("others_share", others.share or 0.0)
         journal.add("peaks", machine.peaks(console))
         console.rule("Peak extra memory")
-        measure_memory(journal, row_filter, console, budget.before(AFTER_MEMORY))
+        measure_memory(journal, row_filter, console, budget.before(AFTER_MEMORY) if len(parts) > 1 else budget)
     if "context_parallel" in parts:
         console.rule("Context parallel: two processes and one")
         right &= "failed" not in journal.once("context_parallel", lambda: two_processes(console, budget))
@@ -205,7 +224,7 @@ def command_of(options: argparse.Namespace) -> str:
     words += [f'"{options.op}"'] if options.op else []
     words += [f"--sizes {options.sizes}"] if options.sizes else []
     words += [f"--only {options.only}"] if options.only else []
-    return " ".join(words + ["--full"] * options.full)
+    return " ".join(words + ["--dry-run"] * options.dry_run + ["--full"] * options.full)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 BENCH = Path("benchmarks", "run.py")
 BENCH_EXTRA = {"matplotlib", "pytest", "pytest_benchmark", "rich", "safetensors", "sklearn"}
-ENVIRONMENT = ("FASTLM_BACKEND", "FASTLM_CPU_ISA", "OMP_NUM_THREADS")
+ENVIRONMENT = ("FASTLM_BACKEND", "FASTLM_CPU_ISA", "FASTLM_GPU_SETTINGS", "OMP_NUM_THREADS")
 
 
 def doctor() -> int:

@@ -37,6 +37,7 @@ def pytest_collectstart(collector):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs kernels on the GPU where there is one; `make gpu` runs these")
     config.addinivalue_line("markers", "slow_sanitized: left out of `make sanitize`, which is for the C++ code")
 
 

@@ -94,22 +94,31 @@ def covering_variants() -> list[Variant]:
     return [*variants, Variant("sm_80", JVP, 64, "float32", False)]
 
 
-def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
-    """Return the launch of a variant for 4 sequences of 4096 with 16 heads; on a real device, its tensors are zeros."""
-    batch, heads, length, head_dim = 4, 16, 4096, variant.head_dim
+def launch_of(variant: Variant) -> attention.Launch:
+    """Return the launch of a variant, to be compiled."""
+    return launch_named(variant, launches_of(variant))
+
+
+def launches_of(variant: Variant, device: str = "meta", heads: int = 16, length: int = 4096) -> list[attention.Launch]:
+    """Return the launches of a variant's call of 4 sequences, in the order in which they run; its own is among them.
+
+    On a real device the inputs are normals, and running all launches fills what the variant's own one reads.
+    """
+    batch, head_dim = 4, variant.head_dim
 
     def tensor(*shape, dtype=None):
-        return torch.zeros(shape, dtype=dtype or getattr(torch, variant.dtype), device=device)
+        made = torch.zeros(shape, dtype=dtype or getattr(torch, variant.dtype), device=device)
+        return made.normal_() if made.is_floating_point() and device != "meta" else made
 
     query, key, value, out = (tensor(batch, heads, length, head_dim) for _ in range(4))
     lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
     statistics = tensor(batch, heads, length, 2, dtype=torch.float32)
     if variant.pass_name == KVCACHE:
         caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
-        lengths = tensor(batch, dtype=torch.int32)
+        lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
         one = tensor(batch, heads, 1, head_dim)
         options = (None, None, None, None, None, None, None, scale, 0.0, False)
-        return attention.plan_kvcache(one, *caches, lengths, *options, one, lse[:, :, :1], variant.arch)[0]
+        return attention.plan_kvcache(one, *caches, lengths, *options, torch.empty_like(one), lse[:, :, :1], variant.arch)
     options = {}
     if variant.loop in DROPPING:
         options = {"seed": tensor(dtype=torch.int64), "drop_below": 1 << 29}
@@ -119,7 +128,8 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         options["places"] = tensor(batch, 4, dtype=torch.int64)
     if variant.loop == "packed":
         query, key, value, out, lse, statistics = (t[:1] for t in (query, key, value, out, lse, statistics))
-        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), tensor(batch + 1, dtype=torch.int32))
+        bounds = torch.linspace(0, length, batch + 1, device=device).int()
+        options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), bounds)
     right = 0 if variant.causal else None
     call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options)
     if variant.pass_name in (*TANGENT_PASSES, JVP_GRAD_MASK):
@@ -127,14 +137,14 @@ def launch_of(variant: Variant, device: str = "meta") -> attention.Launch:
         results = attention.JvpResults(out, lse, statistics, out, lse)
         launches = attention.plan_jvp(call, tangents, results)
         grads, deltas = (query, key, value, call.mask), (lse, lse)
-        launches += attention.plan_jvp_backward(call, tangents, results, out, None, grads, deltas)
-        return _launch_named(variant, launches)
+        return launches + attention.plan_jvp_backward(call, tangents, results, out, None, grads, deltas)
     if variant.pass_name in (*STATS_PASSES, GRAD_MASK):  # The gradient of a mask is hardest with statistics.
-        return _launch_named(variant, _with_stats(call, out, lse, statistics))
+        return _with_stats(call, out, lse, statistics)
     launches = attention.plan_forward(call, out, lse, statistics)
-    if variant.pass_name != FORWARD:
-        launches = attention.plan_backward(call, out, statistics, out, None, (query, key, value, None), lse)
-    return _launch_named(variant, launches)
+    if variant.pass_name == FORWARD:
+        return launches
+    grads = (*(torch.empty_like(tensor) for tensor in (query, key, value)), None)
+    return launches + attention.plan_backward(call, out, statistics, out, None, grads, lse)
 
 
 def _with_stats(call: attention.Call, out: Tensor, lse: Tensor, statistics: Tensor) -> list[attention.Launch]:
@@ -148,10 +158,20 @@ def _with_stats(call: attention.Call, out: Tensor, lse: Tensor, statistics: Tens
     return launches + attention.plan_backward(call, out, statistics, out, None, grads, lse, stats)
 
 
-def _launch_named(variant: Variant, launches: list[attention.Launch]) -> attention.Launch:
+def launch_named(variant: Variant, launches: list[attention.Launch]) -> attention.Launch:
     """Return the launch of the variant's pass."""
     name = GRAD_MASK if variant.pass_name == JVP_GRAD_MASK else variant.pass_name.removesuffix("_stats")
     return next(launch for launch in launches if launch.kernel.__name__ == f"attention_{name}")
+
+
+def kind_of(variant: Variant) -> LoopKind:
+    """Return which row of the settings table the variant's loop takes its tile from."""
+    by_descriptor = variant.loop == "plain" and variant.pass_name not in (*TANGENT_PASSES, KVCACHE, KEY_MASS, MASS_MEAN)
+    if variant.loop in DROPPING:
+        return LoopKind.MASKED
+    if by_descriptor and has_descriptors(variant.arch, getattr(torch, variant.dtype)):
+        return LoopKind.DESCRIPTORS
+    return LoopKind.PLAIN
 
 
 def inspect(variant: Variant) -> dict:
@@ -160,11 +180,7 @@ def inspect(variant: Variant) -> dict:
     launch = launch_of(variant)
     row = {**variant._asdict(), "q": launch.arguments["BLOCK_Q"], "k": launch.arguments["BLOCK_K"], **launch.options}
     row["specialized"] = launch.arguments.get("SPECIALIZED", False)
-    dtype = getattr(torch, variant.dtype)
-    kind = LoopKind.MASKED if variant.loop in DROPPING else LoopKind.PLAIN
-    if variant.loop == "plain" and variant.pass_name not in TANGENT_PASSES and has_descriptors(variant.arch, dtype):
-        kind = LoopKind.DESCRIPTORS
-    tile = tile_for(variant.pass_name, variant.arch, dtype, variant.head_dim, kind)
+    tile = tile_for(variant.pass_name, variant.arch, getattr(torch, variant.dtype), variant.head_dim, kind_of(variant))
     try:
         binary = ahead_of_time.compile_launch(launch, variant.arch)
     except Exception as error:  # A compiler that gives up is a finding, and the other variants go on.

@@ -33,7 +33,7 @@ ROUND_SECONDS = 0.002  # A round takes at least so many, as short calls are repe
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.getoption
-    row_filter = Filter(option("--full"), option("--only"), tuple(option("--size")))
+    row_filter = Filter(option("--full"), option("--only"), tuple(option("--size")), option("--tiny"))
     done = metafunc.config.stash.get(DONE, ())
     rows = [
         pytest.param(*row[:3], turn, row.implementation, marks=mark_of(setting))

@@ -7,6 +7,7 @@ from suite.row_items import MISSING, missing, row_of
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also the long sizes, and every dtype")
+    parser.addoption("--tiny", action="store_true", help="one size of a few rows for each section")
     parser.addoption("--only", help="the section of that name, or all whose names have this in them")
     parser.addoption("--size", action="append", default=[], help="in place of the section's own, e.g. 1x8x512x64")
 

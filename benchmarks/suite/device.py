@@ -24,6 +24,7 @@ class Device:
     clock: Callable  # Returns the present moment. The difference of two moments is in seconds.
     clear_cache: Callable[[], None] | None  # Is run before each timed call. None: calls are timed several at a time.
     peak_bytes: Callable[[Callable], tuple[int, object]]  # Returns the peak extra memory of a call, and the call's result.
+    capture: Callable[[Callable], Callable]  # Returns a call without its cost on the host, where the device knows such a thing.
 
     def move(self, arguments: dict) -> dict:
         """Return the arguments of a call with its tensors on the device."""
@@ -87,9 +88,43 @@ def _allocator_peak(call: Callable) -> tuple[int, object]:
     return torch.cuda.max_memory_allocated() - before, result
 
 
-CPU = Device("cpu", lambda: True, time.perf_counter, None, _resident_peak)
-CUDA = Device("cuda", torch.cuda.is_available, Moment, _fill_cache, _allocator_peak)
+def _as_graph(call: Callable) -> Callable:
+    """Return a call that replays a CUDA graph of ``call``, and returns the same results, written anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # It compiles, and allocates what lasts.
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
+
+
+def gpu_is_lost() -> bool:
+    """Tell whether an error has ended the GPU's context, as an access out of bounds does: all later calls would fail."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+CPU = Device("cpu", lambda: True, time.perf_counter, None, _resident_peak, lambda call: call)
+CUDA = Device("cuda", torch.cuda.is_available, Moment, _fill_cache, _allocator_peak, _as_graph)
 DEVICES = {device.name: device for device in (CPU, CUDA)}
+
+
+def stand_in_for_gpu() -> None:
+    """Put the CPU in the GPU's place, for a dry run in Triton's interpreter. Call it before sections are listed."""
+    DEVICES["cuda"] = CPU
 
 
 def measure_memory(call: Callable) -> dict[str, int]:

@@ -12,6 +12,7 @@ from suite.check import ErrorCheck, output_gradients, outputs_of
 from suite.device import DEVICES
 from suite.rows import FASTLM, GPU, GROWTH, OPS, Cost, Filter, Setting, Step, Unavailable
 
+COMPILED = ("FlexAttention", "eager, compiled")  # A dry run has no minutes for torch.compile.
 WORTH_MEMORY = 1 << 20  # A size of a user's own gets a row of memory from so many bytes of inputs and results on.
 
 
@@ -25,6 +26,9 @@ class OpSection:
         self.group = GPU if benchmark.device == "cuda" else GROWTH if benchmark.growth else OPS
 
     def settings(self, row_filter: Filter) -> Iterator[Setting]:
+        if row_filter.tiny:
+            yield Setting(self.name, self.benchmark.tiny, "float16")
+            return
         workloads = [self.workload(size) for size in row_filter.sizes] or self.benchmark.workloads
         for workload in workloads:
             every = row_filter.full and not self.benchmark.growth
@@ -46,7 +50,9 @@ class OpSection:
         except (TypeError, ValueError) as error:
             raise ValueError(f"sizes of {self.name!r} are written {self.benchmark.sizes}; got {name!r}") from error
         memory = made.numbers * torch.float32.itemsize >= WORTH_MEMORY
-        return Workload(**{**vars(made), "name": name, "quick": made.quick or (torch.float32,), "memory": memory})
+        without = COMPILED if name == self.benchmark.tiny else made.without
+        own = {"name": name, "quick": made.quick or (torch.float32,), "memory": memory, "without": without}
+        return Workload(**{**vars(made), **own})
 
     def implementations(self, setting: Setting, full: bool) -> list[str]:
         left_out = self.workload(setting.workload).without
@@ -89,6 +95,7 @@ class OpRunner:
         try:
             call = self._call(implementation)
             step = self._with_gradients(call) if self.leaves else lambda: outputs_of(call())
+            step = self.device.capture(step) if self.benchmark.graph else step
             start = self.device.clock()
             self.first[implementation] = tuple(result.detach() for result in step())
             self.first_seconds[implementation] = self.device.clock() - start

@@ -53,6 +53,7 @@ class Filter:
     full: bool = False  # whether the long sizes and every dtype are run too
     only: str | None = None  # the one section, or a part of the names of several
     sizes: tuple[str, ...] = ()  # sizes in place of the section's own, e.g. "1x8x512x64"
+    tiny: bool = False  # whether each section has one size of a few rows, in float16, for a dry run
 
 
 @dataclass(frozen=True)

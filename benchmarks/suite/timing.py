@@ -10,8 +10,9 @@ from rich.console import Console
 
 from suite.budget import Budget
 from suite.catalog import rows_of, weight
+from suite.device import gpu_is_lost
 from suite.journal import Journal
-from suite.row_items import BUDGET, DONE, SAY, missing, row_of
+from suite.row_items import BUDGET, DONE, MISSING, SAY, missing, row_of
 from suite.rows import Filter, Row, Setting
 from suite.terminal import Activity
 from suite.units import duration
@@ -20,17 +21,26 @@ HERE = Path(__file__).parent
 HEAD, STEP = "head", "rows"  # steps of the journal
 
 
+class GPULost(Exception):
+    """An error in a row has ended the GPU's context, so that no later row of this process can run."""
+
+
 def time_rows(journal: Journal, row_filter: Filter, budget: Budget) -> bool:
     """Time every row that the journal does not have yet, as far as the budget goes. Return whether all answers were right.
 
     Raises:
         KeyboardInterrupt: it was interrupted; the journal has the settings that were finished.
+        GPULost: the GPU takes no more calls; the journal has the setting, too, in which that happened.
     """
     arguments = [str(HERE / "bench_rows.py"), "--benchmark-quiet", *["--full"] * row_filter.full]
+    arguments += ["--tiny"] * row_filter.tiny
     arguments += [f"--only={row_filter.only}"] * (row_filter.only is not None) + [f"--size={size}" for size in row_filter.sizes]
     # None of the tests' settings; and no terminal output but ours.
     isolation = ["-c", os.devnull, f"--rootdir={HERE}", "-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:warnings"]
-    code = pytest.main(arguments + isolation, plugins=[_Recorder(journal, row_filter, budget)])
+    recorder = _Recorder(journal, row_filter, budget)
+    code = pytest.main(arguments + isolation, plugins=[recorder])
+    if recorder.lost:
+        raise GPULost(f"the GPU was lost by {' '.join(recorder.lost)}")
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -54,6 +64,7 @@ class _Recorder:
         self.console = Console(file=os.fdopen(os.dup(1), "w"), soft_wrap=True)
         self.failures: set[str] = set()
         self.why_not: str | None = None  # the reason of the last setting, where nothing of it was timed
+        self.lost: Row | None = None  # the row by which the GPU was lost
 
     def pytest_configure(self, config):
         config.stash[DONE] = {Setting(*setting["setting"]) for setting in self.journal.of(STEP)}
@@ -82,7 +93,9 @@ class _Recorder:
         result = yield
         self.activity.advance()
         self.left[row.setting] -= 1
-        if not self.left[row.setting]:
+        if row in item.config.stash[MISSING] and gpu_is_lost():
+            self.lost, item.session.shouldstop = row, "the GPU was lost"
+        if self.lost or not self.left[row.setting]:
             self._finish(row.setting, item.config)
         return result
 

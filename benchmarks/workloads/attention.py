@@ -70,6 +70,26 @@ def _gpu_square(head_dim: int, length: int, **more) -> Workload:
     return _square(16384 // length, 2048 // head_dim, length, head_dim, quick=(BF16,), memory=length == 4096, **more)
 
 
+def _padded(batch: int, heads: int, length: int, head_dim: int, **more) -> Workload:
+    """Return a batch whose sequences end at lengths that are spread evenly; a bool mask (B, 1, 1, L) hides their padding."""
+    lengths = torch.tensor([max(1, length * (i + 1) // batch) for i in range(batch)])
+    mask = (torch.arange(length) < lengths[:, None])[:, None, None]
+    work = sum(_work(1, heads, length, n, head_dim) for n in lengths.tolist())
+    return _square(batch, heads, length, head_dim, work=work, options={"mask": mask}, **more)
+
+
+def _grouped(batch: int, heads: int, length: int, head_dim: int, **more) -> Workload:
+    """Return a prompt of a model with four query heads (fewer, where ``heads`` is odd) for each head of keys."""
+    square = _square(batch, heads, length, head_dim, options=_CAUSAL, **more)
+    kv_heads = heads // math.gcd(heads, 4)
+
+    def make(dtype) -> dict:
+        call = square.make(dtype)
+        return call | {name: call[name][:, :kv_heads].contiguous() for name in ("key", "value")}
+
+    return replace(square, make=make)
+
+
 def _decoding(batch: int, length: int, quick=_HALF, memory: bool = False) -> Workload:
     """Return a step of decoding, with 32 query heads over 8 heads of keys."""
     heads, kv_heads, head_dim = 32, 8, 128
@@ -87,18 +107,18 @@ def _decoding(batch: int, length: int, quick=_HALF, memory: bool = False) -> Wor
     return Workload(name, make, size=batch * length, work=cached, numbers=cached, quick=quick, memory=memory)
 
 
-def _ragged(sequences: int, longest: int, quick=(FP32, BF16)) -> Workload:
+def _ragged(sequences: int, longest: int, quick=(FP32, BF16), heads: int = 8, head_dim: int = 64, passes=1.0) -> Workload:
     """Return a workload of packed sequences, whose lengths are spread evenly."""
     lengths = [max(1, longest * (i + 1) // sequences) for i in range(sequences)]
-    total, heads, head_dim = sum(lengths), 8, 64
+    total = sum(lengths)
 
     def make(dtype) -> dict:
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
         tensors = {n: seeded_normal(i, (total, heads, head_dim), dtype) for i, n in enumerate(_QKV)}
         return {**tensors, "cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "causal": True}
 
-    work = sum(_work(1, heads, n, n, head_dim, 0.5) for n in lengths)
-    numbers = 4 * total * heads * head_dim
+    work = sum(_work(1, heads, n, n, head_dim, 0.5 * passes) for n in lengths)
+    numbers = (4 if passes == 1.0 else 12) * total * heads * head_dim
     return Workload(f"{sequences} of up to {longest}", make, size=longest, work=work, numbers=numbers, quick=quick)
 
 
@@ -129,6 +149,7 @@ _EAGER = ("eager", "eager, compiled")
 _GPU_PEERS = ("SDPA", "SDPA flash", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention", "flash-attn", "xformers")
 _STATS_PEERS = ("eager", "output_attentions")
 _ON_GPU = {"device": "cuda", "backends": ("triton",), "dtypes": (BF16,)}
+_VARLEN_PEERS = ("SDPA for each", "SDPA padded", "torch's varlen_attn", "flash-attn", "xformers")
 _SLOW_TO_COMPILE = ("FlexAttention", "ONNX Runtime", "JAX")
 _CAUSAL = {"causal": True}
 _both = partial(_square, passes=BACKWARD)
@@ -142,6 +163,38 @@ def _section(name, workloads, peers=("SDPA", "eager"), sized=_square, **more) ->
     common = {"function": attention, "unit": "GFLOP/s", "axis": "sequence length", "sizes": "BxHxSxD", "slow_in_half": _EAGER}
     common |= {"dtypes": _DTYPES, "backends": ("cpu",)}
     return Benchmark(name=name, workloads=tuple(workloads), peers=peers, sized=sized, **common | more)
+
+
+def _gpu_varlen(backward: bool) -> Benchmark:
+    sized = partial(_ragged, quick=(BF16,), heads=16, head_dim=128, passes=BACKWARD if backward else 1.0)
+    return _section(
+        f"{ON_GPU}varlen_attention, causal{', forward + backward' * backward}",
+        (sized(32, 1024), sized(8, 4096)),
+        _VARLEN_PEERS,
+        sized=sized,
+        sizes="sequences x longest",
+        function=varlen_attention,
+        differentiable=_QKV if backward else (),
+        tiny="3x20",
+        **_ON_GPU,
+    )
+
+
+def _gpu_decoding(graph: bool) -> Benchmark:
+    """Return a section of decoding, as it is called or from a CUDA graph, where the host has nothing to do."""
+    return _section(
+        f"{ON_GPU}kvcache_attention, decoding{', CUDA graph' * graph}",
+        (_decoding(batch, 8192, (BF16,), memory=batch == 16 and not graph) for batch in (1, 16, 64)),
+        _GPU_PEERS,
+        sized=partial(_decoding, quick=(BF16,)),
+        sizes="B x cached rows",
+        function=kvcache_attention,
+        unit="GB/s",
+        axis="cached rows",
+        graph=graph,
+        tiny="1x40",
+        **_ON_GPU,
+    )
 
 
 def _gpu_section(head_dim: int, causal: bool, backward: bool) -> Benchmark:
@@ -282,16 +335,28 @@ BENCHMARKS = (
         for causal in (False, True)
     ),
     _section(
-        f"{ON_GPU}kvcache_attention, decoding",
-        (_decoding(batch, 8192, (BF16,), memory=batch == 16) for batch in (1, 16, 64)),
-        _GPU_PEERS,
-        sized=partial(_decoding, quick=(BF16,)),
-        sizes="B x cached rows",
-        function=kvcache_attention,
-        unit="GB/s",
-        axis="cached rows",
+        f"{ON_GPU}attention, forward, window {WINDOW}",
+        (_windowed(16384 // length, 16, length, 128, quick=(BF16,)) for length in (4096, 16384)),
+        ("SDPA", "FlexAttention", "flash-attn"),
+        sized=partial(_windowed, quick=(BF16,)),
         **_ON_GPU,
     ),
+    _section(
+        f"{ON_GPU}attention, forward, padding mask",
+        (_padded(16384 // length, 16, length, 128, quick=(BF16,)) for length in (1024, 4096)),
+        ("SDPA", "SDPA efficient", "SDPA cudnn", "SDPA math", "FlexAttention"),
+        sized=partial(_padded, quick=(BF16,)),
+        **_ON_GPU,
+    ),
+    _section(
+        f"{ON_GPU}attention, forward, grouped prefill",
+        (_grouped(16384 // length, 32, length, 128, quick=(BF16,)) for length in (1024, 4096, 16384)),
+        _GPU_PEERS,
+        sized=partial(_grouped, quick=(BF16,)),
+        **_ON_GPU,
+    ),
+    *(_gpu_varlen(backward) for backward in (False, True)),
+    *(_gpu_decoding(graph) for graph in (False, True)),
     _section(
         "growth of attention with the sequence",
         (_square(1, 1, length, memory=True) for length in (128, 512, 2048, 8192, 32768)),

@@ -51,6 +51,7 @@ def _gpu_section(name: str, numbers: int, differentiable: tuple[str, ...]) -> Be
         sized=sized,
         differentiable=differentiable,
         device="cuda",
+        tiny="9x7",
         **_COMMON,
     )
 

@@ -42,8 +42,10 @@ def _seen(length: int, window: tuple[int | None, int | None] | None, device: tor
     return seen.triu(-window[0]) if window else seen
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool = False, window=None, dropout_p=0.0, seed=None) -> Call:
-    mask = _seen(query.shape[2], window, query.device) if window else None
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool = False, window=None, dropout_p=0.0, seed=None, mask=None
+) -> Call:
+    mask = _seen(query.shape[2], window, query.device) if window else mask
     options = {"is_causal": causal and mask is None, "enable_gqa": query.shape[1] != key.shape[1], "dropout_p": dropout_p}
     return lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
@@ -79,26 +81,30 @@ def _eager_compiled(**arguments) -> Call:
     return _eager(**arguments, attend=torch.compile(_softmax_attention, dynamic=False))
 
 
-def _flex_attention(query, key, value, causal: bool = False, window=None) -> Call:
-    """Compile FlexAttention for one length. On CPUs it has no backward."""
+def _flex_attention(query, key, value, causal: bool = False, window=None, mask=None) -> Call:
+    """Compile FlexAttention for one length. A mask hides keys, (B, 1, 1, L). On CPUs it has no backward."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(batch, head, row, column):
         return (row >= column) & (row - column <= (window[0] if window else length))
 
-    length = query.shape[2]
-    blocks = create_block_mask(seen, None, None, length, length, device=query.device) if causal else None
+    def unmasked(batch, head, row, column):
+        return mask[batch, 0, 0, column]
+
+    length, batch = query.shape[2], None if mask is None else query.shape[0]
+    rule = unmasked if mask is not None else seen if causal else None
+    blocks = create_block_mask(rule, batch, None, length, length, device=query.device) if rule else None
     compiled = torch.compile(flex_attention, dynamic=False)
     call = partial(compiled, query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
     return call if query.is_cuda else torch.no_grad()(call)
 
 
-def _flash_attn(query, key, value, causal: bool = False) -> Call:
+def _flash_attn(query, key, value, causal: bool = False, window=None) -> Call:
     """Prepare flash-attn, which takes (B, L, H, D)."""
     from flash_attn import flash_attn_func
 
-    tensors = [t.transpose(1, 2) for t in (query, key, value)]
-    return lambda: flash_attn_func(*tensors, causal=causal).transpose(1, 2)
+    tensors, window = [t.transpose(1, 2) for t in (query, key, value)], window or (-1, -1)
+    return lambda: flash_attn_func(*tensors, causal=causal, window_size=window).transpose(1, 2)
 
 
 def _xformers(query, key, value, causal: bool = False) -> Call:
@@ -179,11 +185,40 @@ def _sdpa_each(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
 def _sdpa_padded(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Tensor:
     """Pad the sequences to the longest, call SDPA once, and unpad. Causal queries do not see the padding behind them."""
     lengths = cu_seqlens_q.diff().long()
-    row = torch.arange(int(lengths.max()))
+    row = torch.arange(int(lengths.max()), device=lengths.device)
     real = row < lengths[:, None]  # (B, L)
     index = (cu_seqlens_q[:-1, None] + row).clamp(max=len(query) - 1)
     padded = (t[index].transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(*padded, is_causal=causal).transpose(1, 2)[real]
+
+
+def _longest(cu_seqlens: Tensor) -> int:
+    return int(cu_seqlens.diff().max())
+
+
+def _flash_attn_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Call:
+    from flash_attn import flash_attn_varlen_func
+
+    longest = _longest(cu_seqlens_q), _longest(cu_seqlens_k)
+    return lambda: flash_attn_varlen_func(query, key, value, cu_seqlens_q, cu_seqlens_k, *longest, causal=causal)
+
+
+def _torch_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Call:
+    """Prepare torch's own attention over packed sequences, which is flash-attn's."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest, window = (_longest(cu_seqlens_q), _longest(cu_seqlens_k)), (-1, 0 if causal else -1)
+    return lambda: varlen_attn(query, key, value, cu_seqlens_q, cu_seqlens_k, *longest, window_size=window)
+
+
+def _xformers_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, causal) -> Call:
+    """Prepare xformers' attention over packed sequences of causal queries."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    bias = BlockDiagonalCausalMask.from_seqlens(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist())
+    tensors = [t.unsqueeze(0) for t in (query, key, value)]
+    return lambda: memory_efficient_attention(*tensors, attn_bias=bias).squeeze(0)
 
 
 # ---- the latent -------------------------------------------------------------------------------------------------------------
@@ -222,7 +257,13 @@ ATTENTION: dict[str, dict[str, Callable[..., Call]]] = {
         "JAX": _jax,
         **_GPU_ATTENTION,
     },
-    "varlen_attention": {"SDPA for each": _as_is(_sdpa_each), "SDPA padded": _as_is(_sdpa_padded)},
+    "varlen_attention": {
+        "SDPA for each": _as_is(_sdpa_each),
+        "SDPA padded": _as_is(_sdpa_padded),
+        "torch's varlen_attn": _torch_varlen,
+        "flash-attn": _flash_attn_varlen,
+        "xformers": _xformers_varlen,
+    },
     "kvcache_attention": {
         "SDPA": _of_cache(_sdpa),
         "eager": _as_is(_eager_of_cache),

@@ -46,4 +46,6 @@ class Benchmark:
     own_noise: bool = False  # whether peers draw noise of their own, so that their errors are unknown
     by_rule: bool = False  # whether fastlm is called without a backend's name, because it may leave a call to torch
     checked_whole: bool = False  # whether an answer depends on so much that no part of it can be checked alone
+    graph: bool = False  # whether calls are replayed from a CUDA graph
+    tiny: str = "1x2x40x16"  # the size of a dry run, in the form of ``sizes``
     growth: bool = False  # whether only the size differs between workloads, so that growth exponents mean something

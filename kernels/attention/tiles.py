@@ -10,10 +10,13 @@ specializes only kernels of one loop with descriptors made on the device, and th
 set. Two warp groups do all the work instead.
 """
 
+import os
 from enum import Enum
 from typing import NamedTuple
 
 import torch
+
+from .timed_tiles import TIMED
 
 
 class Tile(NamedTuple):
@@ -365,6 +368,9 @@ MASK_SINGLE = {GRAD_MASK: (Tile(64, 32, 8, 2, spilled=16),) * 3, JVP_GRAD_MASK: 
 for table, passes in ((HALF, MASK_HALF), (SINGLE, MASK_SINGLE)):
     for row in [row for row in table if row[1] == LoopKind.PLAIN]:
         table[row] |= passes
+# FASTLM_GPU_SETTINGS=safe tells a bad tile from a bad kernel: this tile fits every GPU, pass, dtype and head_dim, nothing is
+# copied ahead of the loop that needs it, and no product is large enough for the instructions of several warps (wgmma, tcgen05).
+SAFE_TILE = Tile(16, 16, 4, 1)
 INTERPRETER = {  # They are small and uneven, so that short sequences have several blocks.
     FORWARD: Tile(32, 16, 4, 1),
     GRAD_KEY_VALUE: Tile(16, 32, 4, 1),
@@ -381,6 +387,20 @@ INTERPRETER = {  # They are small and uneven, so that short sequences have sever
     KEY_MASS: Tile(16, 32, 4, 1),
     MASS_MEAN: Tile(16, 32, 4, 1),
 }
+
+
+def _uses_safe_settings(settings: str) -> bool:
+    """Read FASTLM_GPU_SETTINGS.
+
+    Raises:
+        ValueError: it is neither unset, empty nor "safe".
+    """
+    if settings not in ("", "safe"):
+        raise ValueError(f"FASTLM_GPU_SETTINGS must be unset or 'safe'; got {settings!r}")
+    return settings == "safe"
+
+
+SAFE = _uses_safe_settings(os.environ.get("FASTLM_GPU_SETTINGS", ""))
 
 
 def architecture(device: torch.device) -> str:
@@ -414,11 +434,21 @@ def has_descriptors(arch: str, dtype: torch.dtype) -> bool:
     float32 in another order than the accelerator copies it in, and spill.
     """
     has_accelerator = arch == "interpreter" or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90)
-    return has_accelerator and dtype != torch.float32
+    return has_accelerator and dtype != torch.float32 and not SAFE
+
+
+def timed_key(name: str, arch: str, dtype: torch.dtype, head_dim: int, kind: LoopKind) -> tuple[str, str, str, str, int]:
+    """Return the key of a tile in TIMED."""
+    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return arch, "single" if dtype == torch.float32 else "half", kind.value, name, width
 
 
 def tile_for(name: str, arch: str, dtype: torch.dtype, head_dim: int, kind: LoopKind = LoopKind.PLAIN) -> Tile:
     """Return the tile of the pass `name` on a GPU; head_dim is the larger of the keys' and the values'."""
+    if SAFE:
+        return SAFE_TILE
+    if timed := TIMED.get(timed_key(name, arch, dtype, head_dim, kind)):
+        return Tile(*timed)
     if arch == "interpreter":
         return INTERPRETER[name]
     table, arch = SINGLE if dtype == torch.float32 else HALF, ALIASES.get(arch, arch)

@@ -19,7 +19,7 @@ from support.bench import Clock, entry, made_up_run
 from workloads.workload import ON_GPU
 
 GPU_BENCHMARKS = {benchmark.name: benchmark for benchmark in workloads.BENCHMARKS if benchmark.device == "cuda"}
-SMALL = {"BxHxSxD": (2, 4, 70, 16), "rows x columns": (9, 7), "B x cached rows": (2, 70)}
+SMALL = {"BxHxSxD": (2, 4, 70, 16), "rows x columns": (9, 7), "B x cached rows": (2, 70), "sequences x longest": (3, 70)}
 LINUX = pytest.mark.skipif(not device.CLEAR_REFS.exists(), reason="memory is measured on Linux only")
 
 # ---- the CPU ----------------------------------------------------------------------------------------------------------------
@@ -189,14 +189,14 @@ def test_peers_on_a_gpu_compute_what_fastlm_does(name):
         try:
             runner.step(peer)
         except Unavailable as reason:
-            assert "No module named" in str(reason) or "No viable backend" in str(reason)
+            assert any(why in str(reason) for why in ("No module named", "No viable backend", "from the 'CPU' backend"))
             continue
         ran.add(peer)
         errors = runner.errors(peer)
         assert errors or (benchmark.own_noise and peer in benchmark.peers)
         assert all(j["error"] <= 4 * j["allowed"] for j in errors.values()), (peer, errors)
     assert {"fastlm cpu", benchmark.peers[0]} <= ran
-    assert ran >= {"SDPA flash", "SDPA math"} or "SDPA" not in benchmark.peers
+    assert ran >= {"SDPA flash", "SDPA math"} & set(benchmark.peers)
 
 
 def test_of_a_large_cache_the_last_sequence_is_checked(monkeypatch):

@@ -22,6 +22,7 @@ from suite.model_section import ModelSection
 from suite.op_section import OpRunner
 from suite.rows import Filter, Row, Setting, Unavailable
 from support.bench import HANG
+from support.processes import printed
 from workloads import PEERS, text_vae
 from workloads.models import Model
 from workloads.peers import eager_latent
@@ -436,3 +437,30 @@ def test_without_a_checkout_the_command_says_where_the_benchmarks_are(monkeypatc
 def test_the_folder_of_the_benchmarks_is_the_repositorys():
     assert (cli.PACKAGE.parent / cli.BENCH).parent == HERE.parents[1] / "benchmarks"
     assert Row("op", "w", "float32", "fastlm cpu").own
+
+
+def test_a_lost_gpu_ends_the_rows_and_its_setting_is_in_the_journal(tmp_path):
+    """The run after it goes on behind that setting. Here a peer that fails counts as the loss."""
+    code = f"""
+import sys
+sys.path.append({str(HERE.parents[1] / "benchmarks")!r})
+from pathlib import Path
+from suite import timing
+from suite.budget import Budget
+from suite.journal import Journal
+from suite.rows import Filter
+from workloads import PEERS
+
+def fails(**arguments):
+    raise RuntimeError("an illegal memory access")
+
+PEERS["attention"]["SDPA"], timing.gpu_is_lost = fails, lambda: True
+journal = Journal(Path({str(tmp_path / "bench.jsonl")!r}), {{}})
+try:
+    timing.time_rows(journal, Filter(only={TINY!r}), Budget())
+except timing.GPULost as lost:
+    (setting,) = journal.of(timing.STEP)
+    print(lost, [row["why_not"] for row in setting["missing"]], sep="; ")
+"""
+    told = printed(code).splitlines()[-1]
+    assert told == f"the GPU was lost by {TINY} B1 H1 S16 float32 SDPA; ['RuntimeError: an illegal memory access']"

@@ -14,6 +14,7 @@ from support import cuda_host
 from support.banded import Banded
 from support.cuda_host import CUDA, DEVICE, ON_GPU
 from support.oracle import Oracle, noisy_results, output_gradients, run
+from support.sweep import scaled
 from test_cases import oracle
 from test_latent_sweep import (
     DIFFERENTIABLE,
@@ -31,7 +32,7 @@ from fastlm.backend import cuda as cuda_kernels
 from fastlm.ops.noise import normal
 from fastlm.testing import FLOATS, seeded_normal
 
-SCALE = int(os.environ.get("FASTLM_SWEEP", "1"))  # How many times as many random calls.
+pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 ORDERS = ("forward", "reverse", "1")
 on_host = pytest.mark.skipif(ON_GPU, reason="a GPU has an order of its own")
@@ -88,7 +89,7 @@ def test_values_and_gradients_are_as_good_as_plain_pytorch(name, case, dtype):
         oracle(name, case, dtype).check(**CUDA)
 
 
-@settings(max_examples=80 * SCALE)
+@settings(max_examples=scaled(80))
 @given(st.data())
 def test_reparameterize_with_kl_anywhere(data):
     call = data.draw(kl_calls())
@@ -101,7 +102,7 @@ def test_reparameterize_with_kl_anywhere(data):
         Oracle(function, call, DIFFERENTIABLE, noisy_results(function.__name__), layout).check(**CUDA)
 
 
-@settings(max_examples=120 * SCALE)
+@settings(max_examples=scaled(120))
 @given(st.data())
 def test_the_same_bits_as_on_the_cpu_anywhere(widest_isa, data):
     call = data.draw(kl_calls())

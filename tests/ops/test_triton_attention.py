@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.guarded import SENTINEL, Guarded
 from support.oracle import Oracle, run
-from support.triton_interpreter import DEVICE, ON_GPU
+from support.sweep import EVERY_DTYPE, scaled
+from support.triton_interpreter import DEVICE
 from test_attention_sweep import DIFFERENTIABLE, attention_calls, varlen_calls
 from test_cases import oracle
 from test_kvcache_attention import Fresh
@@ -24,18 +24,18 @@ from fastlm.reference.attention import keep_mask
 from fastlm.testing import seeded_normal
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.gpu
 
 TRITON = {"backend": "triton", "device": DEVICE}
-SCALE = int(os.environ.get("FASTLM_SWEEP", "1"))  # How many times as many random calls.
 
 # ---- correctness ------------------------------------------------------------------------------------------------------------
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION_CASES = [(spec.name, case) for spec in SPECS.values() if "attention" in spec.name for case in spec.cases]
-CALLS = [  # Each case in one dtype; on a GPU, which is fast, in all dtypes.
+CALLS = [  # Each case in one dtype; with FASTLM_SWEEP=2 in all dtypes.
     pytest.param(name, case, dtype, id=f"{name}-{case}-{str(dtype).removeprefix('torch.')}")
     for i, (name, case) in enumerate(ATTENTION_CASES)
-    for dtype in (DTYPES if ON_GPU else DTYPES[i % 3 :][:1])
+    for dtype in (DTYPES if EVERY_DTYPE else DTYPES[i % 3 :][:1])
 ]
 
 
@@ -49,19 +49,19 @@ LENGTHS = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 48, 49, 65]
 DIMS = st.one_of(st.integers(1, 40), st.sampled_from([64, 72, 100, 130]))
 
 
-@settings(max_examples=40 * SCALE)
+@settings(max_examples=scaled(40))
 @given(attention_calls(LENGTHS, DIMS, most=2, groups=(1, 2, 3)))
 def test_attention_anywhere(call):
     Oracle(fastlm.attention, call, DIFFERENTIABLE, set()).check(**TRITON)
 
 
-@settings(max_examples=20 * SCALE)
+@settings(max_examples=scaled(20))
 @given(varlen_calls(LENGTHS, DIMS, groups=(1, 2)))
 def test_varlen_attention_anywhere(call):
     Oracle(fastlm.varlen_attention, call, DIFFERENTIABLE, set()).check(**TRITON)
 
 
-@settings(max_examples=40 * SCALE)
+@settings(max_examples=scaled(40))
 @given(cache_calls(longest=400, most_heads=2))
 def test_kvcache_attention_anywhere(call):
     Fresh(call).check(**TRITON)

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from support.derivatives import add_tangents, and_tangents, with_tangents
 from support.guarded import Guarded
 from support.oracle import Oracle, run
-from support.triton_interpreter import DEVICE, ON_GPU
+from support.sweep import EVERY_DTYPE, scaled
+from support.triton_interpreter import DEVICE
 from test_attention_sweep import attention_calls, varlen_calls
 from test_edge_numbers import huge_logits, masked_row, qkv
-from test_triton_attention import DIMS, LENGTHS, SCALE
+from test_triton_attention import DIMS, LENGTHS
 from torch.func import grad, jvp, vmap
 
 import fastlm
 from fastlm.testing import assert_as_good_as_plain, seeded_normal
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.gpu
 
 TRITON = {"backend": "triton", "device": DEVICE}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +91,7 @@ FEATURES = {
 CALLS = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for i, name in enumerate(FEATURES)
-    for dtype in (DTYPES if ON_GPU or name == "everything" else DTYPES[i % 3 :][:1])
+    for dtype in (DTYPES if EVERY_DTYPE or name == "everything" else DTYPES[i % 3 :][:1])
 ]
 
 
@@ -107,13 +109,13 @@ def test_keys_that_are_loaded_again_for_every_block():
     check(ATTENTION, grouped(dim=130, causal=True)(torch.float32))
 
 
-@settings(max_examples=10 * SCALE)
+@settings(max_examples=scaled(10))
 @given(attention_calls(LENGTHS, DIMS, most=2, groups=(1, 2)), NAMES)
 def test_any_tangents_anywhere(call, names):
     check(ATTENTION, call, names)
 
 
-@settings(max_examples=4 * SCALE)
+@settings(max_examples=scaled(4))
 @given(varlen_calls(LENGTHS, DIMS, groups=(1, 2)), NAMES)
 def test_any_tangents_of_packed_sequences(call, names):
     check(VARLEN, call, names)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.oracle import Oracle, run
+from support.sweep import EVERY_DTYPE
 from support.triton_interpreter import DEVICE, ON_GPU
 from test_edge_numbers import CASES, DIFFERENTIABLE, ON_KERNELS, ROW, attention, masked_row, qkv
 from test_kvcache_attention import Fresh
@@ -16,6 +17,7 @@ from fastlm.backend import triton as triton_kernels
 from fastlm.testing import seeded_normal
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.gpu
 
 TRITON = {"backend": "triton", "device": DEVICE}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +25,7 @@ MASKED = [name for name in ON_KERNELS if name.startswith(("a row of", "huge"))] 
 CALLS = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for i, name in enumerate(ON_KERNELS)
-    for dtype in (DTYPES if ON_GPU or name in MASKED else DTYPES[i % 3 :][:1])
+    for dtype in (DTYPES if EVERY_DTYPE or name in MASKED else DTYPES[i % 3 :][:1])
 ]
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------------

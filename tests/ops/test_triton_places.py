@@ -11,16 +11,18 @@ from support.derivatives import add_tangents, and_tangents, with_tangents
 from support.oracle import Oracle, run
 from support.parts import attention_at, attention_in_parts
 from support.stats import with_stats
-from support.triton_interpreter import DEVICE, ON_GPU
+from support.sweep import EVERY_DTYPE, scaled
+from support.triton_interpreter import DEVICE
 from test_attention_places import CASES
 from test_attention_sweep import DIFFERENTIABLE
-from test_triton_attention import DTYPES, SCALE
+from test_triton_attention import DTYPES
 from test_triton_derivatives import FEATURES, grouped, normals, with_hidden
 
 from fastlm.ops.attention.call import Place
 from fastlm.reference.attention import keep_mask
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.gpu
 
 TRITON = {"backend": "triton", "device": DEVICE}
 
@@ -35,10 +37,10 @@ def check(function, call: dict, names=DIFFERENTIABLE) -> dict:
 CUTS = {"key_cuts": (8, 36), "query_cuts": (5,)}
 SOME = ("causal, more queries than keys", "window", "dropout", "dropout per example")
 PUT_TOGETHER = {name: CASES[name] for name in SOME} | {"everything": FEATURES["everything"]}
-CALLS = [  # Each case in one dtype; on a GPU, which is fast, in all dtypes.
+CALLS = [  # Each case in one dtype; with FASTLM_SWEEP=2 in all dtypes.
     pytest.param(case, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for i, (name, case) in enumerate(PUT_TOGETHER.items())
-    for dtype in (DTYPES if ON_GPU else DTYPES[i % 3 :][:1])
+    for dtype in (DTYPES if EVERY_DTYPE else DTYPES[i % 3 :][:1])
 ]
 
 
@@ -61,7 +63,7 @@ PACKED = grouped(
 PARTS = [
     pytest.param(make, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for i, (name, make) in enumerate({"everything": PART, "packed": PACKED}.items())
-    for dtype in (DTYPES if ON_GPU else DTYPES[i:][:1])
+    for dtype in (DTYPES if EVERY_DTYPE else DTYPES[i:][:1])
 ]
 
 
@@ -81,7 +83,7 @@ POSITIONS = st.one_of(st.integers(-80, 80), st.sampled_from([-(2**40), 10**6]))
 LENGTHS = st.sampled_from([1, 15, 16, 33, 48, 65])
 
 
-@settings(max_examples=10 * SCALE)
+@settings(max_examples=scaled(10))
 @given(LIMITS, LIMITS, st.tuples(POSITIONS, POSITIONS), LENGTHS, LENGTHS, st.booleans(), st.sampled_from(DTYPES))
 def test_a_part_anywhere(left, right, positions, q_len, k_len, has_mask, dtype):
     """Negative limits, too, which leave out the keys around a row."""

@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from support.guarded import Guarded
 from support.oracle import Oracle, run
 from support.stats import ALL_STATS, with_stats
-from support.triton_interpreter import DEVICE, ON_GPU
+from support.sweep import EVERY_DTYPE, scaled
+from support.triton_interpreter import DEVICE
 from test_attention_sweep import DIFFERENTIABLE, attention_calls, varlen_calls
 from test_edge_numbers import huge_logits, masked_row, qkv
-from test_triton_attention import DIMS, DTYPES, LENGTHS, SCALE
+from test_triton_attention import DIMS, DTYPES, LENGTHS
 from test_triton_derivatives import FEATURES, SEEN, grouped
 
 import fastlm
 from fastlm.testing import seeded_normal
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.gpu
 
 TRITON = {"backend": "triton", "device": DEVICE}
 
@@ -35,11 +37,11 @@ def check(function, call: dict, names=ALL_STATS) -> dict:
 
 CASES = [(name, case) for name in ("attention", "varlen_attention") for case in SPECS[name].cases]
 ALONE = [(name,) for name in ALL_STATS]
-CALLS = [  # Each case with all statistics or with one, in one dtype, in turns; on a GPU, which is fast, all of it.
+CALLS = [  # Each case with all statistics or with one, in one dtype, in turns; with FASTLM_SWEEP=2 all of it.
     pytest.param(name, case, dtype, names, id=f"{name}-{case}-{str(dtype).removeprefix('torch.')}-{'+'.join(names)}")
     for i, (name, case) in enumerate(CASES)
-    for dtype in (DTYPES if ON_GPU else DTYPES[i % 3 :][:1])
-    for names in ([ALL_STATS, *ALONE] if ON_GPU else [ALL_STATS, ALONE[i // 2 % 3]][i % 2 :][:1])
+    for dtype in (DTYPES if EVERY_DTYPE else DTYPES[i % 3 :][:1])
+    for names in ([ALL_STATS, *ALONE] if EVERY_DTYPE else [ALL_STATS, ALONE[i // 2 % 3]][i % 2 :][:1])
 ]
 
 
@@ -53,13 +55,13 @@ def test_one_statistic_alone_with_every_feature(name):
     check(fastlm.attention, FEATURES["everything"](torch.float32), (name,))
 
 
-@settings(max_examples=5 * SCALE)
+@settings(max_examples=scaled(5))
 @given(attention_calls(LENGTHS, DIMS, most=2, groups=(1, 2)))
 def test_statistics_anywhere(call):
     check(fastlm.attention, call)
 
 
-@settings(max_examples=3 * SCALE)
+@settings(max_examples=scaled(3))
 @given(varlen_calls(LENGTHS, DIMS, groups=(1, 2)))
 def test_statistics_of_packed_sequences_anywhere(call):
     check(fastlm.varlen_attention, call)
