@@ -223,6 +223,19 @@ def test_differences_between_the_lowest_numbers_still_count(isa):
     torch.testing.assert_close(out[:, :, ROW], arguments["value"][:, :, 7], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("value_dim", [2, 40, 70])
+def test_a_row_with_all_weight_on_one_key_has_no_gradient_of_scores(value_dim, isa):
+    """Find 0 to the bit, though the sums that cancel are rounded: both add up columns in one order."""
+    arguments = qkv(torch.float32, value_dim=value_dim)
+    arguments["key"][:, :, 5] *= 1e4  # The row's score is then far above or far below the others.
+    arguments["query"] = arguments["key"][:, :, 5:6] / 100 + arguments["query"]
+    leaves = [tensor.requires_grad_() for tensor in arguments.values()]
+    out, _ = attention(**arguments, backend="cpu")
+    assert torch.equal(out, arguments["value"][:, :, 5:6].expand_as(out))
+    of_query, of_key, of_value = torch.autograd.grad(out, leaves, seeded_normal(9, out.shape, torch.float32))
+    assert not of_query.any() and not of_key.any() and of_value[:, :, 5].any()
+
+
 @pytest.mark.parametrize("dropout_p", [1.0, 1 - 1e-10])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_dropout_of_everything_gives_zeros(dropout_p, backend, isa):

@@ -104,17 +104,21 @@ FASTLM_SIMD bool weigh_row(const Attention& a, const Statistic& saved, const Seq
     return true;
   }
   const F32 scale(factor), zero(0.0f);
-  const auto weigh = [&](F32 exponent, int64_t k) FASTLM_LAMBDA { f(exp2_nonpositive(exponent), exponent, k); };
   if (is_far(maximum, factor)) {
     // min: a weight is at most 1, but the score, summed in another order than in the forward, may be a rounding step higher.
     const F32 most(maximum), shift(-log_total);
     for (int64_t k = 0; k < padded(keys); k += kLanes) {
-      weigh(min(zero, mul_add(F32::load(scores + k) - most, scale, shift)), k);
+      const F32 exponent = min(zero, mul_add(F32::load(scores + k) - most, scale, shift));
+      f(exp2_nonpositive(exponent), exponent, k);
     }
   } else {
-    // In two steps: the shift is the forward's, so that its rounding cancels, as it would not in one sum with log_total.
-    const F32 shift(-(maximum * factor)), total(log_total);
-    for (int64_t k = 0; k < padded(keys); k += kLanes) weigh(mul_add(F32::load(scores + k), scale, shift) - total, k);
+    // The weights are the forward's own, to the bit, times their share: one rounded sum of the shift and log_total would make a
+    // row of large scores weigh more or less than 1.
+    const F32 shift(-(maximum * factor)), total(log_total), share = exp2_nonpositive(F32(-log_total));
+    for (int64_t k = 0; k < padded(keys); k += kLanes) {
+      const F32 exponent = mul_add(F32::load(scores + k), scale, shift);
+      f(exp2_nonpositive(exponent) * share, exponent - total, k);
+    }
   }
   return true;
 }
@@ -310,27 +314,37 @@ void attention_backward(const AttentionBackward& a, const AttentionTask& task, c
 
 int64_t attention_backward_workspace(const Attention& a, int64_t rows) { return workspace_bytes<BackwardArrays>(a, rows); }
 
-// Computes delta of the task's rows.
+// Computes delta of the task's rows, of which there are kBlockRows at most. Columns are added one after the other, as gemm
+// adds them in dP: if all weight of a row is on one key, out is its value, and dP - delta is 0 to the bit. Else the rounding of
+// both would be all that there is of dS, and for large scores up to 200 times PyTorch's error.
 void attention_delta(const AttentionBackward& a, const AttentionTask& task) {
+  constexpr int64_t kColumns = 32;  // columns that are transposed at a time
+  alignas(64) float out[kColumns * kBlockRows], grad_out[kColumns * kBlockRows], delta[kBlockRows] = {};
+  char *out_rows[kBlockRows], *grad_rows[kBlockRows];
   const Sequence s = sequence(a, task.b);
-  for_rows(a, task.kv_head, task.row_begin, task.row_end - task.row_begin,
-           [&](int64_t, int64_t query, int64_t head) FASTLM_LAMBDA {
-             const int64_t row = s.q_first + query;
-             with_float_dtype(a.out.dtype, [&](auto type) FASTLM_LAMBDA {
-               using T = decltype(type);
-               const auto *out = reinterpret_cast<const T*>(a.out.at(s.batch, head, row)),
-                          *grad = reinterpret_cast<const T*>(a.grad_out.at(s.batch, head, row));
-               F32 total(0.0f);
-               float x[kLanes], y[kLanes];
-               for (int64_t d = 0; d < a.value_dim; d += kLanes) {
-                 const int64_t left = a.value_dim - d < kLanes ? a.value_dim - d : kLanes;
-                 widen_row(out + d, left, x);
-                 widen_row(grad + d, left, y);
-                 total = mul_add(F32::load(x), F32::load(y), total);
-               }
-               *a.delta.at(s.batch, head, row) = sum(total) - (a.grad_lse.data ? *a.grad_lse.at(s.batch, head, row) : 0.0f);
-             });
-           });
+  const int64_t first = task.row_begin, count = task.row_end - first;
+  query_rows(a, s, a.out, task.kv_head, first, count, out_rows);
+  query_rows(a, s, a.grad_out, task.kv_head, first, count, grad_rows);
+  for (int64_t d = 0; d < a.value_dim; d += kColumns) {
+    const int64_t columns = a.value_dim - d < kColumns ? a.value_dim - d : kColumns;
+    load_b_transposed(a.out.dtype, out_rows, count, columns, out, kBlockRows);
+    load_b_transposed(a.grad_out.dtype, grad_rows, count, columns, grad_out, kBlockRows);
+    for (int64_t r = 0; r < padded(count); r += kLanes) {
+      F32 total = F32::load(delta + r);
+      for (int64_t at = r; at < columns * kBlockRows; at += kBlockRows) {
+        total = mul_add(F32::load(grad_out + at), F32::load(out + at), total);
+      }
+      total.store(delta + r);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      out_rows[r] += columns * bytes_of(a.out.dtype);
+      grad_rows[r] += columns * bytes_of(a.grad_out.dtype);
+    }
+  }
+  for_rows(a, task.kv_head, first, count, [&](int64_t r, int64_t query, int64_t head) FASTLM_LAMBDA {
+    const int64_t row = s.q_first + query;
+    *a.delta.at(s.batch, head, row) = delta[r] - (a.grad_lse.data ? *a.grad_lse.at(s.batch, head, row) : 0.0f);
+  });
 }
 
 }  // namespace fastlm::FASTLM_ISA
