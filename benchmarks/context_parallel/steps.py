@@ -87,8 +87,7 @@ def layer_step_of(case: Case, way: str, attend: Attend) -> tuple[Callable[[], tu
     Rows (1, L, W) of a width of all query heads are projected to queries, keys and values, which nobody else holds, and what
     is attended to is projected back. Weights and their gradients, which no way divides, stand outside.
     """
-    ranks = 1 if way == ONE_PROCESS else distributed.get_world_size()
-    first, last = parts(case.sequence, ranks)[distributed.get_rank()]
+    first, last = parts(case.sequence, distributed.get_world_size())[distributed.get_rank()]
     heads, width = [case.query_heads, case.key_heads, case.key_heads], case.query_heads * HEAD_DIM
     project, unproject = (
         torch.nn.Linear(width, each * HEAD_DIM, bias=False, dtype=case.dtype) for each in (sum(heads), case.query_heads)

@@ -68,10 +68,10 @@ def _plan(
     z = _tensor(*((samples[0],) if samples[0] else ()), *shape, dtype=dtype) if "z" in outputs else None
     kl = _tensor(*shape[: len(shape) - event_dims], dtype=accumulator) if "kl" in outputs else None
     seed = _tensor(*(shape[:1] if seeds else ()), dtype=torch.int64) if z is not None else None
-    tensors, numbers, lanes = (mu, logvar, *priors), (0.1, -math.inf, math.inf, 1.0), _lanes(arch)
-    forward = latent.plan_forward(tensors, z, kl, seed, event_dims, samples, numbers, lanes)
-    own = _tensor(*shape, dtype=dtype)
-    return forward + latent.plan_backward(tensors, z, kl, (own, own, *grads), seed, event_dims, samples, numbers, lanes)
+    tensors, own = (mu, logvar, *priors), _tensor(*shape, dtype=dtype)
+    options = latent.Options(seed, event_dims, samples, (0.1, -math.inf, math.inf, 1.0), _lanes(arch))
+    forward = latent.plan_forward(tensors, z, kl, options)
+    return forward + latent.plan_backward(tensors, z, kl, (own, own, *grads), options)
 
 
 def _launches_of(variant: LatentVariant) -> list[Launch]:

@@ -121,8 +121,9 @@ def _compiled(variant: Variant, todo: list[Tile], pool) -> Iterator[tuple[Tile, 
 
 
 def default_variants(arch: str) -> list[Variant]:
-    """Return the variants to time, the most common ones first. Where nothing is copied by descriptor, packed loops have the
-    tiles of plain ones, and come once.
+    """Return the variants to time, the most common ones first.
+
+    Where nothing is copied by descriptor, packed loops have the tiles of plain ones, and come once.
     """
     if arch == "interpreter":
         return [Variant(arch, name, 64, "float16", name == FORWARD) for name in (FORWARD, KVCACHE)]

@@ -7,20 +7,19 @@ A tile has as many elements on every GPU, so that the KL is the same on all of t
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.launch import Launch, make_launch, run
-from .arguments import make_inputs, make_noise, merged, view_of
+from .arguments import Options, make_inputs, make_noise, merged, view_of
 from .backward import latent_backward
 from .device import GROUP, Noise
 from .forward import Split, latent_forward
 from .row_sums import latent_total
 
-__all__ = ["TILE", "Launch", "plan_backward", "plan_forward", "run"]
+__all__ = ["TILE", "Launch", "Options", "plan_backward", "plan_forward", "run"]
 
 TILE = 1024  # Elements of a program; a power of 2.
 _TOTAL_LEVELS = 7  # log2 of the number of a row's pieces that are added at a time.
@@ -73,40 +72,27 @@ def _num_warps(mu: Tensor, noise: Noise | None, lanes: int | None) -> int:
     return TILE // (per_thread * (lanes or _lanes_of(mu.device)))
 
 
-def plan_forward(
-    tensors: tuple,
-    z: Tensor | None,
-    kl: Tensor | None,
-    seed: Tensor | None,
-    event_dims: int,
-    samples: tuple[int, int, int],
-    numbers: tuple[float, float, float, float],
-    lanes: int | None = None,
-) -> list[Launch]:
+def plan_forward(tensors: tuple, z: Tensor | None, kl: Tensor | None, options: Options) -> list[Launch]:
     """Plan launches that write z, (K, *shape) or (*shape), and kl, (*batch); both are contiguous, or None if not wanted.
 
     Args:
         tensors: mu, logvar, prior_mu and prior_logvar, of mu's shape and any strides; a prior may be None.
-        seed: int64, contiguous, one for all or one for each entry of mu's leading dimensions; None if there is no z.
-        samples: K, or 0 for one without a leading dimension; first and sample_stride as in LatentCall, with 0 for None.
-        numbers: free_bits, low, high, temperature.
-        lanes: threads of a warp of the GPU to plan for; None means mu's.
     """
     mu = tensors[0]
-    elements, (free_bits, low, high, temperature) = mu.numel(), numbers
-    event = math.prod(mu.shape[mu.dim() - event_dims :]) if kl is not None else 1
+    elements, (free_bits, low, high, temperature) = mu.numel(), options.numbers
+    event = options.event_size(mu) if kl is not None else 1
     split, grid, constants = _plan_rows(elements, event)
     pieces = None
     if kl is not None and split.pieces:
         pieces = torch.empty(grid, dtype=torch.float64, device=mu.device)
     shape, views = merged(mu.shape, tensors)
-    noise = make_noise(seed, elements, samples)
+    noise = make_noise(options.seed, elements, options.samples)
     arguments = {
         "inputs": make_inputs(shape, views, tensors), "z": z, "kl": kl, "pieces": pieces,
-        "noise": noise, "samples": max(1, samples[0]), "split": split, "elements": elements,
+        "noise": noise, "samples": max(1, options.samples[0]), "split": split, "elements": elements,
         "free_bits": free_bits, "low": low, "high": high, "temperature": temperature, **constants,
     }  # fmt: skip
-    launches = [make_launch(latent_forward, grid, arguments, _num_warps(mu, noise, lanes))]
+    launches = [make_launch(latent_forward, grid, arguments, _num_warps(mu, noise, options.lanes))]
     if pieces is not None:
         arguments = {"pieces": pieces, "count": split.pieces, "kl": kl, "LEVELS": _TOTAL_LEVELS}
         launches.append(make_launch(latent_total, elements // event, arguments))
@@ -114,35 +100,27 @@ def plan_forward(
 
 
 def plan_backward(
-    tensors: tuple,
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
-    grads: tuple,
-    seed: Tensor | None,
-    event_dims: int,
-    samples: tuple[int, int, int],
-    numbers: tuple[float, float, float, float],
-    lanes: int | None = None,
+    tensors: tuple, grad_z: Tensor | None, grad_kl: Tensor | None, grads: tuple, options: Options
 ) -> list[Launch]:
     """Plan the launch that writes the gradients of mu, logvar and, unless None, the priors: contiguous, of mu's shape.
 
-    grad_z has z's shape and any strides, grad_kl is contiguous, of kl's shape; each may be None. The rest is as in
-    `plan_forward`.
+    tensors are those of the forward. grad_z has z's shape and any strides, grad_kl is contiguous, of kl's shape; each may be
+    None.
     """
     mu = tensors[0]
-    elements, (free_bits, low, high, temperature) = mu.numel(), numbers
+    elements, (free_bits, low, high, temperature) = mu.numel(), options.numbers
     grad_z_sample = 0
     one_grad_z = grad_z
-    if grad_z is not None and samples[0]:
+    if grad_z is not None and options.samples[0]:
         grad_z_sample, one_grad_z = grad_z.stride(0), grad_z[0]
     shape, views = merged(mu.shape, (*tensors, one_grad_z))
-    noise = make_noise(seed, elements, samples)
+    noise = make_noise(options.seed, elements, options.samples)
     grad_mu, grad_logvar, grad_prior_mu, grad_prior_logvar = grads
     arguments = {
         "inputs": make_inputs(shape, views, tensors), "grad_z": view_of(grad_z, views[-1], shape, grad_z_sample),
         "grad_z_sample": grad_z_sample, "grad_kl": grad_kl, "grad_mu": grad_mu, "grad_logvar": grad_logvar,
         "grad_prior_mu": grad_prior_mu, "grad_prior_logvar": grad_prior_logvar, "noise": noise,
-        "samples": max(1, samples[0]), "event": math.prod(mu.shape[mu.dim() - event_dims :]), "elements": elements,
+        "samples": max(1, options.samples[0]), "event": options.event_size(mu), "elements": elements,
         "free_bits": free_bits, "low": low, "high": high, "half_temperature": 0.5 * temperature, "TILE": TILE,
     }  # fmt: skip
-    return [make_launch(latent_backward, -(-elements // TILE), arguments, _num_warps(mu, noise, lanes))]
+    return [make_launch(latent_backward, -(-elements // TILE), arguments, _num_warps(mu, noise, options.lanes))]

@@ -1,12 +1,36 @@
 """Make the arguments of the latent's kernels: tensors with their strides, of as few dimensions as will do, and the noise."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .device import Inputs, Noise, View
 
 Strides = tuple[int, ...]
+
+
+class Options(NamedTuple):
+    """Hold what the forward and the backward of a call take beside tensors of elements.
+
+    Attributes:
+        seed: int64, contiguous, one for all or one for each entry of mu's leading dimensions; None if there is no z.
+        event_dims: the last dimensions of mu, over which the KL is summed.
+        samples: K, or 0 for one without a leading dimension; first and sample_stride as in LatentCall, with 0 for None.
+        numbers: free_bits, low, high, temperature.
+        lanes: threads of a warp of the GPU to plan for; None means mu's.
+    """
+
+    seed: Tensor | None
+    event_dims: int
+    samples: tuple[int, int, int]
+    numbers: tuple[float, float, float, float]
+    lanes: int | None = None
+
+    def event_size(self, mu: Tensor) -> int:
+        """Return the number of elements of a row, over which the KL is summed."""
+        return math.prod(mu.shape[mu.dim() - self.event_dims :])
 
 
 def merged(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> tuple[Strides, list[Strides | None]]:

@@ -126,7 +126,7 @@ def test_finished_tests_are_in_the_journal_and_left_out_of_the_next_run(tmp_path
 
 
 def test_links_to_the_checkout_are_a_package(tmp_path, monkeypatch):
-    """A Python without the means to build has Triton's kernels all the same."""
+    """Import fastlm with Triton's kernels in a Python that has not the means to build."""
     monkeypatch.setattr(install, "SITE", tmp_path)
     install.link()
     install.link()
@@ -157,7 +157,7 @@ def timed(monkeypatch):
 
 
 def test_tiles_are_timed_and_the_faster_ones_become_a_patch(tmp_path, timed):
-    """The second tile is made to look faster. The patch applies, and then the tile is the table's."""
+    """Make the second tile look faster. The patch applies, and then the tile is the table's."""
     journal = Journal(tmp_path / "tiles.jsonl", {})
     assert tuning.time_all([DECODING], journal, Budget(), 1, lambda text: None)
     assert not timed

@@ -440,7 +440,7 @@ def test_the_folder_of_the_benchmarks_is_the_repositorys():
 
 
 def test_a_lost_gpu_ends_the_rows_and_its_setting_is_in_the_journal(tmp_path):
-    """The run after it goes on behind that setting. Here a peer that fails counts as the loss."""
+    """Run again behind that setting. Here a peer that fails counts as the loss."""
     code = f"""
 import sys
 sys.path.append({str(HERE.parents[1] / "benchmarks")!r})

@@ -202,7 +202,7 @@ SANITIZED_TESTS = "anywhere or layout or outside or strided or (plain_pytorch an
 @on_host
 @pytest.mark.skipif(cuda_host.SANITIZED, reason="this is that run")
 def test_the_sanitizers_find_nothing():
-    """The same tests pass with the device code under AddressSanitizer and UBSan, if those run here."""
+    """Run the same tests with the device code under AddressSanitizer and UBSan, if those run here."""
     compiler = os.environ.get("CXX", "g++")
     libraries = [
         subprocess.run([compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout.strip()

@@ -136,7 +136,7 @@ def test_a_cpu_only_torch_never_touches_the_module():
 
 
 def test_to_import_fastlm_does_not_ask_the_driver():
-    """A process that has asked the driver cannot fork."""
+    """Import and call fastlm without asking the driver, because a process that has asked it cannot fork."""
     code = """
 import torch
 def never(): raise AssertionError("asked")

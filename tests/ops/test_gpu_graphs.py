@@ -55,7 +55,7 @@ def test_attention_and_its_gradients_in_a_graph():
 
 @pytest.mark.parametrize("page", [None, 16])
 def test_decoding_in_a_graph(page):
-    """The lengths, the query and what is appended change between replays; the graph reads them where they lie."""
+    """Change lengths, query and what is appended between replays; the graph reads them where they lie."""
     shape, table = (2, 1, 64, 16), None
     if page:
         shape, table = (8, page, 1, 16), torch.randperm(8, device=DEVICE).int().view(2, 4)

@@ -89,7 +89,7 @@ LARGE = pytest.mark.usefixtures("unpoisoned")
 
 @LARGE
 def test_more_queries_than_32_bits_count_elements_of():
-    """The last queries are the same as in a call of them alone, and so are their gradients."""
+    """Compare the last queries, and their gradients, with those of a call of them alone."""
     query, some = large((64,))[None, None], 64  # Whole tiles of the interpreter, whose sums depend on a row's place in one.
     query[:, :, -some:] = seeded_normal(1, (1, 1, some, 64), torch.float16)
     key, value = (seeded_normal(i, (1, 1, 33, 64), torch.float16).to(DEVICE) for i in (2, 3))
@@ -108,7 +108,7 @@ def test_more_queries_than_32_bits_count_elements_of():
 
 @LARGE
 def test_more_keys_in_all_heads_than_32_bits_count_elements_of():
-    """The last head's keys are the same as in a call of it alone, and so are their gradients."""
+    """Compare the last head's keys, and their gradients, with those of a call of it alone."""
     key = large((64, 64))[None]  # (1, heads, 64, 64): many heads of few keys
     key[:, -1] = seeded_normal(1, key.shape[2:], torch.float16)
     query = seeded_normal(2, (1, 1, 9, 64), torch.float16).to(DEVICE)
