@@ -1,7 +1,6 @@
 """Write the report of `make gpu` from what its steps left, and pack all of it into one archive. Imports nothing but Python."""
 
 import datetime
-import json
 import platform
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from gpu import pytest_journal
 from gpu.steps import LOG, result_of
 
 REPORT, ARCHIVE = "report.md", "fastlm-gpu.tar.gz"
@@ -64,7 +64,7 @@ def _tests(folder: Path) -> Iterator[str]:
     path = folder / "tests.jsonl"
     if not path.exists():
         return
-    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    rows = pytest_journal.read(path)
     yield "\n" + ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(row["outcome"] for row in rows).items()))
     for reason, count in Counter(row["message"] for row in rows if row["outcome"] == "skipped").items():
         yield f"\n- {count} skipped: {reason.removeprefix('Skipped: ')}"

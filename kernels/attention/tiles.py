@@ -437,10 +437,17 @@ def has_descriptors(arch: str, dtype: torch.dtype) -> bool:
     return has_accelerator and dtype != torch.float32 and not SAFE
 
 
+WIDTHS = (64, 128, 256)  # The tables have a tile for every head_dim up to each of these.
+
+
+def _column(head_dim: int) -> int:
+    """Return which of WIDTHS a head_dim belongs to."""
+    return 0 if head_dim <= WIDTHS[0] else 1 if head_dim <= WIDTHS[1] else 2
+
+
 def timed_key(name: str, arch: str, dtype: torch.dtype, head_dim: int, kind: LoopKind) -> tuple[str, str, str, str, int]:
     """Return the key of a tile in TIMED."""
-    width = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    return arch, "single" if dtype == torch.float32 else "half", kind.value, name, width
+    return arch, "single" if dtype == torch.float32 else "half", kind.value, name, WIDTHS[_column(head_dim)]
 
 
 def tile_for(name: str, arch: str, dtype: torch.dtype, head_dim: int, kind: LoopKind = LoopKind.PLAIN) -> Tile:
@@ -454,7 +461,7 @@ def tile_for(name: str, arch: str, dtype: torch.dtype, head_dim: int, kind: Loop
     table, arch = SINGLE if dtype == torch.float32 else HALF, ALIASES.get(arch, arch)
     arch = arch if (arch, LoopKind.PLAIN) in table else _closest(arch)
     passes = table[arch, LoopKind.PLAIN] | table.get((arch, kind), {})
-    return passes[name][0 if head_dim <= 64 else 1 if head_dim <= 128 else 2]
+    return passes[name][_column(head_dim)]
 
 
 def _closest(arch: str) -> str:
