@@ -44,6 +44,7 @@ class AttentionBias:
     """What is added to the scores: 0 where a query sees a key, -inf where it does not."""
 
     band: Band = ALL
+    _bias: Tensor | None = None  # (B, H, Mq, Mk), added to the scores beside
 
     def to(self, device: torch.device) -> "AttentionBias":
         """Return the same mask on a device."""

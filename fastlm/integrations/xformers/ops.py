@@ -82,11 +82,12 @@ def _attend(query, key, value, bias, p, scale, op, output_dtype, want_lse: bool)
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
         raise ValueError(f"query, key and value must all have shape (B, M, H, K), (B, M, K) or (B, M, G, H, K); got {shapes}")
     mask, bias = (None, None) if bias is None else _mask_and_bias(bias, layout)
-    rows = query, *_heads_once(key, value)
+    key, value = _heads_once(key, value)
     if isinstance(mask, _Blocks):
-        out, lse = _attend_blocks(*rows, mask, scale, p)
+        out, lse = _attend_blocks(query, key, value, mask, scale, p)
     else:
-        out, lse = _attend_band(*map(_by_heads, rows), bias, ALL if mask is None else mask.band, scale, p, want_lse)
+        rows = _by_heads(query, key, value, layout)
+        out, lse = _attend_band(*rows, bias, ALL if mask is None else mask.band, scale, p, want_lse)
     out = out.transpose(1, 2)
     if layout == 3:
         out = out.squeeze(2)
@@ -97,7 +98,7 @@ def _attend(query, key, value, bias, p, scale, op, output_dtype, want_lse: bool)
 
 def _mask_and_bias(given: Tensor | AttentionBias, layout: int) -> tuple[AttentionBias | None, Tensor | None]:
     """Return the mask, and the tensor (B, H, Mq, Mk) that is added to the scores; each may be None."""
-    mask, bias = (given, getattr(given, "_bias", None)) if isinstance(given, AttentionBias) else (None, given)
+    mask, bias = (given, given._bias) if isinstance(given, AttentionBias) else (None, given)
     if bias is not None and not (isinstance(bias, Tensor) and bias.is_floating_point()):
         what = f"a tensor of {bias.dtype}" if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"attn_bias must be a floating tensor or one of the masks of attn_bias; got {what}")
@@ -106,12 +107,13 @@ def _mask_and_bias(given: Tensor | AttentionBias, layout: int) -> tuple[Attentio
     return mask, bias
 
 
-def _by_heads(tensor: Tensor) -> Tensor:
-    """Return (B, H, M, K) of one of xformers' layouts."""
-    layout = tensor.dim()
+def _by_heads(query: Tensor, key: Tensor, value: Tensor, layout: int) -> tuple[Tensor, ...]:
+    """Return views (B, H, M, K) of one of xformers' layouts."""
     if layout == 4:
-        return tensor.transpose(1, 2)
-    return tensor.unsqueeze(1) if layout == 3 else tensor.flatten(2, 3).transpose(1, 2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if layout == 3:
+        return query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+    return tuple(tensor.flatten(2, 3).transpose(1, 2) for tensor in (query, key, value))
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -132,13 +134,13 @@ def _heads_once(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def _attend_band(query, key, value, bias, band: Band, scale, p: float, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Attend within a band around the diagonal of all queries and keys."""
-    queries, keys = query.shape[2], key.shape[2]
     left, right, top_left = band
-    if bias is None and (not top_left or queries == keys):
+    if bias is None and (not top_left or query.shape[2] == key.shape[2]):
         window = None if left is None and not right else (left, right)
         causal = right == 0
         out = attention(query, key, value, causal=causal, window=window, scale=scale, dropout_p=p, return_lse=want_lse)
         return out if want_lse else (out, None)
+    queries, keys = query.shape[2], key.shape[2]
     call = batched_call(query, key, value, bias, False, None, scale, None, None, None, p)
     check_mask(call.mask, (*call.query.shape[:3], keys), query.device, "attn_bias")
     if top_left:
