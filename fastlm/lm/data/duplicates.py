@@ -18,7 +18,8 @@ BANDS, ROWS = 20, 6
 # Texts of one template share bands with all the others. A band remembers the last text of each slot, and a text is compared
 # with those seen texts alone that share the most bands with it, so that a text costs the same however many came before.
 SLOTS, CANDIDATES = 16, 32
-CACHE = 16  # MiB of the index to keep in memory
+CACHE = 64  # MiB of the index to keep in memory
+FILTER = 1 << 25  # bytes, one of which each band marks, so that only bands that were marked are looked up in the index
 BLOCK = 1 << 10  # shingles that are hashed at a time
 _factors, _shifts = np.random.default_rng(0).integers(0, 1 << 32, (2, BANDS * ROWS, 1), dtype=np.uint32)
 _factors |= np.uint32(1)
@@ -82,6 +83,7 @@ class Duplicates:
         if not 0.5 < similarity <= 1:
             raise ValueError(f"similarity must be above 0.5 and at most 1; got {similarity}")
         self.similarity = similarity
+        self._marked = bytearray(FILTER)
         self._index = sqlite3.connect(path, isolation_level=None)
         self._index.executescript(f"""
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{CACHE * 1024};
@@ -113,7 +115,8 @@ class Duplicates:
 
     def _near(self, mine: np.ndarray, bands: list[int], owner: int) -> bool:
         """Return whether a seen text is a near duplicate of that with this signature; if none is, add this one."""
-        sharing = self._index.execute(f"SELECT number FROM bands WHERE band IN ({', '.join('?' * BANDS)})", bands)
+        known = [band for band in bands if self._marked[band % FILTER]]
+        sharing = self._index.execute(f"SELECT number FROM bands WHERE band IN ({', '.join('?' * len(known))})", known)
         candidates = [number for (number,), _ in Counter(sharing).most_common(CANDIDATES)]
         if candidates:
             theirs = self._index.execute(
@@ -126,6 +129,8 @@ class Duplicates:
         number = self._index.execute("INSERT INTO texts (owner, signature) VALUES (?, ?)", [owner, mine.tobytes()]).lastrowid
         slot = owner % SLOTS  # the windows of a document take one slot
         self._index.executemany("INSERT OR REPLACE INTO bands VALUES (?, ?, ?)", [(band, slot, number) for band in bands])
+        for band in bands:
+            self._marked[band % FILTER] = 1
         return False
 
 
