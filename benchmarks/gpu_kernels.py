@@ -5,9 +5,10 @@ python benchmarks/gpu_kernels.py --cover            # a subset: every GPU, pass,
 python benchmarks/gpu_kernels.py --latent           # the latent's passes: a subset of its dtypes and kinds of calls
 python benchmarks/gpu_kernels.py --features         # every feature once; a line for each kernel
 python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, from the hot loop's instructions
+python benchmarks/gpu_kernels.py --host             # the host's microseconds before a kernel starts, on sm_80 and sm_90
 
---gpu sm_90 chooses GPUs. Nothing here runs on a GPU, and no figure is a measurement. The exit code is 1 if a kernel does not
-compile. Triton caches what it has compiled.
+--gpu sm_90 chooses GPUs; --host knows NVIDIA's. Nothing here runs on a GPU, and no figure is a measurement of one. The exit
+code is 1 if a kernel does not compile. Triton caches what it has compiled.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from gpu import features, latent, roofline, variants
+from gpu import features, host, latent, roofline, variants
 from rich.console import Console
 
 
@@ -27,12 +28,16 @@ def main() -> int:
     what.add_argument("--latent", action="store_true", help="a subset of the latent's")
     what.add_argument("--features", action="store_true", help="every feature once")
     what.add_argument("--predict", action="store_true", help="a table of predicted shares of peak")
+    what.add_argument("--host", action="store_true", help="a table of the host's time before a kernel starts")
     parser.add_argument("--gpu", action="append", choices=variants.GPUS, help="only for this GPU; may be given several times")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     if options.features:
         warnings.simplefilter("ignore")
         return 1 if sum(map(features.failures, options.gpu or variants.GPUS)) else 0
+    if options.host:
+        Console().print(host.table(options.gpu or host.GPUS))
+        return 0
     if options.predict:
         asked = roofline.default_variants(tuple(options.gpu or roofline.DEFAULT_GPUS))
         Console().print(roofline.table(roofline.table_rows(asked)))
