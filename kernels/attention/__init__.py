@@ -312,11 +312,12 @@ def plan_kvcache(
     arch = arch or architecture(device)
     tile = tile_for(KVCACHE, arch, query.dtype, max(head_dim, value_dim))
     cache_seqlens = cache_seqlens.contiguous()
+    columns = {"D": head_dim, "DV": value_dim, "COLUMNS": columns_of(head_dim), "VALUE_COLUMNS": columns_of(value_dim)}
     launches = []
-    for new, cache in ((key, keys), (value, values)) if added else ():
+    if added:
         arguments = {
-            "rows": rows_of(new), "cache": cache, "cache_seqlens": cache_seqlens, "kv_heads": kv_heads, "added": added,
-            "DIM": new.shape[3], "COLUMNS": columns_of(new.shape[3]), "BLOCK": tile.q,
+            "key": rows_of(key), "value": rows_of(value), "keys": keys, "values": values, "cache_seqlens": cache_seqlens,
+            "kv_heads": kv_heads, "added": added, **columns, "BLOCK": tile.q,
         }  # fmt: skip
         launches.append(make_launch(kvcache_append, batch * kv_heads * triton.cdiv(added, tile.q), arguments))
 
@@ -329,15 +330,16 @@ def plan_kvcache(
         "partial": partial, "statistics": statistics, "cache_seqlens": cache_seqlens,
         "sizes": Sizes(batch, heads, group, q_len, capacity, None, None, None),
         "scoring": make_scoring(left, right, scale, softcap, alibi_slopes, sinks, False), "added": added, "capacity": capacity,
-        "num_splits": num_splits, "DV": value_dim, "VALUE_COLUMNS": columns_of(value_dim), "SPLIT": split,
+        "num_splits": num_splits, "SPLIT": split,
     }  # fmt: skip
     arguments = {
-        "query": rows_of(query), "keys": keys, "values": values, "D": head_dim, "COLUMNS": columns_of(head_dim),
-        "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "PRECISION": precision_of(allow_tf32, query.dtype, arch),
+        **shared, **columns, "query": rows_of(query), "keys": keys, "values": values, "BLOCK_Q": tile.q, "BLOCK_K": tile.k,
+        "PRECISION": precision_of(allow_tf32, query.dtype, arch),
     }  # fmt: skip
     grid = num_splits * batch * kv_heads * triton.cdiv(group * q_len, tile.q)
-    launches.append(make_launch(attention_kvcache, grid, shared | arguments, tile.warps, tile.stages))
-    launches.append(make_launch(attention_combine, batch * heads * q_len, shared | {"out": rows_of(out), "lse": lse}))
+    launches.append(make_launch(attention_kvcache, grid, arguments, tile.warps, tile.stages))
+    arguments = {**shared, "out": rows_of(out), "lse": lse, "DV": value_dim, "VALUE_COLUMNS": columns["VALUE_COLUMNS"]}
+    launches.append(make_launch(attention_combine, batch * heads * q_len, arguments))
     return launches
 
 

@@ -61,20 +61,31 @@ def kvcache_length(cache_seqlens, b, added, capacity):
 
 
 @triton.jit
-def kvcache_append(
-    rows, cache, cache_seqlens, kv_heads, added, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+def append_rows(
+    rows, cache, b, head, first, added, start, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Write the new rows of a sequence and head behind those in the cache."""
-    blocks = tl.cdiv(added, BLOCK)
-    block, batch_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    b, head = batch_head // kv_heads, batch_head % kv_heads
-    new_pointers = tile_pointers(rows, b.to(tl.int64), head, block * BLOCK, BLOCK, COLUMNS)
-    new = load_tile(new_pointers, added - block * BLOCK, DIM, True)  # (BLOCK, COLUMNS)
-    r, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
-    position = tl.load(cache_seqlens + b) + r  # (BLOCK,)
+    """Write a block of the new rows, from row `first` on, into a cache that holds `start` rows of the sequence."""
+    r, columns = first + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+    new_pointers = tile_pointers(rows, b.to(tl.int64), head, first, BLOCK, COLUMNS)
+    new = load_tile(new_pointers, added - first, DIM, True)  # (BLOCK, COLUMNS)
+    position = start + r  # (BLOCK,)
     outer, row, found = find_rows(cache, b, position, (r < added) & (position >= r))
     pointers = row_pointers(cache, head, outer, row)
     tl.store(pointers[:, None] + columns[None, :], new, mask=found[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def kvcache_append(
+    key, value, keys, values, cache_seqlens, kv_heads, added,
+    D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a block of the new rows of a sequence and head, keys and values, behind those in their caches."""
+    blocks = tl.cdiv(added, BLOCK)
+    block, batch_head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, head = batch_head // kv_heads, batch_head % kv_heads
+    start = tl.load(cache_seqlens + b)
+    append_rows(key, keys, b, head, block * BLOCK, added, start, D, COLUMNS, BLOCK)
+    append_rows(value, values, b, head, block * BLOCK, added, start, DV, VALUE_COLUMNS, BLOCK)
 
 
 @triton.jit
