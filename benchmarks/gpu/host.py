@@ -30,7 +30,8 @@ class HostTime(NamedTuple):
 
     arch: str
     name: str
-    plan: float | None  # Choosing kernels, grids and arguments; None for one launch.
+    first: float | None  # A plan of its own: choosing kernels, grids and arguments; None for one launch.
+    plan: float | None  # Putting the tensors of a call that is like one before into its plan.
     descriptors: float  # Of that, making the descriptors of TMA.
     binder: float  # What Triton takes to look a kernel up by its arguments.
     launcher: float  # What Triton takes to hand the kernel and its arguments to the driver.
@@ -56,13 +57,15 @@ def calls(arch: str) -> dict[str, Callable[[], list[attention.Launch]]]:
     """Return the planners of causal attention, its backward, and a step of decoding."""
     query, lse = _tensor(1, 32, 256, 128), _tensor(1, 32, 256, dtype=torch.float32)
     statistics = _tensor(1, 32, 256, 2, dtype=torch.float32)
-    call, grads = attention.Call(query, query, query, right=0, scale=0.1, arch=arch), (query, query, query, None)
+    call = attention.Call(query, query, query, right=0, scale=0.1, arch=arch).prepared()
+    grads = query, query, query, None
     one, new, cache, one_lse = _tensor(1, 32, 1, 128), _tensor(1, 8, 1, 128), _tensor(1, 8, 4096, 128), lse[:, :, :1]
-    options = _tensor(1, dtype=torch.int32), new, new, None, None, None, None, 0, 0.1, 0.0, False
+    lengths = _tensor(1, dtype=torch.int32)
+    step = attention.KVCacheCall(one, cache, cache, lengths, new, new, right=0, scale=0.1, arch=arch).prepared()
     return {
         "forward": lambda: attention.plan_forward(call, query, lse, statistics),
         "backward": lambda: attention.plan_backward(call, query, statistics, query, None, grads, lse),
-        "decoding": lambda: attention.plan_kvcache(one, cache, cache, *options, one, one_lse, arch),
+        "decoding": lambda: attention.plan_kvcache(step, one, one_lse),
     }
 
 
@@ -70,20 +73,26 @@ def _time_launch(arch: str, launch: attention.Launch) -> HostTime:
     """Return a launch's times."""
     start = launch.kernel[(launch.grid,)]
     binary = start(**launch.arguments, **launch.options)
-    arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
+    arguments = list(launch.arguments.values())
     launcher = microseconds(lambda: binary[(launch.grid, 1, 1)](*arguments))
     binder = microseconds(lambda: start(**launch.arguments, **launch.options)) - launcher
     made = [value for value in arguments if isinstance(value, TensorDescriptor)]
     descriptors = microseconds(lambda: [TensorDescriptor(d.base, d.shape, d.strides, d.block_shape) for d in made])
     name = launch.kernel.__name__.removeprefix("attention_")
-    return HostTime(arch, name, None, descriptors if made else 0.0, binder, launcher, None)
+    return HostTime(arch, name, None, None, descriptors if made else 0.0, binder, launcher, None)
 
 
 def _time_call(arch: str, name: str, plan: Callable) -> list[HostTime]:
     """Return the times of a call, and behind it those of its launches."""
     launches = [_time_launch(arch, launch) for launch in plan()]
     sums = (sum(getattr(launch, part) for launch in launches) for part in ("descriptors", "binder", "launcher"))
-    return [HostTime(arch, name, microseconds(plan), *sums, microseconds(lambda: attention.run(plan()))), *launches]
+
+    def first_plan() -> None:
+        attention.forget_plans()
+        plan()
+
+    plans = microseconds(first_plan), microseconds(plan)
+    return [HostTime(arch, name, *plans, *sums, microseconds(lambda: attention.run(plan()))), *launches]
 
 
 def time_calls(arch: str) -> list[HostTime]:

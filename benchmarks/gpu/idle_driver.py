@@ -14,7 +14,8 @@ from gpu.ahead_of_time import target_of
 
 def _write_driver(folder: Path) -> Path:
     """Write a libcuda.so.1 with all functions that Triton's launcher calls; each returns 0, success."""
-    names = set(re.findall(r"\bcu[A-Z]\w+", Path(driver.__file__).with_name("driver.c").read_text()))
+    sources = [Path(driver.__file__).with_name(name).read_text() for name in ("driver.c", "driver.py")]
+    names = set(re.findall(r"\bcu[A-Z]\w+", "".join(sources)))
     source, library = folder / "driver.c", folder / "libcuda.so.1"
     source.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names)))
     subprocess.run(["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}", "-o", library, source], check=True)

@@ -69,6 +69,7 @@ def _program(tile: Tile) -> Tile:
 def put(variant: Variant, tile: Tile) -> None:
     """Put a tile into this process's table."""
     timed_tiles.TIMED[key_of(variant)] = tuple(tile)
+    attention.forget_plans()
 
 
 def inspect_with(candidate: tuple[Variant, Tile]) -> tuple[Tile, dict]:
@@ -167,6 +168,7 @@ def time_all(variants: list[Variant], journal: Journal, budget: Budget, jobs: in
         timed_tiles.TIMED.pop(key, None)
         if before:
             timed_tiles.TIMED[key] = before
+        attention.forget_plans()
         if budget.left <= 0:
             break
     return True

@@ -117,8 +117,8 @@ def launches_of(variant: Variant, device: str = "meta", heads: int = 16, length:
         caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
         one = tensor(batch, heads, 1, head_dim)
-        options = (None, None, None, None, None, None, None, scale, 0.0, False)
-        return attention.plan_kvcache(one, *caches, lengths, *options, torch.empty_like(one), lse[:, :, :1], variant.arch)
+        call = attention.KVCacheCall(one, *caches, lengths, scale=scale, arch=variant.arch).prepared()
+        return attention.plan_kvcache(call, torch.empty_like(one), lse[:, :, :1])
     options = {}
     if variant.loop in DROPPING:
         options = {"seed": tensor(dtype=torch.int64), "drop_below": 1 << 29}
@@ -131,7 +131,7 @@ def launches_of(variant: Variant, device: str = "meta", heads: int = 16, length:
         bounds = torch.linspace(0, length, batch + 1, device=device).int()
         options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), bounds)
     right = 0 if variant.causal else None
-    call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options)
+    call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options).prepared()
     if variant.pass_name in (*TANGENT_PASSES, JVP_GRAD_MASK):
         tangents = attention.TangentTensors(query, key, value, call.mask, None)
         results = attention.JvpResults(out, lse, statistics, out, lse)

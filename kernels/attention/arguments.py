@@ -32,6 +32,10 @@ class TangentTensors(NamedTuple):
     mask: Tensor | None
     sinks: Tensor | None
 
+    def prepared(self) -> "TangentTensors":
+        """Return the tangents as kernels read them."""
+        return self._replace(mask=_readable_mask(self.mask), sinks=_float32(self.sinks))
+
 
 class JvpResults(NamedTuple):
     """What the forward with tangents returns. Columns are contiguous."""
@@ -47,7 +51,7 @@ class Call(NamedTuple):
     """A call of attention.
 
     Tensors are (batch, head, row, column), and columns are contiguous, except those of the mask. With cu_seqlens, sequences lie
-    along the rows of a batch of one.
+    along the rows of a batch of one. `prepared` makes the other tensors what kernels read.
     """
 
     query: Tensor
@@ -69,6 +73,68 @@ class Call(NamedTuple):
     allow_tf32: bool = False
     arch: str | None = None  # The GPU to plan for; None means the query's.
 
+    def prepared(self) -> "Call":
+        """Return the call as kernels read it, with its GPU."""
+        return self._replace(
+            mask=_readable_mask(self.mask),
+            sinks=_float32(self.sinks),
+            alibi_slopes=_float32(self.alibi_slopes),
+            seed=_contiguous(self.seed),
+            places=_contiguous(self.places),
+            arch=self.arch or architecture(self.query.device),
+        )
+
+
+class KVCacheCall(NamedTuple):
+    """A call of attention to caches of keys and values, to which new ones may be appended before.
+
+    Columns are contiguous. `prepared` makes the other tensors what kernels read.
+    """
+
+    query: Tensor  # (batch, heads, rows, D)
+    key_cache: Tensor  # (batch, heads, rows, D), or (pages, rows, heads, D) with a block_table
+    value_cache: Tensor
+    cache_seqlens: Tensor  # int32 (batch,): rows before appending
+    key: Tensor | None = None  # (batch, heads, rows, D), to be appended
+    value: Tensor | None = None
+    block_table: Tensor | None = None  # int32 (batch, max_pages)
+    sinks: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    left: int | None = None
+    right: int | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    allow_tf32: bool = False
+    arch: str | None = None  # The GPU to plan for; None means the query's.
+
+    def prepared(self) -> "KVCacheCall":
+        """Return the call as kernels read it, with its GPU."""
+        return self._replace(
+            cache_seqlens=self.cache_seqlens.contiguous(),
+            block_table=_contiguous(self.block_table),
+            sinks=_float32(self.sinks),
+            alibi_slopes=_float32(self.alibi_slopes),
+            arch=self.arch or architecture(self.query.device),
+        )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor that is contiguous, or None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor of contiguous numbers of 32 bits, or None."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _readable_mask(mask: Tensor | None) -> Tensor | None:
+    """Return a mask of 4 dimensions, of bytes or of floats of at most 32 bits, or None."""
+    if mask is None:
+        return None
+    mask = mask.float() if mask.dtype == torch.float64 else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return mask[(None,) * (4 - mask.dim())]
+
 
 # ---- kernel arguments -------------------------------------------------------------------------------------------------------
 
@@ -86,22 +152,17 @@ def inputs_of(call: Call) -> dict:
     return {name: rows_of(getattr(call, name)) for name in ("query", "key", "value")}
 
 
-def mask_of(mask: Tensor | None, call: Call) -> tuple[Mask | None, Tensor | None]:
-    """Return the mask with the strides of its broadcast, and the mask as a tensor of 4 dimensions."""
+def mask_of(mask: Tensor | None, call: Call) -> Mask | None:
+    """Return a mask with the strides of its broadcast to the call's scores."""
     if mask is None:
-        return None, None
-    mask = mask.float() if mask.dtype == torch.float64 else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    mask = mask[(None,) * (4 - mask.dim())]
-    shape = *call.query.shape[:3], call.key.shape[2]
-    return Mask(mask, *mask.expand(shape).stride()), mask
+        return None
+    return Mask(mask, *mask.expand(*call.query.shape[:3], call.key.shape[2]).stride())
 
 
 def tangents_of(tangents: TangentTensors, call: Call) -> Tangents:
     """Return the tangents with their strides."""
     query, key, value = (None if tensor is None else rows_of(tensor) for tensor in tangents[:3])
-    mask, _ = mask_of(tangents.mask, call)
-    sinks = None if tangents.sinks is None else tangents.sinks.float().contiguous()
-    return Tangents(query, key, value, mask, sinks)
+    return Tangents(query, key, value, mask_of(tangents.mask, call), tangents.sinks)
 
 
 def sizes_of(call: Call) -> Sizes:
@@ -110,8 +171,7 @@ def sizes_of(call: Call) -> Sizes:
     if call.cu_seqlens_q is not None:
         batch = call.cu_seqlens_q.shape[0] - 1
     group = heads // max(1, call.key.shape[1])
-    places = None if call.places is None else call.places.contiguous()
-    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k, places)
+    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k, call.places)
 
 
 def make_scoring(
@@ -121,9 +181,7 @@ def make_scoring(
     left, right = (None if side is None else max(-_FAR, min(side, _FAR)) for side in (left, right))
     factor = scale * LOG2E.value if scale_only else LOG2E.value
     cap, per_cap = (softcap, 1.0 / softcap) if softcap else (None, None)
-    slopes = None if slopes is None else slopes.float().contiguous()
     slope_batch = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
-    sinks = None if sinks is None else sinks.float().contiguous()
     power = 2.0 ** math.ceil(math.log2(factor))
     return Scoring(left, right, scale, factor, power, cap, per_cap, slopes, slope_batch, sinks)
 
@@ -137,7 +195,7 @@ def dropout_of(call: Call) -> Dropout:
     """Return the dropout of a call; its fields are None without dropout."""
     if call.seed is None or not call.drop_below:
         return Dropout(None, None, None, None)
-    return Dropout(call.seed.contiguous(), True if call.seed.dim() else None, call.drop_below - 1, call.keep_scale)
+    return Dropout(call.seed, True if call.seed.dim() else None, call.drop_below - 1, call.keep_scale)
 
 
 def columns_of(dim: int) -> int:
@@ -150,11 +208,6 @@ def precision_of(allow_tf32: bool, dtype: torch.dtype, arch: str) -> str:
     return "tf32" if allow_tf32 and dtype == torch.float32 and has_tf32(arch) else "ieee"
 
 
-def arch_of(call: Call) -> str:
-    """Return the GPU to plan for."""
-    return call.arch or architecture(call.query.device)
-
-
 def constants_of(call: Call) -> dict:
     """Return the constants that all passes over tiles take."""
     head_dim, value_dim = call.query.shape[3], call.value.shape[3]
@@ -163,7 +216,7 @@ def constants_of(call: Call) -> dict:
         "DV": value_dim,
         "COLUMNS": columns_of(head_dim),
         "VALUE_COLUMNS": columns_of(value_dim),
-        "PRECISION": precision_of(call.allow_tf32, call.query.dtype, arch_of(call)),
+        "PRECISION": precision_of(call.allow_tf32, call.query.dtype, call.arch),
     }
 
 
@@ -224,7 +277,7 @@ def choose_tile(name: str, call: Call, **operands: Tensor) -> tuple[Tile, dict]:
     Packed sequences have no descriptors, because a tile may reach past the end of a sequence. The tile does not depend on where
     a tensor lies, so that a row's sums have one order whatever the batch around it.
     """
-    arch, dtype, head_dim = arch_of(call), call.query.dtype, max(call.query.shape[3], call.value.shape[3])
+    arch, dtype, head_dim = call.arch, call.query.dtype, max(call.query.shape[3], call.value.shape[3])
     pointers = {f"{operand}_desc": None for operand in operands}
     if call.mask is not None or call.drop_below:
         return tile_for(name, arch, dtype, head_dim, LoopKind.MASKED), pointers
@@ -239,7 +292,7 @@ def choose_tile(name: str, call: Call, **operands: Tensor) -> tuple[Tile, dict]:
 def pointer_tile(name: str, call: Call) -> Tile:
     """Return the tile of the pass `name`, which copies all blocks by pointers."""
     kind = LoopKind.MASKED if call.mask is not None or call.drop_below else LoopKind.PLAIN
-    return tile_for(name, arch_of(call), call.query.dtype, max(call.query.shape[3], call.value.shape[3]), kind)
+    return tile_for(name, call.arch, call.query.dtype, max(call.query.shape[3], call.value.shape[3]), kind)
 
 
 def needs_reload(call: Call) -> bool:

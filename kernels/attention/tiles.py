@@ -10,6 +10,7 @@ specializes only kernels of one loop with descriptors made on the device, and th
 set. Two warp groups do all the work instead.
 """
 
+import functools
 import os
 from enum import Enum
 from typing import NamedTuple
@@ -403,6 +404,7 @@ def _uses_safe_settings(settings: str) -> bool:
 SAFE = _uses_safe_settings(os.environ.get("FASTLM_GPU_SETTINGS", ""))
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """Return the architecture of a GPU, such as 'sm_90' or 'gfx942'; 'interpreter' for a CPU."""
     if device.type != "cuda":

@@ -3,14 +3,17 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Launch(NamedTuple):
     """A kernel with its grid, arguments and compiler options."""
 
     kernel: Any
     grid: int
-    arguments: dict
+    arguments: dict  # In the order of the kernel's parameters.
     options: dict
+    binaries: list  # What the kernel was compiled to, once it has run. The launches of a plan share it (plans.py).
 
 
 def make_launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int = 1) -> Launch:
@@ -18,12 +21,31 @@ def make_launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int 
 
     Kernels write `fma` themselves: a maximum minus itself, fused with the product that it came from, would not be 0, and the
     noise would not have the same bits everywhere.
+
+    Raises:
+        TypeError: the arguments are not those of the kernel.
     """
-    return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False})
+    if arguments.keys() != set(kernel.arg_names):
+        raise TypeError(f"{kernel.__name__} takes {kernel.arg_names}; got {list(arguments)}")
+    arguments = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}, [])
+
+
+# Triton compiles a kernel for the dtypes and alignment of its tensors, and for integers that are 1 or multiples of 16, all of
+# which a plan knows. For AMD's GPUs it also asks whether a tensor's memory spans 2 GiB, which a plan does not know.
+_PLANS_DETERMINE_BINARIES = torch.version.hip is None
 
 
 def run(launches: Iterable[Launch]) -> None:
-    """Start the kernels in their order."""
-    for kernel, grid, arguments, options in launches:
-        if grid:
-            kernel[(grid,)](**arguments, **options)
+    """Start the kernels in their order.
+
+    Triton takes tens of microseconds to find the binary for a launch, and a few to start it. So it is found once for a plan.
+    The interpreter has none.
+    """
+    for kernel, grid, arguments, options, binaries in launches:
+        if not grid:
+            continue
+        if binaries:
+            binaries[0][(grid, 1, 1)](*arguments.values())
+        elif (binary := kernel[(grid,)](**arguments, **options)) and _PLANS_DETERMINE_BINARIES:
+            binaries.append(binary)

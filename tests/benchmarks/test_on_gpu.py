@@ -154,6 +154,7 @@ def timed(monkeypatch):
     yield table
     table.clear()
     table.update(before)
+    tuning.attention.forget_plans()
 
 
 def test_tiles_are_timed_and_the_faster_ones_become_a_patch(tmp_path, timed):

@@ -1,0 +1,142 @@
+"""Plans: a planner chooses kernels, grids and arguments once for calls that are alike, and each call's tensors are put in.
+
+A planner that is `planned_once` never sees a call's tensors. It is given tensors of the same layouts without data, so that a
+plan can depend on nothing else, and cannot keep a call's memory.
+"""
+
+import functools
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Launch
+
+_MOST = 512  # Plans that are kept, the last ones used. A model has a few for each length.
+
+
+class Layout(NamedTuple):
+    """All that a plan knows of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_aligned: bool  # To 16 bytes, as the compiler and descriptors want it.
+
+    def stand_in(self) -> Tensor:
+        """Return a tensor of this layout without data."""
+        tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+        return tensor if self.is_aligned else tensor.as_strided(self.shape, self.strides, 1)
+
+
+class Scratch:
+    """A contiguous tensor that launches of one plan hand to each other. Each call has its own."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype):
+        self.shape, self.dtype = shape, dtype
+
+
+class Plan(NamedTuple):
+    """The launches of all calls that are alike."""
+
+    launches: list[tuple[Launch, dict[str, Callable]]]  # With functions that make arguments, by name, of a call's tensors.
+    scratch: list[Scratch]  # The tensors that come behind the call's.
+
+    def launches_of(self, tensors: list[Tensor]) -> list[Launch]:
+        """Return the launches of a call."""
+        tensors = tensors + [torch.empty(each.shape, dtype=each.dtype, device=tensors[0].device) for each in self.scratch]
+        launches = []
+        for (kernel, grid, arguments, options, binaries), fillers in self.launches:
+            own = {name: fill(tensors) for name, fill in fillers.items()}
+            launches.append(Launch(kernel, grid, arguments | own, options, binaries))
+        return launches
+
+
+def planned_once(planner: Callable[..., list[Launch]]) -> Callable[..., list[Launch]]:
+    """Let a planner run once for calls that are alike: their tensors' layouts and all other arguments are equal.
+
+    Its arguments are tensors, what can be hashed, and tuples of these.
+    """
+
+    @functools.wraps(planner)
+    def plan(*args) -> list[Launch]:
+        tensors: list[Tensor] = []
+
+        def layout(tensor: Tensor) -> Layout:
+            tensors.append(tensor)
+            return Layout(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0)
+
+        layouts = _replaced(args, Tensor, layout)
+        return _plan(planner, layouts, tensors[0].device).launches_of(tensors)
+
+    return plan
+
+
+def _replaced(values: tuple, kind: type, replace: Callable) -> tuple:
+    """Return tuples in tuples, with `replace` of each value of a kind in its place."""
+    fields = [
+        replace(value) if isinstance(value, kind) else _replaced(value, kind, replace) if isinstance(value, tuple) else value
+        for value in values
+    ]
+    return _class_of(values)(fields)
+
+
+def _class_of(values: tuple) -> Callable[[list], tuple]:
+    """Return what makes a tuple of the same class of its fields."""
+    return getattr(values, "_make", tuple)
+
+
+@functools.lru_cache(_MOST)
+def _plan(planner: Callable[..., list[Launch]], layouts: tuple, device: torch.device) -> Plan:
+    """Run the planner on tensors without data. Each device has plans of its own, because each has binaries of its own."""
+    tensors: list[Tensor] = []
+
+    def stand_in(layout: Layout) -> Tensor:
+        tensors.append(layout.stand_in())
+        return tensors[-1]
+
+    launches = planner(*_replaced(layouts, Layout, stand_in))
+    recorder = _Recorder(tensors)
+    return Plan([(launch, recorder.fillers(launch.arguments)) for launch in launches], recorder.scratch)
+
+
+forget_plans = _plan.cache_clear
+
+
+class _Recorder:
+    """What knows where the tensors without data stand, and makes functions of a call's tensors of the arguments they are in."""
+
+    def __init__(self, tensors: list[Tensor]):
+        self._places = {id(tensor): place for place, tensor in enumerate(tensors)}
+        self.scratch: list[Scratch] = []
+
+    def fillers(self, arguments: dict) -> dict[str, Callable]:
+        """Return the functions that make those arguments, by name, that a call has of its own."""
+        fillers = ((name, self._filler(value)) for name, value in arguments.items())
+        return {name: fill for name, fill in fillers if fill}
+
+    def _filler(self, value: Any) -> Callable | None:
+        """Return the function that makes a value of a call's tensors, or None if all calls have the same."""
+        if isinstance(value, tuple):
+            fillers = [(i, fill) for i, fill in enumerate(map(self._filler, value)) if fill]
+            return functools.partial(_filled, _class_of(value), list(value), fillers) if fillers else None
+        if isinstance(value, Scratch) and id(value) not in self._places:
+            self._places[id(value)] = len(self._places)
+            self.scratch.append(value)
+        if isinstance(value, (Tensor, Scratch)):
+            return itemgetter(self._places[id(value)])  # A KeyError says that the planner made a tensor itself.
+        if isinstance(value, TensorDescriptor):
+            base, rest = self._filler(value.base), (value.shape, value.strides, value.block_shape)
+            return lambda tensors: TensorDescriptor(base(tensors), *rest)
+        return None
+
+
+def _filled(make: Callable[[list], tuple], fields: list, fillers: list[tuple[int, Callable]], tensors: list[Tensor]) -> tuple:
+    """Return a tuple whose fields are those of all calls, and where there is a filler its own."""
+    fields = fields.copy()
+    for i, fill in fillers:
+        fields[i] = fill(tensors)
+    return make(fields)
