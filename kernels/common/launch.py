@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from triton.compiler import CompiledKernel
 
 
 class Launch(NamedTuple):
@@ -40,12 +41,14 @@ def run(launches: Iterable[Launch]) -> None:
     """Start the kernels in their order.
 
     Triton takes tens of microseconds to find the binary for a launch, and a few to start it. So it is found once for a plan.
-    The interpreter has none.
+    The interpreter has none, and while Triton compiles asynchronously it may not be there yet.
     """
     for kernel, grid, arguments, options, binaries in launches:
         if not grid:
             continue
         if binaries:
             binaries[0][(grid, 1, 1)](*arguments.values())
-        elif (binary := kernel[(grid,)](**arguments, **options)) and _PLANS_DETERMINE_BINARIES:
+            continue
+        binary = kernel[(grid,)](**arguments, **options)
+        if isinstance(binary, CompiledKernel) and _PLANS_DETERMINE_BINARIES:
             binaries.append(binary)

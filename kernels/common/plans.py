@@ -107,7 +107,7 @@ forget_plans = _plan.cache_clear
 
 
 class _Recorder:
-    """What knows where the tensors without data stand, and makes functions of a call's tensors of the arguments they are in."""
+    """The places of a plan's tensors in the list of a call's, with which it turns arguments into functions of that list."""
 
     def __init__(self, tensors: list[Tensor]):
         self._places = {id(tensor): place for place, tensor in enumerate(tensors)}

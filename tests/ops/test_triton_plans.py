@@ -16,8 +16,20 @@ launch = pytest.importorskip("fastlm.kernels.common.launch", reason="the Triton 
 # ---- a planner of our own ---------------------------------------------------------------------------------------------------
 
 
+class Binary(launch.CompiledKernel):
+    """A binary that notes how it is started."""
+
+    module = None
+
+    def __init__(self, started: list):
+        self.started = started
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.started.append(("directly", *arguments))
+
+
 class Kernel:
-    """A kernel that notes how it is started. Its binary notes it too."""
+    """A kernel that notes how it is started."""
 
     __name__ = "kernel"
     arg_names = ("pair", "scratch", "size")
@@ -31,14 +43,6 @@ class Kernel:
             return Binary(self.started)
 
         return start
-
-
-class Binary:
-    def __init__(self, started: list):
-        self.started = started
-
-    def __getitem__(self, grid):
-        return lambda *arguments: self.started.append(("directly", *arguments))
 
 
 @pytest.fixture
