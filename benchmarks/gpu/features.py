@@ -13,7 +13,7 @@ def _tensor(*shape: int, dtype=torch.float16) -> Tensor:
 
 def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> list[attention.Launch]:
     """Return the launches of forward and backward."""
-    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch).prepared()
+    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch)
     out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
     statistics = _tensor(*query.shape[:3], 2, dtype=torch.float32)
     floating = call.mask is not None and call.mask.is_floating_point()
@@ -24,9 +24,9 @@ def _call(query: Tensor, key: Tensor, value: Tensor, arch: str, **options) -> li
 
 def _tangents(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple, **options) -> list[attention.Launch]:
     """Return the launches of the forward with the tangents of these tensors, and of its backward."""
-    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch).prepared()
+    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch)
     given = {name: getattr(call, name) if name in names else None for name in attention.TangentTensors._fields}
-    tangents = attention.TangentTensors(**given).prepared()
+    tangents = attention.TangentTensors(**given)
     out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
     results = attention.JvpResults(out, lse, _tensor(*lse.shape, 2, dtype=torch.float32), out, lse)
     floating = call.mask is not None and call.mask.is_floating_point()
@@ -37,7 +37,7 @@ def _tangents(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple
 
 def _stats(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple, **options) -> list[attention.Launch]:
     """Return the launches of forward and backward with these statistics, and of the passes for the mass of the keys."""
-    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch).prepared()
+    call = attention.Call(query, key, value, **{"scale": 0.1} | options, arch=arch)
     out, lse = _tensor(*query.shape[:3], value.shape[3], dtype=query.dtype), _tensor(*query.shape[:3], dtype=torch.float32)
     statistics, by_key = _tensor(*lse.shape, 2, dtype=torch.float32), _tensor(*lse.shape[:2], key.shape[2], dtype=torch.float32)
     max_key = _tensor(*lse.shape, dtype=torch.int32)
@@ -54,7 +54,7 @@ def _stats(query: Tensor, key: Tensor, value: Tensor, arch: str, names: tuple, *
 def _kvcache(query: Tensor, cache: Tensor, arch: str, **options) -> list[attention.Launch]:
     """Return the launches of attention with a KV cache."""
     lengths, lse = _tensor(query.shape[0], dtype=torch.int32), _tensor(*query.shape[:3], dtype=torch.float32)
-    call = attention.KVCacheCall(query, cache, cache, lengths, **{"scale": 0.1} | options, arch=arch).prepared()
+    call = attention.KVCacheCall(query, cache, cache, lengths, **{"scale": 0.1} | options, arch=arch)
     return attention.plan_kvcache(call, query, lse)
 
 

@@ -57,11 +57,11 @@ def calls(arch: str) -> dict[str, Callable[[], list[attention.Launch]]]:
     """Return the planners of causal attention, its backward, and a step of decoding."""
     query, lse = _tensor(1, 32, 256, 128), _tensor(1, 32, 256, dtype=torch.float32)
     statistics = _tensor(1, 32, 256, 2, dtype=torch.float32)
-    call = attention.Call(query, query, query, right=0, scale=0.1, arch=arch).prepared()
+    call = attention.Call(query, query, query, right=0, scale=0.1, arch=arch)
     grads = query, query, query, None
     one, new, cache, one_lse = _tensor(1, 32, 1, 128), _tensor(1, 8, 1, 128), _tensor(1, 8, 4096, 128), lse[:, :, :1]
     lengths = _tensor(1, dtype=torch.int32)
-    step = attention.KVCacheCall(one, cache, cache, lengths, new, new, right=0, scale=0.1, arch=arch).prepared()
+    step = attention.KVCacheCall(one, cache, cache, lengths, new, new, right=0, scale=0.1, arch=arch)
     return {
         "forward": lambda: attention.plan_forward(call, query, lse, statistics),
         "backward": lambda: attention.plan_backward(call, query, statistics, query, None, grads, lse),

@@ -117,7 +117,7 @@ def launches_of(variant: Variant, device: str = "meta", heads: int = 16, length:
         caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
         one = tensor(batch, heads, 1, head_dim)
-        call = attention.KVCacheCall(one, *caches, lengths, scale=scale, arch=variant.arch).prepared()
+        call = attention.KVCacheCall(one, *caches, lengths, scale=scale, arch=variant.arch)
         return attention.plan_kvcache(call, torch.empty_like(one), lse[:, :, :1])
     options = {}
     if variant.loop in DROPPING:
@@ -131,7 +131,7 @@ def launches_of(variant: Variant, device: str = "meta", heads: int = 16, length:
         bounds = torch.linspace(0, length, batch + 1, device=device).int()
         options = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), bounds)
     right = 0 if variant.causal else None
-    call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options).prepared()
+    call = attention.Call(query, key, value, right=right, scale=scale, arch=variant.arch, **options)
     if variant.pass_name in (*TANGENT_PASSES, JVP_GRAD_MASK):
         tangents = attention.TangentTensors(query, key, value, call.mask, None)
         results = attention.JvpResults(out, lse, statistics, out, lse)

@@ -1,9 +1,8 @@
 """The launchers of attention's Triton kernels: they choose a call's kernels, arguments and tiles.
 
-A call is prepared, planned and run. `Call.prepared` makes its tensors what kernels read. `plan_forward`, `plan_backward`,
-`plan_key_mass`, `plan_mass_mean`, `plan_jvp`, `plan_jvp_backward` and `plan_kvcache` return launches, which are chosen once for
-calls that are alike. `run` starts these one after the other, without waiting for the GPU. Ahead-of-time compilation and its
-tests read the same plans.
+A call is planned before it runs. `plan_forward`, `plan_backward`, `plan_key_mass`, `plan_mass_mean`, `plan_jvp`,
+`plan_jvp_backward` and `plan_kvcache` return launches, which are chosen once for calls that are alike. `run` starts these one
+after the other, without waiting for the GPU. Ahead-of-time compilation and its tests read the same plans.
 """
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..common.launch import Launch, make_launch
 from ..common.launch import run as run
-from ..common.plans import Scratch, planned_once
+from ..common.plans import Scratch, converted, planned_once
 from ..common.plans import forget_plans as forget_plans
 from .arguments import (
     Call,
@@ -67,16 +66,18 @@ from .tiles import (
     Tile,
     tile_for,
 )
+from .tiles import architecture as architecture
 
 # ---- the passes -------------------------------------------------------------------------------------------------------------
 
 
-def _plan_block_lists(call: Call, tile: Tile, by_keys: bool, scoring: Scoring) -> tuple[list[Launch], BlockList | None]:
+def _plan_block_lists(
+    mask: Tensor | None, call: Call, tile: Tile, by_keys: bool, scoring: Scoring
+) -> tuple[list[Launch], BlockList | None]:
     """Plan the launch that lists which blocks a pass visits; return it and the lists.
 
     With places, a window lies elsewhere in each example, and each has lists of its own.
     """
-    mask = call.mask
     if mask is None:
         return [], None
     q_len, k_len = call.query.shape[2], call.key.shape[2]
@@ -104,11 +105,12 @@ def plan_forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor, row_s
     """
     name, sizes, scoring = FORWARD if row_stats is None else FORWARD_STATS, sizes_of(call), scoring_of(call)
     tile, descriptors = choose_tile(name, call, key=call.key, value=call.value)
-    launches, block_lists = _plan_block_lists(call, tile, False, scoring)
+    mask_rows, mask = mask_of(call.mask, call)
+    launches, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
     arguments = {
         **inputs_of(call), **descriptors, "out": rows_of(out), "lse": lse, "statistics": statistics, "row_stats": row_stats,
-        "mask": mask_of(call.mask, call), "block_lists": block_lists, "sizes": sizes, "scoring": scoring,
-        "dropout": dropout_of(call), "heads_per_group": heads_per_group(call), "BLOCK_Q": tile.q, "BLOCK_K": tile.k,
+        "mask": mask_rows, "block_lists": block_lists, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call),
+        "heads_per_group": heads_per_group(call), "BLOCK_Q": tile.q, "BLOCK_K": tile.k,
         "SCALE_ONLY": is_scale_only(call), "FUSED": is_fused(call),
         "SPECIALIZED": is_specialized(call, tile, descriptors), **constants_of(call),
     }  # fmt: skip
@@ -145,27 +147,28 @@ def plan_backward(
     sizes, constants = sizes_of(call), constants_of(call)
     grad_query, grad_key, grad_value, grad_mask = grads
     scoring = scoring_of(call._replace(sinks=None))  # The statistics include the sinks.
+    mask_rows, mask = mask_of(call.mask, call)
     shared = {**inputs_of(call), "grad_out": rows_of(grad_out), "statistics": statistics, "delta": delta, "stats": stats}
-    shared |= {"mask": mask_of(call.mask, call), "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call), **constants}
+    shared |= {"mask": mask_rows, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call), **constants}
     loop = {"heads_per_group": heads_per_group(call), "SCALE_ONLY": is_scale_only(call)}
 
     launches = [_plan_delta(call, out, grad_out, grad_lse, delta)]
     tile, descriptors = choose_tile(for_key_value, call, query=call.query, grad_out=grad_out)
-    listing, block_lists = _plan_block_lists(call, tile, True, scoring)
+    listing, block_lists = _plan_block_lists(mask, call, tile, True, scoring)
     blocks = {"block_lists": block_lists, "BLOCK_Q": tile.q, "BLOCK_K": tile.k}
     arguments = {**shared, **descriptors, **loop, **blocks, "grad_key": rows_of(grad_key), "grad_value": rows_of(grad_value)}
     grid = call.key.shape[1] * num_blocks(sizes.k_len, sizes.cu_k, tile.k, sizes)
     launches += [*listing, make_launch(attention_grad_key_value, grid, arguments, tile.warps, tile.stages)]
 
     tile, descriptors = choose_tile(for_query, call, key=call.key, value=call.value)
-    listing, block_lists = _plan_block_lists(call, tile, False, scoring)
+    listing, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
     blocks = {"block_lists": block_lists, "BLOCK_Q": tile.q, "BLOCK_K": tile.k}
     arguments = {**shared, **descriptors, **loop, **blocks, "grad_query": rows_of(grad_query)}
     grid = sizes.heads * num_blocks(sizes.q_len, sizes.cu_q, tile.q, sizes)
     launches += [*listing, make_launch(attention_grad_query, grid, arguments, tile.warps, tile.stages)]
     if grad_mask is not None:
         shared |= dict.fromkeys(("tangents", "lse_tangent", "tangent_delta"))
-        launches.append(_plan_grad_mask(call.mask, grad_mask, shared, sizes, pointer_tile(GRAD_MASK, call)))
+        launches.append(_plan_grad_mask(mask, grad_mask, shared, sizes, pointer_tile(GRAD_MASK, call)))
     return launches
 
 
@@ -200,12 +203,13 @@ def _plan_weights(name: str, kernel, call: Call, statistics: Tensor, **own: Tens
     """Plan the launches of a pass that computes the weights again and reads no values."""
     tile, sizes, constants = pointer_tile(name, call), sizes_of(call), constants_of(call)
     scoring = scoring_of(call._replace(sinks=None))  # The statistics include the sinks.
+    mask_rows, mask = mask_of(call.mask, call)
     by_keys = name == KEY_MASS
-    launches, block_lists = _plan_block_lists(call, tile, by_keys, scoring)
+    launches, block_lists = _plan_block_lists(mask, call, tile, by_keys, scoring)
     arguments = {
-        "query": rows_of(call.query), "key": rows_of(call.key), "statistics": statistics, **own,
-        "mask": mask_of(call.mask, call), "block_lists": block_lists, "sizes": sizes, "scoring": scoring,
-        "heads_per_group": heads_per_group(call), "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "SCALE_ONLY": is_scale_only(call),
+        "query": rows_of(call.query), "key": rows_of(call.key), "statistics": statistics, **own, "mask": mask_rows,
+        "block_lists": block_lists, "sizes": sizes, "scoring": scoring, "heads_per_group": heads_per_group(call),
+        "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "SCALE_ONLY": is_scale_only(call),
         **{constant: constants[constant] for constant in ("D", "COLUMNS", "PRECISION")},
     }  # fmt: skip
     length, cu_seqlens, block = (sizes.k_len, sizes.cu_k, tile.k) if by_keys else (sizes.q_len, sizes.cu_q, tile.q)
@@ -220,12 +224,13 @@ def _plan_weights(name: str, kernel, call: Call, statistics: Tensor, **own: Tens
 def plan_jvp(call: Call, tangents: TangentTensors, results: JvpResults) -> list[Launch]:
     """Plan launches that write what those of `plan_forward` do, and the tangents of out and lse."""
     tile, sizes, scoring = pointer_tile(JVP, call), sizes_of(call), scoring_of(call)
-    launches, block_lists = _plan_block_lists(call, tile, False, scoring)
+    mask_rows, mask = mask_of(call.mask, call)
+    launches, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
     arguments = {
         **inputs_of(call), "tangents": tangents_of(tangents, call), "out": rows_of(results.out), "lse": results.lse,
         "statistics": results.statistics, "out_tangent": rows_of(results.out_tangent), "lse_tangent": results.lse_tangent,
-        "mask": mask_of(call.mask, call), "block_lists": block_lists, "sizes": sizes, "scoring": scoring,
-        "dropout": dropout_of(call), "heads_per_group": heads_per_group(call),
+        "mask": mask_rows, "block_lists": block_lists, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call),
+        "heads_per_group": heads_per_group(call),
         "BLOCK_Q": tile.q, "BLOCK_K": tile.k, "SCALE_ONLY": is_scale_only(call), **constants_of(call),
     }  # fmt: skip
     grid = sizes.heads * num_blocks(sizes.q_len, sizes.cu_q, tile.q, sizes)
@@ -249,10 +254,11 @@ def plan_jvp_backward(
     """
     sizes, (delta, tangent_delta), (grad_query, grad_key, grad_value, grad_mask) = sizes_of(call), deltas, grads
     scoring = scoring_of(call._replace(sinks=None))  # The statistics include the sinks.
+    mask_rows, mask = mask_of(call.mask, call)
     shared = {
         **inputs_of(call), "tangents": tangents_of(tangents, call), "grad_out": rows_of(grad_out),
         "statistics": results.statistics, "delta": delta, "lse_tangent": results.lse_tangent, "tangent_delta": tangent_delta,
-        "mask": mask_of(call.mask, call), "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call), **constants_of(call),
+        "mask": mask_rows, "sizes": sizes, "scoring": scoring, "dropout": dropout_of(call), **constants_of(call),
     }  # fmt: skip
     loop = {"heads_per_group": heads_per_group(call), "SCALE_ONLY": is_scale_only(call)}
     launches = [
@@ -261,7 +267,7 @@ def plan_jvp_backward(
     ]
 
     tile = pointer_tile(JVP_GRAD_KEY_VALUE, call)
-    listing, block_lists = _plan_block_lists(call, tile, True, scoring)
+    listing, block_lists = _plan_block_lists(mask, call, tile, True, scoring)
     blocks = {"block_lists": block_lists, "BLOCK_Q": tile.q, "BLOCK_K": tile.k}
     arguments = {**shared, **loop, **blocks, "grad_key": rows_of(grad_key), "grad_value": rows_of(grad_value)}
     arguments["RELOAD"] = needs_reload(call)
@@ -269,15 +275,13 @@ def plan_jvp_backward(
     launches += [*listing, make_launch(attention_jvp_grad_key_value, grid, arguments, tile.warps, tile.stages)]
 
     tile = pointer_tile(JVP_GRAD_QUERY, call)
-    listing, block_lists = _plan_block_lists(call, tile, False, scoring)
+    listing, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
     blocks = {"block_lists": block_lists, "BLOCK_Q": tile.q, "BLOCK_K": tile.k}
     arguments = {**shared, **loop, **blocks, "grad_query": rows_of(grad_query)}
     grid = sizes.heads * num_blocks(sizes.q_len, sizes.cu_q, tile.q, sizes)
     launches += [*listing, make_launch(attention_jvp_grad_query, grid, arguments, tile.warps, tile.stages)]
     if grad_mask is not None:
-        launches.append(
-            _plan_grad_mask(call.mask, grad_mask, shared | {"stats": None}, sizes, pointer_tile(JVP_GRAD_MASK, call))
-        )
+        launches.append(_plan_grad_mask(mask, grad_mask, shared | {"stats": None}, sizes, pointer_tile(JVP_GRAD_MASK, call)))
     return launches
 
 
@@ -289,8 +293,11 @@ _MIN_SPLIT, _MAX_SPLITS = 256, 64  # The fewest keys of a split, and the most sp
 @planned_once
 def plan_kvcache(call: KVCacheCall, out: Tensor, lse: Tensor) -> list[Launch]:
     """Plan launches that append key and value to the caches, then write out and lse as `plan_forward` does."""
-    query, key_cache, value_cache, cache_seqlens, key, value, block_table, sinks, alibi_slopes, *options = call
-    left, right, scale, softcap, allow_tf32, arch = options
+    (
+        query, key_cache, value_cache, cache_seqlens, key, value, block_table, sinks, alibi_slopes,
+        left, right, scale, softcap, allow_tf32, arch,
+    ) = call  # fmt: skip
+    cache_seqlens, block_table = (converted(tensor, Tensor.contiguous) for tensor in (cache_seqlens, block_table))
     (batch, heads, q_len, head_dim), value_dim = query.shape, value_cache.shape[3]
     keys, values = _kvcache(key_cache, block_table), _kvcache(value_cache, block_table)
     capacity = keys.rows * (1 if block_table is None else keys.max_pages)

@@ -8,13 +8,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common.plans import converted
 from .device import LOG2E, Dropout, Mask, Rows, Scoring, Sizes
 from .tangents import Tangents
 from .tiles import (
     L2_BUDGET,
     LoopKind,
     Tile,
-    architecture,
     has_descriptors,
     has_tf32,
     tile_for,
@@ -32,10 +32,6 @@ class TangentTensors(NamedTuple):
     mask: Tensor | None
     sinks: Tensor | None
 
-    def prepared(self) -> "TangentTensors":
-        """Return the tangents as kernels read them."""
-        return self._replace(mask=_readable_mask(self.mask), sinks=_float32(self.sinks))
-
 
 class JvpResults(NamedTuple):
     """What the forward with tangents returns. Columns are contiguous."""
@@ -51,7 +47,7 @@ class Call(NamedTuple):
     """A call of attention.
 
     Tensors are (batch, head, row, column), and columns are contiguous, except those of the mask. With cu_seqlens, sequences lie
-    along the rows of a batch of one. `prepared` makes the other tensors what kernels read.
+    along the rows of a batch of one.
     """
 
     query: Tensor
@@ -71,25 +67,11 @@ class Call(NamedTuple):
     drop_below: int = 0  # A random word below this drops its weight; 0 means no dropout.
     keep_scale: float = 1.0
     allow_tf32: bool = False
-    arch: str | None = None  # The GPU to plan for; None means the query's.
-
-    def prepared(self) -> "Call":
-        """Return the call as kernels read it, with its GPU."""
-        return self._replace(
-            mask=_readable_mask(self.mask),
-            sinks=_float32(self.sinks),
-            alibi_slopes=_float32(self.alibi_slopes),
-            seed=_contiguous(self.seed),
-            places=_contiguous(self.places),
-            arch=self.arch or architecture(self.query.device),
-        )
+    arch: str | None = None  # The GPU to plan for.
 
 
 class KVCacheCall(NamedTuple):
-    """A call of attention to caches of keys and values, to which new ones may be appended before.
-
-    Columns are contiguous. `prepared` makes the other tensors what kernels read.
-    """
+    """A call of attention to caches of keys and values, to which new ones may be appended before. Columns are contiguous."""
 
     query: Tensor  # (batch, heads, rows, D)
     key_cache: Tensor  # (batch, heads, rows, D), or (pages, rows, heads, D) with a block_table
@@ -105,35 +87,7 @@ class KVCacheCall(NamedTuple):
     scale: float = 1.0
     softcap: float = 0.0
     allow_tf32: bool = False
-    arch: str | None = None  # The GPU to plan for; None means the query's.
-
-    def prepared(self) -> "KVCacheCall":
-        """Return the call as kernels read it, with its GPU."""
-        return self._replace(
-            cache_seqlens=self.cache_seqlens.contiguous(),
-            block_table=_contiguous(self.block_table),
-            sinks=_float32(self.sinks),
-            alibi_slopes=_float32(self.alibi_slopes),
-            arch=self.arch or architecture(self.query.device),
-        )
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor that is contiguous, or None."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor of contiguous numbers of 32 bits, or None."""
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def _readable_mask(mask: Tensor | None) -> Tensor | None:
-    """Return a mask of 4 dimensions, of bytes or of floats of at most 32 bits, or None."""
-    if mask is None:
-        return None
-    mask = mask.float() if mask.dtype == torch.float64 else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    return mask[(None,) * (4 - mask.dim())]
+    arch: str | None = None  # The GPU to plan for.
 
 
 # ---- kernel arguments -------------------------------------------------------------------------------------------------------
@@ -152,17 +106,31 @@ def inputs_of(call: Call) -> dict:
     return {name: rows_of(getattr(call, name)) for name in ("query", "key", "value")}
 
 
-def mask_of(mask: Tensor | None, call: Call) -> Mask | None:
-    """Return a mask with the strides of its broadcast to the call's scores."""
+def _readable(mask: Tensor) -> Tensor:
+    """Return a mask of 4 dimensions, of bytes or of floats of at most 32 bits."""
+    mask = mask.float() if mask.dtype == torch.float64 else mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor of float32."""
+    return tensor.float().contiguous()
+
+
+def mask_of(mask: Tensor | None, call: Call) -> tuple[Mask | None, Tensor | None]:
+    """Return the mask with the strides of its broadcast, and the mask as a tensor of 4 dimensions."""
     if mask is None:
-        return None
-    return Mask(mask, *mask.expand(*call.query.shape[:3], call.key.shape[2]).stride())
+        return None, None
+    mask = converted(mask, _readable)
+    shape = *call.query.shape[:3], call.key.shape[2]
+    return Mask(mask, *mask.expand(shape).stride()), mask
 
 
 def tangents_of(tangents: TangentTensors, call: Call) -> Tangents:
     """Return the tangents with their strides."""
     query, key, value = (None if tensor is None else rows_of(tensor) for tensor in tangents[:3])
-    return Tangents(query, key, value, mask_of(tangents.mask, call), tangents.sinks)
+    mask, _ = mask_of(tangents.mask, call)
+    return Tangents(query, key, value, mask, converted(tangents.sinks, _float32))
 
 
 def sizes_of(call: Call) -> Sizes:
@@ -171,7 +139,8 @@ def sizes_of(call: Call) -> Sizes:
     if call.cu_seqlens_q is not None:
         batch = call.cu_seqlens_q.shape[0] - 1
     group = heads // max(1, call.key.shape[1])
-    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k, call.places)
+    places = converted(call.places, Tensor.contiguous)
+    return Sizes(batch, heads, group, q_len, call.key.shape[2], call.cu_seqlens_q, call.cu_seqlens_k, places)
 
 
 def make_scoring(
@@ -181,9 +150,10 @@ def make_scoring(
     left, right = (None if side is None else max(-_FAR, min(side, _FAR)) for side in (left, right))
     factor = scale * LOG2E.value if scale_only else LOG2E.value
     cap, per_cap = (softcap, 1.0 / softcap) if softcap else (None, None)
+    slopes = converted(slopes, _float32)
     slope_batch = slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0
     power = 2.0 ** math.ceil(math.log2(factor))
-    return Scoring(left, right, scale, factor, power, cap, per_cap, slopes, slope_batch, sinks)
+    return Scoring(left, right, scale, factor, power, cap, per_cap, slopes, slope_batch, converted(sinks, _float32))
 
 
 def scoring_of(call: Call) -> Scoring:
@@ -195,7 +165,8 @@ def dropout_of(call: Call) -> Dropout:
     """Return the dropout of a call; its fields are None without dropout."""
     if call.seed is None or not call.drop_below:
         return Dropout(None, None, None, None)
-    return Dropout(call.seed, True if call.seed.dim() else None, call.drop_below - 1, call.keep_scale)
+    seed = converted(call.seed, Tensor.contiguous)
+    return Dropout(seed, True if seed.dim() else None, call.drop_below - 1, call.keep_scale)
 
 
 def columns_of(dim: int) -> int:

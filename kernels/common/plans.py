@@ -39,15 +39,24 @@ class Scratch:
         self.shape, self.dtype = shape, dtype
 
 
-class Plan(NamedTuple):
-    """The launches of all calls that are alike."""
+def converted(tensor: Tensor | None, convert: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Return `convert` of a planner's tensor, or None. Each call converts its own, unless a layout makes that needless."""
+    made = None if tensor is None else convert(tensor)
+    if made is not tensor:
+        made.converted_from = tensor, convert
+    return made
 
-    launches: list[tuple[Launch, dict[str, Callable]]]  # With functions that make arguments, by name, of a call's tensors.
-    scratch: list[Scratch]  # The tensors that come behind the call's.
+
+class Plan(NamedTuple):
+    """The launches of all calls that are alike, with functions of the list of a call's tensors."""
+
+    launches: list[tuple[Launch, dict[str, Callable]]]  # With functions that make some arguments, by name.
+    makers: list[Callable]  # Each makes a tensor that comes behind those in the list.
 
     def launches_of(self, tensors: list[Tensor]) -> list[Launch]:
-        """Return the launches of a call."""
-        tensors = tensors + [torch.empty(each.shape, dtype=each.dtype, device=tensors[0].device) for each in self.scratch]
+        """Return the launches of a call, and add to the list what they need beside its tensors."""
+        for make in self.makers:
+            tensors.append(make(tensors))
         launches = []
         for (kernel, grid, arguments, options, binaries), fillers in self.launches:
             own = {name: fill(tensors) for name, fill in fillers.items()}
@@ -100,7 +109,7 @@ def _plan(planner: Callable[..., list[Launch]], layouts: tuple, device: torch.de
 
     launches = planner(*_replaced(layouts, Layout, stand_in))
     recorder = _Recorder(tensors)
-    return Plan([(launch, recorder.fillers(launch.arguments)) for launch in launches], recorder.scratch)
+    return Plan([(launch, recorder.fillers(launch.arguments)) for launch in launches], recorder.makers)
 
 
 forget_plans = _plan.cache_clear
@@ -111,7 +120,7 @@ class _Recorder:
 
     def __init__(self, tensors: list[Tensor]):
         self._places = {id(tensor): place for place, tensor in enumerate(tensors)}
-        self.scratch: list[Scratch] = []
+        self.makers: list[Callable] = []
 
     def fillers(self, arguments: dict) -> dict[str, Callable]:
         """Return the functions that make those arguments, by name, that a call has of its own."""
@@ -119,19 +128,31 @@ class _Recorder:
         return {name: fill for name, fill in fillers if fill}
 
     def _filler(self, value: Any) -> Callable | None:
-        """Return the function that makes a value of a call's tensors, or None if all calls have the same."""
+        """Return the function that makes a value, or None if all calls have the same."""
         if isinstance(value, tuple):
             fillers = [(i, fill) for i, fill in enumerate(map(self._filler, value)) if fill]
             return functools.partial(_filled, _class_of(value), list(value), fillers) if fillers else None
-        if isinstance(value, Scratch) and id(value) not in self._places:
-            self._places[id(value)] = len(self._places)
-            self.scratch.append(value)
         if isinstance(value, (Tensor, Scratch)):
-            return itemgetter(self._places[id(value)])  # A KeyError says that the planner made a tensor itself.
+            return itemgetter(self._place(value))
         if isinstance(value, TensorDescriptor):
             base, rest = self._filler(value.base), (value.shape, value.strides, value.block_shape)
             return lambda tensors: TensorDescriptor(base(tensors), *rest)
         return None
+
+    def _place(self, value: Tensor | Scratch) -> int:
+        """Return the place of a tensor. If it is no call's own, it gets one behind those that there are."""
+        if id(value) not in self._places:
+            self.makers.append(self._maker(value))
+            self._places[id(value)] = len(self._places)
+        return self._places[id(value)]
+
+    def _maker(self, value: Tensor | Scratch) -> Callable:
+        """Return the function that makes a tensor of those before it."""
+        if isinstance(value, Scratch):
+            return lambda tensors: torch.empty(value.shape, dtype=value.dtype, device=tensors[0].device)
+        source, convert = value.converted_from  # Without it, the planner made a tensor that calls would not have.
+        place = self._place(source)
+        return lambda tensors: convert(tensors[place])
 
 
 def _filled(make: Callable[[list], tuple], fields: list, fillers: list[tuple[int, Callable]], tensors: list[Tensor]) -> tuple:

@@ -51,7 +51,7 @@ HAS_ANOTHER_BINARY = """
 def launch(start):
     key = torch.zeros(64 * 64 + 8, dtype=torch.bfloat16)[start : start + 64 * 64].view(1, 1, 64, 64)
     lse, statistics = torch.zeros(1, 1, 64), torch.zeros(1, 1, 64, 2)
-    call = attention.Call(key, key, key, arch="sm_90").prepared()
+    call = attention.Call(key, key, key, arch="sm_90")
     (only,) = attention.plan_forward(call, torch.zeros_like(key), lse, statistics)
     attention.run([only])
     return only.binaries[0], only.kernel[(only.grid,)](**only.arguments, **only.options)

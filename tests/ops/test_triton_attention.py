@@ -113,7 +113,7 @@ def _blocks(key: torch.Tensor) -> tuple[int, int]:
 def _forward(arch: str, key: torch.Tensor, **options) -> dict:
     """Return the arguments of the forward's launch on a GPU."""
     kernels = triton_kernels.attention()
-    call = kernels.Call(key, key, key, **options, arch=arch).prepared()
+    call = kernels.Call(key, key, key, **options, arch=arch)
     return kernels.plan_forward(call, key, key[..., 0].float(), key[..., :2].float())[-1].arguments
 
 

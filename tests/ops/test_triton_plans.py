@@ -127,12 +127,28 @@ def test_plans_are_bounded(planner):
     plans.forget_plans()
 
 
-def test_a_planner_may_not_make_tensors(kernel):
+def test_each_call_converts_its_own_tensors_where_its_layout_needs_it(kernel):
+    @plans.planned_once
+    def plan(pair):
+        double = plans.converted(pair[0], Tensor.double)
+        own = plans.converted(plans.converted(double, torch.neg), torch.abs), plans.converted(pair[1], Tensor.float)
+        return [launch.make_launch(kernel, 1, {"pair": own, "scratch": double, "size": plans.converted(None, Tensor.double)})]
+
+    for value in (2.0, 3.0):
+        pair = pair_of()
+        pair[0].fill_(value)
+        launch.run(plan(pair))
+        _, own, double, nothing = kernel.started[-1]
+        assert own[1] is pair[1] and nothing is None
+        assert double.dtype == own[0].dtype == torch.float64 and (double == value).all() and (own[0] == value).all()
+
+
+def test_a_planner_may_not_convert_tensors_otherwise(kernel):
     @plans.planned_once
     def plan(pair):
         return [launch.make_launch(kernel, 1, {"pair": (pair[0].double(), pair[1]), "scratch": None, "size": 1})]
 
-    with pytest.raises(KeyError):
+    with pytest.raises(AttributeError, match="converted_from"):
         plan(pair_of())
 
 
@@ -149,13 +165,13 @@ def launches_of(arch: str | None, tensors: dict, options: dict) -> list:
     """Return the launches of a forward and its backward, and of a step of decoding."""
     kernels = triton_kernels.attention()
     query, key = tensors["query"], tensors["key"]
-    call = kernels.Call(**tensors, **options, arch=arch).prepared()
+    call = kernels.Call(**tensors, **options, arch=arch)
     lse, statistics = query.new_empty(query.shape[:3], dtype=torch.float32), query.new_empty((*query.shape[:3], 2)).float()
     launches = kernels.plan_forward(call, query, lse, statistics)
     launches += kernels.plan_backward(call, query, statistics, query, None, (query, key, key, None), lse)
     lengths = torch.zeros(len(query), dtype=torch.int32, device=query.device)
     step = kernels.KVCacheCall(query[:, :, :1], key, tensors["value"], lengths, key[:, :, :1], key[:, :, :1], arch=arch)
-    return launches + kernels.plan_kvcache(step.prepared(), query[:, :, :1], lse[:, :, :1])
+    return launches + kernels.plan_kvcache(step, query[:, :, :1], lse[:, :, :1])
 
 
 def readable(value) -> object:

@@ -52,8 +52,8 @@ def allow_tf32() -> bool:
 
 def _kernel_call(call: AttentionCall):
     """Convert a call for the kernels' launchers: the same tensors, and the options by `kernel_options`."""
-    tensors = (*map(rows_of, call[:3]), *call[3:TENSORS])
-    return triton_kernels.attention().Call(*tensors, *kernel_options(call), allow_tf32()).prepared()
+    kernels, tensors = triton_kernels.attention(), (*map(rows_of, call[:3]), *call[3:TENSORS])
+    return kernels.Call(*tensors, *kernel_options(call), allow_tf32(), kernels.architecture(call.query.device))
 
 
 def score_unit(call: AttentionCall) -> float:
@@ -64,7 +64,7 @@ def score_unit(call: AttentionCall) -> float:
 def _kernel_tangents(tangents: Tangents):
     """Convert tangents for the kernels' launchers."""
     rows = (None if tensor is None else rows_of(tensor) for tensor in tangents[:3])
-    return triton_kernels.attention().TangentTensors(*rows, *tangents[3:]).prepared()
+    return triton_kernels.attention().TangentTensors(*rows, *tangents[3:])
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,9 +188,10 @@ def kvcache_forward(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     out, lse = empty_results(call.query, call.value_cache)
     kernels = triton_kernels.attention()
     query, key, value = (None if t is None else rows_of(t) for t in (call.query, call.key, call.value))
-    kernel_call = kernels.KVCacheCall(*call._replace(query=query, key=key, value=value), allow_tf32())
+    call = call._replace(query=query, key=key, value=value)
+    kernel_call = kernels.KVCacheCall(*call, allow_tf32(), kernels.architecture(query.device))
     with torch.cuda.device_of(query):
-        kernels.run(kernels.plan_kvcache(kernel_call.prepared(), out, lse))
+        kernels.run(kernels.plan_kvcache(kernel_call, out, lse))
     return out, lse
 
 
