@@ -36,6 +36,8 @@ def main() -> int:
         warnings.simplefilter("ignore")
         return 1 if sum(map(features.failures, options.gpu or variants.GPUS)) else 0
     if options.host:
+        if other := [gpu for gpu in options.gpu or () if not gpu.startswith("sm_")]:
+            parser.error(f"--host knows NVIDIA's GPUs; got {', '.join(other)}")
         Console().print(host.table(options.gpu or host.GPUS))
         return 0
     if options.predict:

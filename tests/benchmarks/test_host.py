@@ -4,10 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support.processes import printed
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="Triton compiles its launcher with cc")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="Triton compiles its launcher with cc"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a driver is there, beside which ours is not loaded"),
+]
 
 ON_IDLE_DRIVER = f"""
 import sys, tempfile
