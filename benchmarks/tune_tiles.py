@@ -4,7 +4,7 @@ python benchmarks/tune_tiles.py --gpu sm_90 --pass forward --head-dim 128    # b
 python benchmarks/tune_tiles.py --time                                       # on the GPU of this machine, pass by pass
 python benchmarks/tune_tiles.py --time --pass kvcache --head-dim 128         # one row of the table
 
-Without --time, machine code predicts the order (gpu/roofline.py): by the share of the peak if no two units overlap. With it,
+Without --time, machine code predicts the order (gpu/roofline.py): by the share of the peak that it expects. With it,
 the tiles that are faster than today's become a patch, build/tiles/tiles.patch (--out). Run again, it goes on where it was.
 """
 
@@ -35,8 +35,10 @@ def show_predictions(variant: Variant, jobs: int) -> None:
             if tuning.why_not(row, variant.arch) is None:
                 prediction = predict(row)
                 text = f"{row['registers']} registers, {row['spilled_bytes']} bytes spilled, {row['shared_bytes'] >> 10} KiB"
-                found.append((prediction.worst, f"{text}, predicted {prediction.worst:.0%} to {prediction.best:.0%}", tile))
-    for _, text, tile in sorted(found, key=lambda row: -row[0]):
+                text += f", {prediction.programs} at once, predicted {prediction.expected:.0%}"
+                text += f" ({prediction.worst:.0%} to {prediction.best:.0%})"
+                found.append(((prediction.expected, prediction.worst), text, tile))
+    for _, text, tile in sorted(found, key=lambda row: row[0], reverse=True):
         print(f"Tile({tile.q}, {tile.k}, {tile.warps}, {tile.stages})  {text}")
 
 

@@ -1,5 +1,9 @@
 """Predict from machine code what share of a GPU's matrix throughput a Triton kernel can reach: a roofline of its hot loop.
 
+A multiprocessor holds a few programs. One program's steps depend on each other, and its warps wait for each other at the end of
+each pass through the loop: by itself, it uses one unit at a time. While it does, the other programs use the other units. So a
+pass takes the cycles of the busiest unit or, where these are more, the sum of all units' over the number of programs.
+
 These are predictions from disassembly. Nothing here was measured on a GPU.
 """
 
@@ -10,11 +14,17 @@ from report.tables import listed
 from rich.table import Table
 
 from gpu import variants
+from gpu.occupancy import programs_at_once
 from gpu.variants import Variant
 
 # Floating-point operations for each score, divided by head_dim: 2 for each product that a pass computes.
 FLOPS_PER_SCORE = {"forward": 4, "grad_key_value": 8, "grad_query": 6, "kvcache": 4}
 FLOPS_PER_SCORE |= {"jvp": 12, "jvp_grad_key_value": 16, "jvp_grad_query": 14}
+BYTES = 2  # of an element in half precision
+
+
+# The side of a tile whose blocks the loop loads, and how many tensors it loads of them.
+LOADED = {name: ("q" if "key_value" in name else "k", 4 if "jvp" in name else 2) for name in FLOPS_PER_SCORE}
 
 
 class Rates(NamedTuple):
@@ -28,32 +38,34 @@ class Rates(NamedTuple):
     integer: int
     exp: int
     shared: int
+    l2: int  # Bytes from the L2 cache: 5,120 of an A100 or H100, 2,048 of 38 units of gfx942; others are assumed.
     issue: int  # Instructions of a warp (wavefront).
     warp: int  # Threads of a warp (wavefront).
 
 
 RATES = {
-    "sm_80": Rates(2048, 64, 64, 16, 32, 4, 32),
-    "sm_86": Rates(1024, 128, 64, 16, 32, 4, 32),
-    "sm_89": Rates(1024, 128, 64, 16, 32, 4, 32),
-    "sm_90": Rates(4096, 128, 64, 16, 32, 4, 32),
-    "sm_100": Rates(8192, 128, 64, 16, 32, 4, 32),
-    "sm_120": Rates(1024, 128, 64, 16, 32, 4, 32),
-    "gfx90a": Rates(1024, 64, 64, 16, 32, 5, 64),
-    "gfx942": Rates(2048, 64, 64, 16, 32, 5, 64),
-    "gfx1100": Rates(512, 64, 64, 16, 32, 4, 32),
+    "sm_80": Rates(2048, 64, 64, 16, 32, 47, 4, 32),
+    "sm_86": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
+    "sm_89": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
+    "sm_90": Rates(4096, 128, 64, 16, 32, 39, 4, 32),
+    "sm_100": Rates(8192, 128, 64, 16, 32, 69, 4, 32),
+    "sm_120": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
+    "gfx90a": Rates(1024, 64, 64, 16, 32, 37, 5, 64),
+    "gfx942": Rates(2048, 64, 64, 16, 32, 54, 5, 64),
+    "gfx1100": Rates(512, 64, 64, 16, 32, 32, 4, 32),
 }
 # The rate that counts for the instructions of each unit.
 UNITS = {"exp": "exp", "float": "float", "integer": "integer", "convert": "integer", "shared": "shared"}
 
 
 class Prediction(NamedTuple):
-    """A predicted share of the peak of matrix products."""
+    """Predicted shares of the peak of matrix products."""
 
+    expected: float  # As many programs as a multiprocessor holds work side by side.
     best: float  # All units overlap, so that only the busiest counts.
     worst: float  # No two units overlap.
     busiest: str
-    float_per_score: float
+    programs: int  # on a multiprocessor
 
 
 def predict(row: dict) -> Prediction:
@@ -62,12 +74,15 @@ def predict(row: dict) -> Prediction:
     cycles = {"tensor": FLOPS_PER_SCORE[row["pass_name"]] * row["head_dim"] * row["q"] * row["k"] / rates.tensor}
     for unit, rate in UNITS.items():
         cycles[rate] = cycles.get(rate, 0.0) + row["units"].get(unit, 0) * threads / getattr(rates, rate)
-    issue = row["instructions"] * row["num_warps"] / rates.issue
-    busiest = max(cycles | {"issue": issue}, key=(cycles | {"issue": issue}).get)
-    float_per_score = row["units"].get("float", 0) * threads / (row["q"] * row["k"])
-    return Prediction(
-        cycles["tensor"] / max(*cycles.values(), issue), cycles["tensor"] / sum(cycles.values()), busiest, float_per_score
-    )
+    in_turn = sum(cycles.values())
+    side, tensors = LOADED[row["pass_name"]]
+    cycles["l2"] = tensors * row[side] * row["head_dim"] * BYTES / rates.l2  # These copies run beside, as instructions do.
+    cycles["issue"] = row["instructions"] * row["num_warps"] / rates.issue
+    busiest = max(cycles, key=cycles.get)
+    programs = programs_at_once(row["arch"], threads, row["registers"], row["shared_bytes"])
+    expected = max(cycles[busiest], in_turn / programs)
+    shares = (cycles["tensor"] / limit for limit in (expected, cycles[busiest], in_turn))
+    return Prediction(*shares, busiest, programs)
 
 
 DEFAULT_GPUS = ("sm_80", "sm_90", "gfx942")
@@ -83,7 +98,7 @@ def default_variants(gpus: tuple[str, ...]) -> list[Variant]:
     ]
 
 
-HEADER = ("GPU", "pass", "head_dim", "tile", "warps", "registers", "spilled", "shared KiB", "float per score", "share of peak")
+HEADER = ("GPU", "pass", "head_dim", "tile", "warps", "registers", "spilled", "shared KiB", "programs", "share of peak")
 
 
 def table_rows(asked: list[Variant], go_on: Callable[[], bool] = lambda: True) -> list[tuple[str, ...]]:
@@ -100,14 +115,15 @@ def _table_row(row: dict) -> tuple[str, ...]:
     if "error" in row:
         return (row["arch"], row["pass_name"], str(row["head_dim"]), row["error"], *[""] * 6)
     if row["specialized"]:  # Its warps work in loops of their own, so that no loop holds all the work.
-        float_per_score, share = "", "not predicted: warps are specialized"
+        programs, share = "", "not predicted: warps are specialized"
     else:
         prediction = predict(row)
-        float_per_score, share = f"{prediction.float_per_score:.1f}", f"{prediction.worst:.0%} – {prediction.best:.0%}"
-        share += "" if prediction.busiest == "tensor" else f" ({prediction.busiest} is the limit)"
+        programs = str(prediction.programs)
+        share = f"{prediction.expected:.0%} ({prediction.worst:.0%} – {prediction.best:.0%}"
+        share += ")" if prediction.busiest == "tensor" else f"; {prediction.busiest} is the limit)"
     return (
         row["arch"], row["pass_name"], str(row["head_dim"]), f"{row['q']} x {row['k']}", str(row["num_warps"]),
-        str(row["registers"]), str(row["spilled_bytes"]), f"{row['shared_bytes'] / 1024:.0f}", float_per_score, share,
+        str(row["registers"]), str(row["spilled_bytes"]), f"{row['shared_bytes'] / 1024:.0f}", programs, share,
     )  # fmt: skip
 
 

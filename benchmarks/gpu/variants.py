@@ -40,6 +40,7 @@ TANGENT_PASSES = (JVP, JVP_GRAD_KEY_VALUE, JVP_GRAD_QUERY)
 STATS_PASSES = (FORWARD_STATS, GRAD_KEY_VALUE_STATS, GRAD_QUERY_STATS, KEY_MASS, MASS_MEAN)
 MASK_PASSES = (GRAD_MASK, JVP_GRAD_MASK)  # Their loop is always the masked one.
 HEAD_DIMS = (64, 128, 256)
+UNEVEN_HEAD_DIMS = (56, 120, 248)  # Rows start at multiples of 16 bytes, while Triton specializes kernels for 32.
 DTYPES = ("bfloat16", "float16", "float32")
 LOOPS = ("plain", "masked", "packed", "part")  # Attention alone; with mask and dropout; packed; a larger call's, with dropout.
 DROPPING = ("masked", "part")  # These loops draw dropout.
@@ -66,14 +67,20 @@ def every_variant() -> list[Variant]:
     passes = PASSES + TANGENT_PASSES + STATS_PASSES
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, passes, HEAD_DIMS, DTYPES) for kind in kinds]
     variants = [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
-    return variants + [Variant(*v, True, "masked") for v in itertools.product(GPUS, MASK_PASSES, HEAD_DIMS, DTYPES)]
+    variants += [Variant(*v, True, "masked") for v in itertools.product(GPUS, MASK_PASSES, HEAD_DIMS, DTYPES)]
+    return variants + _uneven_variants(UNEVEN_HEAD_DIMS)
+
+
+def _uneven_variants(head_dims: tuple[int, ...]) -> list[Variant]:
+    """Return the plain passes with these head_dims, for GPUs that copy by pointers and by descriptor."""
+    return [Variant(*v, "bfloat16", True) for v in itertools.product(("sm_80", "sm_90", "sm_120"), PASSES[:3], head_dims)]
 
 
 def covering_variants() -> list[Variant]:
     """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns.
 
     Of the passes with tangents, with statistics and of a larger call there are a few, because compiling takes long. Those over
-    a mask come once for every GPU.
+    a mask come once for every GPU. Uneven head_dims come up to 128.
     """
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
@@ -91,7 +98,7 @@ def covering_variants() -> list[Variant]:
     for arch, name in itertools.product(GPUS, MASK_PASSES):
         dtype, head_dim = next(turns)
         variants.append(Variant(arch, name, head_dim, dtype, True, "masked"))
-    return [*variants, Variant("sm_80", JVP, 64, "float32", False)]
+    return [*variants, Variant("sm_80", JVP, 64, "float32", False), *_uneven_variants(UNEVEN_HEAD_DIMS[:2])]
 
 
 def launch_of(variant: Variant) -> attention.Launch:

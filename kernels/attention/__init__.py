@@ -21,6 +21,7 @@ from .arguments import (
     choose_tile,
     columns_of,
     constants_of,
+    describable,
     dropout_of,
     heads_per_group,
     inputs_of,
@@ -104,6 +105,8 @@ def plan_forward(call: Call, out: Tensor, lse: Tensor, statistics: Tensor, row_s
     They write row_stats, too, unless None.
     """
     name, sizes, scoring = FORWARD if row_stats is None else FORWARD_STATS, sizes_of(call), scoring_of(call)
+    query, key, value = describable(call, *call[:3])
+    call = call._replace(query=query, key=key, value=value)
     tile, descriptors = choose_tile(name, call, key=call.key, value=call.value)
     mask_rows, mask = mask_of(call.mask, call)
     launches, block_lists = _plan_block_lists(mask, call, tile, False, scoring)
@@ -144,6 +147,8 @@ def plan_backward(
     grad_mask is contiguous, of the mask's shape. With stats, grad_lse holds their part of delta, negated (stats.py).
     """
     for_key_value, for_query = (GRAD_KEY_VALUE, GRAD_QUERY) if stats is None else (GRAD_KEY_VALUE_STATS, GRAD_QUERY_STATS)
+    query, key, value, grad_out = describable(call, *call[:3], grad_out)
+    call = call._replace(query=query, key=key, value=value)
     sizes, constants = sizes_of(call), constants_of(call)
     grad_query, grad_key, grad_value, grad_mask = grads
     scoring = scoring_of(call._replace(sinks=None))  # The statistics include the sinks.

@@ -9,7 +9,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.plans import converted
-from .device import LOG2E, Dropout, Mask, Rows, Scoring, Sizes
+from .device import LOG2E, Dropout, Mask, Scoring, Sizes
+from .rows import Rows
 from .tangents import Tangents
 from .tiles import (
     L2_BUDGET,
@@ -98,7 +99,8 @@ def rows_of(tensor: Tensor) -> Rows:
 
     Its rows are wide if those of one tile, 256 at most, lie too far apart for offsets of 32 bits.
     """
-    return Rows(tensor, *tensor.stride()[:3], True if tensor.stride(2) >= 1 << 22 else None)
+    batch, head, row, _ = tensor.stride()
+    return Rows(tensor, batch, head, row, True if row >= 1 << 22 else None, True if row % 16 == 8 else None)
 
 
 def inputs_of(call: Call) -> dict:
@@ -227,15 +229,40 @@ def heads_per_group(call: Call) -> int:
     return max(1, L2_BUDGET // max(1, bytes_of_head))
 
 
+def _copies_by_descriptor(call: Call) -> bool:
+    """Tell whether loops over long sequences of a call copy their blocks by descriptor.
+
+    Descriptors want rows at multiples of 16 bytes. Packed sequences have none, because a tile may reach past a sequence's end.
+    The answer does not depend on where a tensor lies, so that a row's sums have one order whatever the batch around it.
+    """
+    is_plain = call.mask is None and not call.drop_below and call.cu_seqlens_q is None
+    is_aligned = call.query.shape[3] % 8 == 0 and call.value.shape[3] % 8 == 0
+    return is_plain and is_aligned and has_descriptors(call.arch, call.query.dtype)
+
+
 def _is_describable(tensor: Tensor) -> bool:
     """Tell whether the tensor memory accelerator can copy a tensor from where it lies."""
     steps = [stride * tensor.element_size() for length, stride in zip(tensor.shape[:3], tensor.stride()) if length != 1]
     return tensor.data_ptr() % 16 == 0 and all(0 < step < 1 << 40 and step % 16 == 0 for step in steps)
 
 
+def _contiguous_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def describable(call: Call, *tensors: Tensor) -> list[Tensor]:
+    """Return tensors of a call as its loops can copy them: the same, or, where they are expanded or misaligned, copies.
+
+    A copy costs little beside attention. Without it a loop would compute pointers, for which its tile leaves no registers.
+    """
+    if not _copies_by_descriptor(call):
+        return list(tensors)
+    return [tensor if _is_describable(tensor) else converted(tensor, _contiguous_copy) for tensor in tensors]
+
+
 def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
-    """Return the descriptor of a tensor's blocks of `rows` rows; None where the accelerator cannot copy the tensor."""
-    if not tensor.numel() or not _is_describable(tensor):
+    """Return the descriptor of a tensor's blocks of `rows` rows; None for an empty tensor, which has no blocks."""
+    if not tensor.numel():
         return None
     columns = columns_of(tensor.shape[3])
     strides = [columns if length == 1 else stride for length, stride in zip(tensor.shape[:3], tensor.stride())]
@@ -245,19 +272,15 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor | None:
 def choose_tile(name: str, call: Call, **operands: Tensor) -> tuple[Tile, dict]:
     """Return the tile of the pass `name`, and the descriptors, or None, of the operands that its loop copies block by block.
 
-    Packed sequences have no descriptors, because a tile may reach past the end of a sequence. The tile does not depend on where
-    a tensor lies, so that a row's sums have one order whatever the batch around it.
+    The operands are describable. Those that are shorter than a block have no descriptors.
     """
     arch, dtype, head_dim = call.arch, call.query.dtype, max(call.query.shape[3], call.value.shape[3])
-    pointers = {f"{operand}_desc": None for operand in operands}
-    if call.mask is not None or call.drop_below:
-        return tile_for(name, arch, dtype, head_dim, LoopKind.MASKED), pointers
-    tile = tile_for(name, arch, dtype, head_dim, LoopKind.DESCRIPTORS)
-    rows = tile.q if "query" in operands else tile.k
-    length = min(tensor.shape[2] for tensor in operands.values())
-    if not has_descriptors(arch, dtype) or call.cu_seqlens_q is not None or length < rows:
-        return tile_for(name, arch, dtype, head_dim), pointers
-    return tile, {f"{operand}_desc": _descriptor(tensor, rows) for operand, tensor in operands.items()}
+    if _copies_by_descriptor(call):
+        tile = tile_for(name, arch, dtype, head_dim, LoopKind.DESCRIPTORS)
+        rows = tile.q if "query" in operands else tile.k
+        if all(tensor.shape[2] >= rows for tensor in operands.values()):
+            return tile, {f"{operand}_desc": _descriptor(tensor, rows) for operand, tensor in operands.items()}
+    return pointer_tile(name, call), {f"{operand}_desc": None for operand in operands}
 
 
 def pointer_tile(name: str, call: Call) -> Tile:

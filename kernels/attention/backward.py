@@ -17,17 +17,14 @@ from .device import (
     dropout_origin,
     first_position,
     keep_mask,
-    load_block,
-    load_tile,
     locate,
     mask_scores,
     natural_scores,
     phase_bounds,
     seen_range,
     slope_of,
-    store_tile,
-    tile_pointers,
 )
+from .rows import load_block, load_tile, store_tile, tile_pointers
 from .stats import load_key_grads, load_row_grads, score_grads
 
 

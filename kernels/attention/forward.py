@@ -17,8 +17,6 @@ from .device import (
     first_position,
     fused_residual,
     keep_mask,
-    load_block,
-    load_tile,
     locate,
     mask_scores,
     natural_scores,
@@ -26,9 +24,8 @@ from .device import (
     phase_bounds,
     seen_range,
     slope_of,
-    store_tile,
-    tile_pointers,
 )
+from .rows import load_block, load_tile, store_tile, tile_pointers
 from .stats import finish_row_stats, online_row_stats, store_row_stats
 
 

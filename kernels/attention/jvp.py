@@ -20,7 +20,6 @@ from .device import (
     finish_softmax,
     first_position,
     keep_mask,
-    load_tile,
     locate,
     mask_scores,
     natural_scores,
@@ -28,9 +27,8 @@ from .device import (
     phase_bounds,
     seen_range,
     slope_of,
-    store_tile,
-    tile_pointers,
 )
+from .rows import load_tile, row_stride, store_tile, tile_pointers
 from .tangents import load_tangent, product_tangents, score_tangents, tangent_pointers
 
 
@@ -75,7 +73,7 @@ def attention_jvp(
             for step in range(start, stop, BLOCK_K):
                 k_start = block_start(block_lists, list_start, step, BLOCK_K)
                 keys_left, offset = k_len - k_start, tl.cast(k_start, tl.int64)
-                k = load_tile(k_pointers + offset * key.row, keys_left, D, phase != 1)  # (BLOCK_K, COLUMNS)
+                k = load_tile(k_pointers + offset * row_stride(key), keys_left, D, phase != 1)  # (BLOCK_K, COLUMNS)
                 # (BLOCK_K, COLUMNS)
                 k_tangent = load_tangent(k_tangent_pointers, tangents.key, k_start, keys_left, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
@@ -102,7 +100,7 @@ def attention_jvp(
                 if dropout.seed is not None:
                     keep = keep_mask(dropout, origin, i, k_start, BLOCK_Q, BLOCK_K, False)
                     p, p_ds = p * keep, p_ds * keep
-                v = load_tile(v_pointers + offset * value.row, keys_left, DV, phase != 1)  # (BLOCK_K, VALUE_COLUMNS)
+                v = load_tile(v_pointers + offset * row_stride(value), keys_left, DV, phase != 1)  # (BLOCK_K, VALUE_COLUMNS)
                 acc *= rescale[:, None]
                 acc_tangent = acc_tangent * rescale[:, None] - acc * shift_of_mean[:, None]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)

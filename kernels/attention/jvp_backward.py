@@ -24,14 +24,12 @@ from .device import (
     dropout_origin,
     first_position,
     keep_mask,
-    load_tile,
     locate,
     phase_bounds,
     seen_range,
     slope_of,
-    store_tile,
-    tile_pointers,
 )
+from .rows import load_tile, row_stride, store_tile, tile_pointers
 from .tangents import load_tangent, product_tangents, score_tangents, tangent_pointers
 
 
@@ -130,7 +128,7 @@ def attention_jvp_grad_key_value(
                 for step in range(start, stop, BLOCK_Q):
                     q_start = block_start(block_lists, list_start, step, BLOCK_Q)
                     rows_left, offset = q_len - q_start, tl.cast(q_start, tl.int64)
-                    q = load_tile(q_pointers + offset * query.row, rows_left, D, phase != 1)  # (BLOCK_Q, COLUMNS)
+                    q = load_tile(q_pointers + offset * row_stride(query), rows_left, D, phase != 1)  # (BLOCK_Q, COLUMNS)
                     # (BLOCK_Q, COLUMNS)
                     q_tangent = load_tangent(q_tangent_pointers, tangents.query, q_start, rows_left, D, phase != 1)
                     if RELOAD:
@@ -157,7 +155,8 @@ def attention_jvp_grad_key_value(
                         products, p, softcap_grad, tangents.mask, batch, head, i[None, :], j, q_len, k_len, scoring,
                         SCALE_ONLY, phase != 1,
                     )  # fmt: skip
-                    u = load_tile(u_pointers + offset * grad_out.row, rows_left, DV, phase != 1)  # (BLOCK_Q, VALUE_COLUMNS)
+                    # (BLOCK_Q, VALUE_COLUMNS)
+                    u = load_tile(u_pointers + offset * row_stride(grad_out), rows_left, DV, phase != 1)
                     by_value = tl.dot(v, tl.trans(u), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
                     by_tangent = 0.0
                     if tangents.value is not None:
@@ -226,7 +225,7 @@ def attention_jvp_grad_query(
             for step in range(start, stop, BLOCK_K):
                 k_start = block_start(block_lists, list_start, step, BLOCK_K)
                 keys_left, offset = k_len - k_start, tl.cast(k_start, tl.int64)
-                k = load_tile(k_pointers + offset * key.row, keys_left, D, phase != 1)  # (BLOCK_K, COLUMNS)
+                k = load_tile(k_pointers + offset * row_stride(key), keys_left, D, phase != 1)  # (BLOCK_K, COLUMNS)
                 # (BLOCK_K, COLUMNS)
                 k_tangent = load_tangent(k_tangent_pointers, tangents.key, k_start, keys_left, D, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
@@ -242,7 +241,7 @@ def attention_jvp_grad_query(
                     products, p, softcap_grad, tangents.mask, batch, head, i[:, None], j, q_len, k_len, scoring,
                     SCALE_ONLY, phase != 1,
                 )  # fmt: skip
-                v = load_tile(v_pointers + offset * value.row, keys_left, DV, phase != 1)  # (BLOCK_K, VALUE_COLUMNS)
+                v = load_tile(v_pointers + offset * row_stride(value), keys_left, DV, phase != 1)  # (BLOCK_K, VALUE_COLUMNS)
                 by_value = tl.dot(u, tl.trans(v), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 by_tangent = 0.0
                 if tangents.value is not None:

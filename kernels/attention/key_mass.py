@@ -9,17 +9,8 @@ import triton
 import triton.language as tl
 
 from .backward import load_statistics, recompute_p
-from .device import (
-    block_list,
-    block_start,
-    first_position,
-    load_tile,
-    locate,
-    phase_bounds,
-    seen_range,
-    slope_of,
-    tile_pointers,
-)
+from .device import block_list, block_start, first_position, locate, phase_bounds, seen_range, slope_of
+from .rows import load_tile, row_stride, tile_pointers
 
 
 @triton.jit
@@ -56,7 +47,7 @@ def attention_key_mass(
             start, stop = phase_bounds(phase, begin, whole, edge, end, count, block_lists is not None, BLOCK_Q)
             for step in range(start, stop, BLOCK_Q):
                 q_start = block_start(block_lists, list_start, step, BLOCK_Q)
-                rows_left, offset = q_len - q_start, tl.cast(q_start, tl.int64) * query.row
+                rows_left, offset = q_len - q_start, tl.cast(q_start, tl.int64) * row_stride(query)
                 q = load_tile(q_pointers + offset, rows_left, D, phase != 1)  # (BLOCK_Q, COLUMNS)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_K, BLOCK_Q)
                 row_max, log2_sum, no_delta = load_statistics(
@@ -107,7 +98,7 @@ def attention_mass_mean(
             start, stop = phase_bounds(phase, begin, whole, edge, end, count, block_lists is not None, BLOCK_K)
             for step in range(start, stop, BLOCK_K):
                 k_start = block_start(block_lists, list_start, step, BLOCK_K)
-                keys_left, offset = k_len - k_start, tl.cast(k_start, tl.int64) * key.row
+                keys_left, offset = k_len - k_start, tl.cast(k_start, tl.int64) * row_stride(key)
                 k = load_tile(k_pointers + offset, keys_left, D, phase != 1)  # (BLOCK_K, COLUMNS)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = k_start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)

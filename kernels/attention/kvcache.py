@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import LOG2E, finish_softmax, load_tile, mask_scores, natural_scores, online_softmax, tile_pointers
+from .device import LOG2E, finish_softmax, mask_scores, natural_scores, online_softmax
+from .rows import load_tile, tile_pointers
 
 
 class KVCache(NamedTuple):

@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from .backward import load_statistics, recompute_log2_p
-from .device import dropout_origin, first_position, keep_mask, mask_scores, slope_of, tile_pointers
+from .device import dropout_origin, first_position, keep_mask, mask_scores, slope_of
 from .jvp_backward import load_tangent_statistics, score_gradients
+from .rows import tile_pointers
 from .stats import load_key_grads, load_row_grads, score_grads
 from .tangents import score_tangents
 

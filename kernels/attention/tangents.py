@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import load_tile, mask_pointers, tile_pointers
+from .device import mask_pointers
+from .rows import load_tile, row_stride, tile_pointers
 
 
 class Tangents(NamedTuple):
@@ -33,7 +34,7 @@ def load_tangent(pointers, rows, within, rows_left, DIM: tl.constexpr, CHECK_ROW
     if rows is None:
         return 0.0
     else:
-        return load_tile(pointers + tl.cast(within, tl.int64) * rows.row, rows_left, DIM, CHECK_ROWS)
+        return load_tile(pointers + tl.cast(within, tl.int64) * row_stride(rows), rows_left, DIM, CHECK_ROWS)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 A row of the table has three tiles: for head_dims (the larger of the keys' and the values') up to 64, 128 and 256. The figures
 were found by compiling for each GPU and reading registers, spills and instructions (benchmarks/tune_tiles.py), not by timing,
-because no GPU was at hand.
+because no GPU was at hand. By the model (kernels/README.md) several programs on a multiprocessor beat one larger one.
 
 Rows of LoopKind.DESCRIPTORS hold where the tensor memory accelerator copies the tiles. Pointers take no registers then, and
 tiles can be larger. On sm_100 the plain forward has specialized warps. On sm_90 it has not: there Triton's compiler (3.9)
@@ -54,15 +54,15 @@ ALIASES = {"sm_89": "sm_86", "sm_121": "sm_120", "sm_103": "sm_100", "gfx90a": "
 HALF = {
     # Where these spill on NVIDIA, it is around the loops of causal edges or packed sequences, and not in the inner loop.
     ("sm_80", LoopKind.PLAIN): {
-        FORWARD: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(32, 128, 8, 2, spilled=8), Tile(64, 64, 8, 2, spilled=16), Tile(16, 64, 8, 2)),
-        GRAD_QUERY: (Tile(128, 64, 8, 2, spilled=8), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
+        FORWARD: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2), Tile(16, 64, 8, 2)),
+        GRAD_QUERY: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 8, 2)),
         KVCACHE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
     ("sm_86", LoopKind.PLAIN): {  # It has 99 KiB of shared memory.
-        FORWARD: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 1)),
+        FORWARD: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY: (Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(64, 32, 8, 1)),
         KVCACHE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
     ("sm_120", LoopKind.PLAIN): {
@@ -84,9 +84,9 @@ HALF = {
         KVCACHE: (Tile(16, 64, 4, 3), Tile(16, 64, 4, 3), Tile(16, 64, 4, 2)),
     },
     ("sm_90", LoopKind.DESCRIPTORS): {
-        FORWARD: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2, spilled=24), Tile(64, 32, 8, 2)),
-        GRAD_QUERY: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1, spilled=16)),
+        FORWARD: (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 8, 2)),
+        GRAD_QUERY: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 1, spilled=16)),
     },
     ("sm_100", LoopKind.DESCRIPTORS): {  # A specialized kernel keeps two values in local memory from one loop to the next.
         FORWARD: (
@@ -98,13 +98,13 @@ HALF = {
         GRAD_QUERY: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 1)),
     },
     ("sm_120", LoopKind.DESCRIPTORS): {
-        FORWARD: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
-        GRAD_KEY_VALUE: (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 1)),
-        GRAD_QUERY: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1)),
+        FORWARD: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        GRAD_KEY_VALUE: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 1)),
+        GRAD_QUERY: (Tile(64, 32, 4, 2), Tile(64, 64, 4, 1), Tile(64, 32, 8, 1)),
     },
     ("gfx942", LoopKind.PLAIN): {  # It has 64 KiB of shared memory and 64 lanes in a warp.
         FORWARD: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 16, 4, 2)),
-        GRAD_KEY_VALUE: (Tile(16, 128, 4, 2), Tile(32, 64, 4, 1), Tile(16, 64, 4, 1)),
+        GRAD_KEY_VALUE: (Tile(16, 128, 4, 2), Tile(16, 64, 4, 1), Tile(16, 64, 4, 1)),
         GRAD_QUERY: (Tile(128, 32, 4, 2), Tile(128, 16, 4, 2), Tile(64, 16, 8, 1)),
         KVCACHE: (Tile(16, 64, 4, 2), Tile(16, 64, 4, 2), Tile(16, 32, 4, 2)),
     },
@@ -270,7 +270,7 @@ STATS_HALF = {
         GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
     },
     ("sm_90", LoopKind.DESCRIPTORS): {
-        FORWARD_STATS: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        FORWARD_STATS: (Tile(128, 64, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         GRAD_KEY_VALUE_STATS: (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),
         GRAD_QUERY_STATS: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 16, 8, 2)),
     },

@@ -135,6 +135,45 @@ def test_the_tile_does_not_depend_on_where_tensors_lie():
         assert _blocks(key) == _blocks(one)
 
 
+def test_what_no_descriptor_can_describe_is_copied_first():
+    keys = {
+        "gaps of 8 bytes": _keys(2, 3, 500, 68)[..., :64],
+        "a head for all": _keys(2, 1, 500, 64).expand(2, 3, 500, 64),
+        "one element off": torch.empty(2 * 3 * 500 * 64 + 1, dtype=torch.float16)[1:].view(2, 3, 500, 64),
+    }
+    for what, key in keys.items():
+        for descriptor in _descriptors("sm_90", key):
+            strides = descriptor.strides[:3]
+            assert descriptor.shape == list(key.shape) and all(stride and stride % 8 == 0 for stride in strides), what
+            assert descriptor.base.data_ptr() % 16 == 0, what
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "columns"),
+    [(13, torch.float16, 16), (13, torch.float32, 16), (20, torch.bfloat16, 24), (20, torch.float32, 20)],
+)
+def test_kernels_see_rows_that_start_at_multiples_of_16_bytes(head_dim, dtype, columns):
+    inputs = [seeded_normal(i, (1, 2, 40, head_dim), dtype).to(DEVICE).requires_grad_() for i in range(3)]
+    seen, plan = [], triton_kernels.attention().plan_backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernels.attention(), "plan_backward", lambda *args: seen.append(args) or plan(*args))
+        torch.autograd.grad(fastlm.attention(*inputs, backend="triton").sum(), inputs)
+    ((call, out, _, grad_out, _, grads, *_),) = seen
+    assert all(tensor.shape[3] == columns for tensor in (*call[:3], out, grad_out, *grads[:3]))
+
+
+@pytest.mark.parametrize("head_dim", [13, 24])
+def test_where_tensors_lie_changes_no_bit(head_dim):
+    """Without gaps rows start at multiples of 2 or 16 bytes, with gaps elsewhere. One head of keys stands for both."""
+    call = {name: seeded_normal(i, (1, 2, 40, head_dim), torch.float16) for i, name in enumerate(DIFFERENTIABLE[:3])}
+    call["key"] = call["key"][:, :1].repeat(1, 2, 1, 1)
+    apart = {name: torch.nn.functional.pad(tensor, (3, 2))[..., 3:-2] for name, tensor in call.items()}
+    apart["key"] = apart["key"][:, :1].expand_as(call["key"])
+    elsewhere = run(fastlm.attention, apart, DIFFERENTIABLE[:3], causal=True, **TRITON)
+    for what, result in run(fastlm.attention, call, DIFFERENTIABLE[:3], causal=True, **TRITON).items():
+        assert torch.equal(result, elsewhere[what]), what
+
+
 def test_other_tiles_are_copied_by_pointers():
     long = torch.empty(9, dtype=torch.int32, device="meta")
     calls = {
@@ -142,7 +181,6 @@ def test_other_tiles_are_copied_by_pointers():
         "AMD": ("gfx942", _keys(2, 3, 500, 64)),
         "float32": ("sm_90", _keys(2, 3, 500, 64).float()),
         "rows that do not start at 16 bytes": ("sm_90", _keys(2, 3, 500, 20)),
-        "a head for all": ("sm_90", _keys(2, 1, 500, 64).expand(2, 3, 500, 64)),
         "shorter than a tile": ("sm_90", _keys(2, 3, 15, 64)),
         "no batch": ("sm_90", _keys(0, 3, 500, 64)),
     }

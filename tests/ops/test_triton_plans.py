@@ -174,18 +174,22 @@ def launches_of(arch: str | None, tensors: dict, options: dict) -> list:
     return launches + kernels.plan_kvcache(step, query[:, :, :1], lse[:, :, :1])
 
 
-def readable(value) -> object:
-    """Return what can be compared of an argument: of tensors their layout and, of those that are inputs, where they lie."""
+def readable(value, inputs: dict[int, str]) -> object:
+    """Return what can be compared of an argument: of tensors their layout, and the name of the input at their address."""
     if isinstance(value, Tensor):
-        return value.dtype, value.shape, value.stride(), value.data_ptr() if value.dtype == torch.float16 else None
+        return value.dtype, value.shape, value.stride(), inputs.get(value.data_ptr())
     if hasattr(value, "block_shape"):
-        return readable(value.base), value.shape, value.strides, value.block_shape
-    return tuple(map(readable, value)) if isinstance(value, tuple) else value
+        return readable(value.base, inputs), value.shape, value.strides, value.block_shape
+    return tuple(readable(each, inputs) for each in value) if isinstance(value, tuple) else value
 
 
-def read(launches: list) -> list:
-    """Return what can be compared of launches."""
-    return [(each.kernel.__name__, each.grid, readable(tuple(each.arguments.values())), each.options) for each in launches]
+def read(arch: str, tensors: dict, options: dict) -> list:
+    """Return what can be compared of the launches of a call."""
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    return [
+        (each.kernel.__name__, each.grid, readable(tuple(each.arguments.values()), names), each.options)
+        for each in launches_of(arch, tensors, options)
+    ]
 
 
 def inputs(**changed) -> dict:
@@ -215,11 +219,11 @@ def test_attention_has_the_plans_that_it_would_have_without_others_before():
     fresh = []
     for call in (own := calls()):
         triton_kernels.attention().forget_plans()
-        fresh.append(read(launches_of(*call)))
+        fresh.append(read(*call))
     triton_kernels.attention().forget_plans()
     for _ in range(2):
         for call, expected in zip(own, fresh):
-            assert read(launches_of(*call)) == expected
+            assert read(*call) == expected
     assert len({str(each) for each in fresh}) == len(fresh)
 
 

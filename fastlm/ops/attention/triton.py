@@ -1,6 +1,9 @@
 """Run attention on GPUs: implement the torch ops of the Triton kernels."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...backend import triton as triton_kernels
@@ -50,30 +53,61 @@ def allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+# Threads copy 16 bytes at once where rows start at multiples of 16 bytes. Where a head_dim makes them start elsewhere, kernels
+# read copies with columns of zeros behind, which change no product, and write results of as many columns.
+
+
+def _columns_missing(tensor: Tensor) -> int:
+    """Return how many columns more would make the rows of a contiguous tensor start at multiples of 16 bytes."""
+    return -tensor.shape[3] % (16 // tensor.element_size())
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """Return a tensor (batch, heads, rows, columns) as kernels read it."""
+    missing = _columns_missing(tensor)
+    return F.pad(tensor, (0, missing)) if missing else rows_of(tensor)
+
+
+def _writable(result: Tensor) -> Tensor:
+    """Return where kernels write a result: into the tensor itself, or into a wider one."""
+    *outer, columns = result.shape
+    missing = _columns_missing(result)
+    return result.new_empty(*outer, columns + missing) if missing else result
+
+
+def _fill(results: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    """Copy what kernels have written beside the results into them."""
+    for result, wide in zip(results, written):
+        if wide is not result:
+            result.copy_(wide[..., : result.shape[3]])
+
+
 def _kernel_call(call: AttentionCall):
     """Convert a call for the kernels' launchers: the same tensors, and the options by `kernel_options`."""
-    kernels, tensors = triton_kernels.attention(), (*map(rows_of, call[:3]), *call[3:TENSORS])
+    kernels, tensors = triton_kernels.attention(), (*map(_readable, call[:3]), *call[3:TENSORS])
     return kernels.Call(*tensors, *kernel_options(call), allow_tf32(), kernels.architecture(call.query.device))
 
 
 def score_unit(call: AttentionCall) -> float:
     """Return the factor from the kernels' scores to natural ones."""
-    return call.scale if triton_kernels.attention().is_scale_only(_kernel_call(call)) else 1.0
+    kernels = triton_kernels.attention()
+    return call.scale if kernels.is_scale_only(kernels.Call(*call[:TENSORS], *kernel_options(call))) else 1.0
 
 
 def _kernel_tangents(tangents: Tangents):
     """Convert tangents for the kernels' launchers."""
-    rows = (None if tensor is None else rows_of(tensor) for tensor in tangents[:3])
+    rows = (None if tensor is None else _readable(tensor) for tensor in tangents[:3])
     return triton_kernels.attention().TangentTensors(*rows, *tangents[3:])
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, lse, statistics)."""
-    results = *empty_results(call.query, call.value), empty_statistics(call.query)
-    kernels = triton_kernels.attention()
+    out, lse = empty_results(call.query, call.value)
+    statistics, written, kernels = empty_statistics(call.query), _writable(out), triton_kernels.attention()
     with torch.cuda.device_of(call.query):
-        kernels.run(kernels.plan_forward(_kernel_call(call), *results))
-    return results
+        kernels.run(kernels.plan_forward(_kernel_call(call), written, lse, statistics))
+    _fill([out], [written])
+    return out, lse, statistics
 
 
 def backward(
@@ -92,10 +126,14 @@ def backward(
     *grads, grad_mask, grad_sinks = empty_gradients(call, need_mask, need_sinks)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     delta, statistics = torch.empty_like(lse, memory_format=torch.contiguous_format), statistics.contiguous()
-    wanted = *grads, grad_mask if need_mask else None
+    written = list(map(_writable, grads))
+    wanted = *written, grad_mask if need_mask else None
     with torch.cuda.device_of(call.query):
         stats, grad_lse = _stats_grads(of_stats, grad_lse, lse, statistics, kernel_call)
-        kernels.run(kernels.plan_backward(kernel_call, out, statistics, grad_out, grad_lse, wanted, delta, stats))
+        kernels.run(
+            kernels.plan_backward(kernel_call, _readable(out), statistics, _readable(grad_out), grad_lse, wanted, delta, stats)
+        )
+    _fill(grads, written)
     if need_sinks:
         weights = sink_weights(call.sinks, statistics, score_unit(call), lse)
         by_weight = -delta if of_stats is None else gradient_of_sink_weights(delta, weights, of_stats)
@@ -126,15 +164,18 @@ def _stats_grads(
 
 def stats_forward(call: AttentionCall, want_rows: bool, want_mass: bool) -> tuple[Tensor, ...]:
     """Return (out, lse, statistics, entropy, max_logit, max_key, key_mass)."""
-    results = *empty_results(call.query, call.value), empty_statistics(call.query)
+    out, lse = empty_results(call.query, call.value)
+    statistics, written = empty_statistics(call.query), _writable(out)
     row_stats, key_mass = empty_row_stats(call, want_rows), empty_key_mass(call, want_mass)
     kernels, kernel_call = triton_kernels.attention(), _kernel_call(call)
     with torch.cuda.device_of(call.query):
-        launches = kernels.plan_forward(kernel_call, *results, kernels.RowStats(*row_stats) if want_rows else None)
+        of_rows = kernels.RowStats(*row_stats) if want_rows else None
+        launches = kernels.plan_forward(kernel_call, written, lse, statistics, of_rows)
         if want_mass:
-            launches += kernels.plan_key_mass(kernel_call, results[2], key_mass)
+            launches += kernels.plan_key_mass(kernel_call, statistics, key_mass)
         kernels.run(launches)
-    return *results, *row_stats, key_mass
+    _fill([out], [written])
+    return out, lse, statistics, *row_stats, key_mass
 
 
 def stats_backward(*args) -> tuple[Tensor, ...]:
@@ -145,11 +186,14 @@ def stats_backward(*args) -> tuple[Tensor, ...]:
 
 def jvp(call: AttentionCall, tangents: Tangents) -> tuple[Tensor, ...]:
     """Return (out, lse, statistics, out_tangent, lse_tangent)."""
-    results = *empty_results(call.query, call.value), empty_statistics(call.query), *empty_results(call.query, call.value)
-    kernels = triton_kernels.attention()
+    (out, lse), (out_tangent, lse_tangent) = (empty_results(call.query, call.value) for _ in range(2))
+    statistics, kernels = empty_statistics(call.query), triton_kernels.attention()
+    written = _writable(out), _writable(out_tangent)
+    results = kernels.JvpResults(written[0], lse, statistics, written[1], lse_tangent)
     with torch.cuda.device_of(call.query):
-        kernels.run(kernels.plan_jvp(_kernel_call(call), _kernel_tangents(tangents), kernels.JvpResults(*results)))
-    return results
+        kernels.run(kernels.plan_jvp(_kernel_call(call), _kernel_tangents(tangents), results))
+    _fill((out, out_tangent), written)
+    return out, lse, statistics, out_tangent, lse_tangent
 
 
 def jvp_backward(
@@ -170,11 +214,15 @@ def jvp_backward(
     *grads, grad_mask, grad_sinks = empty_gradients(call, need_mask, need_sinks)
     grad_out, grad_lse = output_gradients(out, grad_out, grad_lse)
     lse_tangent = lse_tangent.contiguous()
-    results = kernels.JvpResults(rows_of(out), lse, statistics.contiguous(), rows_of(out_tangent), lse_tangent)
-    deltas, wanted = (torch.empty_like(lse_tangent), torch.empty_like(lse_tangent)), (*grads, grad_mask if need_mask else None)
-    launches = kernels.plan_jvp_backward(kernel_call, _kernel_tangents(tangents), results, grad_out, grad_lse, wanted, deltas)
+    results = kernels.JvpResults(_readable(out), lse, statistics.contiguous(), _readable(out_tangent), lse_tangent)
+    deltas, written = (torch.empty_like(lse_tangent), torch.empty_like(lse_tangent)), list(map(_writable, grads))
+    wanted = *written, grad_mask if need_mask else None
     with torch.cuda.device_of(call.query):
+        launches = kernels.plan_jvp_backward(
+            kernel_call, _kernel_tangents(tangents), results, _readable(grad_out), grad_lse, wanted, deltas
+        )
         kernels.run(launches)
+    _fill(grads, written)
     if need_sinks:
         own = 0.0 if tangents.sinks is None else tangents.sinks.float()[:, None]
         by_weight = (lse_tangent - own) * deltas[0] - deltas[1]
