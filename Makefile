@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc tests/support/cuda_on_host -type f) $(wildcard benchmarks/suite/*.c)
+CXX_FILES := $(shell find csrc tests/support/cuda_on_host tests/support/ptx/interpreter -type f) $(wildcard benchmarks/suite/*.c)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -48,8 +48,8 @@ sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer 
 	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) $(PYTHON) $(BIN)/pytest \
 	  $(or $(TESTS),-n 2 --dist loadgroup tests/ops tests/nn tests/integrations -m "not slow_sanitized")
 
-gpu-kernels: $(VENV)/installed ## compile every Triton kernel for every GPU, and print what each is made of
-	$(BIN)/python benchmarks/gpu_kernels.py
+gpu-kernels: $(VENV)/installed ## compile every Triton kernel for every GPU, and print what each is made of (KERNELS=--interpret)
+	$(BIN)/python benchmarks/gpu_kernels.py $(KERNELS)
 
 # It makes no environment and installs nothing into one: a torch for the GPU is this Python's own.
 gpu: ## on a machine with a GPU: check, time and tune every kernel (PYTHON=..., STEP="smoke tests", GPU="--resume")

@@ -6,6 +6,7 @@ python benchmarks/gpu_kernels.py --latent           # the latent's passes: a sub
 python benchmarks/gpu_kernels.py --features         # every feature once; a line for each kernel
 python benchmarks/gpu_kernels.py --predict          # bfloat16's share of the tensor peak, from the hot loop's instructions
 python benchmarks/gpu_kernels.py --host             # the host's microseconds before a kernel starts, on sm_80 and sm_90
+python benchmarks/gpu_kernels.py --interpret        # the kernels' PTX, interpreted (tests/support/ptx)
 
 --gpu sm_90 chooses GPUs; --host knows NVIDIA's. Nothing here runs on a GPU, and no figure is a measurement of one. The exit
 code is 1 if a kernel does not compile. Triton caches what it has compiled.
@@ -13,12 +14,18 @@ code is 1 if a kernel does not compile. Triton caches what it has compiled.
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from gpu import features, host, latent, roofline, variants
 from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+INTERPRETED = ("sm_80", "sm_90", "sm_120")
 
 
 def main() -> int:
@@ -29,6 +36,7 @@ def main() -> int:
     what.add_argument("--features", action="store_true", help="every feature once")
     what.add_argument("--predict", action="store_true", help="a table of predicted shares of peak")
     what.add_argument("--host", action="store_true", help="a table of the host's time before a kernel starts")
+    what.add_argument("--interpret", action="store_true", help="interpret the PTX")
     parser.add_argument("--gpu", action="append", choices=variants.GPUS, help="only for this GPU; may be given several times")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
@@ -44,11 +52,19 @@ def main() -> int:
         asked = roofline.default_variants(tuple(options.gpu or roofline.DEFAULT_GPUS))
         Console().print(roofline.table(roofline.table_rows(asked)))
         return 0
+    if options.interpret:
+        return max(map(_interpret, options.gpu or INTERPRETED))
     failed = 0
     for row in _rows(options):
         failed += "error" in row
         print(json.dumps(row), flush=True)
     return 1 if failed else 0
+
+
+def _interpret(gpu: str) -> int:
+    """Interpret every call for a GPU in a process of its own, which prints its rows; return its exit code."""
+    settings = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT / 'benchmarks'}"}
+    return subprocess.run([sys.executable, "-m", "support.ptx.check", gpu, "--all"], env=settings, check=False).returncode
 
 
 def _rows(options: argparse.Namespace) -> Iterator[dict]:

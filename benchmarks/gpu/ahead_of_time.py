@@ -4,6 +4,8 @@ binary = compile_launch(launch, "sm_90")
 binary.asm["cubin"]  # machine_code.py reads it.
 """
 
+from typing import NamedTuple
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -17,13 +19,27 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 32 if arch.startswith(("gfx10", "gfx11", "gfx12")) else 64)
 
 
-def compile_launch(launch, arch: str):
-    """Return the compiled kernel of a launch (attention.Launch), whose tensors may be on any device, 'meta' included."""
+class BoundLaunch(NamedTuple):
+    """A launch as Triton would compile it for a GPU."""
+
+    source: ASTSource
+    target: GPUTarget
+    options: dict
+    arguments: dict  # By name, for the names in source.signature; a tuple's signature is a tuple.
+
+
+def bind_launch(launch, arch: str) -> BoundLaunch:
+    """Specialize a launch (attention.Launch) for its arguments, whose tensors may be on any device, 'meta' included."""
     target = target_of(arch)
     backend = make_backend(target)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**launch.arguments, **launch.options)
     options, signature, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return BoundLaunch(ASTSource(kernel, signature, constants, attributes), target, options.__dict__, bound)
+
+
+def compile_launch(launch, arch: str):
+    """Return the compiled kernel of a launch."""
+    bound = bind_launch(launch, arch)
+    return triton.compile(bound.source, target=bound.target, options=bound.options)

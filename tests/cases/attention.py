@@ -23,7 +23,7 @@ def _qkv(dtype, batch=2, heads=4, kv_heads=None, q_len=37, k_len=None, head_dim=
     return tensors
 
 
-def _case(sizes: dict | None = None, mask=None, bool_mask=None, sinks=None, alibi_slopes=None, **options):
+def case(sizes: dict | None = None, mask=None, bool_mask=None, sinks=None, alibi_slopes=None, **options):
     """Makes the arguments of a call; mask, sinks and slopes are given by their shapes."""
 
     def make(dtype) -> dict:
@@ -43,7 +43,7 @@ def _case(sizes: dict | None = None, mask=None, bool_mask=None, sinks=None, alib
 
 def _masked_out(dtype) -> dict:
     """Rows, blocks of keys, and a whole head that the mask leaves nothing of."""
-    call = _case({"q_len": 70, "k_len": 150, "batch": 1})(dtype)
+    call = case({"q_len": 70, "k_len": 150, "batch": 1})(dtype)
     mask = torch.ones(1, 4, 70, 150, dtype=torch.bool)
     mask[:, 0, 3:9] = mask[:, 1, :, 60:140] = mask[:, 2] = False
     return {**call, "mask": mask}
@@ -51,7 +51,7 @@ def _masked_out(dtype) -> dict:
 
 def _rising(dtype) -> dict:
     """Scores that rise or fall along the keys, slowly or fast, so that the running maximum is passed by as much."""
-    call = _case({"q_len": 9, "k_len": 330, "batch": 1})(dtype)
+    call = case({"q_len": 9, "k_len": 330, "batch": 1})(dtype)
     slopes = torch.tensor([0.01, 0.04, 1.0, -1.0], dtype=torch.float64)
     return {**call, "mask": (slopes[:, None, None] * torch.arange(330)).to(dtype)}
 
@@ -59,49 +59,49 @@ def _rising(dtype) -> dict:
 _GROUPED = {"heads": 6, "kv_heads": 2, "q_len": 21, "k_len": 45}
 
 _CASES = {
-    "plain": _case(),
-    "longer than a block": _case({"q_len": 131, "k_len": 203, "batch": 1, "heads": 2, "head_dim": 64}),
-    "transposed": _case({"layout": "blhd", "heads": 3}),
-    "one of each": _case({"batch": 1, "heads": 1, "q_len": 1, "head_dim": 1}),
-    "head_dim 40 and 24": _case({"head_dim": 40, "value_dim": 24}),
-    "head_dim 80 and 7": _case({"head_dim": 80, "value_dim": 7}),
-    "head_dim 256": _case({"head_dim": 256, "batch": 1, "heads": 2}),
-    "causal": _case(causal=True),
-    "causal, more queries than keys": _case({"q_len": 40, "k_len": 23}, causal=True),
-    "causal, longer than blocks": _case({"q_len": 150, "k_len": 170, "batch": 1}, causal=True),
-    "window": _case({"q_len": 120, "k_len": 140, "batch": 1}, window=(9, 4)),
-    "window to the left": _case(window=(3, None), causal=True),
-    "window of one": _case(window=(0, 0)),
-    "grouped": _case(_GROUPED, causal=True),
-    "one head of keys": _case({"heads": 5, "kv_heads": 1, "q_len": 3, "k_len": 80}),
-    "mask": _case(mask=(2, 4, 37, 37)),
-    "mask for all": _case(mask=(37, 37)),
-    "mask per key": _case(_GROUPED, mask=(2, 1, 1, 45)),
-    "mask per query": _case(_GROUPED, mask=(6, 21, 1)),
-    "mask of one number": _case(mask=()),
-    "bool mask": _case(bool_mask=(2, 4, 37, 37)),
-    "bool mask per key": _case(_GROUPED, bool_mask=(2, 1, 1, 45), causal=True),
+    "plain": case(),
+    "longer than a block": case({"q_len": 131, "k_len": 203, "batch": 1, "heads": 2, "head_dim": 64}),
+    "transposed": case({"layout": "blhd", "heads": 3}),
+    "one of each": case({"batch": 1, "heads": 1, "q_len": 1, "head_dim": 1}),
+    "head_dim 40 and 24": case({"head_dim": 40, "value_dim": 24}),
+    "head_dim 80 and 7": case({"head_dim": 80, "value_dim": 7}),
+    "head_dim 256": case({"head_dim": 256, "batch": 1, "heads": 2}),
+    "causal": case(causal=True),
+    "causal, more queries than keys": case({"q_len": 40, "k_len": 23}, causal=True),
+    "causal, longer than blocks": case({"q_len": 150, "k_len": 170, "batch": 1}, causal=True),
+    "window": case({"q_len": 120, "k_len": 140, "batch": 1}, window=(9, 4)),
+    "window to the left": case(window=(3, None), causal=True),
+    "window of one": case(window=(0, 0)),
+    "grouped": case(_GROUPED, causal=True),
+    "one head of keys": case({"heads": 5, "kv_heads": 1, "q_len": 3, "k_len": 80}),
+    "mask": case(mask=(2, 4, 37, 37)),
+    "mask for all": case(mask=(37, 37)),
+    "mask per key": case(_GROUPED, mask=(2, 1, 1, 45)),
+    "mask per query": case(_GROUPED, mask=(6, 21, 1)),
+    "mask of one number": case(mask=()),
+    "bool mask": case(bool_mask=(2, 4, 37, 37)),
+    "bool mask per key": case(_GROUPED, bool_mask=(2, 1, 1, 45), causal=True),
     "masked out": _masked_out,
     "rising scores": _rising,
-    "slopes": _case(_GROUPED, alibi_slopes=(6,), causal=True),
-    "slopes per example": _case({"q_len": 50, "k_len": 30}, alibi_slopes=(2, 4)),
-    "softcap": _case(softcap=1.5, scale=0.7),
-    "negative scale": _case(scale=-0.5),
-    "sinks": _case(_GROUPED, sinks=(6,), window=(4, 0)),
-    "sinks alone": _case({"q_len": 20, "k_len": 6}, sinks=(4,), causal=True),
-    "dropout": _case(_GROUPED, dropout_p=0.3, seed=7),
-    "dropout per example": _case(dropout_p=0.5, seed=torch.tensor([3, 2**62]), causal=True),
-    "no keys": _case({"k_len": 0}, sinks=(4,)),
-    "no queries": _case({"q_len": 0, "k_len": 5}),
-    "no batch": _case({"batch": 0}),
-    "everything": _case(
+    "slopes": case(_GROUPED, alibi_slopes=(6,), causal=True),
+    "slopes per example": case({"q_len": 50, "k_len": 30}, alibi_slopes=(2, 4)),
+    "softcap": case(softcap=1.5, scale=0.7),
+    "negative scale": case(scale=-0.5),
+    "sinks": case(_GROUPED, sinks=(6,), window=(4, 0)),
+    "sinks alone": case({"q_len": 20, "k_len": 6}, sinks=(4,), causal=True),
+    "dropout": case(_GROUPED, dropout_p=0.3, seed=7),
+    "dropout per example": case(dropout_p=0.5, seed=torch.tensor([3, 2**62]), causal=True),
+    "no keys": case({"k_len": 0}, sinks=(4,)),
+    "no queries": case({"q_len": 0, "k_len": 5}),
+    "no batch": case({"batch": 0}),
+    "everything": case(
         {"heads": 6, "kv_heads": 3, "q_len": 70, "k_len": 90, "head_dim": 24, "value_dim": 40, "layout": "blhd"},
         mask=(2, 1, 70, 90), sinks=(6,), alibi_slopes=(2, 6), softcap=4.0, scale=0.4, window=(30, 5), dropout_p=0.1, seed=-1,
     ),
 }  # fmt: skip
 
 
-def _packed(q_lens: list[int], k_lens: list[int], heads=4, kv_heads=2, head_dim=16, **options):
+def packed(q_lens: list[int], k_lens: list[int], heads=4, kv_heads=2, head_dim=16, **options):
     """Makes the arguments of a call of varlen_attention."""
 
     def make(dtype) -> dict:
@@ -124,19 +124,19 @@ def _packed(q_lens: list[int], k_lens: list[int], heads=4, kv_heads=2, head_dim=
 
 
 _VARLEN_CASES = {
-    "plain": _packed([5, 60, 1], [9, 60, 30]),
-    "causal": _packed([5, 60, 1], [9, 60, 30], causal=True),
-    "empty sequences": _packed([0, 7, 0, 4, 0], [3, 0, 0, 9, 0], causal=True),
-    "no sequences": _packed([], []),
-    "dropout": _packed([5, 12, 3], [5, 12, 8], dropout_p=0.25, seed=5),
-    "dropout per sequence": _packed([5, 12, 3], [5, 12, 8], dropout_p=0.25, seed=torch.tensor([5, 6, 7])),
-    "everything": _packed(
+    "plain": packed([5, 60, 1], [9, 60, 30]),
+    "causal": packed([5, 60, 1], [9, 60, 30], causal=True),
+    "empty sequences": packed([0, 7, 0, 4, 0], [3, 0, 0, 9, 0], causal=True),
+    "no sequences": packed([], []),
+    "dropout": packed([5, 12, 3], [5, 12, 8], dropout_p=0.25, seed=5),
+    "dropout per sequence": packed([5, 12, 3], [5, 12, 8], dropout_p=0.25, seed=torch.tensor([5, 6, 7])),
+    "everything": packed(
         [33, 80, 2], [50, 75, 2], softcap=3.0, window=(20, 0), sinks=True, alibi_slopes=True, dropout_p=0.1, seed=3
     ),
 }
 
 
-def _cached(
+def cached(
     lengths: list[int], capacity=64, q_len=1, added=None, heads=4, kv_heads=2, head_dim=16, value_dim=16, page=None, **options
 ):
     """Makes the arguments of a call of kvcache_attention; what lies past a length is NaN."""
@@ -170,18 +170,18 @@ def _cached(
 
 
 _CACHE_CASES = {
-    "plain": _cached([5, 64, 33]),
-    "appended": _cached([5, 0, 33], added=1, causal=True),
-    "appended, several": _cached([5, 0, 33], q_len=3, added=3, causal=True),
-    "longer than asked": _cached([5, 0, 33], q_len=2, added=7, causal=True, value_dim=24),
-    "paged": _cached([5, 64, 33, 0], page=8),
-    "paged, appended": _cached([5, 60, 31], q_len=2, added=2, page=16, causal=True),
-    "split": _cached([1500, 700, 512], capacity=1536, heads=8),
-    "split, paged": _cached([1500, 513], capacity=1536, page=64, added=3, q_len=3, causal=True),
-    "many queries": _cached([600, 9], capacity=800, q_len=60, added=60, causal=True),
-    "everything": _cached([900, 41], capacity=1024, page=32, added=1, window=(600, 0), softcap=2.0, sinks=True, head_dim=40),
-    "nothing cached": _cached([0, 0]),
-    "no batch": _cached([]),
+    "plain": cached([5, 64, 33]),
+    "appended": cached([5, 0, 33], added=1, causal=True),
+    "appended, several": cached([5, 0, 33], q_len=3, added=3, causal=True),
+    "longer than asked": cached([5, 0, 33], q_len=2, added=7, causal=True, value_dim=24),
+    "paged": cached([5, 64, 33, 0], page=8),
+    "paged, appended": cached([5, 60, 31], q_len=2, added=2, page=16, causal=True),
+    "split": cached([1500, 700, 512], capacity=1536, heads=8),
+    "split, paged": cached([1500, 513], capacity=1536, page=64, added=3, q_len=3, causal=True),
+    "many queries": cached([600, 9], capacity=800, q_len=60, added=60, causal=True),
+    "everything": cached([900, 41], capacity=1024, page=32, added=1, window=(600, 0), softcap=2.0, sinks=True, head_dim=40),
+    "nothing cached": cached([0, 0]),
+    "no batch": cached([]),
 }
 
 _TORCH_CASES = {

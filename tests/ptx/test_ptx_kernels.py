@@ -1,0 +1,46 @@
+"""Interpret the PTX that Triton compiles the kernels to (tests/support/ptx): values and gradients obey the rule.
+
+A process for each GPU does it, because the interpreter of Triton that other tests turn on replaces the compiler.
+`make gpu-kernels KERNELS=--interpret` interprets many more calls, for more GPUs.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.ptx.calls import COVERING
+from support.ptx.faults import FAULTS
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_group(gpu: str, *values):
+    """Return the parameters of a test that runs in the same process as the others of its GPU."""
+    return pytest.param(gpu, *values, marks=pytest.mark.xdist_group(f"ptx {gpu}"))
+
+
+@functools.cache
+def rows(gpu: str) -> dict[str, dict]:
+    """Return what support/ptx/check.py says of each call and each fault."""
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    settings["PYTHONPATH"] = f"{ROOT / 'tests'}:{ROOT / 'benchmarks'}"
+    command = [sys.executable, "-m", "support.ptx.check", gpu]
+    process = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900, check=False)
+    assert process.stdout, process.stderr
+    return {row["call"]: row for row in map(json.loads, process.stdout.splitlines())}
+
+
+@pytest.mark.parametrize(("gpu", "call"), [in_group(gpu, call) for gpu, calls in COVERING.items() for call in calls])
+def test_values_and_gradients_are_as_good_as_plain_pytorch(gpu, call):
+    assert rows(gpu)[call]["error"] is None, rows(gpu)[call]["error"]
+
+
+@pytest.mark.parametrize(("gpu", "fault"), [in_group(gpu, fault) for gpu, faults in FAULTS.items() for fault in faults])
+def test_planted_faults_are_noticed(gpu, fault):
+    assert rows(gpu)[fault]["error"] is None, rows(gpu)[fault]["error"]

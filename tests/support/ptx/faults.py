@@ -1,0 +1,50 @@
+"""Plant faults into the PTX of attention's forward, each of which the interpreter has to notice."""
+
+import re
+from typing import NamedTuple
+
+KERNEL = "attention_forward"
+CALL = "causal"  # The call of calls.py that is interpreted with each fault.
+
+
+class PlantedFault(NamedTuple):
+    """An edit of the text, at the first place that the pattern matches or at all of them, and what has to be said of it."""
+
+    pattern: str
+    replacement: str
+    everywhere: bool
+    notice: str  # A part of the message.
+
+    def plant(self, ptx: str) -> str:
+        """Return the text with the fault if it is that of the kernel."""
+        if f".entry {KERNEL}(" not in ptx:
+            return ptx
+        edited, count = re.subn(self.pattern, self.replacement, ptx, count=0 if self.everywhere else 1)
+        assert count, f"{self.pattern} is not in the text"
+        return edited
+
+
+WRONG = "wrong by more than"  # What the oracle says.
+COMMON = {
+    "a store past the end": PlantedFault(r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0", r"\1 1048576", False, "out of bounds"),
+    "a misaligned store": PlantedFault(r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0", r"\1 2", False, "misaligned"),
+    "a wrong sum": PlantedFault(r"add(\.rn\.f32)", r"sub\1", True, WRONG),
+}
+FAULTS = {
+    "sm_80": COMMON
+    | {
+        "no barriers": PlantedFault(r"bar\.sync\s+0;", "", True, "race"),
+        "one barrier less": PlantedFault(r"bar\.sync\s+0;", "", False, "race"),
+        "no wait for copies": PlantedFault(r"cp\.async\.wait_group\s+\d+;", "", False, WRONG),
+        "a copy from a row on": PlantedFault(r"(cp\.async\.cg\S+ \[ %r\d+ \+ 0 \], \[ %rd\d+ \+) 0", r"\1 128", False, WRONG),
+        "a fragment transposed": PlantedFault(r"(ldmatrix\.sync\.aligned\.m8n8\.x4)\.shared", r"\1.trans.shared", False, WRONG),
+    },
+    "sm_90": COMMON
+    | {
+        "no barriers": PlantedFault(r"bar\.sync\s+0;", "", True, "there is no mbarrier"),
+        "no wait for a copy": PlantedFault(r"mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;", "", False, "race"),
+        "more bytes expected": PlantedFault(r"(expect_tx\S+ _, \[%r\d+\],) (\d+);", r"\1 1\2;", False, "deadlock"),
+        "no wait for a product": PlantedFault(r"wgmma\.wait_group\.sync\.aligned \d;", "", False, WRONG),
+        "a copy to other rows": PlantedFault(r"(cp\.async\.bulk\.tensor\S+ \[%r\d+)\]", r"\1+128]", False, WRONG),
+    },
+}

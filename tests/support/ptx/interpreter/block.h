@@ -1,0 +1,63 @@
+// A thread block: its warps, its memory and its barriers.
+#pragma once
+
+#include <map>
+#include <random>
+#include <vector>
+
+#include "memory.h"
+#include "program.h"
+#include "races.h"
+#include "tensor_copies.h"
+#include "warp.h"
+
+namespace ptx {
+
+// The special registers come first, in the order of program.py.
+enum { kTid, kCtaid, kLaneid, kWarpid };
+
+// bar.sync: warps that wait for the others.
+struct Barrier {
+  int arrived = 0;  // Threads.
+  std::vector<Warp*> waiting;
+};
+
+// When asynchronous copies and products happen: as soon or as late as the memory model allows.
+enum class Landing { kEarly, kLate };
+
+class Block {
+ public:
+  Block(const std::vector<Instruction>& program, Memory& memory, int num_warps, const std::vector<Register>& registers,
+        Landing landing, unsigned seed);
+
+  // Let the warps take turns of random lengths until all have ended.
+  void run();
+
+  // Return the line of the instruction that runs.
+  int line() const { return current_ ? current_->line() : 0; }
+
+  // Take notice of a test of an mbarrier. Too many in a row that found no phase complete are a deadlock.
+  void count_test(bool is_complete);
+
+  // Let the warps know what each of them knows.
+  void synchronize(const std::vector<Warp*>& warps);
+
+  int accelerator() const { return int(warps_.size()); }  // As an agent.
+  int num_threads() const { return int(warps_.size()) * kLanes; }
+
+  Memory& memory;
+  Races races;
+  const Landing landing;
+  uint32_t num_tensor_copies = 0;
+  std::map<int, Barrier> barriers;         // By number.
+  std::map<uint64_t, MBarrier> mbarriers;  // By address in shared memory.
+
+ private:
+  const std::vector<Instruction>& program_;
+  std::vector<Warp> warps_;
+  const Warp* current_ = nullptr;
+  std::minstd_rand random_;
+  int failed_tests_ = 0;  // In a row.
+};
+
+}  // namespace ptx

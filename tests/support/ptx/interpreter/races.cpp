@@ -1,0 +1,47 @@
+#include "races.h"
+
+#include <algorithm>
+#include <string>
+
+#include "memory.h"
+
+namespace ptx {
+namespace {
+
+[[noreturn]] void fail(int agent, const char* verb, uint64_t address, int other, const char* other_verb) {
+  throw Fault("race: warp " + std::to_string(agent) + " " + verb + " shared address " + std::to_string(address) +
+              ", which warp " + std::to_string(other) + " " + other_verb + " with no barrier between");
+}
+
+}  // namespace
+
+void join(Clock* clock, const Clock& other) {
+  for (size_t agent = 0; agent < other.size(); ++agent) (*clock)[agent] = std::max((*clock)[agent], other[agent]);
+}
+
+Races::Races(int num_agents, size_t shared_bytes)
+    : num_agents_(num_agents), writes_(shared_bytes), reads_(shared_bytes * num_agents) {}
+
+void Races::require_known_write(const Clock& clock, int agent, uint64_t address, const char* verb) const {
+  const Write& last = writes_[address];
+  if (last.agent != agent && last.time > clock[last.agent]) fail(agent, verb, address, last.agent, "wrote");
+}
+
+void Races::read(const Clock& clock, int agent, uint64_t address, int bytes) {
+  for (const uint64_t end = address + bytes; address < end; ++address) {
+    require_known_write(clock, agent, address, "reads");
+    reads_[address * num_agents_ + agent] = clock[agent];
+  }
+}
+
+void Races::write(const Clock& clock, int agent, uint64_t address, int bytes, bool is_there_already) {
+  for (const uint64_t end = address + bytes; address < end; ++address) {
+    if (!is_there_already) require_known_write(clock, agent, address, "writes");
+    const uint32_t* reads = &reads_[address * num_agents_];
+    for (int other = 0; other < num_agents_; ++other)
+      if (other != agent && reads[other] > clock[other]) fail(agent, "writes", address, other, "read");
+    writes_[address] = {clock[agent], agent};
+  }
+}
+
+}  // namespace ptx
