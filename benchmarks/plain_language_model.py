@@ -76,7 +76,6 @@ def train(corpus: Path, output: Path, settings: Settings) -> None:
         warmup_steps=0.05,
         weight_decay=settings.weight_decay,
         adam_beta2=0.98,
-        train_sampling_strategy="group_by_length",
         eval_strategy="epoch",
         save_strategy="no",
         logging_steps=50,
