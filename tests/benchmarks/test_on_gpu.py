@@ -12,7 +12,7 @@ from gpu.steps import GPU_LOST, Step, run_step
 from gpu.variants import Variant
 from suite.budget import Budget
 from suite.journal import Journal
-from support.processes import printed
+from support.processes import HANG, printed
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
@@ -86,7 +86,7 @@ def test_a_run_that_is_resumed_leaves_out_what_is_done(tmp_path):
 
 def test_a_dry_run_of_one_step_and_its_archive(tmp_path):
     command = [sys.executable, str(PROGRAM), "doctor", "--dry-run", "--out", str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     with tarfile.open(tmp_path / summary.ARCHIVE) as file:
         log = file.extractfile("doctor/log.txt").read().decode()
@@ -95,7 +95,7 @@ def test_a_dry_run_of_one_step_and_its_archive(tmp_path):
 
 def test_an_unknown_step_is_refused():
     command = [sys.executable, str(PROGRAM), "test"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert process.returncode == 2 and "STEP must be among install, doctor, smoke" in process.stderr
 
 

@@ -14,6 +14,7 @@ from support import cuda_host
 from support.banded import Banded
 from support.cuda_host import CUDA, DEVICE, ON_GPU
 from support.oracle import Oracle, noisy_results, output_gradients, run
+from support.processes import HANG
 from support.sweep import scaled
 from test_cases import oracle
 from test_latent_sweep import (
@@ -212,7 +213,7 @@ def test_the_sanitizers_find_nothing():
         pytest.skip(f"{compiler} has no sanitizers here")
     settings = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [os.path.join(os.path.dirname(sys.executable), "pytest"), "-q", "-x", __file__, "-k", SANITIZED_TESTS]
-    process = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=600, check=False)
+    process = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=HANG, check=False)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
 
 

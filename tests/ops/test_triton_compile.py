@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fastlm.kernels.attention.tiles import shared_memory
 from filelock import FileLock
+from support.processes import HANG
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
@@ -34,7 +35,7 @@ def rows(tmp_path_factory, worker_id) -> list[dict]:
 def _compiled(which: str = "--cover") -> list[dict]:
     """Compile the variants that an option of the script asks for."""
     command = [sys.executable, str(SCRIPT), which]
-    process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=1500, check=False)
+    process = subprocess.run(command, env=_settings(), capture_output=True, text=True, timeout=HANG, check=False)
     assert process.stdout, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines()]
 
@@ -97,6 +98,6 @@ def test_every_feature_compiles():
     commands = [[sys.executable, str(SCRIPT), "--features", "--gpu", arch] for arch in ("sm_90", "gfx942")]
     options = {"env": _settings(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     for process in [subprocess.Popen(command, **options) for command in commands]:
-        lines = process.communicate(timeout=900)[0].splitlines()
+        lines = process.communicate(timeout=HANG)[0].splitlines()
         assert process.returncode == 0, [line for line in lines if "FAILED" in line] or lines
         assert len(lines) > 80

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.processes import HANG
 from support.ptx.calls import COVERING
 from support.ptx.faults import FAULTS
 
@@ -31,7 +32,7 @@ def rows(gpu: str) -> dict[str, dict]:
     settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     settings["PYTHONPATH"] = f"{ROOT / 'tests'}:{ROOT / 'benchmarks'}"
     command = [sys.executable, "-m", "support.ptx.check", gpu]
-    process = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=900, check=False)
+    process = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=HANG, check=False)
     assert process.stdout, process.stderr
     return {row["call"]: row for row in map(json.loads, process.stdout.splitlines())}
 
