@@ -247,6 +247,7 @@ def _is_describable(tensor: Tensor) -> bool:
 
 
 def _contiguous_copy(tensor: Tensor) -> Tensor:
+    """Return a copy in memory of its own, which is aligned."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

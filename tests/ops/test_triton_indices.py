@@ -46,7 +46,7 @@ def write_offsets(offsets, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @pytest.mark.parametrize("stride", [16, 24, 61, 17_000_000, 17_000_008, 1 << 31])
 def test_the_rows_of_a_tile_may_lie_far_apart(stride):
-    """The last row of a tile of 128 lies past 2**31 elements from a stride of 16,909,321 on."""
+    """Compute pointers to 128 rows: from a stride of 16,909,321 on the last one lies past 2**31 elements."""
     far = torch.empty(0, dtype=torch.int8, device="meta").as_strided((1, 1, 128, 16), (0, 0, stride, 1))
     rows = rows_of(far)._replace(data=torch.empty(1, dtype=torch.int8, device=DEVICE))
     offsets = torch.empty(128, 16, dtype=torch.int64, device=DEVICE)

@@ -33,8 +33,9 @@ def rows(gpu: str) -> dict[str, dict]:
     settings["PYTHONPATH"] = f"{ROOT / 'tests'}:{ROOT / 'benchmarks'}"
     command = [sys.executable, "-m", "support.ptx.check", gpu]
     process = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=HANG, check=False)
-    assert process.stdout, process.stderr
-    return {row["call"]: row for row in map(json.loads, process.stdout.splitlines())}
+    told = {row["call"]: row for row in map(json.loads, process.stdout.splitlines())}
+    assert told.keys() == {*COVERING[gpu], *FAULTS[gpu]}, process.stderr
+    return told
 
 
 @pytest.mark.parametrize(("gpu", "call"), [in_group(gpu, call) for gpu, calls in COVERING.items() for call in calls])

@@ -17,6 +17,7 @@ from itertools import chain
 
 import torch
 from support.oracle import Oracle
+from triton.compiler import CompilationError
 
 from .calls import CALLS, COVERING, PtxCall, spec_calls
 from .faults import CALL, COMMON, FAULTS, PlantedFault
@@ -69,7 +70,7 @@ def _row(name: str, call: PtxCall, dtype: torch.dtype, gpu: str) -> dict:
     try:
         check(call, dtype, gpu)
         error = None
-    except Exception:  # The next call says something else.
+    except (Fault, AssertionError, ValueError, CompilationError):  # The row tells it, and the next call is checked.
         error = traceback.format_exc(limit=-1)
     seconds = round(time.perf_counter() - start, 1)
     return {"gpu": gpu, "call": name, "dtype": str(dtype), "error": error, "seconds": seconds}

@@ -21,24 +21,18 @@ void start(Warp& warp, const Instruction& i, Mask lanes) {
     const Copy copy{warp.address(i, 0, lane), warp.address(i, 2, lane), bytes, bytes_read};
     warp.claim(copy.to, bytes);
     if (warp.block.landing == Landing::kEarly) land(warp, copy);
-    warp.open_copies.push_back(copy);
+    warp.copies.open.push_back(copy);
   });
 }
 
-void commit(Warp& warp, const Instruction&, Mask) {
-  warp.copy_groups.push_back(std::move(warp.open_copies));
-  warp.open_copies.clear();
-}
+void commit(Warp& warp, const Instruction&, Mask) { warp.copies.commit(); }
 
 // cp.async.wait_group groups: so many of the newest may go on. The others may have written until now.
 void wait(Warp& warp, const Instruction& i, Mask) {
-  while (warp.copy_groups.size() > warp.uniform(i, 0)) {
-    for (const Copy& copy : warp.copy_groups.front()) {
-      warp.claim(copy.to, copy.bytes);
-      if (warp.block.landing == Landing::kLate) land(warp, copy);
-    }
-    warp.copy_groups.erase(warp.copy_groups.begin());
-  }
+  warp.copies.wait(warp.uniform(i, 0), [&](const Copy& copy) {
+    warp.claim(copy.to, copy.bytes);
+    if (warp.block.landing == Landing::kLate) land(warp, copy);
+  });
 }
 
 }  // namespace

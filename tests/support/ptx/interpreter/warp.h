@@ -26,6 +26,27 @@ struct Product {
   bool accumulate, negate, transpose_a, transpose_b;
 };
 
+// What a warp has started, to be waited for by groups.
+template <class Work>
+struct Groups {
+  std::vector<Work> open;
+  std::vector<std::vector<Work>> committed;  // The oldest first.
+
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+
+  // Complete what is committed, but for so many of the newest groups.
+  template <class Complete>
+  void wait(uint64_t newest, Complete complete) {
+    while (committed.size() > newest) {
+      for (const Work& work : committed.front()) complete(work);
+      committed.erase(committed.begin());
+    }
+  }
+};
+
 // Lanes that have diverged form groups. The group with the smallest pc runs, and groups that meet become one.
 class Warp {
  public:
@@ -60,10 +81,8 @@ class Warp {
   Clock clock;
   bool waits = false;   // For a barrier of the block.
   bool yields = false;  // Another warp has to run first.
-  std::vector<Copy> open_copies;
-  std::vector<std::vector<Copy>> copy_groups;  // Committed, the oldest first.
-  std::vector<Product> open_products;
-  std::vector<std::vector<Product>> product_groups;
+  Groups<Copy> copies;
+  Groups<Product> products;
 
  private:
   Mask enabled(const Instruction& i) const;

@@ -90,20 +90,15 @@ void start(Warp& warp, const Instruction& i, Mask lanes) {
   product.transpose_a = !in_registers && warp.uniform(i, b + 4);
   product.transpose_b = warp.uniform(i, i.num_operands() - 1);
   multiply(warp, product, warp.block.landing == Landing::kEarly);
-  warp.open_products.push_back(product);
+  warp.products.open.push_back(product);
 }
 
-void commit(Warp& warp, const Instruction&, Mask) {
-  warp.product_groups.push_back(std::move(warp.open_products));
-  warp.open_products.clear();
-}
+void commit(Warp& warp, const Instruction&, Mask) { warp.products.commit(); }
 
 // wgmma.wait_group groups: so many of the newest may go on.
 void wait(Warp& warp, const Instruction& i, Mask) {
-  while (warp.product_groups.size() > warp.uniform(i, 0)) {
-    for (const Product& product : warp.product_groups.front()) multiply(warp, product, warp.block.landing == Landing::kLate);
-    warp.product_groups.erase(warp.product_groups.begin());
-  }
+  const bool late = warp.block.landing == Landing::kLate;
+  warp.products.wait(warp.uniform(i, 0), [&](const Product& product) { multiply(warp, product, late); });
 }
 
 }  // namespace
