@@ -189,6 +189,19 @@ def _trainer(
     )
 
 
+def hyperparameters(settings: Settings) -> dict:
+    """Return the Trainer's arguments for what is learned, in whatever shares and dtype."""
+    return {
+        "num_train_epochs": settings.epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # a share of all steps
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": 0.98,
+        "seed": settings.seed,
+    }
+
+
 def _arguments(output: Path, settings: Settings, shares: int) -> TrainingArguments:
     """Return the Trainer's arguments for a batch in so many shares. Their creation starts torch.distributed under torchrun."""
     if settings.batch_size % shares:
@@ -196,15 +209,9 @@ def _arguments(output: Path, settings: Settings, shares: int) -> TrainingArgumen
     on_cpu = not torch.accelerator.is_available()
     return TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
-        num_train_epochs=settings.epochs,
+        **hyperparameters(settings),
         per_device_train_batch_size=settings.batch_size // shares,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # a share of all steps
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.98,
         bf16=settings.bfloat16,
-        seed=settings.seed,
         logging_steps=LOG_STEPS,
         eval_strategy="steps",
         eval_on_start=bool(settings.start),  # to compare with
