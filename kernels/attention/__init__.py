@@ -331,7 +331,7 @@ def plan_kvcache(call: KVCacheCall, out: Tensor, lse: Tensor) -> list[Launch]:
     }  # fmt: skip
     arguments = {
         **shared, **columns, "query": rows_of(query), "keys": keys, "values": values, "BLOCK_Q": tile.q, "BLOCK_K": tile.k,
-        "PRECISION": precision_of(allow_tf32, query.dtype, arch),
+        "PAGE": None if block_table is None else max(1, keys.rows), "PRECISION": precision_of(allow_tf32, query.dtype, arch),
     }  # fmt: skip
     grid = num_splits * batch * kv_heads * triton.cdiv(group * q_len, tile.q)
     launches.append(make_launch(attention_kvcache, grid, arguments, tile.warps, tile.stages))
@@ -343,6 +343,10 @@ def plan_kvcache(call: KVCacheCall, out: Tensor, lse: Tensor) -> list[Launch]:
 def _kvcache(cache: Tensor, block_table: Tensor | None) -> KVCache:
     """Return a cache, contiguous or paged, with its strides."""
     if block_table is None:
-        return KVCache(cache, *cache.stride()[:3], cache.shape[2], None, 1, 1)
-    page, row, head, _ = cache.stride()
-    return KVCache(cache, page, head, row, cache.shape[1], block_table, cache.shape[0], block_table.shape[1])
+        return KVCache(*rows_of(cache), cache.shape[2], None, 1, 1)
+    (pages, rows, _, _), (page, row, head, _) = cache.shape, cache.stride()
+    span = sum((length - 1) * stride for length, stride in zip(cache.shape, cache.stride()))
+    return KVCache(
+        cache, page, head, row, True if span >= 1 << 31 else None, True if row % 16 == 8 else None,
+        rows, block_table, pages, block_table.shape[1],
+    )  # fmt: skip

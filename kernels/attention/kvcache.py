@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import LOG2E, finish_softmax, mask_scores, natural_scores, online_softmax
-from .rows import load_tile, tile_pointers
+from .device import LOG2E, finish_softmax, mask_scores, natural_scores, online_softmax, phase_bounds, seen_range
+from .rows import load_tile, row_stride, tile_pointers
 
 
 class KVCache(NamedTuple):
-    """A cache of keys or of values.
+    """A cache of keys or of values, which is read like Rows.
 
     Without a block table it is (batch, heads, rows, columns). With one it is made of pages: (pages, rows, heads, columns).
     """
@@ -25,6 +25,8 @@ class KVCache(NamedTuple):
     batch: int  # Stride of a sequence, or of a page where there is a table.
     head: int  # Stride of a head.
     row: int  # Stride of a row.
+    wide: Any  # True if the rows of one tile, which lie anywhere in a paged cache, span 2**31 elements or more, else None.
+    eights: Any  # As in Rows.
     rows: int  # Number of rows of a sequence, or of a page where there is a table.
     table: Any  # int32 (batch, max_pages), or None
     pages: int  # Number of pages of the cache.
@@ -90,10 +92,88 @@ def kvcache_append(
 
 
 @triton.jit
+def block_offsets(cache, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the offsets (ROWS, COLUMNS) in a block of rows that are the same for every block.
+
+    A block that holds whole pages counts the rows of each page from 0.
+    """
+    r = tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    if PAGE is not None and ROWS % PAGE == 0:
+        r = r % PAGE
+    elif PAGE is not None and PAGE % ROWS != 0:
+        r = r * 0
+    if cache.wide is not None:
+        r = r.to(tl.int64)
+    return r * row_stride(cache) + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def load_pages(cache, b, start, length, PAGE: tl.constexpr, ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Return the pages (ROWS,) of a block of rows from `start` on, or one page if it holds the block; 0 without a table.
+
+    The block begins before `length`, which is at most what the table has pages for. With CHECK_ROWS it may end behind.
+    """
+    if PAGE is None:
+        return 0
+    else:
+        entries = cache.table + b.to(tl.int64) * cache.max_pages
+        r = tl.arange(0, ROWS)
+        if PAGE % ROWS == 0:
+            return tl.load(entries + tl.cast(start, tl.int32) // PAGE)
+        else:
+            if ROWS % PAGE == 0:
+                entries += tl.cast(start, tl.int32) // PAGE + r // PAGE
+            else:
+                entries += (start + r) // PAGE
+            if CHECK_ROWS:
+                return tl.load(entries, mask=start + r < length, other=-1)
+            else:
+                return tl.load(entries)
+
+
+@triton.jit
+def load_cached(
+    cache, base, offsets, pages, start, length,
+    DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Load a block of rows (ROWS, COLUMNS) from `start` on, with zeros past DIM columns and where there is no page.
+
+    With CHECK_ROWS, there are zeros from row `length` on, too.
+    """
+    COLUMNS: tl.constexpr = offsets.shape[1]
+    if PAGE is None:
+        return load_tile(base + tl.cast(start, tl.int64) * row_stride(cache) + offsets, length - start, DIM, CHECK_ROWS)
+    else:
+        found = is_page(cache, pages)
+        if PAGE % ROWS == 0:
+            base += pages.to(tl.int64) * cache.batch + (tl.cast(start, tl.int64) % PAGE) * row_stride(cache)
+            mask = tl.zeros([ROWS, 1], tl.int1) | found
+        else:
+            if cache.wide is not None:
+                pages = pages.to(tl.int64)
+            outer = pages * cache.batch
+            if ROWS % PAGE != 0:
+                outer += (start + tl.arange(0, ROWS)) % PAGE * row_stride(cache)
+            offsets = offsets + outer[:, None]
+            mask = found[:, None]
+        if CHECK_ROWS:
+            mask &= tl.arange(0, ROWS)[:, None] < length - start
+        if COLUMNS != DIM:
+            mask = mask & (tl.arange(0, COLUMNS)[None, :] < DIM)
+        return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def is_page(cache, page):
+    """Tell whether the cache has a page, whatever the table holds."""
+    return page.to(tl.uint32) < tl.cast(cache.pages, tl.uint32)
+
+
+@triton.jit
 def attention_kvcache(
     query, keys, values, cache_seqlens, partial, statistics, sizes, scoring, added, capacity, num_splits,
     D: tl.constexpr, DV: tl.constexpr, COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the partial result of one split of the keys. The rows of a tile are the queries of a group of heads.
 
@@ -117,26 +197,33 @@ def attention_kvcache(
         slope = (tl.load(scoring.slopes + b * scoring.slope_batch + head, mask=r < rows, other=0.0))[:, None]  # (BLOCK_Q, 1)
     row_max, row_sum = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
-    begin = split * SPLIT
-    end = begin + tl.minimum(SPLIT, length - begin)
-    if scoring.left is not None:  # The first query sees the furthest back.
-        begin = tl.maximum(begin, (length - sizes.q_len - scoring.left) // BLOCK_K * BLOCK_K)
-    if scoring.right is not None:
-        end = tl.minimum(end, length + scoring.right)
-    for k_start in range(begin, end, BLOCK_K):
-        j = k_start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
-        outer, row, found = find_rows(keys, b, j, j < length)  # The values lie at the same places.
-        # (BLOCK_K, COLUMNS)
-        k = tl.load(row_pointers(keys, kv_head, outer, row)[:, None] + columns, mask=found[:, None] & (columns < D), other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
-        s, _, _ = natural_scores(s, position, j[None, :], slope, scoring)
-        s = mask_scores(s, None, b, kv_head, position, r[:, None], j[None, :], rows, length, scoring.left, scoring.right)
-        s = tl.where(found[None, :], s, float("-inf"))
-        p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, True, False)
-        v_rows = row_pointers(values, kv_head, outer, row)
-        # (BLOCK_K, VALUE_COLUMNS)
-        v = tl.load(v_rows[:, None] + value_columns, mask=found[:, None] & (value_columns < DV), other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)  # (BLOCK_Q, VALUE_COLUMNS)
+    b_first = b.to(tl.int64) if PAGE is None else 0
+    k_base = keys.data + b_first * keys.batch + kv_head.to(tl.int64) * keys.head
+    v_base = values.data + b_first * values.batch + kv_head.to(tl.int64) * values.head
+    k_offsets = block_offsets(keys, PAGE, BLOCK_K, COLUMNS)
+    v_offsets = block_offsets(values, PAGE, BLOCK_K, VALUE_COLUMNS)
+    first = split * SPLIT
+    last = first + tl.minimum(SPLIT, length - first)
+    begin, whole, edge, end = seen_range(length - sizes.q_len, length - 1, length, scoring.left, scoring.right, BLOCK_K)
+    for phase in tl.static_range(3):
+        if phase != 0 or scoring.left is not None:
+            start, stop = phase_bounds(phase, begin, whole, edge, end, 0, False, BLOCK_K)
+            for k_start in range(tl.maximum(start, first), tl.minimum(stop, last), BLOCK_K):
+                pages = load_pages(keys, b, k_start, length, PAGE, BLOCK_K, phase != 1)  # Those of the values are the same.
+                k = load_cached(keys, k_base, k_offsets, pages, k_start, length, D, PAGE, BLOCK_K, phase != 1)  # (BLOCK_K, COLUMNS)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
+                j = (k_start + tl.arange(0, BLOCK_K))[None, :]  # (1, BLOCK_K)
+                s, _, _ = natural_scores(s, position, j, slope, scoring)
+                if phase != 1:
+                    s = mask_scores(s, None, b, kv_head, position, r[:, None], j, rows, length, scoring.left, scoring.right)
+                if PAGE is not None:
+                    found = is_page(keys, pages)
+                    s = tl.where(found if PAGE % BLOCK_K == 0 else found[None, :], s, float("-inf"))
+                p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, True, False)
+                # (BLOCK_K, VALUE_COLUMNS)
+                v = load_cached(values, v_base, v_offsets, pages, k_start, length, DV, PAGE, BLOCK_K, phase != 1)
+                # (BLOCK_Q, VALUE_COLUMNS)
+                acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     at = ((b.to(tl.int64) * sizes.heads + head) * sizes.q_len + i) * num_splits + split
     tl.store(statistics + at * 2, row_max, mask=r < rows)
     tl.store(statistics + at * 2 + 1, row_sum, mask=r < rows)
