@@ -91,17 +91,37 @@ def kvcache_append(
     append_rows(value, values, b, head, block * BLOCK, added, start, DV, VALUE_COLUMNS, BLOCK)
 
 
+# ---- blocks of rows that are read: PAGE is the number of rows of a page, or None without a table ---------------------------
+
+
+@triton.jit
+def head_pointer(cache, b, head, PAGE: tl.constexpr):
+    """Return the pointer to the first row of a head: of a sequence, or of page 0."""
+    pointer = cache.data + head.to(tl.int64) * cache.head
+    if PAGE is None:
+        return pointer + b.to(tl.int64) * cache.batch
+    else:
+        return pointer
+
+
+@triton.jit
+def advance(cache, pointer, rows, PAGE: tl.constexpr):
+    """Return the pointer to so many rows further on. In a paged cache it stays, because each block adds its pages to it."""
+    if PAGE is None:
+        return pointer + tl.cast(rows, tl.int64) * row_stride(cache)
+    else:
+        return pointer
+
+
 @triton.jit
 def block_offsets(cache, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the offsets (ROWS, COLUMNS) in a block of rows that are the same for every block.
-
-    A block that holds whole pages counts the rows of each page from 0.
-    """
+    """Return the part of the offsets (ROWS, COLUMNS) in a block of rows that is the same for every block."""
     r = tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
-    if PAGE is not None and ROWS % PAGE == 0:
-        r = r % PAGE
-    elif PAGE is not None and PAGE % ROWS != 0:
-        r = r * 0
+    if PAGE is not None:
+        if ROWS % PAGE == 0:  # The block is made of whole pages.
+            r = r % PAGE
+        elif PAGE % ROWS != 0:  # Pages end anywhere in a block.
+            r = r * 0
     if cache.wide is not None:
         r = r.to(tl.int64)
     return r * row_stride(cache) + tl.arange(0, COLUMNS)[None, :]
@@ -109,64 +129,62 @@ def block_offsets(cache, PAGE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def load_pages(cache, b, start, length, PAGE: tl.constexpr, ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """Return the pages (ROWS,) of a block of rows from `start` on, or one page if it holds the block; 0 without a table.
+    """Return (page, found) of the rows of a block: for each row (ROWS,), or one for all rows if a page holds the block.
 
-    The block begins before `length`, which is at most what the table has pages for. With CHECK_ROWS it may end behind.
+    The block starts before `length` and, unless CHECK_ROWS, ends there at the latest; the table has pages up to there. A page
+    that lies outside the cache is not found, whatever the table holds.
     """
     if PAGE is None:
-        return 0
+        return 0, 0
     else:
         entries = cache.table + b.to(tl.int64) * cache.max_pages
         r = tl.arange(0, ROWS)
         if PAGE % ROWS == 0:
-            return tl.load(entries + tl.cast(start, tl.int32) // PAGE)
+            page = tl.load(entries + tl.cast(start, tl.uint32) // PAGE)
         else:
             if ROWS % PAGE == 0:
-                entries += tl.cast(start, tl.int32) // PAGE + r // PAGE
+                entries += tl.cast(start, tl.uint32) // PAGE + r // PAGE
             else:
-                entries += (start + r) // PAGE
-            if CHECK_ROWS:
-                return tl.load(entries, mask=start + r < length, other=-1)
-            else:
-                return tl.load(entries)
+                entries += (start + r).to(tl.uint32) // PAGE
+            page = tl.load(entries, mask=start + r < length, other=-1) if CHECK_ROWS else tl.load(entries)
+        return page, page.to(tl.uint32) < tl.cast(cache.pages, tl.uint32)
 
 
 @triton.jit
-def load_cached(
-    cache, base, offsets, pages, start, length,
-    DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Load a block of rows (ROWS, COLUMNS) from `start` on, with zeros past DIM columns and where there is no page.
-
-    With CHECK_ROWS, there are zeros from row `length` on, too.
-    """
-    COLUMNS: tl.constexpr = offsets.shape[1]
+def block_pointers(cache, pointer, offsets, page, start, PAGE: tl.constexpr, ROWS: tl.constexpr):
+    """Return pointers (ROWS, COLUMNS) to a block of rows from `start` on."""
     if PAGE is None:
-        return load_tile(base + tl.cast(start, tl.int64) * row_stride(cache) + offsets, length - start, DIM, CHECK_ROWS)
+        return pointer + offsets
+    elif PAGE % ROWS == 0:
+        row = (tl.cast(start, tl.uint32) % PAGE).to(tl.int64)
+        return pointer + (page.to(tl.int64) * cache.batch + row * row_stride(cache)) + offsets
     else:
-        found = is_page(cache, pages)
-        if PAGE % ROWS == 0:
-            base += pages.to(tl.int64) * cache.batch + (tl.cast(start, tl.int64) % PAGE) * row_stride(cache)
-            mask = tl.zeros([ROWS, 1], tl.int1) | found
-        else:
-            if cache.wide is not None:
-                pages = pages.to(tl.int64)
-            outer = pages * cache.batch
-            if ROWS % PAGE != 0:
-                outer += (start + tl.arange(0, ROWS)) % PAGE * row_stride(cache)
-            offsets = offsets + outer[:, None]
-            mask = found[:, None]
+        if cache.wide is not None:
+            page = page.to(tl.int64)
+        rows = page * cache.batch  # (ROWS,)
+        if ROWS % PAGE != 0:
+            rows += ((start + tl.arange(0, ROWS)).to(tl.uint32) % PAGE).to(rows.dtype) * row_stride(cache)
+        return pointer + (offsets + rows[:, None])
+
+
+@triton.jit
+def load_rows(
+    pointers, found, rows_left, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, CHECK_ROWS: tl.constexpr
+):  # fmt: skip
+    """Load a block of rows (ROWS, COLUMNS), with zeros as in `load_tile`, and where no page is found."""
+    COLUMNS: tl.constexpr = pointers.shape[1]
+    if PAGE is None:
+        return load_tile(pointers, rows_left, DIM, CHECK_ROWS)
+    else:
+        mask = tl.zeros([ROWS, 1], tl.int1) | (found if PAGE % ROWS == 0 else found[:, None])  # (ROWS, 1)
         if CHECK_ROWS:
-            mask &= tl.arange(0, ROWS)[:, None] < length - start
+            mask &= tl.arange(0, ROWS)[:, None] < rows_left
         if COLUMNS != DIM:
             mask = mask & (tl.arange(0, COLUMNS)[None, :] < DIM)
-        return tl.load(base + offsets, mask=mask, other=0.0)
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
-@triton.jit
-def is_page(cache, page):
-    """Tell whether the cache has a page, whatever the table holds."""
-    return page.to(tl.uint32) < tl.cast(cache.pages, tl.uint32)
+# ---- passes -----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -197,9 +215,7 @@ def attention_kvcache(
         slope = (tl.load(scoring.slopes + b * scoring.slope_batch + head, mask=r < rows, other=0.0))[:, None]  # (BLOCK_Q, 1)
     row_max, row_sum = tl.full([BLOCK_Q], float("-inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, VALUE_COLUMNS], tl.float32)
-    b_first = b.to(tl.int64) if PAGE is None else 0
-    k_base = keys.data + b_first * keys.batch + kv_head.to(tl.int64) * keys.head
-    v_base = values.data + b_first * values.batch + kv_head.to(tl.int64) * values.head
+    k_base, v_base = head_pointer(keys, b, kv_head, PAGE), head_pointer(values, b, kv_head, PAGE)
     k_offsets = block_offsets(keys, PAGE, BLOCK_K, COLUMNS)
     v_offsets = block_offsets(values, PAGE, BLOCK_K, VALUE_COLUMNS)
     first = split * SPLIT
@@ -208,22 +224,28 @@ def attention_kvcache(
     for phase in tl.static_range(3):
         if phase != 0 or scoring.left is not None:
             start, stop = phase_bounds(phase, begin, whole, edge, end, 0, False, BLOCK_K)
-            for k_start in range(tl.maximum(start, first), tl.minimum(stop, last), BLOCK_K):
-                pages = load_pages(keys, b, k_start, length, PAGE, BLOCK_K, phase != 1)  # Those of the values are the same.
-                k = load_cached(keys, k_base, k_offsets, pages, k_start, length, D, PAGE, BLOCK_K, phase != 1)  # (BLOCK_K, COLUMNS)
+            start = tl.maximum(start, first)
+            k_at, v_at = advance(keys, k_base, start, PAGE), advance(values, v_base, start, PAGE)
+            for k_start in range(start, tl.minimum(stop, last), BLOCK_K):
+                # The values lie on the same pages as the keys.
+                page, found = load_pages(keys, b, k_start, length, PAGE, BLOCK_K, phase != 1)
+                # (BLOCK_K, COLUMNS) each
+                k_pointers = block_pointers(keys, k_at, k_offsets, page, k_start, PAGE, BLOCK_K)
+                k = load_rows(k_pointers, found, length - k_start, D, PAGE, BLOCK_K, phase != 1)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_Q, BLOCK_K)
                 j = (k_start + tl.arange(0, BLOCK_K))[None, :]  # (1, BLOCK_K)
                 s, _, _ = natural_scores(s, position, j, slope, scoring)
                 if phase != 1:
                     s = mask_scores(s, None, b, kv_head, position, r[:, None], j, rows, length, scoring.left, scoring.right)
                 if PAGE is not None:
-                    found = is_page(keys, pages)
                     s = tl.where(found if PAGE % BLOCK_K == 0 else found[None, :], s, float("-inf"))
                 p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, True, False)
-                # (BLOCK_K, VALUE_COLUMNS)
-                v = load_cached(values, v_base, v_offsets, pages, k_start, length, DV, PAGE, BLOCK_K, phase != 1)
+                # (BLOCK_K, VALUE_COLUMNS) each
+                v_pointers = block_pointers(values, v_at, v_offsets, page, k_start, PAGE, BLOCK_K)
+                v = load_rows(v_pointers, found, length - k_start, DV, PAGE, BLOCK_K, phase != 1)
                 # (BLOCK_Q, VALUE_COLUMNS)
                 acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+                k_at, v_at = advance(keys, k_at, BLOCK_K, PAGE), advance(values, v_at, BLOCK_K, PAGE)
     at = ((b.to(tl.int64) * sizes.heads + head) * sizes.q_len + i) * num_splits + split
     tl.store(statistics + at * 2, row_max, mask=r < rows)
     tl.store(statistics + at * 2 + 1, row_sum, mask=r < rows)
