@@ -10,6 +10,7 @@ import triton.language as tl  # noqa: E402
 from fastlm.kernels import attention  # noqa: E402
 from fastlm.kernels.attention.arguments import rows_of  # noqa: E402
 from fastlm.kernels.attention.device import program_order  # noqa: E402
+from fastlm.kernels.attention.kvcache import KVCache, advance, block_offsets, block_pointers  # noqa: E402
 from fastlm.kernels.attention.rows import tile_pointers  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -52,3 +53,48 @@ def test_the_rows_of_a_tile_may_lie_far_apart(stride):
     offsets = torch.empty(128, 16, dtype=torch.int64, device=DEVICE)
     write_offsets[(1,)](offsets, rows, 128, 16)
     assert torch.equal(offsets.cpu(), torch.arange(128)[:, None] * stride + torch.arange(16))
+
+
+@triton.jit
+def write_cached_offsets(offsets, cache, pages, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAGE: tl.constexpr):
+    if PAGE is None:
+        page = 0
+    elif PAGE % ROWS == 0:
+        page = tl.load(pages)
+    else:
+        page = tl.load(pages + tl.arange(0, ROWS))
+    first = advance(cache, cache.data, start, PAGE)
+    pointers = block_pointers(cache, first, block_offsets(cache, PAGE, ROWS, COLUMNS), page, start, PAGE, ROWS)
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(offsets + at, pointers.to(tl.int64) - cache.data.to(tl.int64))
+
+
+def _keys_of_plan(cache, block_table=None) -> KVCache:
+    """Return the keys of a plan to attend to a cache, as its kernel takes them."""
+    query = torch.empty(1, 1, 1, cache.shape[3], dtype=cache.dtype, device="meta")
+    lengths = torch.empty(1, dtype=torch.int32, device="meta")
+    call = attention.KVCacheCall(query, cache, cache, lengths, block_table=block_table, arch="sm_90")
+    return attention.plan_kvcache(call, query, query[..., 0].float())[-2].arguments["keys"]
+
+
+@pytest.mark.parametrize("page", [None, 8, 12, 32, 64])
+@pytest.mark.parametrize("stride", [16, 24, 17_000_000, 1 << 31])
+def test_the_rows_and_pages_of_a_cache_may_lie_far_apart(page, stride):
+    """Compute pointers to a block of 32 rows, in pages that hold less, as much and more, and end in it or not."""
+    rows, start = 32, 96
+    pages = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[: start + rows].int()
+    data = torch.empty(0, dtype=torch.float16, device="meta")
+    position = torch.arange(start, start + rows)
+    if page is None:
+        keys = _keys_of_plan(data.as_strided((1, 1, 4096, 16), (0, 0, stride, 1)))
+        expected, needed = position * stride, pages
+    else:
+        table = torch.empty(1, len(pages), dtype=torch.int32, device="meta")
+        keys = _keys_of_plan(data.as_strided((1000, page, 1, 16), (stride * page, stride, 16, 1)), table)
+        expected = (pages.long()[position // page] * page + position % page) * stride
+        needed = pages[position // page]
+    assert (keys.wide is None) == (stride < 1000)
+    keys = keys._replace(data=torch.empty(1, dtype=torch.int8, device=DEVICE), table=None)
+    offsets = torch.empty(rows, 16, dtype=torch.int64, device=DEVICE)
+    write_cached_offsets[(1,)](offsets, keys, needed.to(DEVICE), start, rows, 16, page)
+    assert torch.equal(offsets.cpu(), expected[:, None] + torch.arange(16))
