@@ -44,6 +44,7 @@ UNEVEN_HEAD_DIMS = (56, 120, 248)  # Rows start at multiples of 16 bytes, while 
 DTYPES = ("bfloat16", "float16", "float32")
 LOOPS = ("plain", "masked", "packed", "part")  # Attention alone; with mask and dropout; packed; a larger call's, with dropout.
 DROPPING = ("masked", "part")  # These loops draw dropout.
+PAGED = "paged"  # The KV cache's loop, over pages of 16 rows.
 
 
 class Variant(NamedTuple):
@@ -54,19 +55,20 @@ class Variant(NamedTuple):
     head_dim: int
     dtype: str
     causal: bool
-    loop: str = "plain"  # one of LOOPS
+    loop: str = "plain"  # one of LOOPS, or PAGED
 
 
 def every_variant() -> list[Variant]:
     """Return all variants.
 
-    The KV cache's pass has no diagonal to skip, so it comes once. Loops that are not plain, and so the passes over a mask, come
-    with a causal limit only.
+    The KV cache's pass has no diagonal to skip, so it comes without a causal limit, and paged besides. Other loops that are not
+    plain, and so the passes over a mask, come with a causal limit only.
     """
     kinds = ((False, "plain"), *((True, loop) for loop in LOOPS))
     passes = PASSES + TANGENT_PASSES + STATS_PASSES
     variants = [Variant(*v, *kind) for v in itertools.product(GPUS, passes, HEAD_DIMS, DTYPES) for kind in kinds]
     variants = [variant for variant in variants if variant.pass_name != KVCACHE or not variant.causal]
+    variants += [Variant(arch, KVCACHE, *v, False, PAGED) for arch, *v in itertools.product(GPUS, HEAD_DIMS, DTYPES)]
     variants += [Variant(*v, True, "masked") for v in itertools.product(GPUS, MASK_PASSES, HEAD_DIMS, DTYPES)]
     return variants + _uneven_variants(UNEVEN_HEAD_DIMS)
 
@@ -79,8 +81,8 @@ def _uneven_variants(head_dims: tuple[int, ...]) -> list[Variant]:
 def covering_variants() -> list[Variant]:
     """Return, for every GPU, each pass with each head_dim, and each pass with each loop; all else takes turns.
 
-    Of the passes with tangents, with statistics and of a larger call there are a few, because compiling takes long. Those over
-    a mask come once for every GPU. Uneven head_dims come up to 128.
+    The KV cache's pass comes paged with each head_dim. Of the passes with tangents, with statistics and of a larger call there
+    are a few, because compiling takes long. Those over a mask come once for every GPU. Uneven head_dims come up to 128.
     """
     turns = itertools.cycle(itertools.product((True, False), DTYPES))
     variants = []
@@ -89,6 +91,8 @@ def covering_variants() -> list[Variant]:
         variants.append(Variant(arch, name, head_dim, dtype, causal and name != KVCACHE))
     for i, (arch, name, loop) in enumerate(itertools.product(GPUS, PASSES[:3], LOOPS[1:3])):
         variants.append(Variant(arch, name, HEAD_DIMS[(i + i // 6) % 3], DTYPES[i // 2 % 3], True, loop))
+    for arch, (head_dim, dtype) in itertools.product(GPUS, zip(HEAD_DIMS, DTYPES)):
+        variants.append(Variant(arch, KVCACHE, head_dim, dtype, False, PAGED))
     head_dims = itertools.cycle((64, 128))
     for arch, name in itertools.product(("sm_86", "sm_90", "gfx942"), TANGENT_PASSES + STATS_PASSES):
         variants.append(Variant(arch, name, next(head_dims), "bfloat16", True))
@@ -121,10 +125,15 @@ def launches_of(variant: Variant, device: str = "meta", heads: int = 16, length:
     lse, scale = tensor(batch, heads, length, dtype=torch.float32), head_dim**-0.5
     statistics = tensor(batch, heads, length, 2, dtype=torch.float32)
     if variant.pass_name == KVCACHE:
-        caches = [tensor(batch, heads // 4, length, head_dim) for _ in range(2)]
+        options, shape = {}, (batch, heads // 4, length, head_dim)
+        if variant.loop == PAGED:
+            pages = batch * length // 16
+            shape = pages, 16, heads // 4, head_dim
+            options["block_table"] = torch.arange(pages, dtype=torch.int32, device=device).view(batch, -1)
+        caches = [tensor(*shape) for _ in range(2)]
         lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
         one = tensor(batch, heads, 1, head_dim)
-        call = attention.KVCacheCall(one, *caches, lengths, scale=scale, arch=variant.arch)
+        call = attention.KVCacheCall(one, *caches, lengths, scale=scale, arch=variant.arch, **options)
         return attention.plan_kvcache(call, torch.empty_like(one), lse[:, :, :1])
     options = {}
     if variant.loop in DROPPING:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import SPECS
+from cases.attention import cached
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.guarded import SENTINEL, Guarded
@@ -93,6 +94,19 @@ def test_a_row_does_not_depend_on_its_batch(name):
     results = run(fastlm.attention, alone, ("query", "key", "value"), lambda *_: gradients, causal=True, **TRITON)
     for what, result in results.items():
         assert torch.equal(result, whole[what][1:2]), what
+
+
+@pytest.mark.parametrize("page", [8, 12, 24, 48, 96])
+def test_pages_and_the_batch_change_no_bit_of_a_cached_row(page):
+    """Blocks of 32 keys hold whole pages, end in a page, or lie in one; on a GPU blocks are larger."""
+    call = cached([333, 70], capacity=384, q_len=2, window=(250, 0))(torch.float16)
+    whole = run(fastlm.kvcache_attention, call, (), **TRITON)
+    caches = {name: _as_pages(call[name], page).flip(0) for name in ("key_cache", "value_cache")}
+    table = torch.arange(len(caches["key_cache"])).flip(0).int().view(2, -1)
+    results = run(fastlm.kvcache_attention, call | caches | {"block_table": table}, (), **TRITON)
+    alone = {name: value[1:] if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    for what, result in run(fastlm.kvcache_attention, alone, (), **TRITON).items():
+        assert torch.equal(results[what], whole[what]) and torch.equal(result, whole[what][1:]), what
 
 
 # ---- tiles by descriptor ----------------------------------------------------------------------------------------------------

@@ -61,6 +61,8 @@ CALLS = {
     "with tangents": _call(BF16, F32, causal=True)._replace(has_tangents=True),
     "cache": _kvcache(BF16, F32, heads=8),
     "cache, paged and appended": _kvcache(BF16, F16, added=3, q_len=3, page=16, causal=True, heads=8),
+    "cache, a page holds a block": _kvcache(BF16, q_len=2, page=256, causal=True, heads=8),
+    "cache, pages end in a block": _kvcache(BF16, capacity=1008, page=24, window=(300, 0), heads=8),
     "cache, head_dim 128": _kvcache(F16, F32, dim=128, window=(100, 0)),
 }
 
