@@ -143,7 +143,7 @@ def load_pages(cache, b, start, length, PAGE: tl.constexpr, ROWS: tl.constexpr, 
             page = tl.load(entries + tl.cast(start, tl.uint32) // PAGE)
         else:
             if ROWS % PAGE == 0:
-                entries += tl.cast(start, tl.uint32) // PAGE + r // PAGE
+                entries += tl.cast(start, tl.int32) // PAGE + r // PAGE
             else:
                 entries += (start + r).to(tl.uint32) // PAGE
             page = tl.load(entries, mask=start + r < length, other=-1) if CHECK_ROWS else tl.load(entries)
