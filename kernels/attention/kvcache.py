@@ -2,8 +2,8 @@
 
 A program takes one split of the keys for all query heads of a group, so that the cache is read once. A second pass combines the
 splits in their order. The splits depend on the cache's capacity alone, so that a row's result does not depend on the batch
-around it. Blocks of keys that every query sees have a loop of their own, without masks. Addresses are computed before the loop as
-far as they can be, because a pass through it does little else.
+around it. Blocks of keys that every query sees have a loop of their own, without masks. What a pass through it needs of
+addresses is computed before it, as far as can be.
 Source: Dao et al., "Flash-Decoding for long-context inference" (2023); paging: Kwon et al., "PagedAttention" (2023).
 """
 
