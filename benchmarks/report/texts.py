@@ -16,7 +16,8 @@ Models as they are (*before*) and with fastlm in them, by the one line that the 
 of the model's output (in training, of its first weights' gradient too) against the unchanged model in float64, on a smaller
 input. *of limit* is the share of the arithmetic's peak: the floating-point operations of the products and convolutions of the
 model as it is, padding included, over the time; a dash where torch runs a whole layer as one operation and does not count
-it. fastlm's own TextVAE is *before* on torch's attention, with its latent written out in plain PyTorch."""
+it. fastlm's own TextVAE is *before* on torch's attention, with its latent written out in plain PyTorch, and its batches
+padded, where fastlm packs them."""
 
 ABOUT_GROWTH = """\
 Time and memory as one size grows and nothing else does. The exponent b of a·n^b is fitted to the logarithms by least squares:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fastlm
 from workloads import serving, spelled_out
 from workloads.model_peers import compiled_by_zentorch, read_by_llama_cpp
-from workloads.text_vae import noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
+from workloads.text_vae import lengths_of, noiseless_gradients, on_kernels, text_generation, text_gradients, text_vae
 from workloads.timm_alone import import_timm
 
 DTYPES = "float32", "bfloat16"
@@ -394,11 +394,11 @@ MODELS = (
     *(Model(**serving.continuous_batching(requests), put_in=IN_TRANSFORMERS) for requests in (8, 32)),
     Model(
         name="TextVAE, small, training",
-        workload="B32 S72",
+        workload="B32 S10-320",
         unit="tokens/s",
-        items=32 * 72,
+        items=sum(lengths_of(32, 320)),
         build=text_vae,
-        ready=lambda model: text_gradients(model, 32, 72),
+        ready=lambda model: text_gradients(model, 32, 320),
         put_in={"kernels": on_kernels},
         checked=lambda model: noiseless_gradients(model, 4, 72),
         memory=True,

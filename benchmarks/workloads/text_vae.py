@@ -3,6 +3,7 @@
 It has random weights and the "small" preset, as `fastlm lm train` makes it on the default corpus.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,6 +14,7 @@ import fastlm
 from workloads.peers import eager_latent
 
 VOCABULARY = 4096
+SHORTEST = 10  # tokens
 
 
 class _Vocabulary:
@@ -42,45 +44,53 @@ def on_kernels(model: nn.Module) -> type[AbstractContextManager]:
     return nullcontext
 
 
-def _texts(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return ids (B, L) that begin with <|bos|>, and their mask. Texts of a batch have nine tenths of L tokens and more."""
+def _batch(model: nn.Module, batch: int, longest: int) -> dict[str, Tensor]:
+    """Make a batch of texts as training does on fastlm's kernels, packed; elsewhere the same texts are padded."""
+    from fastlm.lm.data.batches import Collator
+
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, VOCABULARY, (batch, length), generator=generator)
-    ids[:, 0] = _Vocabulary.bos_token_id
-    mask = (torch.arange(length) < torch.linspace(0.9 * length, length, batch)[:, None]).long()
-    return ids, mask
+    texts = [torch.randint(4, VOCABULARY, (length,), generator=generator) for length in lengths_of(batch, longest)]
+    collate = Collator(_Vocabulary(), packed=model.config._attn_implementation == "fastlm")
+    return collate([(ids, seed) for seed, ids in enumerate(texts)])
 
 
-def text_gradients(model: nn.Module, batch: int, length: int) -> Step:
-    """Run forward, backward and a step of AdamW. Return the logits and the embeddings' gradient."""
+def lengths_of(batch: int, longest: int) -> list[int]:
+    """Return the lengths of a batch's texts in tokens: few are long, nearly as in the default corpus (10 to 320, mean 72)."""
+    return torch.logspace(math.log10(SHORTEST), math.log10(longest), batch).round().int().tolist()
+
+
+def text_gradients(model: nn.Module, batch: int, longest: int) -> Step:
+    """Run forward, backward and a step of AdamW. Return each text's NLL and the embeddings' gradient."""
     model.train()
-    ids, mask = _texts(batch, length)
-    labels = ids.masked_fill(mask == 0, -100)
-    inputs = {"input_ids": ids, "labels": labels, "encoder_input_ids": ids, "encoder_attention_mask": mask}
+    inputs = _batch(model, batch, longest)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def step() -> tuple[Tensor, ...]:
         outputs = model(**inputs)
         outputs.loss.backward()
         optimizer.step()
-        results = outputs.logits.detach(), next(model.parameters()).grad
+        results = outputs.reconstruction, next(model.parameters()).grad
         model.zero_grad(set_to_none=True)
         return results
 
     return step
 
 
-def noiseless_gradients(model: nn.Module, batch: int, length: int) -> Step:
+def noiseless_gradients(model: nn.Module, batch: int, longest: int) -> Step:
     """Run the same with the posterior's mean for z, and without the step of AdamW."""
+    from fastlm.lm.model.packed import PackedTexts
+
     model.train()
-    ids, mask = _texts(batch, length)
-    labels = ids.masked_fill(mask == 0, -100)
+    inputs = _batch(model, batch, longest)
+    bounds = inputs.get("cu_seq_lens_q")
+    texts = None if bounds is None else PackedTexts(bounds, inputs["input_ids"].shape[1])
+    encoder = [inputs.pop(f"encoder_{name}", None) for name in ("input_ids", "attention_mask", "position_ids")]
 
     def step() -> tuple[Tensor, ...]:
-        mu, _ = model.posterior(ids, mask)
-        outputs = model(input_ids=ids, labels=labels, latents=mu)
+        mu, _ = model.posterior(*encoder, texts)
+        outputs = model(**inputs, latents=mu)
         outputs.loss.backward()
-        return outputs.logits.detach(), next(model.parameters()).grad
+        return outputs.reconstruction, next(model.parameters()).grad
 
     return step
 

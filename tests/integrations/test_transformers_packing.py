@@ -19,8 +19,7 @@ from support.transformers_models import (
 
 import fastlm
 import fastlm.integrations.transformers
-from fastlm.integrations.transformers import packing
-from fastlm.integrations.transformers.mask import as_eager_mask
+from fastlm.integrations.transformers import sequences
 
 DISTILBERT = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
 ENCODERS = {
@@ -39,13 +38,13 @@ ENCODERS = {
 @pytest.fixture
 def packed(monkeypatch) -> list[int]:
     """Note the number of tokens of each packed attention."""
-    tokens, original = [], packing.varlen_attention
+    tokens, original = [], sequences.varlen_attention
 
     def noted(query, *args, **kwargs):
         tokens.append(query.shape[0])
         return original(query, *args, **kwargs)
 
-    monkeypatch.setattr(packing, "varlen_attention", noted)
+    monkeypatch.setattr(sequences, "varlen_attention", noted)
     return tokens
 
 
@@ -237,11 +236,3 @@ def test_copies_and_pickles_pack_and_restore_undoes_it(packed):
         assert "padding is computed" in str(fastlm.restore(other))
         assert torch.equal(other(**inputs).logits, model(**inputs).logits)
         packed.clear()
-
-
-def test_eager_attends_within_packed_sequences_too():
-    bounds = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
-    query = torch.zeros(1, 1, 5, 4)
-    mask = as_eager_mask(bounds, query, query)
-    expected = torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)).bool()
-    assert torch.equal(mask[0, 0] == 0, expected)

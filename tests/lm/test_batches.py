@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlm.lm.data.batches import ByLength, Collator, Texts, encode_text, seed_of
+from fastlm.lm.data.batches import Collator, InRandomOrder, Texts, encode_text, seed_of
 from fastlm.lm.data.prepare import read_split
 from fastlm.lm.model.text_vae import IGNORED
 
@@ -38,14 +38,14 @@ def test_noise_is_of_the_text_and_the_epoch(texts):
     assert [texts[i][1] for i in range(len(texts))] == first
 
 
-def test_an_epoch_has_each_text_at_most_once_and_batches_of_a_length(texts):
-    order = list(ByLength(texts, 8))
-    assert len(order) == len(set(order)) == len(ByLength(texts, 8)) == len(texts) // 8 * 8
-    spread = [max(part) - min(part) for part in torch.tensor(texts.lengths)[torch.tensor(order)].view(-1, 8).tolist()]
-    assert sum(spread) / len(spread) < (max(texts.lengths) - min(texts.lengths)) / 4
-    assert order == list(ByLength(texts, 8))
+def test_an_epoch_has_each_text_at_most_once_in_random_order(texts):
+    order = list(InRandomOrder(texts, 8))
+    assert len(order) == len(set(order)) == len(InRandomOrder(texts, 8)) == len(texts) // 8 * 8
+    assert order != sorted(order) and order == list(InRandomOrder(texts, 8))
+    means = torch.tensor(texts.lengths)[torch.tensor(order)].view(-1, 8).float().mean(1)
+    assert means.std() < torch.tensor(texts.lengths).float().std() / 2  # Batches have texts of all lengths.
     texts.set_epoch(1)
-    assert order != list(ByLength(texts, 8))
+    assert order != list(InRandomOrder(texts, 8))
 
 
 def test_evaluation_reads_every_text(texts, tokenizer):
@@ -64,6 +64,19 @@ def test_a_batch_by_hand(tokenizer):
     assert set(Collator(tokenizer, encoder=False)(items)) == {"input_ids", "labels"}
 
 
+def test_a_packed_batch_by_hand(tokenizer):
+    items = [(torch.tensor([1, 10, 11, 2]), 5), (torch.tensor([1, 12, 2]), 6)]
+    batch = Collator(tokenizer, packed=True)(items)
+    assert batch["input_ids"].tolist() == batch["encoder_input_ids"].tolist() == [[1, 10, 11, 2, 1, 12, 2]]
+    assert batch["labels"].tolist() == [[IGNORED, 10, 11, 2, IGNORED, 12, 2]]
+    assert batch["position_ids"].tolist() == batch["encoder_position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 7] and batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["seeds"].tolist() == [5, 6] and items[0][0].tolist() == [1, 10, 11, 2]
+    names = {"input_ids", "labels", "position_ids", "cu_seq_lens_q"}
+    assert set(Collator(tokenizer, encoder=False, packed=True)(items)) == names
+    assert set(Collator(tokenizer, packed=True).plain()(items)) == set(Collator(tokenizer)(items))
+
+
 def test_augmentation_is_of_each_text_by_itself_and_leaves_labels(texts, tokenizer):
     collate = Collator(tokenizer, dropout=0.3, masking=0.3)
     items = [texts[i] for i in range(16)]
@@ -78,6 +91,10 @@ def test_augmentation_is_of_each_text_by_itself_and_leaves_labels(texts, tokeniz
     tokens = sum(len(ids) for ids, _ in items)
     assert all(0.15 < count / tokens < 0.45 for count in masked.values())
     assert not torch.equal(batch["input_ids"], batch["encoder_input_ids"])
+    behind = Collator(tokenizer, packed=True, dropout=0.3, masking=0.3)(items)
+    for name in masked:
+        rows = [row[: len(ids)] for row, (ids, _) in zip(batch[name], items)]
+        assert torch.equal(behind[name][0], torch.cat(rows))
     texts.set_epoch(1)
     again = collate([texts[i] for i in range(16)])
     assert not any(torch.equal(batch[name], again[name]) for name in masked)
@@ -87,7 +104,7 @@ def test_augmentation_is_of_each_text_by_itself_and_leaves_labels(texts, tokeniz
 
 def test_errors(texts, corpus, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=f"at most the number of texts, {len(texts)}; got 1000"):
-        ByLength(texts, 1000)
+        InRandomOrder(texts, 1000)
     with pytest.raises(ValueError, match="split must be one of"):
         Texts(corpus, "dev", tokenizer, 128)
     with pytest.raises(FileNotFoundError, match="is no prepared corpus"):

@@ -18,7 +18,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, TrainerCallback
 
 import fastlm.integrations.transformers  # noqa: F401  registers "fastlm"
 from fastlm.distributed import context_parallel
-from fastlm.lm.data.batches import ByLength, Collator, Texts
+from fastlm.lm.data.batches import Collator, InRandomOrder, Texts
 from fastlm.lm.data.tokenizer import load_tokenizer
 from fastlm.lm.model.evaluate import elbo
 from fastlm.lm.model.presets import build
@@ -347,10 +347,10 @@ def test_a_batch_that_groups_do_not_divide_is_refused(monkeypatch, tmp_path):
 def test_groups_read_the_same_texts(corpus, tokenizer):
     """Process r of 4 reads every fourth share, as accelerate deals them out."""
     texts = Texts(corpus, "train", tokenizer, 128)
-    sampler = ByLength(texts, 8, shares=2, copies=2)
+    sampler = InRandomOrder(texts, 8, shares=2, copies=2)
     shares = torch.tensor(list(sampler)).view(-1, 4, 4)  # (steps, processes, texts of a share)
     assert len(sampler) == shares.numel() and torch.equal(shares[:, ::2], shares[:, 1::2])
-    assert shares[:, ::2].flatten().tolist() == list(ByLength(texts, 8))
+    assert shares[:, ::2].flatten().tolist() == list(InRandomOrder(texts, 8))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])

@@ -21,7 +21,7 @@ from fastlm.lm.finetuning import classify as classification
 from fastlm.lm.finetuning import translate as translation
 from fastlm.lm.finetuning.classify import classifier_of, classify, write_confusion
 from fastlm.lm.finetuning.common import Examples, Tuning, adapted, fit, frame, read_examples
-from fastlm.lm.finetuning.translate import Pairs, decoder_of, generate, translate
+from fastlm.lm.finetuning.translate import decoder_of, generate, translate
 from fastlm.lm.model.checkpoint import load, save
 from fastlm.lm.model.generate import TextGenerator
 from fastlm.lm.model.presets import build
@@ -257,9 +257,6 @@ def test_the_source_is_no_label(checkpoints):
     items = translation.items_of([("the sea", "door"), ("the lamp near the old door", "the sea")], tokenizer, 9)
     assert items[0] == {"input_ids": [1, *a, 1, *b, 2][:9], "labels": ([-100] * (len(a) + 2) + [*b, 2])[:9]}
     assert items[1]["input_ids"] == [1, *long[:4], 1, *[*a, 2][:3]] and items[1]["labels"] == [-100] * 6 + [*a, 2][:3]
-    batch = Pairs(0)([{"input_ids": [1, 8, 1, 9, 2], "labels": [-100, -100, -100, 9, 2]}, {"input_ids": [1], "labels": [-100]}])
-    assert batch["input_ids"].tolist() == [[1, 8, 1, 9, 2], [1, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 9, 2], [-100] * 5]
 
 
 def test_what_is_generated_depends_on_no_other_source(checkpoints):

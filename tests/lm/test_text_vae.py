@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModel, EuroBertConfig, LlamaConfig
 
 import fastlm
 import fastlm.integrations.transformers  # noqa: F401
+from fastlm.lm.data.batches import packed
 from fastlm.lm.model.text_vae import IGNORED, TextVAE, TextVAEConfig
-from fastlm.testing import VALUE_FACTOR, assert_as_good_as_plain
+from fastlm.testing import GRADIENT_FACTOR, VALUE_FACTOR, assert_as_good_as_plain
 
 VOCABULARY, LATENT, FREE_BITS = 40, 6, 0.3
 PAD, BOS, EOS = 0, 1, 2
@@ -27,9 +28,11 @@ def config_of(**changes) -> TextVAEConfig:
     return TextVAEConfig(encoder=encoder, decoder=decoder, latent_dim=LATENT, free_bits=FREE_BITS)
 
 
-def build(implementation: str = "fastlm", dtype: torch.dtype = torch.float32) -> TextVAE:
+def build(implementation: str = "fastlm", dtype: torch.dtype = torch.float32, mean_std: float = 0.0) -> TextVAE:
     """Build a model with weights so large that attention is not flat and z matters; every call makes the same weights."""
-    model = TextVAE._from_config(config_of(), attn_implementation=implementation)
+    config = config_of()
+    config.mean_std = mean_std
+    model = TextVAE._from_config(config, attn_implementation=implementation)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -197,6 +200,54 @@ def test_padding_and_the_rest_of_a_batch_change_nothing():
         torch.testing.assert_close(alone.kl[0], together.kl[index])
         torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index])
     assert (mu[0] - mu[1]).abs().max() > 0.01
+
+
+def packed_of(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make a packed batch as `fastlm.lm.data.batches.Collator` does."""
+    return packed({"input_ids": rows, "encoder_input_ids": rows, "labels": rows}) | {"seeds": SEEDS[: len(rows)]}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_texts_are_as_good_as_padded_ones(training, autocast):
+    """The same loss, its parts and gradients, with a norm of means that sees the whole batch."""
+
+    def results(dtype: torch.dtype, implementation: str, batch: dict) -> dict[str, torch.Tensor]:
+        model = build(implementation, dtype, mean_std=0.8).train(training)
+        model.kl_weight = 0.4
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
+            output = model(**batch, num_items_in_batch=31)
+        output.loss.backward()
+        found = {"loss": output.loss.detach(), "reconstruction": output.reconstruction, "kl": output.kl}
+        return found | {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    found = results(torch.float32, "fastlm", packed_of(ragged()))
+    plain, golden = (results(dtype, "eager", batch_of(ragged())) for dtype in (torch.float32, torch.float64))
+    assert found.keys() == golden.keys() and found["kl"].shape == (3,)
+    for name, value in found.items():
+        assert_as_good_as_plain(value, plain[name], golden[name], GRADIENT_FACTOR if "." in name else VALUE_FACTOR)
+
+
+@torch.no_grad()
+def test_packed_texts_change_nothing_in_one_another():
+    model, rows = build(), ragged()
+    together = model(**packed_of(rows))
+    for index, ids in enumerate(rows):
+        alone = model(**packed_of([ids]) | {"seeds": SEEDS[index : index + 1]})
+        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[index])
+        torch.testing.assert_close(alone.kl[0], together.kl[index])
+
+
+def test_packed_texts_that_are_refused():
+    batch = packed_of(ragged())
+    for name in ("position_ids", "encoder_position_ids"):
+        with pytest.raises(ValueError, match=f"^{name} must be given beside cu_seq_lens_q; got None"):
+            build()(**{key: value for key, value in batch.items() if key != name})
+    for name in ("attention_mask", "encoder_attention_mask"):
+        with pytest.raises(ValueError, match="cu_seq_lens_q takes no attention_mask, encoder_attention_mask or cache"):
+            build()(**batch, **{name: torch.ones_like(batch["input_ids"])})
+    with pytest.raises(ValueError, match="cu_seq_lens_q needs attn_implementation='fastlm'; got eager"):
+        build("eager")(**batch)
 
 
 @torch.no_grad()

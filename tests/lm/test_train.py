@@ -59,7 +59,7 @@ def assert_same_bits(actual, expected):
 def test_it_learns_and_leaves_a_model(whole, corpus):
     rows = curves(whole)
     losses = [float(row["eval_loss"]) for row in rows if row["eval_loss"]]
-    assert len(losses) == 2 and losses[1] < losses[0] < 5.7  # ln 290 = 5.67
+    assert len(losses) == 2 and losses[1] < losses[0] and losses[1] < 5.67  # ln 290, all tokens alike
     model, tokenizer = load(whole)
     assert isinstance(model, TextVAE) and not model.training and model.kl_weight == 1.0 and len(tokenizer) == 290
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -22,6 +22,10 @@ After `fastlm.replace`, caches of `generate` grow in place (cache.py), and encod
 batches (packing.py). Their output is zeros there, where eager has numbers without a meaning, so give padding no labels (-100,
 as transformers' collators do). Models that read it, as those for question answering, compute it.
 
+Packed sequences, a batch of one row from `DataCollatorWithFlattening`, are attended to each by itself, without a mask and
+without padding (sequences.py): where positions begin anew, or by ``cu_seq_lens_q`` and ``cu_seq_lens_k``, which count if both
+are given. A graph of torch.compile, and rows of packed sequences beside one another, have a mask.
+
 Continuous batching (``model.generate_batch``, ``fastlm lm serve --continuous-batching``) takes "fastlm", on CPUs too: requests
 that decode are attended to in their pages (continuous_batching.py).
 

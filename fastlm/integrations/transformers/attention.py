@@ -12,7 +12,7 @@ from ...ops.attention import attention
 from ...ops.tensor_classes import are_known
 from .continuous_batching import attend_batch, is_batched
 from .mask import as_eager_mask, read_mask
-from .packing import attend_packed, is_packed
+from .sequences import Sequences, as_mask, attend_packed, is_packed, sequences_of
 from .traits import Traits, traits_of
 
 
@@ -37,6 +37,7 @@ def attend(
         query, key, value: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
         attention_mask: a mask of `make_mask`, or a user's own, bool or float. None hides nothing, as in eager: ``is_causal``
             and ``sliding_window`` among ``kwargs`` add nothing to the mask, but in continuous batching, where there is none.
+            ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (sequences + 1,) among them say where packed sequences begin.
         dropout: the probability to drop a weight in training.
         s_aux: (Hq,), the heads' sinks.
         position_bias: floating, broadcastable to (B, Hq, Lq, Lk). It is added to the scores, and gets a gradient.
@@ -45,13 +46,17 @@ def attend(
         The output (B, Lq, Hq, Dv), contiguous, and None, or the weights if the call asks for them.
 
     Raises:
-        NotImplementedError: the module prepares its mask for other implementations only; or fastlm cannot take the call, and
-            `fastlm.distributed.context_parallel` is open, or requests are batched continuously.
+        NotImplementedError: the module prepares its mask for other implementations only; or fastlm cannot take the call, or
+            has packed sequences, and `fastlm.distributed.context_parallel` is open, or requests are batched continuously.
+        ValueError: packed sequences are in a batch of several rows.
     """
     traits = traits_of(type(module))
     collected = _active_collector.get()  # some models collect weights without asking for them
     output_attentions = output_attentions or (collected and any("attentions" in name for name in collected))
     batched = is_batched(kwargs)
+    sequences = None
+    if not batched:
+        sequences, attention_mask = _packed(query, key, attention_mask, kwargs)
     plain = not torch.jit.is_tracing() and are_known((query, key, value, attention_mask, s_aux, position_bias))
     if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
@@ -67,13 +72,17 @@ def attend(
                 "position_bias": position_bias,
             }
             options |= {"output_attentions": output_attentions, **kwargs}
+            if sequences is not None:
+                attention_mask = as_mask(sequences, query.shape[2], key.shape[2])
             return _attend_eagerly(module, traits.eager, reason, query, key, value, attention_mask, options)
     options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if batched:
         return attend_batch(query, key, value, kwargs, **options), None
     options["dropout_p"] = dropout if module.training else 0.0
-    if is_packed(attention_mask):
-        return attend_packed(query, key, value, attention_mask, **options), None
+    if sequences is not None and position_bias is None:
+        return attend_packed(query, key, value, sequences, **options), None
+    if sequences is not None:
+        attention_mask = as_mask(sequences, query.shape[2], key.shape[2])
     causal, window, attention_mask = read_mask(attention_mask)
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
@@ -82,6 +91,27 @@ def attend(
     run = context.attend if context.is_open() else attention
     out = run(query, key, value, mask=attention_mask, causal=causal, window=window, **options)
     return out.transpose(1, 2).contiguous(), None  # no copy where the query was a transposed (B, Lq, Hq, D)
+
+
+def _packed(query: Tensor, key: Tensor, mask: Tensor | None, given: dict) -> tuple[Sequences | None, Tensor | None]:
+    """Return the packed sequences of a call and None, or, if it has none or cannot be without a mask, None and its mask.
+
+    The sequences are those of flash attention's arguments, if they are given, and otherwise those in place of the mask.
+    """
+    own = sequences_of(mask) if is_packed(mask) else None
+    bounds = given.get("cu_seq_lens_q")
+    if bounds is None:
+        return own, (mask if own is None else None)
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q needs a batch of one row of packed sequences; got {query.shape[0]} rows")
+    if context.is_open():
+        raise NotImplementedError("context_parallel has no packed sequences: cu_seq_lens_q")
+    causal, window, rest = read_mask(mask) if own is None else (own.causal, own.window, None)
+    sequences = Sequences(bounds, given.get("cu_seq_lens_k", bounds), causal, window)
+    if rest is None:
+        return sequences, None
+    allowed = as_mask(sequences, query.shape[2], key.shape[2])
+    return None, (allowed & rest if rest.dtype is torch.bool else _with_bias(allowed, rest))
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:

@@ -4,19 +4,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     eager_mask,
+    packed_sequence_mask_function,
     sdpa_mask,
     sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
 from ...distributed import context
-from .packing import as_mask, is_packed, padding_mask
+from .packing import padding_mask
+from .sequences import causal_bounds
 from .traits import takes_any_mask
 
 # A mask that is only a pattern is never built. transformers gets a stand-in instead, and hands it on to the attention: one
@@ -46,8 +48,9 @@ def make_mask(
     """Make the mask that a model of transformers hands to its attentions; the arguments are those of ``sdpa_mask``.
 
     Returns:
-        None if all queries see all keys; a stand-in (see above) for a causal or windowed mask without padding; otherwise a bool
-        mask (batch, 1, queries, keys), True: attend, which takes (batch, keys) of memory if all queries see the same keys.
+        None if all queries see all keys; a stand-in (see above) for a causal or windowed mask without padding; the bounds of
+        packed sequences (`sequences.PACKED`), if a batch of one has them; otherwise a bool mask (batch, 1, queries, keys),
+        True: attend, which takes (batch, keys) of memory if all queries see the same keys.
         Models that must not get such masks get eager's float masks. In `fastlm.distributed.context_parallel` the keys of the
         mask are those of all ranks.
 
@@ -66,6 +69,8 @@ def make_mask(
         skip = {"allow_is_bidirectional_skip": allow_is_bidirectional_skip}
         rest = {"mask_function": mask_function, "attention_mask": attention_mask, "config": config, **skip, **kwargs}
         return eager_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **rest)
+    if batch_size == 1 and aligned and (bounds := _bounds(mask_function)) is not None:
+        return bounds
     stand_in = _stand_in(mask_function) if may_skip and aligned else None
     if stand_in is not None and q_length == 1 and (stand_in.dtype is CAUSAL or stand_in.item() >= kv_length):
         mask_function = bidirectional_mask_function  # the window of a query at the last key has all keys
@@ -135,6 +140,33 @@ def _stand_in(mask_function: Callable) -> Tensor | None:
     return None
 
 
+_OWN_SEQUENCE = packed_sequence_mask_function(None).__code__
+_REMAP = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # since transformers 5.23
+_OWN_POSITION = _REMAP and _REMAP(causal_mask_function, None).__code__
+
+
+def _bounds(mask_function: Callable) -> Tensor | None:
+    """Return the bounds of packed sequences for transformers' causal or windowed mask within them, or None for another."""
+    if torch.compiler.is_compiling() or getattr(mask_function, "__code__", None) is not _AND:
+        return None  # The number of sequences is not the graph's.
+    within, *rest = mask_function.__closure__[0].cell_contents
+    own = rest[0] if len(rest) == 1 else None
+    if getattr(own, "__code__", None) is not _OWN_SEQUENCE:
+        return None
+    if _REMAP and getattr(within, "__code__", None) is _OWN_POSITION:
+        within = _captured(within)["mask_function"]  # Within a sequence, positions go up by one as tokens do.
+    pattern = _stand_in(within)
+    if pattern is None or pattern.dtype is WINDOW_ON_BOTH_SIDES:
+        return None
+    window = None if pattern.dtype is CAUSAL else pattern.item()
+    return causal_bounds(_captured(own)["packed_sequence_mask"][0], window)
+
+
+def _captured(function: Callable) -> dict:
+    """Return the values that a function's closure holds, by their names."""
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in function.__closure__)))
+
+
 def read_mask(mask: Tensor | None) -> tuple[bool, tuple[int, int | None] | None, Tensor | None]:
     """Return (causal, window, mask) of a mask of `make_mask`, or of a user's own, as `fastlm.attention` takes them.
 
@@ -166,9 +198,7 @@ def as_eager_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | N
     """Return the float mask that an eager function takes, for a mask of `make_mask` or a user's own."""
     if mask is None or mask.is_floating_point():
         return mask
-    if is_packed(mask):
-        mask = as_mask(mask, query.shape[2])
-    elif mask.dtype in STAND_INS:
+    if mask.dtype in STAND_INS:
         causal, window = read_stand_in(mask)
         queries, keys = query.shape[2], key.shape[2]
         distance = torch.arange(keys, device=query.device) - torch.arange(keys - queries, keys, device=query.device)[:, None]

@@ -2,7 +2,7 @@
 
 Between its attentions an encoder like BERT's treats each token by itself, so that padding is only work. After `fastlm.replace`,
 a forward pre-hook of the encoder takes the tokens out of (B, L, hidden) as (1, tokens, hidden), its layers run on those, their
-attention by `fastlm.varlen_attention`, and a forward hook puts the tokens back.
+attention by `fastlm.varlen_attention` (sequences.py), and a forward hook puts the tokens back.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch.nn.modules import module as hooks_of_all
 from transformers.utils import output_capturing
 
 from ...nn.running import is_ours
-from ...ops.attention import varlen_attention
 from ...ops.torch_op import are_plain
 from .hooks import add_hooks, has_hook, remove_hooks
+from .sequences import PACKED
 
 # Encoders that are token-wise but for attention, and hand their mask on as they get it.
 ENCODERS = {
@@ -27,10 +27,6 @@ ENCODERS = {
     ("xlm_roberta", "XLMRobertaEncoder"),
     ("xlm_roberta_xl", "XLMRobertaXLEncoder"),
 }
-
-# What the layers get in place of a mask: the bounds of the sequences (B + 1,), as varlen_attention takes them, of a dtype and
-# shape that no mask has. As attributes it has the shape of the batch (B, L), and each token's place in B * L.
-PACKED = torch.int32
 
 
 def is_encoder(module: nn.Module) -> bool:
@@ -50,23 +46,6 @@ def padding_mask(tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
     return mask
 
 
-def is_packed(mask: Tensor | None) -> bool:
-    """Return whether an attention is given the bounds of packed sequences in place of a mask."""
-    return mask is not None and mask.dtype is PACKED and mask.dim() == 1
-
-
-def attend_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, **options) -> Tensor:
-    """Attend within packed sequences. Tensors are (1, H, tokens, D), the output is (1, tokens, H, Dv)."""
-    packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return varlen_attention(*packed, bounds, bounds, **options).unsqueeze(0)
-
-
-def as_mask(bounds: Tensor, tokens: int) -> Tensor:
-    """Return the bool mask (1, 1, tokens, tokens) of packed sequences, True: attend."""
-    sequence = torch.bucketize(torch.arange(tokens, device=bounds.device), bounds[1:], right=True)
-    return (sequence[:, None] == sequence)[None, None]
-
-
 # ---- the hooks --------------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +60,7 @@ def _pack(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
     places = tokens.flatten().nonzero().squeeze(1)
     if not len(places):  # Layers cannot take a batch without tokens.
         return None
-    bounds = nn.functional.pad(tokens.sum(1).cumsum(0, dtype=PACKED), (1, 0))
+    bounds = nn.functional.pad(tokens.sum(1).cumsum(0, dtype=PACKED), (1, 0))  # (B + 1,)
     bounds.batch, bounds.places = tokens.shape, places
     packed = hidden.flatten(0, 1).index_select(0, places).unsqueeze(0)
     return (), {**given, "hidden_states": packed, "attention_mask": bounds}
@@ -90,7 +69,7 @@ def _pack(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] |
 def _unpack(encoder: nn.Module, args: tuple, kwargs: dict, output):
     """Put the tokens of the encoder's output back where they were: a forward hook."""
     bounds = kwargs.get("attention_mask")
-    if not is_packed(bounds):
+    if not hasattr(bounds, "places"):
         return None
     packed = output.last_hidden_state[0]  # (tokens, hidden)
     places = bounds.places.to(packed.device)  # The layers may be on several.

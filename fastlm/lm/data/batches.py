@@ -16,8 +16,6 @@ from ..model.text_vae import IGNORED
 from .augment import span_masking, word_dropout
 from .prepare import read_split
 
-POOL = 50  # batches per pool of `ByLength`
-
 
 class Texts(Dataset):
     """A split of a prepared corpus as token ids, each text between <|bos|> and <|eos|>, cut at ``max_tokens``.
@@ -83,11 +81,8 @@ def seed_of(seed: int, epoch: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class ByLength(Sampler):
-    """Sample the texts in random order, with batches of about equal lengths, so that there is little padding.
-
-    Each random pool of POOL batches is sorted by length and cut into batches. The batches come in random order. The texts that
-    do not fill a batch are left out; they are different ones in each epoch.
+class InRandomOrder(Sampler):
+    """Sample the texts in random order, another one in each epoch. The texts that do not fill a batch are left out.
 
     Args:
         shares: the number of equal shares of a batch.
@@ -98,8 +93,7 @@ class ByLength(Sampler):
     """
 
     def __init__(self, texts: Texts, batch: int, *, shares: int = 1, copies: int = 1):
-        self.texts, self.batch, self.lengths = texts, batch, torch.tensor(texts.lengths)
-        self.shares, self.copies = shares, copies
+        self.texts, self.batch, self.shares, self.copies = texts, batch, shares, copies
         if len(texts) < batch:
             raise ValueError(f"batch_size must be at most the number of texts, {len(texts)}; got {batch}")
 
@@ -108,11 +102,8 @@ class ByLength(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed_of(self.texts.seed, self.texts.epoch, 0))
-        whole = len(self) // self.copies
-        pools = torch.randperm(len(self.texts), generator=generator)[:whole].split(POOL * self.batch)
-        batches = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).view(-1, self.batch)
-        batches = batches[torch.randperm(len(batches), generator=generator)]
-        return iter(batches.view(-1, self.batch // self.shares).repeat_interleave(self.copies, 0).flatten().tolist())
+        order = torch.randperm(len(self.texts), generator=generator)[: len(self) // self.copies]
+        return iter(order.view(-1, self.batch // self.shares).repeat_interleave(self.copies, 0).flatten().tolist())
 
 
 class Collator:
@@ -120,31 +111,49 @@ class Collator:
 
     Args:
         encoder: whether the model has an encoder.
+        packed: put the texts behind one another, instead of padding them to the longest.
         dropout: the share of the decoder's input tokens that are masked (`word_dropout`).
         masking: the share of the encoder's input tokens that are masked, in spans (`span_masking`).
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, encoder: bool = True, dropout: float = 0.0, masking: float = 0.0
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        encoder: bool = True,
+        packed: bool = False,
+        dropout: float = 0.0,
+        masking: float = 0.0,
     ) -> None:
         self.pad, self.bos, self.mask = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.mask_token_id
-        self.encoder, self.dropout, self.masking = encoder, dropout, masking
+        self.encoder, self.packed, self.dropout, self.masking = encoder, packed, dropout, masking
 
     def plain(self) -> "Collator":
-        """Return a copy without augmentation, for evaluation."""
+        """Return a copy for evaluation, which pads texts of about equal lengths, and does not augment them."""
         plain = copy(self)
-        plain.dropout = plain.masking = 0.0
+        plain.packed, plain.dropout, plain.masking = False, 0.0, 0.0
         return plain
 
     def __call__(self, items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``labels`` and ``encoder_input_ids`` (B, L), padded on the right, and ``seeds`` (B,)."""
+        """Return ``input_ids``, ``labels`` and ``encoder_input_ids``, and ``seeds`` (B,).
+
+        The first three are (B, L), padded on the right; or packed, (1, tokens), with ``position_ids`` and ``cu_seq_lens_q`` as
+        `TextVAE` and the models of transformers take them.
+        """
         texts, seeds = zip(*items)
-        batch = {"input_ids": padded(map(self._dropped, texts, seeds), self.pad), "labels": padded(texts, IGNORED)}
+        batch = {"input_ids": list(map(self._dropped, texts, seeds)), "labels": texts}
+        if self.encoder:
+            batch["encoder_input_ids"] = list(map(self._masked, texts, seeds))
+        batch = packed(batch) if self.packed else self._padded(batch)
+        if self.encoder:
+            batch["seeds"] = torch.tensor(seeds)
+        return batch
+
+    def _padded(self, rows: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+        batch = {name: padded(tensors, IGNORED if name == "labels" else self.pad) for name, tensors in rows.items()}
         # The causal decoder needs no attention_mask, as its tokens never attend to padding on the right.
         if self.encoder:
-            batch["encoder_input_ids"] = padded(map(self._masked, texts, seeds), self.pad)
             batch["encoder_attention_mask"] = (batch["labels"] != IGNORED).long()
-            batch["seeds"] = torch.tensor(seeds)
         return batch
 
     def _dropped(self, ids: Tensor, seed: int) -> Tensor:
@@ -152,6 +161,19 @@ class Collator:
 
     def _masked(self, ids: Tensor, seed: int) -> Tensor:
         return span_masking(ids, self.masking, self.mask, seed=seed + 1, keep=ids == self.bos)[0] if self.masking else ids
+
+
+def packed(rows: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Put the rows (L_i,) of each name behind one another, as (1, tokens), and add what says where each begins.
+
+    The first label of a row is ignored, as nothing before it predicts it.
+    """
+    lengths = [len(row) for row in rows["labels"]]
+    batch = {name: torch.cat(list(tensors)).unsqueeze(0) for name, tensors in rows.items()}
+    batch["cu_seq_lens_q"] = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    batch["labels"][0, batch["cu_seq_lens_q"][:-1]] = IGNORED
+    positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    return batch | {name.replace("input", "position"): positions for name in rows if name != "labels"}
 
 
 def padded_ids(rows: Sequence[Tensor], pad: int, side: str = "right") -> tuple[Tensor, Tensor]:

@@ -162,6 +162,7 @@ def fit(
     score: str = "loss",
     compute_metrics: Callable | None = None,
     label_names: Sequence[str] = ("labels",),
+    sampling: str = "group_by_length",
 ) -> torch.nn.Module:
     """Train a model with transformers' Trainer, and return that of the best epoch, in evaluation mode.
 
@@ -171,6 +172,7 @@ def fit(
         score: the validation score that determines the best epoch: "loss", the lower the better, or a name of
             ``compute_metrics``, the higher the better.
         label_names: the names of the batch's tensors that the loss compares with.
+        sampling: the Trainer's order of the items: by length for batches that are padded, "random" for packed ones.
 
     Raises:
         OSError: the disk is full.
@@ -185,7 +187,7 @@ def fit(
         warmup_steps=0.1,  # a share of all steps
         weight_decay=0.01,
         seed=tuning.seed,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy=sampling,
         logging_steps=LOG_STEPS,
         eval_strategy="epoch",
         save_strategy="epoch",

@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..data.batches import padded
 from ..data.numbers import WHAT, number_pairs
 from ..data.problems import Problems
 from ..model.checkpoint import load
@@ -122,7 +120,7 @@ def translate(
     train, validation = (items_of(part, tokenizer, places) for part in (examples.train, examples.validation))
     model.generation_config.max_new_tokens = max(map(answer, train))  # training has no longer target
     with results(output, course_of("translate", checkpoint, examples, tuning), resume) as (folder, epochs):
-        model = finetune(model, tuning, (), train, validation, Pairs(tokenizer.pad_token_id), epochs)
+        model = finetune(model, tuning, (), train, validation, DataCollatorWithFlattening(), epochs, sampling="random")
         sources, targets = zip(*examples.test)
         found = generate(model, tokenizer, sources)
         result = Translation(data=what, **examples.counts, **scores(targets, found), problems=examples.problems)
@@ -178,17 +176,6 @@ def items_of(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, pl
 def answer(item: dict) -> int:
     """Return the number of tokens of the target, with its <|eos|>."""
     return sum(label != IGNORED for label in item["labels"])
-
-
-class Pairs:
-    """Make a batch of items: ``input_ids`` and ``labels`` (B, L), padded on the right, where a decoder needs no mask."""
-
-    def __init__(self, pad: int):
-        self.pad = pad
-
-    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
-        ids, labels = ([torch.tensor(item[name]) for item in items] for name in ("input_ids", "labels"))
-        return {"input_ids": padded(ids, self.pad), "labels": padded(labels, IGNORED)}
 
 
 @torch.inference_mode()

@@ -179,7 +179,8 @@ def _trainer(
     most = model.config.get_text_config().max_position_embeddings
     texts, validation = (Texts(corpus, split, tokenizer, most, settings.seed) for split in ("train", "validation"))
     arguments.eval_steps = arguments.save_steps = min(SAVE_STEPS, -(-len(texts) // settings.batch_size))
-    collate = Collator(tokenizer, encoder=vae, dropout=settings.word_dropout, masking=settings.span_masking)
+    noise = {"dropout": settings.word_dropout, "masking": settings.span_masking}
+    collate = Collator(tokenizer, encoder=vae, packed=group is None, **noise)
     if group is not None:
         collate = PartCollator(collate, tokenizer.pad_token_id, group.rank(), group.size())
     annealing = [Annealing(settings.kl_schedule, settings.beta, settings.warm_start)] if vae else []

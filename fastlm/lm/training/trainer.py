@@ -1,4 +1,4 @@
-"""transformers' Trainer for texts: it batches by length, logs the parts of the loss, and leaves no partial checkpoint."""
+"""transformers' Trainer for texts: it orders them by the seed, logs the parts of the loss, and leaves no partial checkpoint."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...distributed import context_parallel
-from ..data.batches import ByLength
+from ..data.batches import InRandomOrder
 from ..model.evaluate import elbo
 from ..model.text_vae import targets_of
 from .schedules import kl_weight
@@ -42,9 +42,9 @@ class TextTrainer(Trainer):
         self.tokens, self._start = 0, time.perf_counter()
         self._sums = {}
 
-    def _get_train_sampler(self, train_dataset=None) -> ByLength:
+    def _get_train_sampler(self, train_dataset=None) -> InRandomOrder:
         copies = 1 if self.group is None else self.group.size()
-        return ByLength(self.train_dataset, self.batch_size, shares=self.args.world_size // copies, copies=copies)
+        return InRandomOrder(self.train_dataset, self.batch_size, shares=self.args.world_size // copies, copies=copies)
 
     def _context(self) -> AbstractContextManager:
         return nullcontext() if self.group is None else context_parallel(self.group)
