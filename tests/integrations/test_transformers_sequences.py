@@ -166,7 +166,7 @@ def test_bounds_as_a_mask(window):
 
 
 def test_more_keys_than_queries_as_a_mask():
-    """The last query of a sequence is at its last key."""
+    """Align the last query of each sequence with its last key."""
     found = as_mask(Sequences(torch.tensor([0, 1, 3]), torch.tensor([0, 2, 5]), True, None), 3, 5)[0, 0]
     assert found.int().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 

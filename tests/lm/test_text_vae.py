@@ -210,7 +210,7 @@ def packed_of(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_packed_texts_are_as_good_as_padded_ones(training, autocast):
-    """The same loss, its parts and gradients, with a norm of means that sees the whole batch."""
+    """Compare the loss, its parts and the gradients, with a norm of means that sees the whole batch."""
 
     def results(dtype: torch.dtype, implementation: str, batch: dict) -> dict[str, torch.Tensor]:
         model = build(implementation, dtype, mean_std=0.8).train(training)

@@ -16,7 +16,7 @@ EPSILON = 1e-5  # is added to variances, as in torch's BatchNorm1d
 
 
 class DecorrelatedBatchNorm(nn.Module):
-    """Give D features the mean 0, the standard deviation ``std`` and no correlations.
+    """Give D features the mean 0, the deviation ``std``, and no correlations but those in directions of little variance.
 
     Mean and deviation are those of a batch; in evaluation they are those over training. If x are the means of posteriors, their
     KL from N(0, 1), averaged over a batch, is at least std^2 / 2 in each dimension, and it comes from the differences between
@@ -28,7 +28,7 @@ class DecorrelatedBatchNorm(nn.Module):
     Attributes:
         running_mean, running_cov: (D,) and (D, D), of x.
         decorrelation: (D, D), the inverse square root of ``running_cov``.
-        running_var: (D,), of what is decorrelated. It is about 1, as the encoder changes while it learns.
+        running_var: (D,), of what is decorrelated: 1, or less where directions of x have less than LEAST.
     """
 
     def __init__(self, features: int, std: float):
