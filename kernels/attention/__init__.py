@@ -344,9 +344,6 @@ def _kvcache(cache: Tensor, block_table: Tensor | None) -> KVCache:
     """Return a cache, contiguous or paged, with its strides."""
     if block_table is None:
         return KVCache(*rows_of(cache), cache.shape[2], None, 1, 1)
-    (pages, rows, _, _), (page, row, head, _) = cache.shape, cache.stride()
     span = sum((length - 1) * stride for length, stride in zip(cache.shape, cache.stride()))
-    return KVCache(
-        cache, page, head, row, True if span >= 1 << 31 else None, True if row % 16 == 8 else None,
-        rows, block_table, pages, block_table.shape[1],
-    )  # fmt: skip
+    rows = rows_of(cache.transpose(1, 2))._replace(data=cache, wide=True if span >= 1 << 31 else None)
+    return KVCache(*rows, cache.shape[1], block_table, cache.shape[0], block_table.shape[1])
