@@ -56,7 +56,7 @@ def attend(
     batched = is_batched(kwargs)
     sequences = None
     if not batched:
-        sequences, attention_mask = _packed(query, key, attention_mask, kwargs)
+        sequences, attention_mask = _packed(query, key, attention_mask, kwargs, position_bias is not None)
     plain = not torch.jit.is_tracing() and are_known((query, key, value, attention_mask, s_aux, position_bias))
     if not plain or traits.unknown or traits.for_others or output_attentions or query.shape[0] != key.shape[0]:
         reason = _why_eager(module, traits, plain, query.shape[0] != key.shape[0], output_attentions, kwargs)
@@ -79,10 +79,8 @@ def attend(
     if batched:
         return attend_batch(query, key, value, kwargs, **options), None
     options["dropout_p"] = dropout if module.training else 0.0
-    if sequences is not None and position_bias is None:
-        return attend_packed(query, key, value, sequences, **options), None
     if sequences is not None:
-        attention_mask = as_mask(sequences, query.shape[2], key.shape[2])
+        return attend_packed(query, key, value, sequences, **options), None
     causal, window, attention_mask = read_mask(attention_mask)
     if position_bias is not None:
         attention_mask = _with_bias(attention_mask, position_bias)
@@ -93,25 +91,28 @@ def attend(
     return out.transpose(1, 2).contiguous(), None  # no copy where the query was a transposed (B, Lq, Hq, D)
 
 
-def _packed(query: Tensor, key: Tensor, mask: Tensor | None, given: dict) -> tuple[Sequences | None, Tensor | None]:
-    """Return the packed sequences of a call and None, or, if it has none or cannot be without a mask, None and its mask.
+def _packed(
+    query: Tensor, key: Tensor, mask: Tensor | None, given: dict, needs_mask: bool
+) -> tuple[Sequences | None, Tensor | None]:
+    """Return the packed sequences of a call and None, or, if it has none or needs a mask, None and its mask.
 
     The sequences are those of flash attention's arguments, if they are given, and otherwise those in place of the mask.
     """
-    own = sequences_of(mask) if is_packed(mask) else None
+    sequences, rest = (sequences_of(mask), None) if is_packed(mask) else (None, mask)
     bounds = given.get("cu_seq_lens_q")
-    if bounds is None:
-        return own, (mask if own is None else None)
-    if query.shape[0] != 1:
-        raise ValueError(f"cu_seq_lens_q needs a batch of one row of packed sequences; got {query.shape[0]} rows")
-    if context.is_open():
-        raise NotImplementedError("context_parallel has no packed sequences: cu_seq_lens_q")
-    causal, window, rest = read_mask(mask) if own is None else (own.causal, own.window, None)
-    sequences = Sequences(bounds, given.get("cu_seq_lens_k", bounds), causal, window)
-    if rest is None:
-        return sequences, None
+    if bounds is not None:
+        if query.shape[0] != 1:
+            raise ValueError(f"cu_seq_lens_q needs a batch of one row of packed sequences; got {query.shape[0]} rows")
+        if context.is_open():
+            raise NotImplementedError("context_parallel has no packed sequences: cu_seq_lens_q")
+        causal, window, rest = read_mask(mask) if sequences is None else (sequences.causal, sequences.window, None)
+        sequences = Sequences(bounds, given.get("cu_seq_lens_k", bounds), causal, window)
+    if sequences is None or (rest is None and not needs_mask):
+        return sequences, rest
     allowed = as_mask(sequences, query.shape[2], key.shape[2])
-    return None, (allowed & rest if rest.dtype is torch.bool else _with_bias(allowed, rest))
+    if rest is not None:
+        allowed = allowed & rest if rest.dtype is torch.bool else _with_bias(allowed, rest)
+    return None, allowed
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
