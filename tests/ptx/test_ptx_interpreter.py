@@ -6,6 +6,8 @@ import torch
 from support.ptx.interpreter import Fault, interpret
 from support.ptx.program import Program
 
+from fastlm.testing import seeded_normal
+
 HEADER = """
 .version 8.0
 .target sm_90a
@@ -21,12 +23,16 @@ HEADER = """
     .reg .b16 %h<9>;
     .reg .b32 %r<99>;
     .reg .b64 %d<9>;
+targets:
+    .branchtargets
+        $zero,
+        $one;
     ld.param.b64 %d0, [kernel_param_0];
     ld.param.b64 %d1, [kernel_param_1];
     mov.u32 %r0, %tid.x;
     mul.wide.u32 %d2, %r0, {stride};
     add.s64 %d3, %d0, %d2;
-    mul.wide.u32 %d4, %r0, 8;
+    mul.wide.u32 %d4, %r0, {results};
     add.s64 %d5, %d1, %d4;
 {body}
     ret;
@@ -34,10 +40,13 @@ HEADER = """
 """
 
 
-def run(body: str, inputs: torch.Tensor, threads: int = 32, grid: int = 1, shared: int = 1024, **options) -> torch.Tensor:
-    """Run a kernel. Thread t of a block has its row of the inputs at [%d3] and its element of the int64 results at [%d5]."""
-    results = torch.full((threads,), -1, dtype=torch.int64)
-    program = Program(HEADER.format(threads=threads, stride=inputs.element_size() * inputs[0].numel(), body=body))
+def run(
+    body: str, inputs: torch.Tensor, threads: int = 32, grid: int = 1, shared: int = 1024, each: int = 1, **options
+) -> torch.Tensor:
+    """Run a kernel. Thread t of a block has its row of the inputs at [%d3] and its `each` int64 results at [%d5]."""
+    results = torch.full((threads * each,), -1, dtype=torch.int64)
+    stride = inputs.element_size() * inputs[0].numel()
+    program = Program(HEADER.format(threads=threads, stride=stride, results=8 * each, body=body))
     tensors = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in (inputs, results)]
     parameters = np.array([address for address, _ in tensors], np.uint64).tobytes()
     interpret(program, grid, shared, parameters, tensors, **options)
@@ -84,6 +93,7 @@ INTEGERS = {
     "setp.lo.u32 %p1, %r1, %r2;\nselp.b32 %r4, 1, 0, %p1;": (UNSIGNED_A < UNSIGNED_B).long(),
     "setp.ge.s32 %p1, %r1, 0;\nsetp.lt.and.s32 %p2, %r2, 0, %p1;\nselp.b32 %r4, 1, 0, %p2;": ((A >= 0) & (B < 0)).long(),
     "mov.b32 {%h1, %h2}, %r1;\nmov.b32 %r4, {%h2, %h1};": word(UNSIGNED_A >> 16 | UNSIGNED_A << 16),
+    "and.b32 %r4, %r1, 1;\nbrx.idx %r4, targets;\n$one:\nmov.b32 %r4, 7;\n$zero:": 7 * (A & 1),
     "mov.b32 %r4, 5;\nsetp.ge.s32 %p1, %r1, 0;\n@%p1 bra $over;\nmov.b32 %r4, 6;\n$over:": 5 + (A < 0).long(),
 }
 
@@ -121,6 +131,8 @@ FLOATS = {
     "setp.neu.f32 %p1, %r2, %r2;\nselp.f32 %r4, 0f3F800000, 0f00000000, %p1;": Y.isnan().float(),
     "setp.lt.f32 %p1, %r1, %r2;\nselp.f32 %r4, 0f3F800000, 0f00000000, %p1;": (X < Y).float(),
     "shfl.sync.bfly.b32 %r4, %r1, 1, 31, -1;": X.view(16, 2).flip(1).flatten(),
+    "redux.sync.max.f32 %r4, %r2, -1;": torch.full((32,), Y.nan_to_num(-torch.inf).max().item()),
+    "neg.f32 %r4, %r1;\nabs.f32 %r4, %r4;\nneg.f32 %r4, %r4;\nredux.sync.max.f32 %r4, %r4, -1;": -X.abs().min().expand(32),
     "shfl.sync.up.b32 %r4|%p1, %r1, 1, 0, -1;\n@!%p1 mov.b32 %r4, 0f00000000;": torch.cat([torch.zeros(1), X[:-1]]),
 }
 
@@ -205,6 +217,9 @@ def test_operands_that_nobody_declared_are_refused():
         run("mov.b32 %r1, %x1;", NOTHING[:32])
 
 
+ALLOC = "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32"
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -215,6 +230,11 @@ def test_operands_that_nobody_declared_are_refused():
         ("ld.global.b64 %d6, [%d3+4];", "misaligned access of 8 bytes"),
         ("mov.b32 %r1, 0;\nrem.s32 %r2, %r0, %r1;", "integer division by zero"),
         ("setp.eq.s32 %p1, %r0, 0;\n@%p1 bar.sync 0;", "a barrier for some lanes"),
+        (f"{ALLOC} [0], 48;", "an allocation of 48 columns"),
+        (f"{ALLOC} [0], 512;\n{ALLOC} [0], 32;", "deadlock: there are too few columns"),
+        (f"tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;\n{ALLOC} [0], 32;", "after the permit is relinquished"),
+        (f"{ALLOC} [0], 64;\ntcgen05.dealloc.cta_group::1.sync.aligned.b32 448, 32;", "freed that was not allocated so"),
+        (f"setp.eq.s32 %p1, %r0, 0;\n@%p1 {ALLOC} [0], 32;", "by some lanes of a warp"),
         ("frobnicate.b32 %r1, %r2;", "unknown instruction frobnicate"),
         ("add.carry.s32 %r1, %r2, %r3;", "unknown modifier carry"),
         ("add.s32 %r1, %r2, %r3, %r4;", "too many operands of add"),
@@ -223,3 +243,174 @@ def test_operands_that_nobody_declared_are_refused():
 def test_what_a_gpu_would_trap_at_is_a_fault(body, message):
     with pytest.raises(Fault, match=message):
         run(body, torch.zeros(32, 1, dtype=torch.int64))
+
+
+# ---- the tensor core and its memory -----------------------------------------------------------------------------------------
+
+ADDRESS, BARRIER, A_IMAGE, B_IMAGE = 0, 8, 1024, 1024 + 128 * 128  # Where they lie in shared memory.
+ALLOCATE = f"""
+    setp.lt.u32 %p1, %r0, 32;
+    @%p1 {ALLOC} [{ADDRESS}], 128;
+    setp.eq.s32 %p2, %r0, 0;
+    @%p2 mbarrier.init.shared::cta.b64 [{BARRIER}], 1;
+    bar.sync 0;
+    ld.shared.b32 %r1, [{ADDRESS}];
+    and.b32 %r2, %r0, 96;
+    shl.b32 %r2, %r2, 16;
+    add.s32 %r2, %r2, %r1;
+"""  # %r1 is the address of 128 columns, %r2 that of the warp's lanes.
+FREE = """
+    bar.sync 0;
+    @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r1, 128;
+"""
+WAIT_FOR_LOADS, WAIT_FOR_STORES = "tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::st.sync.aligned;"
+
+
+def registers(first: int, count: int) -> str:
+    return "{" + ", ".join(f"%r{r}" for r in range(first, first + count)) + "}"
+
+
+def fours(instruction: str, first: int, count: int, offset: int = 0) -> str:
+    """Return an instruction for each four of so many registers, and for 16 more bytes each."""
+    return "\n".join(instruction.format(registers(first + w, 4), offset + 4 * w) for w in range(0, count, 4))
+
+
+LOAD_ROW, STORE_RESULTS = "ld.global.v4.b32 {0}, [%d3+{1}];", "st.global.v4.b32 [%d5+{1}], {0};"
+WORDS = torch.arange(128 * 8, dtype=torch.int32).view(128, 8)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("second", "lane", "column"), [(4, 0, 4), (16 << 16, 16, 0)])
+def test_tensor_memory_is_read_in_halves(second, lane, column, late):
+    """A warp stores 8 columns of its 32 lanes. It reads 4 columns of 16 lanes, and 4 columns of the same or other lanes."""
+    body = f"""
+        {ALLOCATE}
+        {fours(LOAD_ROW, 10, 8)}
+        tcgen05.st.sync.aligned.32x32b.x8.b32 [%r2 + 32], {registers(10, 8)};
+        {WAIT_FOR_STORES}
+        tcgen05.ld.sync.aligned.16x32bx2.x4.b32 {registers(20, 4)}, [%r2 + 32], {second};
+        {WAIT_FOR_LOADS}
+        {fours(STORE_RESULTS, 20, 4)}
+        {FREE}
+    """
+    results = run(body, WORDS, threads=128, each=2, late=late).view(torch.int32).view(4, 32, 4)  # (warp, lane, column)
+    words = WORDS.view(4, 32, 8)
+    expected = torch.cat([words[:, :16, :4], words[:, lane : lane + 16, column : column + 4]], 1)
+    assert torch.equal(results, expected)
+
+
+def test_what_is_read_before_the_wait_for_a_store_may_be_old():
+    body = f"""
+        {ALLOCATE}
+        {fours(LOAD_ROW, 10, 8)}
+        tcgen05.st.sync.aligned.32x32b.x8.b32 [%r2 + 0], {registers(10, 8)};
+        tcgen05.ld.sync.aligned.32x32b.x8.b32 {registers(20, 8)}, [%r2 + 0];
+        {WAIT_FOR_LOADS}
+        {WAIT_FOR_STORES}
+        {fours(STORE_RESULTS, 20, 8)}
+        {FREE}
+    """
+    early, late = (run(body, WORDS, threads=128, each=4, late=late).view(torch.int32) for late in (False, True))
+    assert torch.equal(early, WORDS.flatten())
+    assert (late == -1).all()  # New columns are full of NaN.
+
+
+def image(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows of 64 halves in 128-byte swizzle: the 8 chunks of row r change places by r % 8."""
+    places = torch.arange(8) ^ torch.arange(len(rows))[:, None] % 8  # (rows, 8)
+    return rows.view(-1, 8, 8).gather(1, places[:, :, None].expand(-1, -1, 8)).view(-1, 64)
+
+
+def descriptor(address: int) -> int:
+    """Return the descriptor of an operand in 128-byte swizzle, whose cores of 8 rows follow each other."""
+    return address >> 4 | (1024 >> 4) << 32 | 1 << 46 | 2 << 61
+
+
+def product_of(m: int, transposed_b: bool, a_in_tensor_memory: bool) -> str:
+    """Return the instructions for D (m, 64) = A (m, 64) B (64, 64), in bfloat16, 16 columns of A at a time, from one thread."""
+    bits = 1 << 4 | 1 << 7 | 1 << 10 | transposed_b << 16 | 64 >> 3 << 17 | m >> 4 << 24
+    lines = []
+    for step in range(4):
+        a = f"[%r1 + {64 + 8 * step}]" if a_in_tensor_memory else "%d7"
+        lines += [
+            f"mov.b64 %d7, {descriptor(A_IMAGE + step * 32)};",
+            f"mov.b64 %d8, {descriptor(B_IMAGE + step * (16 * 128 if transposed_b else 32))};",
+            f"setp.ne.s32 %p4, {step}, 0;",
+            f"@%p2 tcgen05.mma.cta_group::1.kind::f16 [%r1 + 0], {a}, %d8, {bits}, %p4;",
+        ]
+    return "\n".join(lines)
+
+
+STORE_A = f"tcgen05.st.sync.aligned.32x32b.x32.b32 [%r2 + 64], {registers(10, 32)};"
+COMMIT = f"@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [{BARRIER}];"
+WAIT_FOR_PRODUCT = f"$wait:\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [{BARRIER}], 0;\n@!%p3 bra $wait;"
+
+
+def product_kernel(product: str) -> str:
+    """Return a kernel whose threads have a row of A and one of B each, and write 64 columns of a lane of D."""
+    return f"""
+        {ALLOCATE}
+        {fours(LOAD_ROW, 10, 64)}
+        shl.b32 %r3, %r0, 7;
+        {fours("st.shared.v4.b32 [%r3+{1}], {0};", 10, 32, A_IMAGE)}
+        {fours("st.shared.v4.b32 [%r3+{1}], {0};", 42, 32, B_IMAGE)}
+        {STORE_A}
+        {WAIT_FOR_STORES}
+        bar.sync 0;
+        {product}
+        {COMMIT}
+        {WAIT_FOR_PRODUCT}
+        tcgen05.ld.sync.aligned.32x32b.x64.b32 {registers(100, 64)}, [%r2 + 0];
+        {WAIT_FOR_LOADS}
+        {fours(STORE_RESULTS, 100, 64)}
+        {FREE}
+    """
+
+
+def run_product(kernel: str, a: torch.Tensor, b: torch.Tensor, **options) -> torch.Tensor:
+    """Return 64 columns of each lane; a is (128, 64), b (64, 64)."""
+    rows = torch.cat([a, torch.cat([b, b])], 1)
+    return run(kernel, rows, threads=128, shared=B_IMAGE + 128 * 128, each=32, **options).view(torch.float32).view(128, 64)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("transposed_b", [False, True])
+@pytest.mark.parametrize("a_in_tensor_memory", [False, True])
+@pytest.mark.parametrize("m", [64, 128])
+def test_product_of_the_tensor_core(m, a_in_tensor_memory, transposed_b, late):
+    """64 rows take the first 16 lanes of each warp's 32."""
+    a, b = (seeded_normal(seed, (rows, 64), torch.bfloat16) for seed, rows in enumerate((m, 64)))
+    lanes = torch.arange(128).view(4, 32)[:, : m // 4].flatten()  # (m,): a row's lane.
+    rows = torch.zeros(128, 64, dtype=torch.bfloat16)
+    rows[lanes if a_in_tensor_memory else torch.arange(m)] = a if a_in_tensor_memory else image(a)
+    results = run_product(product_kernel(product_of(m, transposed_b, a_in_tensor_memory)), rows, image(b), late=late)
+    expected = a.float() @ (b if transposed_b else b.T).float()
+    torch.testing.assert_close(results[lanes], expected, rtol=1e-5, atol=1e-5)
+
+
+PRODUCTS = product_of(128, False, True)
+KERNEL = product_kernel(PRODUCTS)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "message"),
+    [
+        (WAIT_FOR_PRODUCT, "", "race: warp . reads column .* which the tensor core wrote"),
+        (WAIT_FOR_LOADS, f"bar.sync 0;\n{PRODUCTS}", "race: the tensor core writes column .* which warp . read"),
+        (f"{WAIT_FOR_STORES}\n", "\n", "race: the tensor core reads column .* which warp . wrote"),
+        (f"bar.sync 0;\n        {PRODUCTS}", PRODUCTS, "race: (the tensor core|warp 0) reads .* which warp . wrote"),
+        (KERNEL[KERNEL.index(WAIT_FOR_PRODUCT) : KERNEL.index(FREE)], "", "race: warp 0 writes .* which the tensor core wrote"),
+        (COMMIT, "", "deadlock"),
+        (", [%r2 + 0]", ", [%r2 + 448]", "out of bounds: access to column ... in lane . of tensor memory"),
+        (", [%r2 + 0]", ", [%r1 + 0]", "a warp has no access to lane 0"),
+        (FREE, "", "a block ends with tensor memory that it has not freed"),
+        ("[%r1 + 0], [", "[%r1 + 1048576], [", "lanes of D that the tensor core has not"),
+        ("@%p2 tcgen05.mma", "tcgen05.mma", "a product of more than one thread"),
+    ],
+)
+def test_faults_around_the_tensor_core(pattern, replacement, message, late):
+    assert pattern in KERNEL
+    a, b = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(64, 64, dtype=torch.bfloat16)
+    with pytest.raises(Fault, match=message):
+        run_product(KERNEL.replace(pattern, replacement), a, b, late=late)

@@ -15,15 +15,16 @@ The interpreter, in C++, is in `interpreter/`:
 | file | what is there |
 |---|---|
 | `lanes.h`, `program.*` | registers and types; the names of instructions, decoded into handlers, types and modifiers |
-| `memory.*`, `races.*` | bounds, alignment, and whose an element is; vector clocks over shared memory |
+| `memory.*`, `races.*` | bounds, alignment, and whose an element is; vector clocks over shared and tensor memory |
 | `warp.*`, `block.*`, `run.cpp` | lanes that diverge; warps that take turns; the blocks of a grid |
 | `arithmetic.cpp`, `conversions.cpp`, `moves.cpp`, `exchanges.cpp`, `control.cpp` | the handlers of plain instructions |
 | `matrices.cpp`, `warp_groups.cpp`, `matrix_tiles.*` | mma and ldmatrix; wgmma; the fragments of both |
-| `copies.cpp`, `tensor_copies.*` | cp.async; copies by descriptors, and mbarriers |
+| `tensor_memory.*`, `tensor_core.*`, `shared_operands.h` | tcgen05: its memory, its products, and their descriptors |
+| `copies.cpp`, `tensor_copies.*`, `mbarriers.*` | cp.async; copies by descriptors; when they and products are complete |
 
 The interpreter runs the warps of a block in turns of random length. It knows bounds and alignment, barriers, matrix products
-and asynchronous copies, which land as early or as late as they may. It finds races: in shared memory by vector clocks, in
-global memory where a block touches what another one stored. So a missing barrier or wait, an access out of bounds and a wrong
-layout show, as a `Fault` or as a wrong number. It knows nothing of speed, nor how approximations round, nor of what ptxas does.
-Fences between proxies do not show.
+and asynchronous copies, which land as early or as late as they may. It finds races: in shared and tensor memory by vector
+clocks, in global memory where a block touches what another one stored. So a missing barrier or wait, an access out of bounds
+and a wrong layout show, as a `Fault` or as a wrong number. It knows nothing of speed, nor how approximations round, nor of what
+ptxas does. Fences between proxies do not show, and a thread has as many registers as it likes.
 """

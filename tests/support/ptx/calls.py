@@ -8,6 +8,7 @@ from cases import SPECS
 from cases import attention as cases
 from support.derivatives import add_tangents, and_tangents, with_tangents
 from support.oracle import Oracle, noisy_results
+from support.stats import with_stats
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -19,11 +20,14 @@ class PtxCall(NamedTuple):
     make: Callable[[torch.dtype], dict]
     dtypes: tuple[torch.dtype, ...]
     has_tangents: bool = False  # Forward mode, too, and the gradients of all its results: second derivatives.
+    has_stats: bool = False  # All of attention's statistics, too.
 
     def oracle(self, dtype: torch.dtype, has_gradients: bool = True) -> Oracle:
         """Return what holds the call's results, and its gradients, to the rule of errors."""
         spec, call = SPECS[self.function], self.make(dtype)
         function, names = spec.function, spec.differentiable if has_gradients else ()
+        if self.has_stats:
+            function = with_stats(function)
         if self.has_tangents:
             function, call, names = with_tangents(function), add_tangents(call, names), and_tangents(names)
         return Oracle(function, call, names, noisy_results(spec.name))
@@ -53,6 +57,10 @@ CALLS = {
     "slopes and sinks": _call(BF16, sizes=_GROUPED, alibi_slopes=(4,), sinks=(4,), causal=True),
     "mask and dropout": _call(BF16, F32, mask=(1, 2, 150, 170), dropout_p=0.2, seed=1),
     "boolean mask": _call(F16, BF16, bool_mask=(1, 2, 150, 170)),
+    "window": _call(BF16, F16, sizes={"k_len": 600}, window=(330, 0)),  # All three phases have blocks.
+    "long": _call(F16, BF16, sizes={"heads": 1, "q_len": 20, "k_len": 1100}),
+    "rows without keys": _call(BF16, F16, sizes={"heads": 1, "q_len": 300, "k_len": 128}, causal=True),
+    "with statistics": _call(BF16, F16, sizes={"k_len": 400}, causal=True)._replace(has_stats=True),
     "head_dim 40 and 24": _call(BF16, F32, sizes={"head_dim": 40, "value_dim": 24}),
     "head_dim 128": _call(BF16, F32, sizes={"head_dim": 128}, causal=True),
     "head_dim 256": _call(F16, F32, sizes={"head_dim": 256}),

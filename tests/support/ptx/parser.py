@@ -41,7 +41,7 @@ class Kernel(NamedTuple):
 
 def parse(text: str) -> Kernel:
     """Parse the only kernel of a text."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = _with_targets_in_branches(re.sub(r"//[^\n]*", "", text))
     start = text.index(".entry")
     body = text.index("\n{", start)
     threads = re.search(r"\.reqntid (\d+)", text[start:body])
@@ -49,6 +49,14 @@ def parse(text: str) -> Kernel:
     instructions, labels = _parse_body(text[body:], text.count("\n", 0, body) + 1)
     shared = re.findall(r"\.extern \.shared [^;]*?([\w$]+)\[\];", text[:start])
     return Kernel(int(threads[1]), _parse_parameters(header), _parse_registers(text), shared, instructions, labels)
+
+
+def _with_targets_in_branches(text: str) -> str:
+    """Let each brx.idx name its targets, and not a table of them."""
+    table = r"([\w$]+):\s*\.branchtargets\s*([^;]*);"
+    targets = dict(re.findall(table, text))
+    text = re.sub(table, lambda match: "\n" * match[0].count("\n"), text)
+    return re.sub(r"(brx\.idx\s+[^;]*?)([\w$]+);", lambda match: f"{match[1]}{' '.join(targets[match[2]].split())};", text)
 
 
 def _parse_parameters(header: str) -> dict[str, Parameter]:

@@ -4,13 +4,25 @@ namespace ptx {
 
 constexpr int kLongestTurn = 400;  // Instructions.
 constexpr int kMostFailedTests = 100000;
+constexpr int kUnits = 2;  // The accelerator and the tensor core, which are agents as warps are.
+
+namespace {
+
+std::string place_of(uint64_t address) { return "shared address " + std::to_string(address); }
+
+}  // namespace
 
 Block::Block(const std::vector<Instruction>& program, Memory& memory, int num_warps, const std::vector<Register>& registers,
              Landing landing, unsigned seed)
-    : memory(memory), races(num_warps + 1, memory.shared_bytes()), landing(landing), program_(program), random_(seed) {
+    : memory(memory),
+      races(num_warps + kUnits, memory.shared_bytes(), place_of),
+      landing(landing),
+      tensor_memory(num_warps + kUnits),
+      program_(program),
+      random_(seed) {
   warps_.reserve(num_warps);
   for (int w = 0; w < num_warps; ++w) {
-    Warp& warp = warps_.emplace_back(*this, w, registers, num_warps + 1);
+    Warp& warp = warps_.emplace_back(*this, w, registers, num_warps + kUnits);
     for (int lane = 0; lane < kLanes; ++lane) {
       warp[kTid].lane[lane] = w * kLanes + lane;
       warp[kLaneid].lane[lane] = lane;
@@ -27,16 +39,17 @@ void Block::run() {
       any_left |= !warp.is_done();
       if (!warp.is_done() && !warp.waits) ready.push_back(&warp);
     }
-    if (!any_left) return;
+    if (!any_left) break;
     if (ready.empty()) throw Fault("deadlock: all warps wait at barriers");
     Warp* warp = ready[random_() % ready.size()];
     current_ = warp;
     warp->run(program_, 1 + random_() % kLongestTurn);
   }
+  if (!tensor_memory.is_free()) throw Fault("a block ends with tensor memory that it has not freed");
 }
 
 void Block::synchronize(const std::vector<Warp*>& warps) {
-  Clock common(warps_.size() + 1);
+  Clock common(warps_.size() + kUnits);
   for (const Warp* warp : warps) join(&common, warp->clock);
   for (Warp* warp : warps) {
     warp->clock = common;

@@ -5,10 +5,11 @@
 #include <random>
 #include <vector>
 
+#include "mbarriers.h"
 #include "memory.h"
 #include "program.h"
 #include "races.h"
-#include "tensor_copies.h"
+#include "tensor_memory.h"
 #include "warp.h"
 
 namespace ptx {
@@ -18,7 +19,7 @@ enum { kTid, kCtaid, kLaneid, kWarpid };
 
 // bar.sync: warps that wait for the others.
 struct Barrier {
-  int arrived = 0;  // Threads.
+  int arrived = 0, expected = 0;  // Threads.
   std::vector<Warp*> waiting;
 };
 
@@ -42,13 +43,15 @@ class Block {
   // Let the warps know what each of them knows.
   void synchronize(const std::vector<Warp*>& warps);
 
-  int accelerator() const { return int(warps_.size()); }  // As an agent.
+  int accelerator() const { return int(warps_.size()); }  // As agents.
+  int tensor_core() const { return int(warps_.size()) + 1; }
   int num_threads() const { return int(warps_.size()) * kLanes; }
 
   Memory& memory;
   Races races;
   const Landing landing;
-  uint32_t num_tensor_copies = 0;
+  TensorMemory tensor_memory;
+  uint32_t num_tensor_copies = 0, num_tensor_products = 0;
   std::map<int, Barrier> barriers;         // By number.
   std::map<uint64_t, MBarrier> mbarriers;  // By address in shared memory.
 

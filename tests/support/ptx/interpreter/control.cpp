@@ -1,4 +1,6 @@
 // Branches, ends, and the barriers of a block.
+#include <string>
+
 #include "block.h"
 
 namespace ptx {
@@ -10,15 +12,32 @@ void nothing(Warp&, const Instruction&, Mask) {}
 // bra target
 void branch(Warp& warp, const Instruction& i, Mask lanes) { warp.branch(lanes, int(warp.uniform(i, 0))); }
 
+// brx.idx index, targets
+void branch_by_index(Warp& warp, const Instruction& i, Mask lanes) {
+  for_lanes(lanes, [&](int lane) {
+    const uint64_t index = warp.value(i, 0, lane);
+    if (index + 1 >= uint64_t(i.num_operands())) throw Fault("a branch has no target " + std::to_string(index));
+    warp.branch(Mask(1) << lane, int(warp.uniform(i, 1 + int(index))));
+  });
+}
+
 void leave(Warp& warp, const Instruction&, Mask lanes) { warp.leave(lanes); }
 
 void trap(Warp&, const Instruction&, Mask) { throw Fault("trap"); }
+
+// setmaxnreg: the registers of a thread have no limit here.
+void change_registers(Warp&, const Instruction&, Mask lanes) {
+  if (lanes != ~Mask(0)) throw Fault("a change of registers for some lanes of a warp");
+}
 
 // bar.sync number[, threads]
 void synchronize(Warp& warp, const Instruction& i, Mask lanes) {
   if (lanes != ~Mask(0)) throw Fault("a barrier for some lanes of a warp");
   Barrier& barrier = warp.block.barriers[int(warp.uniform(i, 0))];
   const int expected = i.num_operands() > 1 ? int(warp.uniform(i, 1)) : warp.block.num_threads();
+  if (barrier.arrived && barrier.expected != expected)
+    throw Fault("a barrier of which warps expect different numbers of threads");
+  barrier.expected = expected;
   barrier.arrived += kLanes;
   barrier.waiting.push_back(&warp);
   warp.waits = true;
@@ -31,8 +50,18 @@ void synchronize(Warp& warp, const Instruction& i, Mask lanes) {
 }  // namespace
 
 const Handlers kControl = {
-    {"bra", branch, 1},      {"ret", leave},        {"exit", leave},    {"trap", trap},
-    {"bar", synchronize, 2}, {"bar.warp", nothing}, {"fence", nothing}, {"wgmma.fence", nothing},
+    {"bra", branch, 1},
+    {"brx.idx", branch_by_index},
+    {"ret", leave},
+    {"exit", leave},
+    {"trap", trap},
+    {"bar", synchronize, 2},
+    {"barrier", synchronize, 2},
+    {"bar.warp", nothing},
+    {"fence", nothing},
+    {"wgmma.fence", nothing},
+    {"setmaxnreg.inc", change_registers, 1},
+    {"setmaxnreg.dec", change_registers, 1},
 };
 
 }  // namespace ptx

@@ -1,4 +1,7 @@
 // Instructions in which the lanes of a warp see each other's values.
+#include <algorithm>
+#include <cmath>
+
 #include "memory.h"
 #include "warp.h"
 
@@ -29,21 +32,31 @@ void shuffle(Warp& warp, const Instruction& i, Mask lanes) {
   });
 }
 
+int64_t combine(const Instruction& i, int64_t a, int64_t b) {
+  return i.has(kAdd)   ? a + b
+         : i.has(kMin) ? std::min(a, b)
+         : i.has(kMax) ? std::max(a, b)
+         : i.has(kAnd) ? a & b
+         : i.has(kOr)  ? a | b
+                       : a ^ b;
+}
+
+// A number goes before NaN.
+float combine(const Instruction& i, float a, float b) { return i.has(kMin) ? std::fmin(a, b) : std::fmax(a, b); }
+
+template <class Number>
+void reduce_as(Warp& warp, const Instruction& i, Mask lanes) {
+  Number result = decode<Number>(i.type(), warp.value(i, 1, 0));
+  for (int lane = 1; lane < kLanes; ++lane) result = combine(i, result, decode<Number>(i.type(), warp.value(i, 1, lane)));
+  for_lanes(lanes, [&](int lane) { warp.value(i, 0, lane) = encode(i.type(), result); });
+}
+
 // redux.sync.operation.type d, a, mask
 void reduce(Warp& warp, const Instruction& i, Mask lanes) {
   require_present(warp, warp.uniform(i, 2));
-  const auto number = [&](int lane) { return decode<int64_t>(i.type(), warp.value(i, 1, lane)); };
-  int64_t result = number(0);
-  for (int lane = 1; lane < kLanes; ++lane) {
-    const int64_t other = number(lane);
-    result = i.has(kAdd)   ? result + other
-             : i.has(kMin) ? (other < result ? other : result)
-             : i.has(kMax) ? (other > result ? other : result)
-             : i.has(kAnd) ? result & other
-             : i.has(kOr)  ? result | other
-                           : result ^ other;
-  }
-  for_lanes(lanes, [&](int lane) { warp.value(i, 0, lane) = encode(i.type(), result); });
+  if (i.type().is_integer()) return reduce_as<int64_t>(warp, i, lanes);
+  if (!(i.has(kMin) || i.has(kMax)) || i.has(kPropagateNan)) throw Fault("a reduction of floats that is not implemented");
+  reduce_as<float>(warp, i, lanes);
 }
 
 // elect.sync d|p, mask: one lane is the leader.

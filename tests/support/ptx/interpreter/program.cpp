@@ -45,14 +45,14 @@ const NamedModifier kModifiers[] = {
 
 // Words that change nothing here: hints, the only rounding or order that there is, and what the operands tell, too.
 const std::string kSilent =
-    " sync aligned rn approx full uni to row col m8n8 x1 x2 x4 v2 v4 cg ca parity proxy async cta"
-    " 1d 2d 3d 4d 5d mbarrier::complete_tx::bytes ";
+    " sync aligned rn approx full uni to row col m8n8 x1 x2 x4 x8 x16 x32 x64 x128 v2 v4 cg ca parity proxy async cta"
+    " 1d 2d 3d 4d 5d mbarrier::complete_tx::bytes mbarrier::arrive::one shared::cluster cta_group::1 kind::f16 ";
 
 // Return the handler whose name is the longest beginning of the instruction's.
 const NamedHandler* find_handler(const std::string& name) {
   const NamedHandler* found = nullptr;
-  for (const Handlers* handlers :
-       {&kArithmetic, &kConversions, &kMoves, &kExchanges, &kMatrices, &kWarpGroups, &kControl, &kAsyncCopies, &kTensorCopies})
+  for (const Handlers* handlers : {&kArithmetic, &kConversions, &kMoves, &kExchanges, &kMatrices, &kWarpGroups, &kControl,
+                                   &kAsyncCopies, &kTensorCopies, &kMBarriers, &kTensorMemory, &kTensorCore})
     for (const NamedHandler& one : *handlers) {
       const size_t length = std::strlen(one.name);
       const bool begins = !name.compare(0, length, one.name) && (name.size() == length || name[length] == '.');

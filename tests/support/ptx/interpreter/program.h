@@ -51,7 +51,7 @@ using Handlers = std::initializer_list<NamedHandler>;
 
 // One list for each file of instructions.
 extern const Handlers kArithmetic, kConversions, kMoves, kExchanges, kMatrices, kWarpGroups, kControl, kAsyncCopies,
-    kTensorCopies;
+    kTensorCopies, kMBarriers, kTensorMemory, kTensorCore;
 
 // Decode a name, such as "cp.async.cg.shared.global". Throw a Fault where a word of it is unknown, or an operand too many.
 Instruction decode_instruction(const std::string& name, std::vector<int> operands);

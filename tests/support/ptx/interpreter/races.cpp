@@ -1,26 +1,27 @@
 #include "races.h"
 
 #include <algorithm>
-#include <string>
 
 #include "memory.h"
 
 namespace ptx {
-namespace {
-
-[[noreturn]] void fail(int agent, const char* verb, uint64_t address, int other, const char* other_verb) {
-  throw Fault("race: warp " + std::to_string(agent) + " " + verb + " shared address " + std::to_string(address) +
-              ", which warp " + std::to_string(other) + " " + other_verb + " with no barrier between");
-}
-
-}  // namespace
 
 void join(Clock* clock, const Clock& other) {
   for (size_t agent = 0; agent < other.size(); ++agent) (*clock)[agent] = std::max((*clock)[agent], other[agent]);
 }
 
-Races::Races(int num_agents, size_t shared_bytes)
-    : num_agents_(num_agents), writes_(shared_bytes), reads_(shared_bytes * num_agents) {}
+Races::Races(int num_agents, size_t size, std::string (*place)(uint64_t address))
+    : num_agents_(num_agents), place_(place), writes_(size), reads_(size * num_agents) {}
+
+std::string Races::name(int agent) const {
+  if (agent == num_agents_ - 1) return "the tensor core";
+  return agent == num_agents_ - 2 ? "the accelerator" : "warp " + std::to_string(agent);
+}
+
+void Races::fail(int agent, const char* verb, uint64_t address, int other, const char* other_verb) const {
+  throw Fault("race: " + name(agent) + " " + verb + " " + place_(address) + ", which " + name(other) + " " + other_verb +
+              " with no barrier or wait between");
+}
 
 void Races::require_known_write(const Clock& clock, int agent, uint64_t address, const char* verb) const {
   const Write& last = writes_[address];

@@ -1,6 +1,7 @@
 // A warp: its registers, and which of its lanes stand where in the program.
 #pragma once
 
+#include <deque>
 #include <map>
 #include <vector>
 
@@ -8,6 +9,7 @@
 #include "memory.h"
 #include "program.h"
 #include "races.h"
+#include "tensor_core.h"
 
 namespace ptx {
 
@@ -24,6 +26,12 @@ struct Product {
   const Instruction* instruction;
   uint64_t a, b;  // Descriptors, unless A is in registers.
   bool accumulate, negate, transpose_a, transpose_b;
+};
+
+// A value on its way to a cell of tensor memory.
+struct TensorStore {
+  uint64_t cell;
+  uint32_t value;
 };
 
 // What a warp has started, to be waited for by groups.
@@ -83,6 +91,10 @@ class Warp {
   bool yields = false;  // Another warp has to run first.
   Groups<Copy> copies;
   Groups<Product> products;
+  std::vector<uint64_t> tensor_loads;  // Cells that are being read.
+  std::vector<TensorStore> tensor_stores;
+  std::deque<TensorProduct> tensor_products;  // Those that land late, the oldest first.
+  uint32_t last_tensor_product = 0;           // Its number.
 
  private:
   Mask enabled(const Instruction& i) const;

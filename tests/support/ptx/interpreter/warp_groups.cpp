@@ -1,6 +1,7 @@
 // wgmma: products of four warps with operands in shared memory, which a warp waits for by groups.
 #include "block.h"
 #include "matrix_tiles.h"
+#include "shared_operands.h"
 
 namespace ptx {
 namespace {
@@ -9,28 +10,10 @@ constexpr int kK = 16;  // Of halves.
 
 // ---- operands in shared memory --------------------------------------------------------------------------------------------
 
-// An operand by its descriptor. Its tile consists of cores of 8 rows, each as wide as the swizzle repeats.
-struct SharedOperand {
-  uint64_t start, leading, stride;  // Bytes; from one core to the next along the row, and across the rows.
-  int row_bytes;                    // Of a core: 128, 64 or 32 with swizzle, 16 without.
-  bool transposed;                  // Rows of a core run along m or n, and not along k.
-
-  SharedOperand(uint64_t descriptor, bool transposed)
-      : start((descriptor & 0x3fff) << 4),
-        leading((descriptor >> 16 & 0x3fff) << 4),
-        stride((descriptor >> 32 & 0x3fff) << 4),
-        row_bytes(descriptor >> 62 ? 256 >> (descriptor >> 62) : 16),
-        transposed(transposed) {
-    if (row_bytes == 16 && transposed) throw Fault("a transposed operand without swizzle is not implemented");
-  }
-
-  // Return the address of the half at (i, k), where i counts along m or n.
-  uint64_t address(int i, int k) const {
-    const int row = transposed ? k : i, column = 2 * (transposed ? i : k);  // A column in bytes.
-    return swizzled(start + row / 8 * stride + row % 8 * row_bytes + column / row_bytes * leading + column % row_bytes,
-                    row_bytes);
-  }
-};
+SharedOperand shared_operand(uint64_t descriptor, bool transposed) {
+  const int swizzle = int(descriptor >> 62);
+  return SharedOperand(descriptor, swizzle ? 256 >> swizzle : 16, transposed);
+}
 
 float half_at(Warp& warp, uint64_t address, Type type) {
   uint16_t bits;
@@ -52,11 +35,11 @@ void read_operands(Warp& warp, const Product& product, std::vector<float>* a, st
   if (has_a_in_registers(i)) {
     read_a(warp, &i.operands[i.n / 2], i.type(), kK, a->data());
   } else {
-    const SharedOperand operand(product.a, product.transpose_a);
+    const SharedOperand operand = shared_operand(product.a, product.transpose_a);
     for (int row = 0; row < 16; ++row)
       for (int k = 0; k < kK; ++k) (*a)[row * kK + k] = half_at(warp, operand.address(warp.index % 4 * 16 + row, k), i.type());
   }
-  const SharedOperand operand(product.b, product.transpose_b);
+  const SharedOperand operand = shared_operand(product.b, product.transpose_b);
   for (int k = 0; k < kK; ++k)
     for (int column = 0; column < i.n; ++column) (*b)[k * i.n + column] = half_at(warp, operand.address(column, k), i.type());
 }
