@@ -25,7 +25,7 @@ from gpu import features, host, latent, roofline, variants
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-INTERPRETED = ("sm_80", "sm_90", "sm_120")
+INTERPRETED = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 def main() -> int:

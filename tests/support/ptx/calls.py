@@ -78,6 +78,7 @@ CALLS = {
 COVERING = {
     "sm_80": ("causal", "mask and dropout", "packed", "cache, paged and appended", "reparameterize_with_kl: everything"),
     "sm_90": ("grouped", "window and softcap"),
+    "sm_100": ("window", "head_dim 128", "rows without keys"),
 }
 
 

@@ -47,4 +47,20 @@ FAULTS = {
         "no wait for a product": PlantedFault(r"wgmma\.wait_group\.sync\.aligned \d;", "", False, WRONG),
         "a copy to other rows": PlantedFault(r"(cp\.async\.bulk\.tensor\S+ \[%r\d+)\]", r"\1+128]", False, WRONG),
     },
+    "sm_100": COMMON
+    | {
+        "no barriers": PlantedFault(r"bar\.sync\s+0;", "", True, "race"),
+        "a barrier of fewer warps": PlantedFault(r"(bar\.sync\s+2,) 128;", r"\1 64;", True, "race"),
+        "no waits for mbarriers": PlantedFault(r"mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;", "", True, "race"),
+        "no waits for loads": PlantedFault(r"tcgen05\.wait::ld\.sync\.aligned;", "", True, "race"),
+        "no wait for a store": PlantedFault(r"tcgen05\.wait::st\.sync\.aligned;", "", False, "race"),
+        "no commit": PlantedFault(r"@%p\d+ tcgen05\.commit[^;]*;", "", False, "deadlock"),
+        "a product less": PlantedFault(r"@%p\d+ tcgen05\.mma[^;]*;", "", False, WRONG),
+        "a product to other columns": PlantedFault(r"(tcgen05\.mma\S+ \[ %r\d+ \+) 0( \], %rd)", r"\1 64\2", False, WRONG),
+        "a product of other columns": PlantedFault(
+            r"(tcgen05\.mma\S+ \[ %r\d+ \+ 0 \], \[ %r\d+ \+) 8", r"\1 16", False, WRONG
+        ),
+        "too few columns": PlantedFault(r"(tcgen05\.(de)?alloc\S* \S+,) 512", r"\1 256", True, "out of bounds"),
+        "columns that are not freed": PlantedFault(r"@%p\d+ tcgen05\.dealloc[^;]*;", "", True, "has not freed"),
+    },
 }
