@@ -75,10 +75,26 @@ def hot_loop(binary, arch: str) -> Loop:
 
     The result is empty if no loop has matrix products.
     """
-    loops = [_loop(body, arch) for body in _loop_bodies(_lines(binary, arch))]
-    with_products = [loop for loop in loops if loop.units["tensor"]] or [loop for loop in loops if loop.units["float"] > 32]
-    most = max((loop.units["tensor"] for loop in with_products), default=0)
-    full = [loop for loop in with_products if loop.units["tensor"] == most]
+    loops = _loops(binary, arch)
+    if not any(loop.units["tensor"] for loop in loops):
+        loops = [loop for loop in loops if loop.units["float"] > 32]
+    return _shortest(loops, "tensor")
+
+
+def softmax_loop(binary, arch: str) -> Loop:
+    """Return the loop without masks of the warps that compute the softmax, in a kernel whose warps are specialized."""
+    return _shortest(_loops(binary, arch), "exp")
+
+
+def _loops(binary, arch: str) -> list[Loop]:
+    """Return the innermost loops of a kernel."""
+    return [_loop(body, arch) for body in _loop_bodies(_lines(binary, arch))]
+
+
+def _shortest(loops: list[Loop], unit: str) -> Loop:
+    """Return the shortest of the loops that have the most instructions of a unit; an empty one if there are no loops."""
+    most = max((loop.units[unit] for loop in loops), default=0)
+    full = [loop for loop in loops if loop.units[unit] == most]
     return min(full, key=lambda loop: len(loop.opcodes), default=Loop((), Counter()))
 
 

@@ -201,9 +201,15 @@ def inspect(variant: Variant) -> dict:
         binary = ahead_of_time.compile_launch(launch, variant.arch)
     except Exception as error:  # A compiler that gives up is a finding, and the other variants go on.
         return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
-    loop = machine_code.hot_loop(binary, variant.arch)
-    usage = machine_code.usage(binary, variant.arch)._asdict()
-    return {**row, **usage, "may_spill": tile.spilled, "instructions": len(loop.opcodes), "units": dict(loop.units)}
+    row |= machine_code.usage(binary, variant.arch)._asdict() | {"may_spill": tile.spilled}
+    if row["specialized"]:
+        row["softmax"] = _counted(machine_code.softmax_loop(binary, variant.arch))
+    return row | _counted(machine_code.hot_loop(binary, variant.arch))
+
+
+def _counted(loop: machine_code.Loop) -> dict:
+    """Return the number of a loop's instructions, of all and by unit."""
+    return {"instructions": len(loop.opcodes), "units": dict(loop.units)}
 
 
 def inspect_all(variants: list[Variant], jobs: int) -> Iterator[dict]:

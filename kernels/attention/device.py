@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .exp2 import exp2_of_fma
+
 LOG2E = tl.constexpr(1.4426950408889634)
 HUGE = tl.constexpr(float(1 << 28))  # From this exponent of 2 on, scores that differ do so by 16 or more.
 FAR = tl.constexpr(1 << 29)  # Farther than any key. Positions are cut to it: with a window of 2**30, they fit into 32 bits.
@@ -287,18 +289,23 @@ def mask_scores(s, mask, batch, head, position, query, key, queries, keys, left,
 
 
 @triton.jit
-def online_softmax(s, scoring, row_max, row_sum, MASKED: tl.constexpr, FUSED: tl.constexpr):
+def online_softmax(s, scoring, row_max, row_sum, MASKED: tl.constexpr, FUSED: tl.constexpr, POLYNOMIAL: tl.constexpr = False):
     """Return (p, new row_max, new row_sum, rescale) of a tile of scores (ROWS, KEYS); rescale corrects earlier partial sums.
 
     `p` (ROWS, KEYS) holds weights that are not normalized yet. `row_max` and `row_sum` (ROWS,) are those of the keys so far.
 
     A FUSED weight takes one multiply-add and one exp2. Its exponent is off by `fused_residual`, the same for a whole row.
-    Without FUSED, the maximum is subtracted first, so that its own weight is 1, however large it is.
+    Without FUSED, the maximum is subtracted first, so that its own weight is 1, however large it is. POLYNOMIAL weights are
+    FUSED ones, a quarter of which are polynomials.
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
     new_max = tl.maximum(row_max, tl.max(s, 1))
     base = exponent_base(new_max, MASKED)
-    p = tl.exp2(weight_exponents(s, base, scoring, FUSED))
+    if POLYNOMIAL:
+        factor = fused_factor(base, scoring)
+        p = exp2_of_fma(s, factor[:, None], -(base * factor)[:, None])
+    else:
+        p = tl.exp2(weight_exponents(s, base, scoring, FUSED))
     rescale = tl.exp2(rescale_exponent(row_max, base, scoring, FUSED))
     return p, new_max, tl.fma(row_sum, rescale, tl.sum(p, 1)), rescale
 

@@ -2,7 +2,8 @@
 
 Five things make it fast. The scale is folded into the exponent, so that a score takes one fused multiply-add and one exp2.
 Blocks of keys that no query sees are never visited. Only blocks on the edge of the visible range are masked. The tensor memory
-accelerator copies the tiles of keys and values where there is one. Warps are specialized where the tile says so.
+accelerator copies the tiles of keys and values where there is one. Where the tile says so, warps are specialized, and
+multiply-adds compute a part of the exponentials.
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
 """
 
@@ -84,7 +85,7 @@ def attention_forward(
                         s, mask, batch, head, (i + shift)[:, None], i[:, None], j, q_len, k_len, scoring.left, scoring.right
                     )
                 old_max, old_sum = row_max, row_sum
-                p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, phase != 1, FUSED)
+                p, row_max, row_sum, rescale = online_softmax(s, scoring, row_max, row_sum, phase != 1, FUSED, SPECIALIZED)
                 if row_stats is not None:
                     weighted, max_key = online_row_stats(
                         s, p, rescale, j, scoring, old_max, row_max, old_sum, weighted, max_key, phase != 1, FUSED

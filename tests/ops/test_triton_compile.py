@@ -71,6 +71,16 @@ def test_no_hot_loop_goes_through_local_memory(rows):
     """Exceptions are variants to which the table allows more than a few bytes, or any for float32's multiply-adds."""
     spills = [row for row in rows if row["may_spill"] > (0 if row["dtype"] == "float32" else A_FEW)]
     assert not _wrong([row for row in rows if row not in spills], lambda row: "local" not in row["units"])
+    assert not _wrong([row for row in rows if "softmax" in row], lambda row: "local" not in row["softmax"]["units"])
+
+
+def test_multiply_adds_compute_a_quarter_of_the_weights_where_exp2_limits_the_loop(rows):
+    """Count those that are left to the unit for exponentials, and the one that rescales what a row has so far."""
+    specialized = [row for row in rows if "softmax" in row]
+    assert {row["arch"] for row in specialized} == {"sm_100"}
+    for row in specialized:
+        weights = row["q"] * row["k"] / (32 * row["num_warps"])  # of a thread
+        assert row["softmax"]["units"]["exp"] == 3 / 4 * weights + 1, _name(row)
 
 
 def test_shared_memory_fits(rows):
