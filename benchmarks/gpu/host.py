@@ -1,10 +1,11 @@
-"""Measure what attention's launches cost the host before a GPU starts. It needs no GPU.
+"""Measure what the launches of attention and the latent cost the host before a GPU starts. It needs no GPU.
 
 Triton's own binder and launcher run, on a driver that does nothing (idle_driver.py). Not in a figure: the driver's own launch
 and encoding of descriptors, microseconds more, and what the op does before its plan. Figures are medians of the thread's
 own time, because the machine may have other work.
 """
 
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastlm.kernels import attention
+from fastlm.kernels import attention, latent
+from fastlm.kernels.common.plans import forget_plans
 from rich.table import Table
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -54,18 +56,23 @@ def _tensor(*shape: int, dtype=torch.bfloat16) -> Tensor:
 
 
 def calls(arch: str) -> dict[str, Callable[[], list[attention.Launch]]]:
-    """Return the planners of causal attention, its backward, and a step of decoding."""
+    """Return the planners of causal attention, its backward, a step of decoding, and the latent of 32 x 100."""
     query, lse = _tensor(1, 32, 256, 128), _tensor(1, 32, 256, dtype=torch.float32)
     statistics = _tensor(1, 32, 256, 2, dtype=torch.float32)
     call = attention.Call(query, query, query, right=0, scale=0.1, arch=arch)
     grads = query, query, query, None
     one, new, cache, one_lse = _tensor(1, 32, 1, 128), _tensor(1, 8, 1, 128), _tensor(1, 8, 4096, 128), lse[:, :, :1]
     lengths = _tensor(1, dtype=torch.int32)
+    mu, kl = _tensor(32, 100, dtype=torch.float32), _tensor(32, dtype=torch.float32)
+    latents, latent_grads = (mu, mu, None, None), (mu, mu, None, None)
+    options = latent.Options(_tensor(dtype=torch.int64), 1, (0, 0, 0), (0.0, -math.inf, math.inf, 1.0), lanes=32)
     step = attention.KVCacheCall(one, cache, cache, lengths, new, new, right=0, scale=0.1, arch=arch)
     return {
         "forward": lambda: attention.plan_forward(call, query, lse, statistics),
         "backward": lambda: attention.plan_backward(call, query, statistics, query, None, grads, lse),
         "decoding": lambda: attention.plan_kvcache(step, one, one_lse),
+        "latent": lambda: latent.plan_forward(latents, mu, kl, options),
+        "latent backward": lambda: latent.plan_backward(latents, mu, kl, latent_grads, options),
     }
 
 
@@ -78,7 +85,7 @@ def _time_launch(arch: str, launch: attention.Launch) -> HostTime:
     binder = microseconds(lambda: start(**launch.arguments, **launch.options)) - launcher
     made = [value for value in arguments if isinstance(value, TensorDescriptor)]
     descriptors = microseconds(lambda: [TensorDescriptor(d.base, d.shape, d.strides, d.block_shape) for d in made])
-    name = launch.kernel.__name__.removeprefix("attention_")
+    name = launch.kernel.__name__.removeprefix("attention_").removeprefix("latent_")
     return HostTime(arch, name, None, None, descriptors if made else 0.0, binder, launcher, None)
 
 
@@ -88,7 +95,7 @@ def _time_call(arch: str, name: str, plan: Callable) -> list[HostTime]:
     sums = (sum(getattr(launch, part) for launch in launches) for part in ("descriptors", "binder", "launcher"))
 
     def first_plan() -> None:
-        attention.forget_plans()
+        forget_plans()
         plan()
 
     plans = microseconds(first_plan), microseconds(plan)
@@ -105,7 +112,8 @@ def time_calls(arch: str) -> list[HostTime]:
 
 def table(archs: list[str]) -> Table:
     """Return the table of times, each GPU's from a process of its own."""
-    made = Table("GPU", "call", title="µs of the host without the driver's own; medians of thread time")
+    made = Table("GPU", title="µs of the host without the driver's own; medians of thread time")
+    made.add_column("call", no_wrap=True)
     for column in HostTime._fields[2:]:
         made.add_column(column, justify="right")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

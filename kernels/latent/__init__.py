@@ -1,7 +1,8 @@
 """The launchers of the Gaussian latent's Triton kernels.
 
-`plan_forward` and `plan_backward` return launches, which `run` starts one after the other, without waiting for the GPU. Ahead-
-of-time compilation reads the same plans. Tensors are checked (fastlm/ops), and there is an element at least.
+`plan_forward` and `plan_backward` return launches, which `run` starts one after the other, without waiting for the GPU. Calls
+that are alike share a plan. Ahead-of-time compilation reads the same plans. Tensors are checked (fastlm/ops), and there is an
+element at least.
 
 A tile has as many elements on every GPU, so that the KL is the same on all of them, bit for bit.
 """
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..common.launch import Launch, make_launch, run
+from ..common.plans import Scratch, planned_once
 from .arguments import Options, make_inputs, make_noise, merged, view_of
 from .backward import latent_backward
 from .device import GROUP, Noise
 from .forward import Split, latent_forward
 from .row_sums import latent_total
 
-__all__ = ["TILE", "Launch", "Options", "plan_backward", "plan_forward", "run"]
+__all__ = ["TILE", "Launch", "Options", "lanes_of", "plan_backward", "plan_forward", "run"]
 
 TILE = 1024  # Elements of a program; a power of 2.
 _TOTAL_LEVELS = 7  # log2 of the number of a row's pieces that are added at a time.
@@ -58,20 +60,21 @@ def _plan_rows(elements: int, event: int) -> _Plan:
 
 
 @functools.cache
-def _lanes_of(device: torch.device) -> int:
+def lanes_of(device: torch.device) -> int:
     """Return the number of threads of a warp: AMD's datacenter GPUs have 64."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def _num_warps(mu: Tensor, noise: Noise | None, lanes: int | None) -> int:
+def _num_warps(mu: Tensor, noise: Noise | None, lanes: int) -> int:
     """Return the number of warps of a program: a thread has 4 elements, or 8, which are 16 bytes, in half precision.
 
     If each element takes a block of the noise of its own, a thread has registers for 2.
     """
     per_thread = 2 if noise is not None and not noise.aligned else 8 if mu.element_size() == 2 else 4
-    return TILE // (per_thread * (lanes or _lanes_of(mu.device)))
+    return TILE // (per_thread * lanes)
 
 
+@planned_once
 def plan_forward(tensors: tuple, z: Tensor | None, kl: Tensor | None, options: Options) -> list[Launch]:
     """Plan launches that write z, (K, *shape) or (*shape), and kl, (*batch); both are contiguous, or None if not wanted.
 
@@ -84,7 +87,7 @@ def plan_forward(tensors: tuple, z: Tensor | None, kl: Tensor | None, options: O
     split, grid, constants = _plan_rows(elements, event)
     pieces = None
     if kl is not None and split.pieces:
-        pieces = torch.empty(grid, dtype=torch.float64, device=mu.device)
+        pieces = Scratch(grid, dtype=torch.float64)
     shape, views = merged(mu.shape, tensors)
     noise = make_noise(options.seed, elements, options.samples)
     arguments = {
@@ -99,6 +102,7 @@ def plan_forward(tensors: tuple, z: Tensor | None, kl: Tensor | None, options: O
     return launches
 
 
+@planned_once
 def plan_backward(
     tensors: tuple, grad_z: Tensor | None, grad_kl: Tensor | None, grads: tuple, options: Options
 ) -> list[Launch]:

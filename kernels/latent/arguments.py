@@ -19,14 +19,14 @@ class Options(NamedTuple):
         event_dims: the last dimensions of mu, over which the KL is summed.
         samples: K, or 0 for one without a leading dimension; first and sample_stride as in LatentCall, with 0 for None.
         numbers: free_bits, low, high, temperature.
-        lanes: threads of a warp of the GPU to plan for; None means mu's.
+        lanes: threads of a warp of the GPU.
     """
 
     seed: Tensor | None
     event_dims: int
     samples: tuple[int, int, int]
     numbers: tuple[float, float, float, float]
-    lanes: int | None = None
+    lanes: int
 
     def event_size(self, mu: Tensor) -> int:
         """Return the number of elements of a row, over which the KL is summed."""

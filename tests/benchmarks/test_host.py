@@ -81,4 +81,4 @@ def test_where_triton_compiles_another_binary_there_is_another_plan():
 
 
 def test_calls_are_timed():
-    assert printed(ON_IDLE_DRIVER + TIMES) == "forward backward decoding"
+    assert printed(ON_IDLE_DRIVER + TIMES) == "forward backward decoding latent latent backward"

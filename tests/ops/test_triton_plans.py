@@ -227,6 +227,48 @@ def test_attention_has_the_plans_that_it_would_have_without_others_before():
     assert len({str(each) for each in fresh}) == len(fresh)
 
 
+# ---- the latent's -----------------------------------------------------------------------------------------------------------
+
+
+def latent_calls() -> list[tuple]:
+    """Return (mu, prior_mu, options) of calls that differ in one thing each."""
+    kernels = triton_kernels.latent()
+    mu, other = torch.zeros(6, 700), torch.zeros(700, 6).t()
+    numbers, seed, seeds = (0.0, -9.0, 9.0, 1.0), torch.zeros((), dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+    plain = kernels.Options(seed, 1, (0, 0, 0), numbers, 32)
+    changes = [
+        {"seed": seeds}, {"event_dims": 2}, {"samples": (1, 0, 0)}, {"samples": (1, 4, 0)}, {"numbers": (0.5, *numbers[1:])},
+        {"lanes": 64},
+    ]  # fmt: skip
+    changed = [(mu, None, plain._replace(**change)) for change in changes]
+    return [(mu, None, plain), (other, None, plain), (mu, mu, plain), (mu[:, :699], None, plain), *changed]
+
+
+def read_latent(mu: Tensor, prior_mu: Tensor | None, options) -> list:
+    """Return what can be compared of the launches of a forward and its backward."""
+    kernels, tensors = triton_kernels.latent(), (mu, mu, prior_mu, None)
+    z, kl = torch.zeros((1, *mu.shape) if options.samples[0] else mu.shape), torch.zeros(mu.shape[: 2 - options.event_dims])
+    launches = kernels.plan_forward(tensors, z, kl, options)
+    launches += kernels.plan_backward(tensors, z, kl, (mu, mu, prior_mu, None), options)
+    names = {mu.data_ptr(): "mu", options.seed.data_ptr(): "seed"}
+    return [(each.grid, readable(tuple(each.arguments.values()), names), each.options) for each in launches]
+
+
+def test_the_latent_has_the_plans_that_it_would_have_without_others_before():
+    fresh = []
+    for call in (own := latent_calls()):
+        plans.forget_plans()
+        fresh.append(read_latent(*call))
+    plans.forget_plans()
+    for _ in range(2):
+        for call, expected in zip(own, fresh):
+            assert read_latent(*call) == expected
+    assert len({str(each) for each in fresh}) == len(fresh)
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------------------
+
+
 def test_settings_of_tiles_hold_from_the_next_plan_on(monkeypatch):
     kernels = triton_kernels.attention()
 

@@ -21,10 +21,10 @@ def view(tensor: Tensor | None) -> Tensor | None:
 def launch(name: str, device: torch.device, tensors: tuple, *args) -> None:
     """Plan and start the kernels of a pass on the device, without waiting for them.
 
-    The last four of the arguments are those of `Options` in kernels/latent.
+    The last four of the arguments are the first of `Options` in kernels/latent.
     """
     kernels = triton_kernels.latent()
     plan = {"reparameterize_forward": kernels.plan_forward, "reparameterize_backward": kernels.plan_backward}[name]
     if tensors[0].numel():
         with torch.cuda.device_of(tensors[0]):
-            kernels.run(plan(tensors, *args[:-4], kernels.Options(*args[-4:])))
+            kernels.run(plan(tensors, *args[:-4], kernels.Options(*args[-4:], kernels.lanes_of(device))))
