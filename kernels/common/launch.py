@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from triton.compiler import CompiledKernel
 
 
@@ -32,16 +31,12 @@ def make_launch(kernel, grid: int, arguments: dict, warps: int = 4, stages: int 
     return Launch(kernel, grid, arguments, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}, [])
 
 
-# Triton compiles a kernel for the dtypes and alignment of its tensors, and for integers that are 1 or multiples of 16, all of
-# which a plan knows. For AMD's GPUs it also asks whether a tensor's memory spans 2 GiB, which a plan does not know.
-_PLANS_DETERMINE_BINARIES = torch.version.hip is None
-
-
 def run(launches: Iterable[Launch]) -> None:
     """Start the kernels in their order.
 
-    Triton takes tens of microseconds to find the binary for a launch, and a few to start it. So it is found once for a plan.
-    The interpreter has none, and while Triton compiles asynchronously it may not be there yet.
+    Triton takes tens of microseconds to find the binary for a launch, and a few to start it. So it is found once for a plan. It
+    depends on the layouts of tensors, and on integers that are 1 or multiples of 16, all of which a plan knows. The interpreter
+    has none, and while Triton compiles asynchronously it may not be there yet.
     """
     for kernel, grid, arguments, options, binaries in launches:
         if not grid:
@@ -50,5 +45,5 @@ def run(launches: Iterable[Launch]) -> None:
             binaries[0][(grid, 1, 1)](*arguments.values())
             continue
         binary = kernel[(grid,)](**arguments, **options)
-        if isinstance(binary, CompiledKernel) and _PLANS_DETERMINE_BINARIES:
+        if isinstance(binary, CompiledKernel):
             binaries.append(binary)

@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
 
+ON_AMD = torch.version.hip is not None
 _MOST = 512  # Plans that are kept, the last ones used. A model has a few for each length.
 
 
@@ -25,6 +26,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     is_aligned: bool  # To 16 bytes, as the compiler and descriptors want it.
+    is_large: bool  # True if ON_AMD and its memory has 2 GiB or more: other loads are compiled then.
 
     def stand_in(self) -> Tensor:
         """Return a tensor of this layout without data."""
@@ -76,7 +78,9 @@ def planned_once(planner: Callable[..., list[Launch]]) -> Callable[..., list[Lau
 
         def layout(tensor: Tensor) -> Layout:
             tensors.append(tensor)
-            return Layout(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0)
+            is_aligned = tensor.data_ptr() % 16 == 0
+            is_large = ON_AMD and tensor.untyped_storage().nbytes() >= 1 << 31
+            return Layout(tensor.dtype, tensor.shape, tensor.stride(), is_aligned, is_large)
 
         layouts = _replaced(args, Tensor, layout)
         return _plan(planner, layouts, tensors[0].device).launches_of(tensors)

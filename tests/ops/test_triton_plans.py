@@ -80,6 +80,19 @@ def test_calls_that_are_alike_are_planned_once_and_each_starts_on_its_own_tensor
     assert scratch is not scratch_again and scratch.shape == scratch_again.shape == (3,) and scratch.dtype == torch.int32
 
 
+def test_on_amd_views_of_large_memory_have_plans_and_binaries_of_their_own(planner, kernel, monkeypatch):
+    """AMD's compiler asks for the memory behind a tensor, and so has the last word on what is large."""
+    monkeypatch.setattr(plans, "ON_AMD", True)
+    compiler = pytest.importorskip("triton.backends.amd.compiler")
+    for count in (1000, (1 << 29) - 1, 1 << 29):  # Of 4 bytes each.
+        pair = tuple(torch.empty(count, device="meta")[:32].view(4, 8) for _ in range(2))
+        launch.run(planner(pair, 7))
+        launch.run(planner(pair, 7))
+        is_large = not compiler.HIPBackend.is_within_2gb(pair[0])
+        assert is_large == (count == 1 << 29) == (len(planner.sizes) == 2)
+    assert [how for how, *_ in kernel.started].count("by Triton") == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [{"start": 1}, {"dtype": torch.int32}, {"shape": (4, 7)}, {"strides": (16, 1)}, {"device": "meta"}],
