@@ -7,7 +7,6 @@ from support.ptx.interpreter import Fault
 
 from fastlm.testing import seeded_normal
 
-
 # ---- a lane by itself -------------------------------------------------------------------------------------------------------
 
 A, B, C = (torch.randint(-(2**31), 2**31, (32,), generator=torch.Generator().manual_seed(seed)) for seed in range(3))
