@@ -43,6 +43,8 @@ class Usage(NamedTuple):
     registers: int  # per thread
     spilled_bytes: int  # per thread
     shared_bytes: int  # per program
+    tensor_columns: int  # of tensor memory, per program
+    all_warps: int  # of a program, those included that only copy or multiply
 
 
 class Loop(NamedTuple):
@@ -54,14 +56,14 @@ class Loop(NamedTuple):
 
 def usage(binary, arch: str) -> Usage:
     """Return what a kernel takes that ahead_of_time.compile_launch made."""
-    shared = binary.metadata.shared
+    program = binary.metadata.shared, getattr(binary.metadata, "tmem_size", 0), binary.metadata.num_warps
     if arch.startswith("sm_"):
         text = _tool("cuobjdump", "--dump-resource-usage", binary.asm["cubin"])
         registers, stack = (int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-        return Usage(registers, stack, shared)
+        return Usage(registers, stack, *program)
     text = binary.asm["amdgcn"]
     registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text))
-    return Usage(registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]), shared)
+    return Usage(registers, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1]), *program)
 
 
 def wide_loads(binary, arch: str) -> int:

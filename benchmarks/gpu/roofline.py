@@ -41,6 +41,7 @@ class Rates(NamedTuple):
     l2: int  # Bytes from the L2 cache: 5,120 of an A100 or H100, 2,048 of 38 units of gfx942; others are assumed.
     issue: int  # Instructions of a warp (wavefront).
     warp: int  # Threads of a warp (wavefront).
+    rows: int = 1  # of a product, which fewer rows do not make faster
 
 
 RATES = {
@@ -48,7 +49,7 @@ RATES = {
     "sm_86": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
     "sm_89": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
     "sm_90": Rates(4096, 128, 64, 16, 32, 39, 4, 32),
-    "sm_100": Rates(8192, 128, 64, 16, 32, 69, 4, 32),
+    "sm_100": Rates(8192, 128, 64, 16, 32, 69, 4, 32, 128),
     "sm_120": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
     "gfx90a": Rates(1024, 64, 64, 16, 32, 37, 5, 64),
     "gfx942": Rates(2048, 64, 64, 16, 32, 54, 5, 64),
@@ -76,17 +77,21 @@ def predict(row: dict) -> Prediction:
     """
     loop = row.get("softmax", row)
     rates, threads = RATES[row["arch"]], row["num_warps"] * RATES[row["arch"]].warp
-    cycles = {"tensor": FLOPS_PER_SCORE[row["pass_name"]] * row["head_dim"] * row["q"] * row["k"] / rates.tensor}
+    side, tensors = LOADED[row["pass_name"]]
+    scores = row["q"] * row["k"]
+    tensor = FLOPS_PER_SCORE[row["pass_name"]] * row["head_dim"] * scores / rates.tensor
+    rows = scores / row[side]  # of each product: those of the block that the loop keeps
+    cycles = {"tensor": tensor * max(1, rates.rows / rows)}
     for unit, rate in UNITS.items():
         cycles[rate] = cycles.get(rate, 0.0) + loop["units"].get(unit, 0) * threads / getattr(rates, rate)
     in_turn = sum(cycles.values())
-    side, tensors = LOADED[row["pass_name"]]
     cycles["l2"] = tensors * row[side] * row["head_dim"] * BYTES / rates.l2  # These copies run beside, as instructions do.
     cycles["issue"] = loop["instructions"] * row["num_warps"] / rates.issue
     busiest = max(cycles, key=cycles.get)
-    programs = programs_at_once(row["arch"], threads, row["registers"], row["shared_bytes"])
+    all_threads = row["all_warps"] * rates.warp
+    programs = programs_at_once(row["arch"], all_threads, row["registers"], row["shared_bytes"], row["tensor_columns"])
     expected = max(cycles[busiest], in_turn / programs)
-    shares = (cycles["tensor"] / limit for limit in (expected, cycles[busiest], in_turn))
+    shares = (tensor / limit for limit in (expected, cycles[busiest], in_turn))
     return Prediction(*shares, busiest, programs)
 
 

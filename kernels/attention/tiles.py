@@ -94,8 +94,8 @@ HALF = {
             Tile(128, 128, 8, 2, spilled=8, specialized=True),
             Tile(128, 64, 8, 2),
         ),
-        GRAD_KEY_VALUE: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
-        GRAD_QUERY: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(128, 64, 8, 1)),
+        GRAD_KEY_VALUE: (Tile(32, 128, 4, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        GRAD_QUERY: (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(128, 64, 8, 1)),
     },
     ("sm_120", LoopKind.DESCRIPTORS): {
         FORWARD: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
