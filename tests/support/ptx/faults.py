@@ -50,7 +50,7 @@ FAULTS = {
     "sm_100": COMMON
     | {
         "no barriers": PlantedFault(r"bar\.sync\s+0;", "", True, "race"),
-        "a barrier of fewer warps": PlantedFault(r"(bar\.sync\s+2,) 128;", r"\1 64;", True, "race"),
+        "a barrier of one warp": PlantedFault(r"(bar\.sync\s+2,) 128;", r"\1 32;", True, "race"),
         "no waits for mbarriers": PlantedFault(r"mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;", "", True, "race"),
         "no waits for loads": PlantedFault(r"tcgen05\.wait::ld\.sync\.aligned;", "", True, "race"),
         "no wait for a store": PlantedFault(r"tcgen05\.wait::st\.sync\.aligned;", "", False, "race"),
