@@ -296,6 +296,7 @@ def product_of(m: int, transposed_b: bool, a_in_tensor_memory: bool) -> str:
 
 
 STORE_A = f"tcgen05.st.sync.aligned.32x32b.x32.b32 [%r2 + 64], {registers(10, 32)};"
+FENCE = "fence.proxy.async.shared::cta;"
 COMMIT = f"@%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [{BARRIER}];"
 WAIT_FOR_PRODUCT = f"$wait:\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [{BARRIER}], 0;\n@!%p3 bra $wait;"
 
@@ -310,6 +311,7 @@ def product_kernel(product: str) -> str:
         {fours("st.shared.v4.b32 [%r3+{1}], {0};", 42, 32, B_IMAGE)}
         {STORE_A}
         {WAIT_FOR_STORES}
+        {FENCE}
         bar.sync 0;
         {product}
         {COMMIT}
@@ -355,6 +357,7 @@ KERNEL = product_kernel(PRODUCTS)
         (f"{WAIT_FOR_STORES}\n", "\n", "race: the tensor core reads column .* which warp . wrote"),
         (f"bar.sync 0;\n        {PRODUCTS}", PRODUCTS, "race: (the tensor core|warp 0) reads .* which warp . wrote"),
         (KERNEL[KERNEL.index(WAIT_FOR_PRODUCT) : KERNEL.index(FREE)], "", "race: warp 0 writes .* which the tensor core wrote"),
+        (FENCE, "", "the tensor core reads shared address .* wrote with no fence between proxies"),
         (COMMIT, "", "deadlock"),
         (", [%r2 + 0]", ", [%r2 + 448]", "out of bounds: access to column ... in lane . of tensor memory"),
         (", [%r2 + 0]", ", [%r1 + 0]", "a warp has no access to lane 0"),

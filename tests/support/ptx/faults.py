@@ -25,6 +25,7 @@ class PlantedFault(NamedTuple):
 
 
 WRONG = "wrong by more than"  # What the oracle says.
+NO_FENCES = PlantedFault(r"fence\.proxy\.async\S*;", "", True, "no fence between proxies")
 COMMON = {
     "a store past the end": PlantedFault(r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0", r"\1 1048576", False, "out of bounds"),
     "a misaligned store": PlantedFault(r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0", r"\1 2", False, "misaligned"),
@@ -45,6 +46,7 @@ FAULTS = {
         "no wait for a copy": PlantedFault(r"mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;", "", False, "race"),
         "more bytes expected": PlantedFault(r"(expect_tx\S+ _, \[%r\d+\],) (\d+);", r"\1 1\2;", False, "deadlock"),
         "no wait for a product": PlantedFault(r"wgmma\.wait_group\.sync\.aligned \d;", "", False, WRONG),
+        "no fences": NO_FENCES,
         "a copy to other rows": PlantedFault(r"(cp\.async\.bulk\.tensor\S+ \[%r\d+)\]", r"\1+128]", False, WRONG),
     },
     "sm_100": COMMON
@@ -54,6 +56,7 @@ FAULTS = {
         "no waits for mbarriers": PlantedFault(r"mbarrier\.try_wait[^;]*;\s*@!complete bra\.uni waitLoop;", "", True, "race"),
         "no waits for loads": PlantedFault(r"tcgen05\.wait::ld\.sync\.aligned;", "", True, "race"),
         "no wait for a store": PlantedFault(r"tcgen05\.wait::st\.sync\.aligned;", "", False, "race"),
+        "no fences": NO_FENCES,
         "no commit": PlantedFault(r"@%p\d+ tcgen05\.commit[^;]*;", "", False, "deadlock"),
         "a product less": PlantedFault(r"@%p\d+ tcgen05\.mma[^;]*;", "", False, WRONG),
         "a product to other columns": PlantedFault(r"(tcgen05\.mma\S+ \[ %r\d+ \+) 0( \], %rd)", r"\1 64\2", False, WRONG),

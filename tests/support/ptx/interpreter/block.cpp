@@ -49,7 +49,7 @@ void Block::run() {
 }
 
 void Block::synchronize(const std::vector<Warp*>& warps) {
-  Clock common(warps_.size() + kUnits);
+  Clock common(warps_.front().clock.size());
   for (const Warp* warp : warps) join(&common, warp->clock);
   for (Warp* warp : warps) {
     warp->clock = common;

@@ -9,6 +9,9 @@ namespace {
 // Fences: the lanes of a group go in step, and all accesses happen in the order in which they are interpreted.
 void nothing(Warp&, const Instruction&, Mask) {}
 
+// fence.proxy.async
+void fence_proxies(Warp& warp, const Instruction&, Mask) { warp.fence_proxies(); }
+
 // bra target
 void branch(Warp& warp, const Instruction& i, Mask lanes) { warp.branch(lanes, int(warp.uniform(i, 0))); }
 
@@ -59,6 +62,7 @@ const Handlers kControl = {
     {"barrier", synchronize, 2},
     {"bar.warp", nothing},
     {"fence", nothing},
+    {"fence.proxy.async", fence_proxies},
     {"wgmma.fence", nothing},
     {"setmaxnreg.inc", change_registers, 1},
     {"setmaxnreg.dec", change_registers, 1},

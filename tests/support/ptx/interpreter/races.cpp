@@ -23,25 +23,28 @@ void Races::fail(int agent, const char* verb, uint64_t address, int other, const
               " with no barrier or wait between");
 }
 
-void Races::require_known_write(const Clock& clock, int agent, uint64_t address, const char* verb) const {
+void Races::require_known_write(const Clock& clock, int agent, uint64_t address, Proxy proxy, const char* verb) const {
   const Write& last = writes_[address];
   if (last.agent != agent && last.time > clock[last.agent]) fail(agent, verb, address, last.agent, "wrote");
+  if (proxy == Proxy::kAsync && last.proxy == Proxy::kGeneric && last.time > clock[num_agents_ + last.agent])
+    throw Fault(name(agent) + " " + verb + " " + place_(address) + ", which " + name(last.agent) +
+                " wrote with no fence between proxies");
 }
 
-void Races::read(const Clock& clock, int agent, uint64_t address, int bytes) {
+void Races::read(const Clock& clock, int agent, uint64_t address, int bytes, Proxy proxy) {
   for (const uint64_t end = address + bytes; address < end; ++address) {
-    require_known_write(clock, agent, address, "reads");
+    require_known_write(clock, agent, address, proxy, "reads");
     reads_[address * num_agents_ + agent] = clock[agent];
   }
 }
 
-void Races::write(const Clock& clock, int agent, uint64_t address, int bytes, bool is_there_already) {
+void Races::write(const Clock& clock, int agent, uint64_t address, int bytes, Proxy proxy, bool is_there_already) {
   for (const uint64_t end = address + bytes; address < end; ++address) {
-    if (!is_there_already) require_known_write(clock, agent, address, "writes");
+    if (!is_there_already) require_known_write(clock, agent, address, proxy, "writes");
     const uint32_t* reads = &reads_[address * num_agents_];
     for (int other = 0; other < num_agents_; ++other)
       if (other != agent && reads[other] > clock[other]) fail(agent, "writes", address, other, "read");
-    writes_[address] = {clock[agent], agent};
+    writes_[address] = {clock[agent], agent, proxy};
   }
 }
 

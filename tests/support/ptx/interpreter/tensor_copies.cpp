@@ -34,7 +34,7 @@ TensorCopy make_copy(Warp& warp, const Instruction& i, int lane) {
   if (copy.tensor.rank != int(copy.corner.size())) throw Fault("a tensor copy with coordinates of another rank");
   copy.clock[block.accelerator()] = ++block.num_tensor_copies;
   block.memory.at(Space::kShared, copy.to, bytes_of(copy.tensor), 1);
-  block.races.write(copy.clock, block.accelerator(), copy.to, bytes_of(copy.tensor));
+  block.races.write(copy.clock, block.accelerator(), copy.to, bytes_of(copy.tensor), Proxy::kAsync);
   return copy;
 }
 

@@ -46,7 +46,7 @@ void take_notice(Warp& warp, const TensorProduct& product) {
   clock[block.tensor_core()] = product.number;
   const auto read_shared = [&](uint64_t address, int, int) {
     block.memory.at(Space::kShared, address, 2);
-    block.races.read(clock, block.tensor_core(), address, 2);
+    block.races.read(clock, block.tensor_core(), address, 2, Proxy::kAsync);
   };
   if (product.has_a_in_tensor_memory) {
     for (int row = 0; row < product.shape.m; ++row)

@@ -25,11 +25,11 @@ void for_columns(const TensorMemory& memory, uint32_t first, int columns, Do do_
     for (int column = 0; column < columns; ++column) do_cell(memory.number((lane << 16 | first) + column));
 }
 
-// tcgen05.alloc [address + offset], columns: the address of new columns goes to shared memory.
+// tcgen05.alloc [address + offset], columns: the address of new columns goes to shared memory. No fence is needed behind it.
 void allocate(Warp& warp, const Instruction& i, Mask lanes) {
   require_warp(lanes);
   const uint32_t address = warp.block.tensor_memory.allocate(int(warp.uniform(i, 2)));
-  warp.store(Space::kShared, warp.address(i, 0, 0), &address, sizeof address);
+  warp.store(Space::kShared, warp.address(i, 0, 0), &address, sizeof address, Proxy::kAsync);
 }
 
 // tcgen05.dealloc address, columns. Whoever uses the columns has to be done.

@@ -1,5 +1,6 @@
 #include "warp.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "block.h"
@@ -7,18 +8,18 @@
 namespace ptx {
 
 Warp::Warp(Block& block, int index, const std::vector<Register>& registers, int num_agents)
-    : block(block), index(index), clock(num_agents), registers_(registers) {
+    : block(block), index(index), clock(2 * num_agents), registers_(registers) {
   clock[index] = 1;
 }
 
-void Warp::load(Space space, uint64_t address, void* to, int bytes) {
+void Warp::load(Space space, uint64_t address, void* to, int bytes, Proxy proxy) {
   std::memcpy(to, block.memory.at(space, address, bytes), bytes);
-  if (space == Space::kShared) block.races.read(clock, index, address, bytes);
+  if (space == Space::kShared) block.races.read(clock, index, address, bytes, proxy);
 }
 
-void Warp::store(Space space, uint64_t address, const void* from, int bytes) {
+void Warp::store(Space space, uint64_t address, const void* from, int bytes, Proxy proxy) {
   char* to = block.memory.at(space, address, bytes);
-  if (space == Space::kShared) block.races.write(clock, index, address, bytes, !std::memcmp(to, from, bytes));
+  if (space == Space::kShared) block.races.write(clock, index, address, bytes, proxy, !std::memcmp(to, from, bytes));
   if (space == Space::kGlobal) block.memory.own(address, bytes);
   std::memcpy(to, from, bytes);
 }
@@ -26,6 +27,12 @@ void Warp::store(Space space, uint64_t address, const void* from, int bytes) {
 void Warp::claim(uint64_t address, int bytes) {
   block.memory.at(Space::kShared, address, bytes);
   block.races.write(clock, index, address, bytes);
+}
+
+void Warp::fence_proxies() {
+  const size_t num_agents = clock.size() / 2;
+  std::copy_n(clock.begin(), num_agents, clock.begin() + num_agents);
+  ++clock[index];
 }
 
 Mask Warp::enabled(const Instruction& i) const {

@@ -70,8 +70,10 @@ class Warp {
   }
 
   // Access memory. An access that is misaligned, out of bounds or a race is a Fault.
-  void load(Space space, uint64_t address, void* to, int bytes);
-  void store(Space space, uint64_t address, const void* from, int bytes);
+  void load(Space space, uint64_t address, void* to, int bytes, Proxy proxy = Proxy::kGeneric);
+  void store(Space space, uint64_t address, const void* from, int bytes, Proxy proxy = Proxy::kGeneric);
+  // Let the asynchronous proxy see what the warp knows of.
+  void fence_proxies();
   // Tell that shared memory may be written from now on, or until now.
   void claim(uint64_t address, int bytes);
 

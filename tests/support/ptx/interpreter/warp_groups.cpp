@@ -17,7 +17,7 @@ SharedOperand shared_operand(uint64_t descriptor, bool transposed) {
 
 float half_at(Warp& warp, uint64_t address, Type type) {
   uint16_t bits;
-  warp.load(Space::kShared, address, &bits, 2);
+  warp.load(Space::kShared, address, &bits, 2, Proxy::kAsync);
   return decode<float>(type, bits);
 }
 
