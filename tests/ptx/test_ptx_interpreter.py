@@ -161,6 +161,15 @@ def test_a_barrier_that_a_warp_leaves_out_is_a_deadlock():
         run(body, NOTHING, threads=128)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_warp_waits_for_registers_that_others_give_back(seed):
+    body = "setp.lt.u32 %p1, %r0, 64;\n@%p1 bra $take;\nsetmaxnreg.dec.sync.aligned.u32 {};\nbra $out;\n$take:\n"
+    body += "setmaxnreg.inc.sync.aligned.u32 232;\n$out:"
+    run(body.format(24), NOTHING, threads=128, seed=seed)
+    with pytest.raises(Fault, match="deadlock: there are never enough registers"):
+        run(body.format(32), NOTHING, threads=128, seed=seed)
+
+
 def test_two_blocks_that_store_the_same_element_are_a_race():
     with pytest.raises(Fault, match="block 1, line .*: race with another block's store"):
         run("st.global.b64 [%d5], %d6;", NOTHING[:32], grid=2)

@@ -26,6 +26,5 @@ The interpreter runs the warps of a block in turns of random length. It knows bo
 and asynchronous copies, which land as early or as late as they may. It finds races: in shared and tensor memory by vector
 clocks, in global memory where a block touches what another one stored. So a missing barrier, wait or fence, an access out of
 bounds and a wrong layout show, as a `Fault` or as a wrong number. It knows nothing of speed, nor how approximations round, nor
-of what ptxas does. It asks for no fence between a warp's read and a copy that overwrites it, and a thread has as many registers
-as it likes.
+of what ptxas does. It asks for no fence between a warp's read and a copy that overwrites it.
 """

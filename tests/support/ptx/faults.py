@@ -63,6 +63,7 @@ FAULTS = {
         "a product of other columns": PlantedFault(
             r"(tcgen05\.mma\S+ \[ %r\d+ \+ 0 \], \[ %r\d+ \+) 8", r"\1 16", False, WRONG
         ),
+        "too many registers": PlantedFault(r"(setmaxnreg\.inc\S*\s+)88;", r"\g<1>232;", True, "never enough registers"),
         "too few columns": PlantedFault(r"(tcgen05\.(de)?alloc\S* \S+,) 512", r"\1 256", True, "out of bounds"),
         "columns that are not freed": PlantedFault(r"@%p\d+ tcgen05\.dealloc[^;]*;", "", True, "has not freed"),
     },

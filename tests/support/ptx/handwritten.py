@@ -16,6 +16,7 @@ HEADER = """
     .param .u64 .ptr .global .align 1 kernel_param_1
 )
 .reqntid {threads}
+.maxnreg 128
 {{
     .reg .pred %p<9>;
     .reg .b16 %h<9>;

@@ -52,6 +52,7 @@ class _Launch(ctypes.Structure):
         ("num_registers", ctypes.c_int),
         ("num_blocks", ctypes.c_int),
         ("num_warps", ctypes.c_int),
+        ("registers_per_thread", ctypes.c_int),
         ("shared_bytes", ctypes.c_uint64),
         ("parameters", ctypes.c_char_p),
         ("parameter_bytes", ctypes.c_uint64),
@@ -82,8 +83,8 @@ def interpret(
     pointers = [array.ctypes.data for array in (program.lines, program.guards, program.operands, program.first_operands)]
     launch = _Launch(
         program.names, *pointers, len(program.lines), registers.ctypes.data, len(registers), grid,
-        program.kernel.threads // LANES, shared_bytes, parameters, len(parameters), addresses.ctypes.data, sizes.ctypes.data,
-        len(tensors), late, seed,
+        program.kernel.threads // LANES, program.kernel.registers_per_thread, shared_bytes, parameters, len(parameters),
+        addresses.ctypes.data, sizes.ctypes.data, len(tensors), late, seed,
     )  # fmt: skip
     text = ctypes.create_string_buffer(300)
     if library().ptx_run(ctypes.byref(launch), text, len(text)):

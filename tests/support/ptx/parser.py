@@ -27,6 +27,7 @@ class Kernel(NamedTuple):
     """The parsed text of a kernel."""
 
     threads: int
+    registers_per_thread: int  # At first; 0 where the text does not tell.
     parameters: dict[str, Parameter]  # In the order of the text.
     registers: set[str]  # Their names, or what their names begin with before a number.
     shared: list[str]  # The names of the array to which the launch gives its size.
@@ -48,7 +49,9 @@ def parse(text: str) -> Kernel:
     header = text[start:body].partition("(")[2].rpartition(")")[0]
     instructions, labels = _parse_body(text[body:], text.count("\n", 0, body) + 1)
     shared = re.findall(r"\.extern \.shared [^;]*?([\w$]+)\[\];", text[:start])
-    return Kernel(int(threads[1]), _parse_parameters(header), _parse_registers(text), shared, instructions, labels)
+    most = re.search(r"\.maxnreg (\d+)", text[start:body])
+    per_thread = int(most[1]) if most else 0
+    return Kernel(int(threads[1]), per_thread, _parse_parameters(header), _parse_registers(text), shared, instructions, labels)
 
 
 def _with_targets_in_branches(text: str) -> str:

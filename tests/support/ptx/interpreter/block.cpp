@@ -12,8 +12,8 @@ std::string place_of(uint64_t address) { return "shared address " + std::to_stri
 
 }  // namespace
 
-Block::Block(const std::vector<Instruction>& program, Memory& memory, int num_warps, const std::vector<Register>& registers,
-             Landing landing, unsigned seed)
+Block::Block(const std::vector<Instruction>& program, Memory& memory, int num_warps, int registers_per_thread,
+             const std::vector<Register>& registers, Landing landing, unsigned seed)
     : memory(memory),
       races(num_warps + kUnits, memory.shared_bytes(), place_of),
       landing(landing),
@@ -23,6 +23,7 @@ Block::Block(const std::vector<Instruction>& program, Memory& memory, int num_wa
   warps_.reserve(num_warps);
   for (int w = 0; w < num_warps; ++w) {
     Warp& warp = warps_.emplace_back(*this, w, registers, num_warps + kUnits);
+    warp.num_registers = registers_per_thread;
     for (int lane = 0; lane < kLanes; ++lane) {
       warp[kTid].lane[lane] = w * kLanes + lane;
       warp[kLaneid].lane[lane] = lane;
@@ -57,9 +58,9 @@ void Block::synchronize(const std::vector<Warp*>& warps) {
   }
 }
 
-void Block::count_test(bool is_complete) {
-  failed_tests_ = is_complete ? 0 : failed_tests_ + 1;
-  if (failed_tests_ > kMostFailedTests) throw Fault("deadlock: an mbarrier's phase is never complete");
+void Block::count_test(bool is_there, const char* what) {
+  failed_tests_ = is_there ? 0 : failed_tests_ + 1;
+  if (failed_tests_ > kMostFailedTests) throw Fault(std::string("deadlock: ") + what);
 }
 
 }  // namespace ptx

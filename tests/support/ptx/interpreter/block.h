@@ -28,8 +28,8 @@ enum class Landing { kEarly, kLate };
 
 class Block {
  public:
-  Block(const std::vector<Instruction>& program, Memory& memory, int num_warps, const std::vector<Register>& registers,
-        Landing landing, unsigned seed);
+  Block(const std::vector<Instruction>& program, Memory& memory, int num_warps, int registers_per_thread,
+        const std::vector<Register>& registers, Landing landing, unsigned seed);
 
   // Let the warps take turns of random lengths until all have ended.
   void run();
@@ -37,8 +37,8 @@ class Block {
   // Return the line of the instruction that runs.
   int line() const { return current_ ? current_->line() : 0; }
 
-  // Take notice of a test of an mbarrier. Too many in a row that found no phase complete are a deadlock.
-  void count_test(bool is_complete);
+  // Take notice of a test of what a warp waits for. Too many in a row that failed are a deadlock.
+  void count_test(bool is_there, const char* what);
 
   // Let the warps know what each of them knows.
   void synchronize(const std::vector<Warp*>& warps);
@@ -51,6 +51,7 @@ class Block {
   Races races;
   const Landing landing;
   TensorMemory tensor_memory;
+  int free_registers = 0;  // That warps have given back, for each lane.
   uint32_t num_tensor_copies = 0, num_tensor_products = 0;
   std::map<int, Barrier> barriers;         // By number.
   std::map<uint64_t, MBarrier> mbarriers;  // By address in shared memory.

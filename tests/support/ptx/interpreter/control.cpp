@@ -28,9 +28,28 @@ void leave(Warp& warp, const Instruction&, Mask lanes) { warp.leave(lanes); }
 
 void trap(Warp&, const Instruction&, Mask) { throw Fault("trap"); }
 
-// setmaxnreg: the registers of a thread have no limit here.
-void change_registers(Warp&, const Instruction&, Mask lanes) {
+void require_registers(const Warp& warp, Mask lanes, bool is_sensible) {
   if (lanes != ~Mask(0)) throw Fault("a change of registers for some lanes of a warp");
+  if (!warp.num_registers || !is_sensible) throw Fault("setmaxnreg from " + std::to_string(warp.num_registers) + " registers");
+}
+
+// setmaxnreg.dec registers: the block has what the warp gives back.
+void give_registers(Warp& warp, const Instruction& i, Mask lanes) {
+  const int asked = int(warp.uniform(i, 0));
+  require_registers(warp, lanes, asked <= warp.num_registers);
+  warp.block.free_registers += warp.num_registers - asked;
+  warp.num_registers = asked;
+}
+
+// setmaxnreg.inc registers: the warp waits until the block has enough.
+void take_registers(Warp& warp, const Instruction& i, Mask lanes) {
+  const int asked = int(warp.uniform(i, 0)), missing = asked - warp.num_registers;
+  require_registers(warp, lanes, missing >= 0);
+  const bool are_there = missing <= warp.block.free_registers;
+  warp.block.count_test(are_there, "there are never enough registers");
+  if (!are_there) return warp.run_again();
+  warp.block.free_registers -= missing;
+  warp.num_registers = asked;
 }
 
 // bar.sync number[, threads]
@@ -64,8 +83,8 @@ const Handlers kControl = {
     {"fence", nothing},
     {"fence.proxy.async", fence_proxies},
     {"wgmma.fence", nothing},
-    {"setmaxnreg.inc", change_registers, 1},
-    {"setmaxnreg.dec", change_registers, 1},
+    {"setmaxnreg.inc", take_registers, 1},
+    {"setmaxnreg.dec", give_registers, 1},
 };
 
 }  // namespace ptx

@@ -66,7 +66,7 @@ void test(Warp& warp, const Instruction& i, Mask lanes) {
   for_lanes(lanes, [&](int lane) { warp.value(i, 0, lane) = is_complete; });
   if (is_complete) join(&warp.clock, barrier.clock);
   warp.yields = !is_complete;
-  warp.block.count_test(is_complete);
+  warp.block.count_test(is_complete, "an mbarrier's phase is never complete");
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Launch {
   int num_instructions;
   const Register* registers;  // As every warp has them at first.
   int num_registers;
-  int num_blocks, num_warps;
+  int num_blocks, num_warps, registers_per_thread;
   uint64_t shared_bytes;
   const char* parameters;
   uint64_t parameter_bytes;
@@ -46,8 +46,8 @@ void run_block(const Launch& launch, const std::vector<Instruction>& program, Me
   memory.start_block(index);
   std::vector<Register> registers(launch.registers, launch.registers + launch.num_registers);
   for (uint64_t& lane : registers[kCtaid].lane) lane = index;
-  Block block(program, memory, launch.num_warps, registers, launch.late ? Landing::kLate : Landing::kEarly,
-              launch.seed + index);
+  Block block(program, memory, launch.num_warps, launch.registers_per_thread, registers,
+              launch.late ? Landing::kLate : Landing::kEarly, launch.seed + index);
   try {
     block.run();
   } catch (const Fault& fault) {

@@ -80,6 +80,11 @@ class Warp {
   // Run up to so many instructions, until the warp waits, yields or ends.
   void run(const std::vector<Instruction>& program, int most);
   void branch(Mask taken, int target);
+  // Let other warps run, and then the same instruction again.
+  void run_again() {
+    --pc_;
+    yields = true;
+  }
   void leave(Mask lanes) { lanes_ &= ~lanes; }
 
   bool is_done() const { return !lanes_ && diverged_.empty(); }
@@ -91,6 +96,7 @@ class Warp {
   Clock clock;
   bool waits = false;   // For a barrier of the block.
   bool yields = false;  // Another warp has to run first.
+  int num_registers;    // Of a thread, as setmaxnreg counts them.
   Groups<Copy> copies;
   Groups<Product> products;
   std::vector<uint64_t> tensor_loads;  // Cells that are being read.
