@@ -354,6 +354,7 @@ def test_product_of_the_tensor_core(m, a_in_tensor_memory, transposed_b, late):
 
 
 PRODUCTS = product_of(128, False, True)
+TWO_WARPS = "and.b32 %r4, %r0, 95;\nsetp.eq.s32 %p5, %r4, 0;\n" + PRODUCTS.replace("%p2", "%p5")
 KERNEL = product_kernel(PRODUCTS)
 
 
@@ -373,6 +374,7 @@ KERNEL = product_kernel(PRODUCTS)
         (FREE, "", "a block ends with tensor memory that it has not freed"),
         ("[%r1 + 0], [", "[%r1 + 1048576], [", "lanes of D that the tensor core has not"),
         ("@%p2 tcgen05.mma", "tcgen05.mma", "a product of more than one thread"),
+        (PRODUCTS, TWO_WARPS, "products of two warps in no order"),
     ],
 )
 def test_faults_around_the_tensor_core(pattern, replacement, message, late):

@@ -53,6 +53,8 @@ class Block {
   TensorMemory tensor_memory;
   int free_registers = 0;  // That warps have given back, for each lane.
   uint32_t num_tensor_copies = 0, num_tensor_products = 0;
+  int product_warp = 0;  // The last to start a product, and its time then.
+  uint32_t product_time = 0;
   std::map<int, Barrier> barriers;         // By number.
   std::map<uint64_t, MBarrier> mbarriers;  // By address in shared memory.
 

@@ -1,5 +1,7 @@
 #include "tensor_core.h"
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "block.h"
@@ -23,45 +25,54 @@ SharedOperand shared_operand(uint64_t descriptor, bool transposed) {
 // Return the lane of a row. 64 rows take 16 lanes of each warp's 32.
 uint32_t lane_of(int m, int row) { return uint32_t(m == 64 ? row / 16 * 32 + row % 16 : row); }
 
-// Return the number of the cell of A at (row, k), which holds two halves, or of D at (row, column).
-uint64_t cell_of(const TensorMemory& memory, const TensorProduct& product, uint32_t address, int row, int column) {
-  return memory.number(address + (lane_of(product.shape.m, row) << 16) + uint32_t(column));
+// Call do_cell(number, row, column) for each cell of so many columns of A, which holds two halves, or of D.
+template <class Do>
+void for_cells(const TensorMemory& memory, uint32_t address, int m, int columns, Do do_cell) {
+  for (int row = 0; row < m; ++row)
+    for (int column = 0; column < columns; ++column)
+      do_cell(memory.number(address + (lane_of(m, row) << 16) + uint32_t(column)), row, column);
 }
 
 // Call do_half(address in shared memory, i, k) for each half of an operand (size, kK).
 template <class Do>
-void for_halves(const SharedOperand& operand, int size, Do do_half) {
+void for_halves(uint64_t descriptor, bool transposed, int size, Do do_half) {
+  const SharedOperand operand = shared_operand(descriptor, transposed);
   for (int i = 0; i < size; ++i)
     for (int k = 0; k < kK; ++k) do_half(operand.address(i, k), i, k);
 }
 
+float half_at(Memory& memory, uint64_t address, Type type) {
+  uint16_t bits;
+  std::memcpy(&bits, memory.at(Space::kShared, address, 2), 2);
+  return decode<float>(type, bits);
+}
+
 // ---- what a product reads and writes ----------------------------------------------------------------------------------------
 
-// Take notice that the tensor core reads A and B, and writes D, until it knows the product to be complete. Products follow each
-// other, but A has to be known to be there: only products with the same D are sure to be in order.
+// Take notice that the tensor core reads A and B, and writes D, until somebody knows the product to be complete. The tensor
+// core goes from product to product, but only those with the same D are sure to be in order: A has to be known to be there.
 void take_notice(Warp& warp, const TensorProduct& product) {
   Block& block = warp.block;
+  const ProductShape& shape = product.shape;
+  const int tensor_core = block.tensor_core();
   Races& races = block.tensor_memory.races;
   Clock clock = warp.clock;
-  clock[block.tensor_core()] = product.number;
-  const auto read_shared = [&](uint64_t address, int, int) {
+  clock[tensor_core] = product.number;
+  const auto read_half = [&](uint64_t address, int, int) {
     block.memory.at(Space::kShared, address, 2);
-    block.races.read(clock, block.tensor_core(), address, 2, Proxy::kAsync);
+    block.races.read(clock, tensor_core, address, 2, Proxy::kAsync);
   };
-  if (product.has_a_in_tensor_memory) {
-    for (int row = 0; row < product.shape.m; ++row)
-      for (int column = 0; column < kK / 2; ++column) {
-        const uint64_t cell = cell_of(block.tensor_memory, product, uint32_t(product.a), row, column);
-        races.read(warp.clock, warp.index, cell, 1);
-        races.read(clock, block.tensor_core(), cell, 1);
-      }
-  } else {
-    for_halves(shared_operand(product.a, product.shape.transpose_a), product.shape.m, read_shared);
-  }
-  for_halves(shared_operand(product.b, product.shape.transpose_b), product.shape.n, read_shared);
-  for (int row = 0; row < product.shape.m; ++row)
-    for (int column = 0; column < product.shape.n; ++column)
-      races.write(clock, block.tensor_core(), cell_of(block.tensor_memory, product, product.d, row, column), 1);
+  const auto read_cell = [&](uint64_t cell, int, int) {
+    races.read(warp.clock, warp.index, cell, 1);
+    races.read(clock, tensor_core, cell, 1);
+  };
+  if (product.has_a_in_tensor_memory)
+    for_cells(block.tensor_memory, uint32_t(product.a), shape.m, kK / 2, read_cell);
+  else
+    for_halves(product.a, shape.transpose_a, shape.m, read_half);
+  for_halves(product.b, shape.transpose_b, shape.n, read_half);
+  for_cells(block.tensor_memory, product.d, shape.m, shape.n,
+            [&](uint64_t cell, int, int) { races.write(clock, tensor_core, cell, 1); });
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------------
@@ -70,17 +81,15 @@ void take_notice(Warp& warp, const TensorProduct& product) {
 std::vector<float> read_a(Block& block, const TensorProduct& product) {
   const ProductShape& shape = product.shape;
   std::vector<float> a(shape.m * kK);
-  if (product.has_a_in_tensor_memory) {
-    for (int row = 0; row < shape.m; ++row)
-      for (int k = 0; k < kK; ++k) {
-        const uint32_t halves = block.tensor_memory[cell_of(block.tensor_memory, product, uint32_t(product.a), row, k / 2)];
-        a[row * kK + k] = decode<float>(shape.a_type, halves >> 16 * (k % 2));
-      }
-  } else {
-    for_halves(shared_operand(product.a, shape.transpose_a), shape.m, [&](uint64_t address, int row, int k) {
-      a[row * kK + k] = decode<float>(shape.a_type, *reinterpret_cast<uint16_t*>(block.memory.at(Space::kShared, address, 2)));
+  if (product.has_a_in_tensor_memory)
+    for_cells(block.tensor_memory, uint32_t(product.a), shape.m, kK / 2, [&](uint64_t cell, int row, int column) {
+      const uint32_t halves = block.tensor_memory[cell];
+      a[row * kK + 2 * column] = decode<float>(shape.a_type, halves & 0xffff);
+      a[row * kK + 2 * column + 1] = decode<float>(shape.a_type, halves >> 16);
     });
-  }
+  else
+    for_halves(product.a, shape.transpose_a, shape.m,
+               [&](uint64_t address, int row, int k) { a[row * kK + k] = half_at(block.memory, address, shape.a_type); });
   return a;
 }
 
@@ -88,25 +97,25 @@ std::vector<float> read_a(Block& block, const TensorProduct& product) {
 std::vector<float> read_b(Block& block, const TensorProduct& product) {
   const ProductShape& shape = product.shape;
   std::vector<float> b(kK * shape.n);
-  for_halves(shared_operand(product.b, shape.transpose_b), shape.n, [&](uint64_t address, int column, int k) {
-    b[k * shape.n + column] =
-        decode<float>(shape.b_type, *reinterpret_cast<uint16_t*>(block.memory.at(Space::kShared, address, 2)));
+  for_halves(product.b, shape.transpose_b, shape.n, [&](uint64_t address, int column, int k) {
+    b[k * shape.n + column] = half_at(block.memory, address, shape.b_type);
   });
   return b;
 }
 
 void multiply(Block& block, const TensorProduct& product) {
-  const ProductShape& shape = product.shape;
+  const int m = product.shape.m, n = product.shape.n;
   TensorMemory& memory = block.tensor_memory;
-  std::vector<float> a = read_a(block, product), sums(shape.m * shape.n);
+  std::vector<float> a = read_a(block, product), sums(m * n);
   const std::vector<float> b = read_b(block, product);
-  const auto d = [&](int e) -> uint32_t& { return memory[cell_of(memory, product, product.d, e / shape.n, e % shape.n)]; };
-  if (shape.negate)
+  if (product.shape.negate)
     for (float& value : a) value = -value;
   if (product.accumulate)
-    for (int e = 0; e < shape.m * shape.n; ++e) sums[e] = fastlm::float_of(d(e));
-  multiply_add(a.data(), b.data(), shape.m, shape.n, kK, sums.data());
-  for (int e = 0; e < shape.m * shape.n; ++e) d(e) = fastlm::bits_of(sums[e]);
+    for_cells(memory, product.d, m, n,
+              [&](uint64_t cell, int row, int column) { sums[row * n + column] = fastlm::float_of(memory[cell]); });
+  multiply_add(a.data(), b.data(), m, n, kK, sums.data());
+  for_cells(memory, product.d, m, n,
+            [&](uint64_t cell, int row, int column) { memory[cell] = fastlm::bits_of(sums[row * n + column]); });
 }
 
 void require_lanes(const TensorProduct& product) {
@@ -115,19 +124,28 @@ void require_lanes(const TensorProduct& product) {
   if (product.has_a_in_tensor_memory && a_lane != d_lane) throw Fault("a product whose A has other lanes than D");
 }
 
+// Take notice that the warp starts products, after those of others: their numbers would not tell otherwise what is complete.
+void require_order(Warp& warp) {
+  Block& block = warp.block;
+  if (warp.clock[block.product_warp] < block.product_time) throw Fault("products of two warps in no order are not implemented");
+  block.product_warp = warp.index;
+  block.product_time = warp.clock[warp.index];
+}
+
 // tcgen05.mma [d + offset], A, b-descriptor, shape, accumulate. A is a descriptor or [a + offset]. One thread starts it.
 void start(Warp& warp, const Instruction& i, Mask lanes) {
   if (lanes & (lanes - 1)) throw Fault("a product of more than one thread");
+  require_order(warp);
   const int lane = __builtin_ctz(lanes);
-  const bool in_tensor_memory = i.num_operands() == 7;
-  const int b = in_tensor_memory ? 4 : 3;
-  TensorProduct product{
-      ++warp.block.num_tensor_products, ProductShape(uint32_t(warp.value(i, b + 1, lane))), false, false, 0, 0, 0};
-  product.d = uint32_t(warp.address(i, 0, lane));
-  product.has_a_in_tensor_memory = in_tensor_memory;
-  product.a = in_tensor_memory ? warp.address(i, 2, lane) : warp.value(i, 2, lane);
-  product.b = warp.value(i, b, lane);
-  product.accumulate = warp.value(i, b + 2, lane) & 1;
+  const bool has_a_in_tensor_memory = i.num_operands() == 7;
+  const int b = has_a_in_tensor_memory ? 4 : 3;
+  const TensorProduct product{++warp.block.num_tensor_products,
+                              ProductShape(uint32_t(warp.value(i, b + 1, lane))),
+                              bool(warp.value(i, b + 2, lane) & 1),
+                              has_a_in_tensor_memory,
+                              has_a_in_tensor_memory ? warp.address(i, 2, lane) : warp.value(i, 2, lane),
+                              warp.value(i, b, lane),
+                              uint32_t(warp.address(i, 0, lane))};
   require_lanes(product);
   take_notice(warp, product);
   warp.last_tensor_product = product.number;
