@@ -41,14 +41,14 @@ class Rates(NamedTuple):
     l2: int  # Bytes from the L2 cache: 5,120 of an A100 or H100, 2,048 of 38 units of gfx942; others are assumed.
     issue: int  # Instructions of a warp (wavefront).
     warp: int  # Threads of a warp (wavefront).
-    rows: int = 1  # of a product, which fewer rows do not make faster
+    rows: int = 0  # of a product that reads operands in shared memory; 0 where all come from registers
 
 
 RATES = {
     "sm_80": Rates(2048, 64, 64, 16, 32, 47, 4, 32),
     "sm_86": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
     "sm_89": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
-    "sm_90": Rates(4096, 128, 64, 16, 32, 39, 4, 32),
+    "sm_90": Rates(4096, 128, 64, 16, 32, 39, 4, 32, 64),
     "sm_100": Rates(8192, 128, 64, 16, 32, 69, 4, 32, 128),
     "sm_120": Rates(1024, 128, 64, 16, 32, 32, 4, 32),
     "gfx90a": Rates(1024, 64, 64, 16, 32, 37, 5, 64),
@@ -77,14 +77,12 @@ def predict(row: dict) -> Prediction:
     """
     loop = row.get("softmax", row)
     rates, threads = RATES[row["arch"]], row["num_warps"] * RATES[row["arch"]].warp
-    side, tensors = LOADED[row["pass_name"]]
-    scores = row["q"] * row["k"]
-    tensor = FLOPS_PER_SCORE[row["pass_name"]] * row["head_dim"] * scores / rates.tensor
-    rows = scores / row[side]  # of each product: those of the block that the loop keeps
-    cycles = {"tensor": tensor * max(1, rates.rows / rows)}
+    tensor = FLOPS_PER_SCORE[row["pass_name"]] * row["head_dim"] * row["q"] * row["k"] / rates.tensor
+    cycles = {"tensor": _tensor_cycles(row, rates)}
     for unit, rate in UNITS.items():
         cycles[rate] = cycles.get(rate, 0.0) + loop["units"].get(unit, 0) * threads / getattr(rates, rate)
     in_turn = sum(cycles.values())
+    side, tensors = LOADED[row["pass_name"]]
     cycles["l2"] = tensors * row[side] * row["head_dim"] * BYTES / rates.l2  # These copies run beside, as instructions do.
     cycles["issue"] = loop["instructions"] * row["num_warps"] / rates.issue
     busiest = max(cycles, key=cycles.get)
@@ -93,6 +91,24 @@ def predict(row: dict) -> Prediction:
     expected = max(cycles[busiest], in_turn / programs)
     shares = (tensor / limit for limit in (expected, cycles[busiest], in_turn))
     return Prediction(*shares, busiest, programs)
+
+
+def _tensor_cycles(row: dict, rates: Rates) -> float:
+    """Return the cycles of the tensor cores in a pass through the loop.
+
+    Where products read shared memory, each instruction reads its second operand there. The half of the products that makes
+    scores reads its first operand there, too. An instruction of fewer rows takes as long.
+    """
+    looped = row[LOADED[row["pass_name"]][0]]
+    kept = row["q"] * row["k"] // looped
+    products, product = FLOPS_PER_SCORE[row["pass_name"]] / 2, 2 * kept * looped * row["head_dim"] / rates.tensor
+    if not rates.rows:
+        return products * product
+    instructions = -(-kept // rates.rows)
+    second, first = (rows * row["head_dim"] * BYTES / (4 * rates.shared) for rows in (instructions * looped, kept))
+    product *= instructions * rates.rows / kept
+    of_scores = -(-products // 2)
+    return of_scores * max(product, first + second) + (products - of_scores) * max(product, second)
 
 
 DEFAULT_GPUS = ("sm_80", "sm_90", "gfx942")
