@@ -1,5 +1,6 @@
 """Test the measurement of the host's time, and on its driver that plans start what Triton's binder would start."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ pytestmark = [
 ]
 
 ON_IDLE_DRIVER = f"""
-import sys, tempfile
+import json, sys, tempfile
 from pathlib import Path
 import torch
 sys.path.append({str(Path(__file__).parents[2] / "benchmarks")!r})
@@ -49,7 +50,7 @@ for name in ("forward", "decoding"):
         directly, by_triton = launched
         assert same(directly, by_triton)
         kernels.append(other.kernel.__name__)
-print(*kernels)
+print(json.dumps(kernels))
 """
 HAS_ANOTHER_BINARY = """
 def launch(start):
@@ -61,24 +62,30 @@ def launch(start):
     return only.binaries[0], only.kernel[(only.grid,)](**only.arguments, **only.options)
 
 (aligned, by_triton), (misaligned, by_triton_misaligned), (again, _) = launch(0), launch(1), launch(8)
-assert aligned is by_triton is again and misaligned is by_triton_misaligned is not aligned
+print(json.dumps([aligned is by_triton is again, misaligned is by_triton_misaligned, misaligned is aligned]))
 """
 TIMES = """
 host.REPEAT, host.SAMPLES = 2, 1
 rows = host.time_calls("sm_90")
 assert all(row.call > 0 and row.plan > 0 for row in rows if row.plan is not None)
-print(*(row.name for row in rows if row.plan is not None))
+print(json.dumps([row.name for row in rows if row.plan is not None]))
 """
 
 
-def test_a_plan_s_binary_starts_as_triton_would_start_it():
-    started = printed(ON_IDLE_DRIVER + STARTS_THE_SAME)
-    assert started == "attention_forward kvcache_append attention_kvcache attention_combine"
+@pytest.fixture(scope="module")
+def told() -> dict:
+    """Return what each part found. One process runs them all, because the parts start the same kernels, compiled once."""
+    parts = {"starts": STARTS_THE_SAME, "binaries": HAS_ANOTHER_BINARY, "times": TIMES}
+    return dict(zip(parts, map(json.loads, printed(ON_IDLE_DRIVER + "".join(parts.values())).splitlines()), strict=True))
 
 
-def test_where_triton_compiles_another_binary_there_is_another_plan():
-    printed(ON_IDLE_DRIVER + HAS_ANOTHER_BINARY)
+def test_a_plan_s_binary_starts_as_triton_would_start_it(told):
+    assert told["starts"] == ["attention_forward", "kvcache_append", "attention_kvcache", "attention_combine"]
 
 
-def test_calls_are_timed():
-    assert printed(ON_IDLE_DRIVER + TIMES) == "forward backward decoding latent latent backward"
+def test_where_triton_compiles_another_binary_there_is_another_plan(told):
+    assert told["binaries"] == [True, True, False]  # The same where both are aligned; Triton's, but another, where one is not.
+
+
+def test_calls_are_timed(told):
+    assert told["times"] == ["forward", "backward", "decoding", "latent", "latent backward"]
