@@ -441,17 +441,34 @@ def swapped(config):
     return model
 
 
-@pytest.mark.parametrize("build", [swapped, made_with_fastlm])
-@pytest.mark.parametrize("save", [torch.save, lambda model, file: file.write_bytes(pickle.dumps(model))])
-def test_a_model_runs_where_fastlm_was_not_imported(build, save, tmp_path):
-    model = build(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1)).eval()
-    save(model, tmp_path / "model")
-    load = "torch.load(file, weights_only=False)" if save is torch.save else "pickle.load(open(file, 'rb'))"
-    code = f"import pickle, torch; file = {str(tmp_path / 'model')!r}; model = {load}; ids = torch.ones(1, 4, dtype=torch.long)"
-    shown = printed(code + "; print(model(ids)[0].sum().item(), model.config._attn_implementation)")
-    total, implementation = shown.splitlines()[-1].split()
-    assert implementation == "fastlm"
-    torch.testing.assert_close(float(total), model(torch.ones(1, 4, dtype=torch.long))[0].sum().item())
+# The processes that load the models are forked from one that has imported transformers, which takes long, and not fastlm.
+LOAD_AND_RUN = """
+import os, pickle, sys, torch
+import transformers.models.gpt2.modeling_gpt2
+assert "fastlm" not in sys.modules
+for file in FILES:
+    if not os.fork():
+        model = torch.load(file, weights_only=False) if file.endswith(".pt") else pickle.load(open(file, "rb"))
+        total = model(torch.ones(1, 4, dtype=torch.long))[0].sum().item()
+        print(total, model.config._attn_implementation, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def test_a_model_runs_where_fastlm_was_not_imported(tmp_path):
+    files, expected = [], []
+    for build in (swapped, made_with_fastlm):
+        model = build(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=32, bos_token_id=0, eos_token_id=1)).eval()
+        files += [tmp_path / f"{build.__name__}.pt", tmp_path / f"{build.__name__}.pickle"]
+        expected += [model(torch.ones(1, 4, dtype=torch.long))[0].sum().item()] * 2
+        torch.save(model, files[-2])
+        files[-1].write_bytes(pickle.dumps(model))
+    shown = printed(f"FILES = {list(map(str, files))}{LOAD_AND_RUN}").splitlines()
+    for line, wanted in zip(shown[-4:], expected, strict=True):
+        total, implementation = line.split()
+        assert implementation == "fastlm"
+        torch.testing.assert_close(float(total), wanted)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
