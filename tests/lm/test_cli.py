@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 
 import pytest
 from support.lm_corpus import texts
-from support.processes import printed, python
+from support.processes import fresh_python, output_of, printed, python
 
 import fastlm
 from fastlm.cli import main
@@ -91,7 +91,7 @@ def run(*arguments):
 def test_help_and_usage_errors_take_no_torch(arguments, code, most_seconds):
     """Hold each to seconds of the CPU, which a busy machine hardly stretches; importing torch alone takes longer."""
     measure = "print(sorted({'torch', 'transformers'} & sys.modules.keys()), sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
-    *_, line = printed(f"{PROGRAM}\nassert run(*{arguments}) == {code}\n{measure}").splitlines()
+    *_, line = output_of(fresh_python(f"{PROGRAM}\nassert run(*{arguments}) == {code}\n{measure}")).splitlines()
     heavy, _, seconds = line.rpartition(" ")
     assert heavy == "[]" and float(seconds) < most_seconds
 
@@ -104,7 +104,7 @@ def test_the_program_loads_the_whole_package_before_a_command_runs(tmp_path, arg
     code = (
         f"{PROGRAM}\nassert run(*{arguments}) == 0\nimport fastlm, torch\nprint(fastlm.__version__, torch.ops.fastlm.attention)"
     )
-    assert printed(code).splitlines()[-1] == f"{fastlm.__version__} fastlm.attention"
+    assert output_of(fresh_python(code)).splitlines()[-1] == f"{fastlm.__version__} fastlm.attention"
 
 
 def test_the_program_is_installed_as_the_light_package():
