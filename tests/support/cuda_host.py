@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
+from filelock import FileLock
 
 from fastlm.backend import cpu as native
 from fastlm.backend import cuda as cuda_kernels
@@ -49,14 +50,14 @@ def host_module() -> ModuleType:
     )
     digest = hashlib.sha256("\0".join([*map(str, command), *(path.read_text() for path in headers)]).encode()).hexdigest()
     library = ROOT / "build" / "cuda_on_host" / digest[:16] / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        settings = {
-            name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
-        }  # The compiler itself is not to be sanitized.
-        subprocess.run([*command, "-o", unfinished], check=True, env=settings)
-        unfinished.rename(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{library}.lock"):  # Of processes that need it at once, one compiles.
+        if not library.exists():
+            unfinished = library.with_suffix(f".{os.getpid()}")
+            # The compiler itself is not to be sanitized.
+            settings = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            subprocess.run([*command, "-o", unfinished], check=True, env=settings)
+            unfinished.rename(library)
     spec = importlib.util.spec_from_file_location("_cuda", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
