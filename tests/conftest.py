@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from support import triton_interpreter  # noqa: F401  (before any kernel is imported)
-from support.oracle import ISAS
+from support.oracle import ISAS, instruction_set
 
-from fastlm.backend import cpu as native
 from fastlm.testing import separate_compiler_caches
 
 # Tests import the modules of benchmarks/.
@@ -41,27 +40,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow_sanitized: left out of `make sanitize`, which is for the C++ code")
 
 
-def _use(isa: str):
-    """Run the block on one instruction set. Without the C++ module the test fails, because a build problem must show."""
-    if native.C is None:
-        pytest.fail(native.load_error)
-    before = native.C.isa()
-    native.C.set_isa(isa)
-    assert native.C.isa() == isa
-    yield isa
-    native.C.set_isa(before)
-
-
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Run the test on each instruction set that this machine can run."""
-    yield from _use(request.param)
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture
 def widest_isa():
     """Run the test on the instruction set that this machine runs fastest."""
-    yield from _use(ISAS[-1])
+    with instruction_set(ISAS[-1]):
+        yield ISAS[-1]
 
 
 @pytest.fixture

@@ -157,14 +157,14 @@ GRADIENT_LAYOUTS = st.sampled_from(["contiguous", "transposed", "expanded"])
 
 @settings(max_examples=250)
 @given(attention_calls(), GRADIENT_LAYOUTS)
-def test_attention_anywhere(isa, call, layout):
-    Oracle(fastlm.attention, call, DIFFERENTIABLE, set(), gradients_laid_out(layout)).check(backend="cpu")
+def test_attention_anywhere(call, layout):
+    Oracle(fastlm.attention, call, DIFFERENTIABLE, set(), gradients_laid_out(layout)).check_on_every_isa()
 
 
 @settings(max_examples=80)
 @given(varlen_calls(), GRADIENT_LAYOUTS)
-def test_varlen_attention_anywhere(isa, call, layout):
-    Oracle(fastlm.varlen_attention, call, DIFFERENTIABLE, set(), gradients_laid_out(layout)).check(backend="cpu")
+def test_varlen_attention_anywhere(call, layout):
+    Oracle(fastlm.varlen_attention, call, DIFFERENTIABLE, set(), gradients_laid_out(layout)).check_on_every_isa()
 
 
 @pytest.mark.parametrize("needed", DIFFERENTIABLE)

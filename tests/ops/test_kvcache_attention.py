@@ -75,8 +75,8 @@ def _on_copies(key_cache, value_cache, **call):
 
 @settings(max_examples=150)
 @given(calls())
-def test_decoding_anywhere(isa, call):
-    Fresh(call).check(backend="cpu")
+def test_decoding_anywhere(call):
+    Fresh(call).check_on_every_isa()
 
 
 @settings(max_examples=100)

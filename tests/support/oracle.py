@@ -7,9 +7,11 @@ too: *nudged* is golden on inputs and gradients that are all off by one ulp of t
 results are perturbed several times, because one random perturbation may change little.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from fastlm.testing import (
     GRADIENT_FACTOR,
     ULPS,
     VALUE_FACTOR,
-    assert_as_good_as_plain,
+    allowed_error,
     assert_within,
     seeded_normal,
     ulp_of_largest,
@@ -28,6 +30,20 @@ from fastlm.testing import (
 FEW = 64  # A result of at most this many numbers is small.
 ISAS = native.C.isas() if native.C else ["no fastlm._C"]  # This machine's instruction sets, fastest last.
 Results = dict[str, Tensor]  # Names are "output 0", "output 1", …, "gradient of mu", …
+
+
+@contextmanager
+def instruction_set(isa: str) -> Iterator[None]:
+    """Run the block on one instruction set. Without the C++ module the test fails, because a build problem must show."""
+    if native.C is None:
+        pytest.fail(native.load_error)
+    before = native.C.isa()
+    native.C.set_isa(isa)
+    assert native.C.isa() == isa
+    try:
+        yield
+    finally:
+        native.C.set_isa(before)
 
 
 # ---- the runs ---------------------------------------------------------------------------------------------------------------
@@ -86,6 +102,7 @@ class Oracle:
         self.golden = self._reference(_in(torch.float64, arguments), self.dtype)
         self.plain = self._reference(arguments, self.dtype)
         self.nudged: dict[tuple[torch.dtype, int], Results] = {}
+        self.allowed: dict[tuple[str, torch.dtype, int], float] = {}  # By a result, its dtype and the draws.
 
     def _reference(self, arguments: dict, gradient_dtype: torch.dtype, nudge: float = 0.0, draw: int = 0) -> Results:
         """Run the reference. The gradients of the outputs hold the same numbers whatever the dtype of the run."""
@@ -114,6 +131,15 @@ class Oracle:
         self.compare(results)
         return results
 
+    def check_on_every_isa(self) -> None:
+        """Check the CPU's kernels on each instruction set of this machine, all against one golden answer."""
+        for isa in ISAS:
+            with instruction_set(isa):
+                try:
+                    self.check(backend="cpu")
+                except AssertionError as error:
+                    raise AssertionError(f"on {isa}: {error}") from error
+
     def compare(self, results: Results) -> None:
         """Hold results of the call, wherever they come from, to the rule."""
         assert results.keys() == self.golden.keys()
@@ -126,12 +152,19 @@ class Oracle:
                 self._check(what, actual, draws=8)
 
     def _check(self, what: str, actual: Tensor, draws: int) -> None:
+        if self.dtype != torch.float64:
+            assert actual.dtype == self.plain[what].dtype, f"{what} is {actual.dtype}, not {self.plain[what].dtype}"
+        key = what, actual.dtype, draws
+        if key not in self.allowed:
+            self.allowed[key] = self._allowed(*key)
+        assert_within(actual, self.golden[what], self.allowed[key], what)
+
+    def _allowed(self, what: str, dtype: torch.dtype, draws: int) -> float:
         factor = VALUE_FACTOR if what.startswith("output") else GRADIENT_FACTOR
-        slack = self._slack(what, actual.dtype, draws)
+        slack = self._slack(what, dtype, draws)
         if self.dtype == torch.float64:
-            assert_within(actual, self.golden[what], factor * self._error_in_float64(what) + ULPS * slack, what)
-        else:
-            assert_as_good_as_plain(actual, self.plain[what], self.golden[what], factor, what, slack)
+            return factor * self._error_in_float64(what) + ULPS * slack
+        return allowed_error(self.plain[what], self.golden[what], factor, slack)
 
     def _slack(self, what: str, dtype: torch.dtype, draws: int) -> float:
         """Return a nudge's effect plus an ulp of the largest value, of the coarser dtype of result and arithmetic."""
