@@ -15,9 +15,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-# All tests run in two processes. Threads that wait for work must sleep meanwhile: they would take the other process's cores.
+# All tests run in two processes, neighbours in the same one: they share what they import, build and compile. Threads that wait
+# for work must sleep meanwhile: they would take the other process's cores.
 test: $(VENV)/installed lint ## run the tests (TESTS="tests/ops/test_kl.py -k sign" for some)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(TESTS),-n 2 --dist loadgroup tests)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(or $(TESTS),-n 2 --dist worksteal tests)
 
 bench: $(VENV)/installed ## the main job: check, time and train, then report in build/bench (BENCH="--help" for more)
 	$(BIN)/fastlm bench $(BENCH)
@@ -46,7 +47,7 @@ sanitize: $(VENV)/installed ## the tests of the C++ code under AddressSanitizer 
 	echo 'import sys; sys.path.insert(-1, "$(SITE)")' > $(SANITIZED)/sitecustomize.py
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=$(SANITIZED) $(PYTHON) $(BIN)/pytest \
-	  $(or $(TESTS),-n 2 --dist loadgroup tests/ops tests/nn tests/integrations -m "not slow_sanitized")
+	  $(or $(TESTS),-n 2 --dist worksteal tests/ops tests/nn tests/integrations -m "not slow_sanitized")
 
 gpu-kernels: $(VENV)/installed ## compile every Triton kernel for every GPU, and print what each is made of (KERNELS=--interpret)
 	$(BIN)/python benchmarks/gpu_kernels.py $(KERNELS)

@@ -35,6 +35,11 @@ def pytest_collectstart(collector):
     settings.load_profile("fastlm")
 
 
+def pytest_collection_modifyitems(items):
+    """Run first the groups whose first test does the work of all: at the end, the other process would wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs kernels on the GPU where there is one; `make gpu` runs these")
     config.addinivalue_line("markers", "slow_sanitized: left out of `make sanitize`, which is for the C++ code")

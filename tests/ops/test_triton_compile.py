@@ -16,6 +16,7 @@ from filelock import FileLock
 from support.processes import HANG
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
+pytestmark = pytest.mark.xdist_group("compiled for GPUs")
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
