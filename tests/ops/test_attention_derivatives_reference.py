@@ -130,9 +130,10 @@ def test_mixtures_of_forward_and_reverse_mode_agree(call, inputs):
     v = n(30, *x.shape)
     # Central differences of the gradient, which the test above has checked.
     expected = (grad(loss)(x + 1e-5 * v) - grad(loss)(x - 1e-5 * v)) / 2e-5
-    first = HESSIAN_PRODUCTS["hessian"](loss, x, v)
+    products = dict(HESSIAN_PRODUCTS)
+    first = products.pop("hessian")(loss, x, v)
     torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-6)
-    for name, product in HESSIAN_PRODUCTS.items():
+    for name, product in products.items():
         torch.testing.assert_close(product(loss, x, v), first, rtol=1e-11, atol=1e-11, msg=f"{name} differs from hessian")
 
 

@@ -83,9 +83,10 @@ def test_mixtures_of_forward_and_reverse_mode_agree(name):
     loss, x = loss_of(name)
     v = n(30, *x.shape)
     expected = jvp(grad(loss_of(name, "reference")[0]), (x,), (v,))[1]  # Its noise is rounded elsewhere.
-    first = HESSIAN_PRODUCTS["hessian"](loss, x, v)
+    products = dict(HESSIAN_PRODUCTS)
+    first = products.pop("hessian")(loss, x, v)
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=1e-5)
-    for how, product in HESSIAN_PRODUCTS.items():
+    for how, product in products.items():
         torch.testing.assert_close(product(loss, x, v), first, rtol=1e-11, atol=1e-11, msg=f"{how} differs from hessian")
 
 
