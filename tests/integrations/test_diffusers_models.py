@@ -1,6 +1,7 @@
 """diffusers' autoencoders after fastlm.replace: tiny models, trained, evaluated, saved, loaded and restored."""
 
 import copy
+import functools
 import inspect
 import pickle
 
@@ -228,9 +229,10 @@ def test_every_autoencoder_of_diffusers_that_builds_this_posterior_is_known():
     """By their source, exactly the models that call the constructor are swapped."""
     classes = [cls for _, cls in inspect.getmembers(autoencoders, inspect.isclass) if issubclass(cls, ModelMixin)]
     assert len(classes) > 15
+    source_of = functools.cache(inspect.getsource)  # Python parses a whole file for it, and the classes share their bases.
     for cls in classes:
         module = cls.__new__(cls)
         torch.nn.Module.__init__(module)
-        sources = [inspect.getsource(base) for base in cls.__mro__ if "diffusers" in base.__module__]
+        sources = [source_of(base) for base in cls.__mro__ if "diffusers" in base.__module__]
         builds = any(" DiagonalGaussianDistribution(" in source for source in sources)
         assert (_AutoencoderSwap().why_not(module) is None) == builds, cls
