@@ -51,6 +51,8 @@ if not ON_GPU:
 
     _patch_lang, _get_np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
     _init_tensor, _init_block_type = tl.tensor.__init__, tl.block_type.__init__
+    _unwrap, _is_dtype = tl.core._unwrap_if_constexpr, tl.dtype.__eq__
+    _PLAIN = {int, bool, float, str, type(None), tl.tensor, tl.dtype, tl.block_type, tl.pointer_type}
 
     @functools.cache
     def _languages_of(function) -> list:
@@ -90,7 +92,13 @@ if not ON_GPU:
             _shapes[key] = vars(self).copy()
         vars(self).update(_shapes[key], handle=handle, type=type, dtype=type.scalar)
 
+    def _unwrap_if_constexpr(value):
+        """Return a constant's value, and what holds no constants as it is."""
+        return value.value if type(value) is tl.constexpr else value if type(value) in _PLAIN else _unwrap(value)
+
     interpreter._patch_lang, interpreter._get_np_dtype = _patch_once, _np_dtype
+    tl.core._unwrap_if_constexpr = _unwrap_if_constexpr
+    tl.dtype.__eq__ = lambda self, other: self is other or _is_dtype(self, other)
     tl.block_type.__init__, tl.tensor.__init__ = _init_block_type_once, _init_tensor_once
 
     # The interpreter looks for overflows, and says nothing of them, unless a kernel is debugged.
