@@ -78,9 +78,9 @@ def _server() -> subprocess.Popen:
 
 def _serve() -> None:
     """Fork a process for each line of the standard input, and answer with its exit code."""
+    sys.argv[:], sys.path[0] = ["-c"], ""  # As an interpreter has them that is given code.
     import torch  # noqa: F401
 
-    sys.argv[:], sys.path[0] = ["-c"], ""  # As an interpreter has them that is given code.
     for line in sys.stdin:
         child = os.fork()
         if not child:
