@@ -19,21 +19,6 @@ ON_AMD = torch.version.hip is not None
 _MOST = 512  # Plans that are kept, the last ones used. A model has a few for each length.
 
 
-class Layout(NamedTuple):
-    """All that a plan knows of a tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    is_aligned: bool  # To 16 bytes, as the compiler and descriptors want it.
-    is_large: bool  # True if ON_AMD and its memory has 2 GiB or more: other loads are compiled then.
-
-    def stand_in(self) -> Tensor:
-        """Return a tensor of this layout without data."""
-        tensor = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
-        return tensor if self.is_aligned else tensor.as_strided(self.shape, self.strides, 1)
-
-
 class Scratch:
     """A contiguous tensor that launches of one plan hand to each other. Each call has its own."""
 
@@ -66,6 +51,12 @@ class Plan(NamedTuple):
         return launches
 
 
+class _Key(tuple):
+    """All that a plan may depend on, one behind the other. Equal keys have one plan."""
+
+    arguments: tuple  # of the call to plan, whose tensors the key does not keep
+
+
 def planned_once(planner: Callable[..., list[Launch]]) -> Callable[..., list[Launch]]:
     """Let a planner run once for calls that are alike: their tensors' layouts and all other arguments are equal.
 
@@ -74,26 +65,49 @@ def planned_once(planner: Callable[..., list[Launch]]) -> Callable[..., list[Lau
 
     @functools.wraps(planner)
     def plan(*args) -> list[Launch]:
-        tensors: list[Tensor] = []
-
-        def layout(tensor: Tensor) -> Layout:
-            tensors.append(tensor)
-            is_aligned = tensor.data_ptr() % 16 == 0
-            is_large = ON_AMD and tensor.untyped_storage().nbytes() >= 1 << 31
-            return Layout(tensor.dtype, tensor.shape, tensor.stride(), is_aligned, is_large)
-
-        layouts = _replaced(args, Tensor, layout)
-        return _plan(planner, layouts, tensors[0].device).launches_of(tensors)
+        tensors, parts = [], [planner]
+        _read(args, tensors, parts)
+        key = _Key((*parts, tensors[0].device))  # Each device has plans of its own, because each has binaries of its own.
+        key.arguments = args
+        return _plan(key).launches_of(tensors)
 
     return plan
 
 
-def _replaced(values: tuple, kind: type, replace: Callable) -> tuple:
-    """Return tuples in tuples, with `replace` of each value of a kind in its place."""
-    fields = [
-        replace(value) if isinstance(value, kind) else _replaced(value, kind, replace) if isinstance(value, tuple) else value
-        for value in values
-    ]
+def _read(values: tuple, tensors: list[Tensor], parts: list) -> None:
+    """Add the tensors of tuples in tuples to a list, and to another their layouts and all other values."""
+    for value in values:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            is_large = ON_AMD and value.untyped_storage().nbytes() >= 1 << 31  # Other loads are compiled then.
+            parts += value.dtype, value.shape, value.stride(), _is_aligned(value), is_large
+        elif isinstance(value, tuple):
+            parts += type(value), len(value)
+            _read(value, tensors, parts)
+        else:
+            parts.append(value)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Tell whether a tensor starts at a multiple of 16 bytes, as the compiler and descriptors want it."""
+    return tensor.data_ptr() % 16 == 0
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same layout without data."""
+    shape, strides = tensor.shape, tensor.stride()
+    made = torch.empty_strided(shape, strides, dtype=tensor.dtype, device="meta")
+    return made if _is_aligned(tensor) else made.as_strided(shape, strides, 1)
+
+
+def _with_stand_ins(values: tuple, made: list[Tensor]) -> tuple:
+    """Return tuples in tuples with a stand-in for each tensor, which is added to a list."""
+    fields = []
+    for value in values:
+        if isinstance(value, Tensor):
+            made.append(_stand_in(value))
+            value = made[-1]
+        fields.append(_with_stand_ins(value, made) if isinstance(value, tuple) else value)
     return _class_of(values)(fields)
 
 
@@ -103,15 +117,11 @@ def _class_of(values: tuple) -> Callable[[list], tuple]:
 
 
 @functools.lru_cache(_MOST)
-def _plan(planner: Callable[..., list[Launch]], layouts: tuple, device: torch.device) -> Plan:
-    """Run the planner on tensors without data. Each device has plans of its own, because each has binaries of its own."""
+def _plan(key: _Key) -> Plan:
+    """Run the planner, which is the key's first part, on tensors without data."""
+    planner, arguments = key[0], vars(key).pop("arguments")
     tensors: list[Tensor] = []
-
-    def stand_in(layout: Layout) -> Tensor:
-        tensors.append(layout.stand_in())
-        return tensors[-1]
-
-    launches = planner(*_replaced(layouts, Layout, stand_in))
+    launches = planner(*_with_stand_ins(arguments, tensors))
     recorder = _Recorder(tensors)
     return Plan([(launch, recorder.fillers(launch.arguments)) for launch in launches], recorder.makers)
 
