@@ -6,8 +6,8 @@ ABOUT_PREDICTIONS = """\
 **Predictions, not measurements.** Each kernel was compiled for the GPU, with the settings that it would be launched with there,
 and the instructions of its hot loop were counted by unit. *Share of peak* is what that lets expect of the GPU's dense bfloat16
 matrix throughput. In brackets are its bounds: no two units work at the same time, or all of them at once. What is expected
-depends on the *programs* for which a multiprocessor has registers, shared memory and threads: each uses one unit at a time, and
-others use other units meanwhile. Memory, latencies and the ends of loops are not in it.
+depends on the *programs* for which a multiprocessor has registers, memory and threads: each uses one unit at a time, and others
+use other units meanwhile. Memory, latencies and the ends of loops are not in it.
 `python benchmarks/gpu_kernels.py --predict --gpu sm_120` has other GPUs."""
 
 NOT_MEASURED = [Heading(2, "GPU"), Text("No GPU was at hand: nothing here was measured on one.")]
