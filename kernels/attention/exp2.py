@@ -68,6 +68,6 @@ OPERANDS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 24))
 def exp2_of_fma(x, factor, offset):
     """Return 2^(x * factor + offset) of a float32 tile.
 
-    Which elements are polynomials depends on the layout of the tile alone, and so neither on the batch nor on a mask.
+    Which elements are polynomials depends on the layout of the tile alone, and so not on the batch.
     """
     return tl.inline_asm_elementwise(WEIGHTS, OPERANDS, [x, factor, offset], dtype=tl.float32, is_pure=True, pack=8)
