@@ -9,9 +9,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.processes import HANG
 from support.ptx.calls import COVERING
 from support.ptx.faults import FAULTS
@@ -26,8 +28,24 @@ def in_group(gpu: str, *values):
     return pytest.param(gpu, *values, marks=pytest.mark.xdist_group(f"ptx {gpu}"))
 
 
-@functools.cache
-def rows(gpu: str) -> dict[str, dict]:
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory, worker_id) -> Callable[[str], dict]:
+    """Return the function of a GPU that tells its rows. The first of xdist's processes that asks makes them."""
+    if worker_id == "master":  # There is one process.
+        return functools.cache(_interpreted)
+
+    @functools.cache
+    def shared_rows(gpu: str) -> dict:
+        shared = tmp_path_factory.getbasetemp().parent / f"ptx_{gpu}.json"
+        with FileLock(f"{shared}.lock"):
+            if not shared.exists():
+                shared.write_text(json.dumps(_interpreted(gpu)))
+        return json.loads(shared.read_text())
+
+    return shared_rows
+
+
+def _interpreted(gpu: str) -> dict[str, dict]:
     """Return what support/ptx/check.py says of each call and each fault."""
     settings = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     settings["PYTHONPATH"] = f"{ROOT / 'tests'}:{ROOT / 'benchmarks'}"
@@ -39,10 +57,10 @@ def rows(gpu: str) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize(("gpu", "call"), [in_group(gpu, call) for gpu, calls in COVERING.items() for call in calls])
-def test_values_and_gradients_are_as_good_as_plain_pytorch(gpu, call):
+def test_values_and_gradients_are_as_good_as_plain_pytorch(gpu, call, rows):
     assert rows(gpu)[call]["error"] is None, rows(gpu)[call]["error"]
 
 
 @pytest.mark.parametrize(("gpu", "fault"), [in_group(gpu, fault) for gpu, faults in FAULTS.items() for fault in faults])
-def test_planted_faults_are_noticed(gpu, fault):
+def test_planted_faults_are_noticed(gpu, fault, rows):
     assert rows(gpu)[fault]["error"] is None, rows(gpu)[fault]["error"]
