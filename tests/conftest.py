@@ -1,12 +1,15 @@
 """Give every test poisoned memory, every instruction set of the machine, and the same examples in each run."""
 
 import gc
+import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from support import triton_interpreter  # noqa: F401  (before any kernel is imported)
 from support.oracle import ISAS, instruction_set
@@ -54,6 +57,24 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs kernels on the GPU where there is one; `make gpu` runs these")
     config.addinivalue_line("markers", "slow_sanitized: left out of `make sanitize`, which is for the C++ code")
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[], object]], object]:
+    """Return a function of a name and of what makes its value, of JSON's types. One of xdist's processes makes it for all."""
+    folder, made = tmp_path_factory.getbasetemp(), {}
+    folder = folder if worker_id == "master" else folder.parent
+
+    def value_of(name: str, make: Callable[[], object]) -> object:
+        if name not in made:
+            path = folder / f"{name}.json"
+            with FileLock(f"{path}.lock"):  # The others wait for the first.
+                if not path.exists():
+                    path.write_text(json.dumps(make()))
+            made[name] = json.loads(path.read_text())
+        return made[name]
+
+    return value_of
 
 
 @pytest.fixture(params=ISAS)

@@ -72,24 +72,23 @@ def wide_loads(binary, arch: str) -> int:
     return sum(bool(re.match(r"LDG\b.*\.128|(global|buffer|flat)_load_(dwordx4|b128)", opcode)) for opcode in opcodes)
 
 
-def hot_loop(binary, arch: str) -> Loop:
+def hot_loop(loops: list[Loop]) -> Loop:
     """Return the hot loop: of the loops with matrix products, the one that does least besides, which is the one without masks.
 
     The result is empty if no loop has matrix products.
     """
-    loops = _loops(binary, arch)
     if not any(loop.units["tensor"] for loop in loops):
         loops = [loop for loop in loops if loop.units["float"] > 32]
     return _shortest(loops, "tensor")
 
 
-def softmax_loop(binary, arch: str) -> Loop:
+def softmax_loop(loops: list[Loop]) -> Loop:
     """Return the loop without masks of the warps that compute the softmax, in a kernel whose warps are specialized."""
-    return _shortest(_loops(binary, arch), "exp")
+    return _shortest(loops, "exp")
 
 
-def _loops(binary, arch: str) -> list[Loop]:
-    """Return the innermost loops of a kernel."""
+def loops_of(binary, arch: str) -> list[Loop]:
+    """Return the innermost loops of a kernel that ahead_of_time.compile_launch made."""
     return [_loop(body, arch) for body in _loop_bodies(_lines(binary, arch))]
 
 

@@ -202,9 +202,10 @@ def inspect(variant: Variant) -> dict:
     except Exception as error:  # A compiler that gives up is a finding, and the other variants go on.
         return {**row, "error": f"{type(error).__name__}: {error}"[:500]}
     row |= machine_code.usage(binary, variant.arch)._asdict() | {"may_spill": tile.spilled}
+    loops = machine_code.loops_of(binary, variant.arch)
     if row["specialized"]:
-        row["softmax"] = _counted(machine_code.softmax_loop(binary, variant.arch))
-    return row | _counted(machine_code.hot_loop(binary, variant.arch))
+        row["softmax"] = _counted(machine_code.softmax_loop(loops))
+    return row | _counted(machine_code.hot_loop(loops))
 
 
 def _counted(loop: machine_code.Loop) -> dict:

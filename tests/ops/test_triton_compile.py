@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from fastlm.kernels.attention.tiles import shared_memory
-from filelock import FileLock
 from support.processes import HANG
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
@@ -21,16 +20,10 @@ pytestmark = pytest.mark.xdist_group("compiled for GPUs")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory, worker_id) -> list[dict]:
-    """Return a row of facts about each variant. The first of xdist's processes compiles them, and the others wait for it."""
-    if worker_id == "master":  # There is one process.
-        return _compiled()
-    shared = tmp_path_factory.getbasetemp().parent / "triton_variants.json"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            shared.write_text(json.dumps(_compiled()))
-    return json.loads(shared.read_text())
+@pytest.fixture
+def rows(made_once) -> list[dict]:
+    """Return a row of facts about each variant."""
+    return made_once("triton_variants", _compiled)
 
 
 def _compiled(which: str = "--cover") -> list[dict]:

@@ -245,7 +245,7 @@ WORDS = torch.arange(128 * 8, dtype=torch.int32).view(128, 8)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("second", "lane", "column"), [(4, 0, 4), (16 << 16, 16, 0)])
 def test_tensor_memory_is_read_in_halves(second, lane, column, late):
-    """A warp stores 8 columns of its 32 lanes. It reads 4 columns of 16 lanes, and 4 columns of the same or other lanes."""
+    """Store 8 columns of a warp's 32 lanes, and read 4 columns of 16 lanes and 4 columns of the same or other lanes."""
     body = f"""
         {ALLOCATE}
         {fours(LOAD_ROW, 10, 8)}

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from support.processes import HANG
 from support.ptx.calls import COVERING
 from support.ptx.faults import FAULTS
@@ -23,26 +22,15 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton")
 ROOT = Path(__file__).parents[2]
 
 
-def in_group(gpu: str, *values):
-    """Return the parameters of a test that runs in the same process as the others of its GPU."""
+def of_gpu(gpu: str, *values):
+    """Return the parameters of a test that runs among the first, because the first of a GPU does the work of all."""
     return pytest.param(gpu, *values, marks=pytest.mark.xdist_group(f"ptx {gpu}"))
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory, worker_id) -> Callable[[str], dict]:
-    """Return the function of a GPU that tells its rows. The first of xdist's processes that asks makes them."""
-    if worker_id == "master":  # There is one process.
-        return functools.cache(_interpreted)
-
-    @functools.cache
-    def shared_rows(gpu: str) -> dict:
-        shared = tmp_path_factory.getbasetemp().parent / f"ptx_{gpu}.json"
-        with FileLock(f"{shared}.lock"):
-            if not shared.exists():
-                shared.write_text(json.dumps(_interpreted(gpu)))
-        return json.loads(shared.read_text())
-
-    return shared_rows
+@pytest.fixture
+def rows(made_once) -> Callable[[str], dict]:
+    """Return the function of a GPU that tells its rows."""
+    return lambda gpu: made_once(f"ptx_{gpu}", functools.partial(_interpreted, gpu))
 
 
 def _interpreted(gpu: str) -> dict[str, dict]:
@@ -56,11 +44,11 @@ def _interpreted(gpu: str) -> dict[str, dict]:
     return told
 
 
-@pytest.mark.parametrize(("gpu", "call"), [in_group(gpu, call) for gpu, calls in COVERING.items() for call in calls])
+@pytest.mark.parametrize(("gpu", "call"), [of_gpu(gpu, call) for gpu, calls in COVERING.items() for call in calls])
 def test_values_and_gradients_are_as_good_as_plain_pytorch(gpu, call, rows):
     assert rows(gpu)[call]["error"] is None, rows(gpu)[call]["error"]
 
 
-@pytest.mark.parametrize(("gpu", "fault"), [in_group(gpu, fault) for gpu, faults in FAULTS.items() for fault in faults])
+@pytest.mark.parametrize(("gpu", "fault"), [of_gpu(gpu, fault) for gpu, faults in FAULTS.items() for fault in faults])
 def test_planted_faults_are_noticed(gpu, fault, rows):
     assert rows(gpu)[fault]["error"] is None, rows(gpu)[fault]["error"]
